@@ -1,0 +1,1 @@
+"""The protocol of forwardpass: its messages and their codec."""

@@ -1,0 +1,41 @@
+"""Messages of the protocol's version 1, generated from the .proto files beside this one."""
+
+from forwardpass.v1.error_pb2 import ErrorDetail
+from forwardpass.v1.model_pb2 import (
+    Batch,
+    BatchOutput,
+    Function,
+    FunctionDescription,
+    MetricsState,
+    ModelDescription,
+    ModelIdentity,
+    ModelSelector,
+    ModelState,
+    ModelVersionStatus,
+    ModelWeights,
+)
+from forwardpass.v1.service_pb2 import (
+    DESCRIPTOR as SERVICE_FILE,
+)
+from forwardpass.v1.service_pb2 import (
+    FinalizeMetricsRequest,
+    FinalizeMetricsResponse,
+    ForwardPassRequest,
+    ForwardPassResponse,
+    GetInitialWeightsRequest,
+    GetInitialWeightsResponse,
+    GetModelRequest,
+    GetModelResponse,
+    InitializeMetricsStateRequest,
+    InitializeMetricsStateResponse,
+    ListModelsRequest,
+    ListModelsResponse,
+    LossRequest,
+    LossResponse,
+    PredictOnBatchRequest,
+    PredictOnBatchResponse,
+    UpdateMetricsStateRequest,
+    UpdateMetricsStateResponse,
+)
+from forwardpass.v1.structure_pb2 import Structure, StructureSpec, TreeDef
+from forwardpass.v1.tensor_pb2 import DataType, Tensor, TensorSpec

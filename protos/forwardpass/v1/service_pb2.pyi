@@ -1,0 +1,160 @@
+from forwardpass.v1 import model_pb2 as _model_pb2
+from forwardpass.v1 import structure_pb2 as _structure_pb2
+from google.protobuf.internal import containers as _containers
+from google.protobuf import descriptor as _descriptor
+from google.protobuf import message as _message
+from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Mapping, Optional as _Optional, Union as _Union
+
+DESCRIPTOR: _descriptor.FileDescriptor
+
+class ForwardPassRequest(_message.Message):
+    __slots__ = ("model", "training", "model_weights", "batch_input")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    MODEL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_INPUT_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelSelector
+    training: bool
+    model_weights: _model_pb2.ModelWeights
+    batch_input: _model_pb2.Batch
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., training: bool = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ..., batch_input: _Optional[_Union[_model_pb2.Batch, _Mapping]] = ...) -> None: ...
+
+class ForwardPassResponse(_message.Message):
+    __slots__ = ("model", "batch_output")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    BATCH_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelIdentity
+    batch_output: _model_pb2.BatchOutput
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., batch_output: _Optional[_Union[_model_pb2.BatchOutput, _Mapping]] = ...) -> None: ...
+
+class PredictOnBatchRequest(_message.Message):
+    __slots__ = ("model", "training", "model_weights", "x")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    MODEL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    X_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelSelector
+    training: bool
+    model_weights: _model_pb2.ModelWeights
+    x: _structure_pb2.Structure
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., training: bool = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ..., x: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
+
+class PredictOnBatchResponse(_message.Message):
+    __slots__ = ("model", "predictions")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelIdentity
+    predictions: _structure_pb2.Structure
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., predictions: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
+
+class LossRequest(_message.Message):
+    __slots__ = ("model", "output", "label", "sample_weight")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelSelector
+    output: _structure_pb2.Structure
+    label: _structure_pb2.Structure
+    sample_weight: _structure_pb2.Structure
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., output: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., label: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
+
+class LossResponse(_message.Message):
+    __slots__ = ("model", "loss")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    LOSS_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelIdentity
+    loss: _structure_pb2.Structure
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., loss: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
+
+class InitializeMetricsStateRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelSelector
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ...) -> None: ...
+
+class InitializeMetricsStateResponse(_message.Message):
+    __slots__ = ("model", "state")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelIdentity
+    state: _model_pb2.MetricsState
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.MetricsState, _Mapping]] = ...) -> None: ...
+
+class UpdateMetricsStateRequest(_message.Message):
+    __slots__ = ("model", "state", "labels", "batch_output", "sample_weight")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    BATCH_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelSelector
+    state: _model_pb2.MetricsState
+    labels: _structure_pb2.Structure
+    batch_output: _model_pb2.BatchOutput
+    sample_weight: _structure_pb2.Structure
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.MetricsState, _Mapping]] = ..., labels: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., batch_output: _Optional[_Union[_model_pb2.BatchOutput, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
+
+class UpdateMetricsStateResponse(_message.Message):
+    __slots__ = ("model", "state")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelIdentity
+    state: _model_pb2.MetricsState
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.MetricsState, _Mapping]] = ...) -> None: ...
+
+class FinalizeMetricsRequest(_message.Message):
+    __slots__ = ("model", "state")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    STATE_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelSelector
+    state: _model_pb2.MetricsState
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., state: _Optional[_Union[_model_pb2.MetricsState, _Mapping]] = ...) -> None: ...
+
+class FinalizeMetricsResponse(_message.Message):
+    __slots__ = ("model", "metrics")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelIdentity
+    metrics: _structure_pb2.Structure
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., metrics: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
+
+class GetModelRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelSelector
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ...) -> None: ...
+
+class GetModelResponse(_message.Message):
+    __slots__ = ("model", "versions", "max_request_bytes")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSIONS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelDescription
+    versions: _containers.RepeatedCompositeFieldContainer[_model_pb2.ModelVersionStatus]
+    max_request_bytes: int
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., versions: _Optional[_Iterable[_Union[_model_pb2.ModelVersionStatus, _Mapping]]] = ..., max_request_bytes: _Optional[int] = ...) -> None: ...
+
+class ListModelsRequest(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class ListModelsResponse(_message.Message):
+    __slots__ = ("models",)
+    MODELS_FIELD_NUMBER: _ClassVar[int]
+    models: _containers.RepeatedCompositeFieldContainer[_model_pb2.ModelVersionStatus]
+    def __init__(self, models: _Optional[_Iterable[_Union[_model_pb2.ModelVersionStatus, _Mapping]]] = ...) -> None: ...
+
+class GetInitialWeightsRequest(_message.Message):
+    __slots__ = ("model",)
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelSelector
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ...) -> None: ...
+
+class GetInitialWeightsResponse(_message.Message):
+    __slots__ = ("model", "model_weights")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    MODEL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelIdentity
+    model_weights: _model_pb2.ModelWeights
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ...) -> None: ...

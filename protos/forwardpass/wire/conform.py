@@ -1,0 +1,210 @@
+"""Makes values fit specs the way a local model would take them, or says which leaf does not."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from forwardpass.wire import dtypes, errors, trees
+from forwardpass.wire.dtypes import Array
+from forwardpass.wire.specs import StructureSpec, TensorSpec, describe_shape
+from forwardpass.wire.structures import Structure
+from forwardpass.wire.trees import Kind
+
+
+def conform(value: trees.Nested, spec: StructureSpec, place: str) -> Structure:
+    """The value as a structure with exactly the spec's containers, dtypes and a shape it admits.
+
+    Containers: a list may stand for a tuple and any mapping for another, in any order of keys; a named tuple needs
+    its field names. Leaves: numpy arrays, Python numbers and lists, and whatever has `__array__`; a dtype is cast
+    where numpy calls that "same kind" (float64 to float32, int64 to float32, not 1.5 to int32) and every integer
+    fits. An empty list fits any dtype.
+    Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf under `place`.
+    """
+    leaves = arrange(value, spec.tree, place)
+    for index, (leaf, leaf_spec) in enumerate(zip(leaves, spec.leaves, strict=True)):
+        # Most leaves fit as they are: only the others pay for their path.
+        if not (type(leaf) is np.ndarray and leaf.dtype == leaf_spec.dtype and leaf_spec.admits_shape(leaf.shape)):
+            leaves[index] = conform_leaf(leaf, leaf_spec, spec.tree.paths(place)[index])
+    return Structure(spec.tree, leaves, [leaf.data_type for leaf in spec.leaves])
+
+
+def arrange(value: trees.Nested, tree: trees.TreeDef, place: str) -> list[Any]:
+    """What stands where the tree has its leaves, in the tree's order; containers as of `conform`."""
+    leaves: list[Any] = []
+    _arrange(value, tree, place, leaves)
+    return leaves
+
+
+def _arrange(value: trees.Nested, tree: trees.TreeDef, place: str, leaves: list[Any]) -> None:
+    if tree.kind is Kind.LEAF:
+        leaves.append(value)
+        return
+    items = _items(value, tree, place)
+    if tree.is_flat:
+        leaves.extend(items)
+        return
+    for index, child in enumerate(tree.children):
+        _arrange(items[index], child, tree.child_path(place, index), leaves)
+
+
+def check(structure: Structure, spec: StructureSpec, place: str) -> Sequence[Array]:
+    """The leaves of a received structure, in the spec's order, after the same checks but without any cast.
+
+    Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf under `place`.
+    """
+    leaves = structure.leaves
+    if structure.tree != spec.tree:
+        # Containers that differ only in kind or in the order of their keys still fit.
+        leaves = arrange(structure.nested(), spec.tree, place)
+    for index, (leaf, leaf_spec) in enumerate(zip(leaves, spec.leaves, strict=True)):
+        if leaf.dtype != leaf_spec.dtype:
+            raise errors.DTypeMismatch(
+                place=spec.tree.paths(place)[index], expected=str(leaf_spec), found=_describe(leaf)
+            )
+        if not leaf_spec.admits_shape(leaf.shape):
+            raise errors.ShapeMismatch(
+                place=spec.tree.paths(place)[index], expected=str(leaf_spec), found=_describe(leaf)
+            )
+    return leaves
+
+
+def check_batch(parts: Sequence[tuple[str, Sequence[Array], StructureSpec]]) -> None:
+    """Raises ShapeMismatch where leaves that share the batch dimension differ in it.
+
+    parts: (place, leaves, spec) for each argument of one call; the leaves already fit their spec.
+    """
+    first: tuple[str, int] | None = None
+    for place, leaves, spec in parts:
+        for index, (leaf, leaf_spec) in enumerate(zip(leaves, spec.leaves, strict=True)):
+            if not leaf_spec.batched or not leaf.ndim:
+                continue
+            if first is None:
+                first = spec.tree.paths(place)[index], leaf.shape[0]
+            elif leaf.shape[0] != first[1]:
+                raise errors.ShapeMismatch(
+                    place=spec.tree.paths(place)[index],
+                    expected=f"{first[1]} examples as in {first[0]}",
+                    found=f"{leaf.shape[0]}",
+                )
+
+
+def _items(value: trees.Nested, tree: trees.TreeDef, place: str) -> Sequence[trees.Nested]:
+    """The items of a container in the order of the tree's children."""
+    kind = tree.kind
+    if kind is Kind.NONE:
+        if value is not None:
+            raise errors.StructureMismatch(place=place, expected="None", found=_kind_name(value))
+        return ()
+    if kind is Kind.NAMED_TUPLE:
+        if not trees.is_named_tuple(value) or set(value._fields) != set(tree.names):
+            raise errors.StructureMismatch(
+                place=place, expected=f"a named tuple {tree.type_name}({', '.join(tree.names)})", found=_kind_name(value)
+            )
+        return [getattr(value, name) for name in tree.names]
+    if kind in (Kind.DICT, Kind.ORDERED_DICT):
+        if not isinstance(value, Mapping):
+            raise errors.StructureMismatch(
+                place=place, expected=f"a mapping with keys {list(tree.names)}", found=_kind_name(value)
+            )
+        if set(value) != set(tree.names):
+            raise errors.StructureMismatch(
+                place=place, expected=f"keys {list(tree.names)}", found=f"keys {list(value)}"
+            )
+        return [value[name] for name in tree.names]
+    if not isinstance(value, (tuple, list)):
+        raise errors.StructureMismatch(
+            place=place, expected=f"a {kind.value} of {len(tree.children)}", found=_kind_name(value)
+        )
+    if len(value) != len(tree.children):
+        raise errors.StructureMismatch(
+            place=place, expected=f"{len(tree.children)} items", found=f"{len(value)}"
+        )
+    return value
+
+
+def conform_leaf(value: Any, spec: TensorSpec, place: str) -> Array:
+    """One value as an array of the spec's dtype, with a shape that it admits. Errors as of `conform`."""
+    array = value if type(value) is np.ndarray else _as_array(value, spec, place)
+    if array.dtype != spec.dtype:
+        array = _cast(array, spec, place)
+    if not spec.admits_shape(array.shape):
+        raise errors.ShapeMismatch(place=place, expected=str(spec), found=_describe(array))
+    return array
+
+
+def _as_array(value: Any, spec: TensorSpec, place: str) -> Array:
+    if value is None or isinstance(value, Mapping):
+        raise errors.StructureMismatch(place=place, expected=str(spec), found=_kind_name(value))
+    try:
+        array = np.asarray(value, object if spec.data_type is dtypes.STRING and _is_plain(value) else None)
+    except (ValueError, TypeError, OverflowError):
+        raise errors.ShapeMismatch(
+            place=place, expected=str(spec), found=f"{_kind_name(value)} that is no rectangular array"
+        ) from None
+    if not array.size and _is_plain(value):
+        return array.astype(spec.dtype)
+    return array
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, (list, tuple, str, bytes))
+
+
+def _cast(array: Array, spec: TensorSpec, place: str) -> Array:
+    target = spec.dtype
+    if spec.data_type is dtypes.STRING:
+        if array.dtype.kind in "SU":
+            return array.astype(object)
+        raise _dtype_mismatch(array, spec, place)
+    if array.dtype.newbyteorder("=") == target:
+        return array.astype(target)
+    if not _can_cast(array.dtype, spec.data_type):
+        raise _dtype_mismatch(array, spec, place)
+    if array.dtype.kind in "iu" and target.kind in "iu" and array.size:
+        low, high = array.min(), array.max()
+        bounds = np.iinfo(target)
+        if int(low) < bounds.min or int(high) > bounds.max:
+            raise errors.DTypeMismatch(
+                place=place, expected=str(spec), found=f"{_describe(array)} with integers that do not fit"
+            )
+    with np.errstate(over="ignore"):  # A float too large becomes infinite, as it does in a local model.
+        return array.astype(target)
+
+
+def _can_cast(source: np.dtype[Any], target: dtypes.DType) -> bool:
+    if target is dtypes.BFLOAT16:
+        return source.kind in "biuf"
+    if source == dtypes.BFLOAT16.numpy:
+        return target.numpy.kind in "fc"
+    if source.kind in "iu" and target.numpy.kind in "iu":
+        return True  # By value: see `_cast`. A list of positive Python integers is int64 and may mean uint8.
+    return source.kind in "biufc" and np.can_cast(source, target.numpy, "same_kind")
+
+
+def _dtype_mismatch(array: Array, spec: TensorSpec, place: str) -> errors.DTypeMismatch:
+    return errors.DTypeMismatch(place=place, expected=str(spec), found=_describe(array))
+
+
+def _describe(array: Array) -> str:
+    kind = array.dtype.kind
+    name = "string" if kind in "SUO" else str(array.dtype)
+    return f"{name}{describe_shape(array.shape)}"
+
+
+def _kind_name(value: Any) -> str:
+    """What a value is, without anything of what it holds."""
+    if value is None:
+        return "None"
+    if trees.is_named_tuple(value):
+        return f"{type(value).__name__}({', '.join(value._fields)})"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, collections.abc.Mapping):
+        return f"a mapping with keys {list(value)}"
+    if isinstance(value, np.ndarray):
+        return _describe(value)
+    return type(value).__name__

@@ -1,0 +1,115 @@
+"""The element types of the wire and their numpy counterparts."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+
+import numpy as np
+import numpy.typing as npt
+
+from forwardpass import v1
+from forwardpass.wire import errors
+
+try:
+    import ml_dtypes
+except ImportError:  # An optional dependency: see `BFLOAT16`.
+    HAS_NATIVE_BFLOAT16 = False
+else:
+    HAS_NATIVE_BFLOAT16 = True
+
+if sys.byteorder != "little":
+    # Arrays are moved as they lie in memory; on such a machine every one would have to be swapped.
+    raise ImportError("forwardpass needs a little-endian machine")
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class DType:
+    """One element type.
+
+    name: as numpy names it; "bfloat16" and "string" where numpy has no word of its own.
+    code: the number in `forwardpass.v1.DataType`.
+    itemsize: bytes an element takes on the wire; 0 for strings, whose length varies.
+    numpy: the dtype of arrays in memory. Strings are object arrays of `bytes`.
+    """
+
+    name: str
+    code: int
+    itemsize: int
+    numpy: np.dtype[np.generic]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _plain(code: int, name: str) -> DType:
+    dtype = np.dtype(name)
+    return DType(name, code, dtype.itemsize, dtype)
+
+
+STRING = DType("string", v1.DataType.DATA_TYPE_STRING, 0, np.dtype(object))
+
+# Without ml_dtypes there is no bfloat16 in numpy. Such leaves are then float32 in memory: every bfloat16 is a
+# float32, so what is received is exact; what is sent is rounded to nearest even.
+BFLOAT16 = DType(
+    "bfloat16",
+    v1.DataType.DATA_TYPE_BFLOAT16,
+    2,
+    np.dtype(ml_dtypes.bfloat16 if HAS_NATIVE_BFLOAT16 else np.float32),
+)
+
+ALL: tuple[DType, ...] = (
+    _plain(v1.DataType.DATA_TYPE_FLOAT16, "float16"),
+    _plain(v1.DataType.DATA_TYPE_FLOAT32, "float32"),
+    _plain(v1.DataType.DATA_TYPE_FLOAT64, "float64"),
+    BFLOAT16,
+    _plain(v1.DataType.DATA_TYPE_INT8, "int8"),
+    _plain(v1.DataType.DATA_TYPE_INT16, "int16"),
+    _plain(v1.DataType.DATA_TYPE_INT32, "int32"),
+    _plain(v1.DataType.DATA_TYPE_INT64, "int64"),
+    _plain(v1.DataType.DATA_TYPE_UINT8, "uint8"),
+    _plain(v1.DataType.DATA_TYPE_UINT16, "uint16"),
+    _plain(v1.DataType.DATA_TYPE_UINT32, "uint32"),
+    _plain(v1.DataType.DATA_TYPE_UINT64, "uint64"),
+    _plain(v1.DataType.DATA_TYPE_BOOL, "bool"),
+    _plain(v1.DataType.DATA_TYPE_COMPLEX64, "complex64"),
+    _plain(v1.DataType.DATA_TYPE_COMPLEX128, "complex128"),
+    STRING,
+)
+BY_CODE: dict[int, DType] = {dtype.code: dtype for dtype in ALL}
+BY_NAME: dict[str, DType] = {dtype.name: dtype for dtype in ALL}
+_BY_NUMPY: dict[np.dtype[np.generic], DType] = {
+    dtype.numpy: dtype for dtype in reversed(ALL) if dtype is not BFLOAT16 or HAS_NATIVE_BFLOAT16
+}
+
+
+def of(array: Array, place: str = "array") -> DType:
+    """The element type of an array. Raises DTypeMismatch, naming `place`, where the wire has none for it."""
+    dtype = _BY_NUMPY.get(array.dtype)
+    if dtype is not None:
+        return dtype
+    if array.dtype.kind in "SU":
+        return STRING
+    dtype = _BY_NUMPY.get(array.dtype.newbyteorder("="))
+    if dtype is None:
+        raise errors.DTypeMismatch(
+            place=place, expected=f"one of {', '.join(sorted(BY_NAME))}", found=f"dtype {array.dtype}"
+        )
+    return dtype
+
+
+def bfloat16_bits(array: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The bit patterns of float32 numbers as bfloat16, rounded to nearest even; NaN stays NaN."""
+    flat = np.ascontiguousarray(array, np.float32).reshape(-1)
+    bits = flat.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    # Rounding could carry a NaN's mantissa over into infinity: keep its top bits and set the quiet bit.
+    quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x0040)
+    return np.where(np.isnan(flat), quiet_nan, rounded).astype(np.uint16).reshape(array.shape)
+
+
+def bfloat16_values(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
+    """The float32 numbers of bfloat16 bit patterns, exact."""
+    return np.left_shift(bits.reshape(-1), 16, dtype=np.uint32).view(np.float32).reshape(bits.shape)

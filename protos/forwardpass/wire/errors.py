@@ -1,0 +1,206 @@
+"""The error catalogue: one class for each thing a caller can do something about, the same on both ends."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from google.protobuf.message import DecodeError
+
+from forwardpass import v1
+
+DETAIL_KEY = "forwardpass-error-bin"
+"""The trailing metadata key that carries a serialized `forwardpass.v1.ErrorDetail`."""
+
+
+class ForwardPassError(Exception):
+    """Base of every error of the service.
+
+    status: the gRPC status code's name.
+    sentence: what the class means, for people; the message where nothing more is known.
+    place: the argument or leaf that is wrong, e.g. `model_weights.trainable[3]`; "" where there is none.
+    expected, found: what the place should hold and what it holds.
+    request_id: names the call in the server's log; "" for an error that never left the client.
+    """
+
+    status: ClassVar[str] = "UNKNOWN"
+    sentence: ClassVar[str] = "The call failed."
+
+    def __init__(
+        self, message: str = "", *, place: str = "", expected: str = "", found: str = "", request_id: str = ""
+    ) -> None:
+        if not message and expected:
+            message = f"{place}: expected {expected}, got {found}"
+        elif message and place:
+            message = f"{place}: {message}"
+        super().__init__(message or self.sentence)
+        self.place = place
+        self.expected = expected
+        self.found = found
+        self.request_id = request_id
+
+
+class InvalidRequest(ForwardPassError, ValueError):
+    status = "INVALID_ARGUMENT"
+    sentence = "The request is not a valid message of its method."
+
+
+class StructureMismatch(InvalidRequest):
+    status = "INVALID_ARGUMENT"
+    sentence = "The containers of an argument differ from the model's."
+
+
+class DTypeMismatch(InvalidRequest, TypeError):
+    status = "INVALID_ARGUMENT"
+    sentence = "An array's element type differs from the model's."
+
+
+class ShapeMismatch(InvalidRequest):
+    status = "INVALID_ARGUMENT"
+    sentence = "An array's shape differs from the model's."
+
+
+class ModelRefusedInput(InvalidRequest):
+    status = "INVALID_ARGUMENT"
+    sentence = "The model's graph refused the values or shapes that it was given."
+
+
+class ModelNotFound(ForwardPassError, LookupError):
+    status = "NOT_FOUND"
+    sentence = "The server has no model of this name."
+
+
+class ModelVersionNotFound(ModelNotFound):
+    status = "NOT_FOUND"
+    sentence = "The server has no such version of the model."
+
+
+class ModelLoading(ForwardPassError):
+    status = "UNAVAILABLE"
+    sentence = "The model is still being loaded."
+
+
+class ModelFailed(ForwardPassError):
+    status = "FAILED_PRECONDITION"
+    sentence = "The model failed to load."
+
+
+class ModelChanged(ForwardPassError):
+    status = "FAILED_PRECONDITION"
+    sentence = "Another model answered than the one that was looked up."
+
+
+class FunctionNotAvailable(ForwardPassError, NotImplementedError):
+    status = "FAILED_PRECONDITION"
+    sentence = "The model has no such function."
+
+
+class MessageTooLarge(ForwardPassError):
+    status = "RESOURCE_EXHAUSTED"
+    sentence = "A message is longer than its limit."
+
+
+class ServerOverloaded(ForwardPassError):
+    status = "RESOURCE_EXHAUSTED"
+    sentence = "The server has as many calls as it takes."
+
+
+class OutOfMemory(ForwardPassError, MemoryError):
+    status = "RESOURCE_EXHAUSTED"
+    sentence = "The device has too little memory for this call."
+
+
+class DeadlineExceeded(ForwardPassError, TimeoutError):
+    status = "DEADLINE_EXCEEDED"
+    sentence = "The call did not end before its deadline."
+
+
+class CallCancelled(ForwardPassError):
+    status = "CANCELLED"
+    sentence = "The call was cancelled."
+
+
+class ServerUnavailable(ForwardPassError, ConnectionError):
+    status = "UNAVAILABLE"
+    sentence = "The server cannot be reached."
+
+
+class MethodNotSupported(ForwardPassError):
+    status = "UNIMPLEMENTED"
+    sentence = "The server does not know this method: it is older than the client, or another service."
+
+
+class InternalError(ForwardPassError):
+    status = "INTERNAL"
+    sentence = "The server failed; its log says more under the request id."
+
+
+CATALOGUE: dict[str, type[ForwardPassError]] = {
+    cls.__name__: cls
+    for cls in (
+        InvalidRequest,
+        StructureMismatch,
+        DTypeMismatch,
+        ShapeMismatch,
+        ModelRefusedInput,
+        ModelNotFound,
+        ModelVersionNotFound,
+        ModelLoading,
+        ModelFailed,
+        ModelChanged,
+        FunctionNotAvailable,
+        MessageTooLarge,
+        ServerOverloaded,
+        OutOfMemory,
+        DeadlineExceeded,
+        CallCancelled,
+        ServerUnavailable,
+        MethodNotSupported,
+        InternalError,
+    )
+}
+
+# What a bare status means where no detail came with it: gRPC itself, or something between, answered.
+_BY_STATUS: dict[str, type[ForwardPassError]] = {
+    "INVALID_ARGUMENT": InvalidRequest,
+    "RESOURCE_EXHAUSTED": ServerOverloaded,
+    "DEADLINE_EXCEEDED": DeadlineExceeded,
+    "CANCELLED": CallCancelled,
+    "UNAVAILABLE": ServerUnavailable,
+    "UNIMPLEMENTED": MethodNotSupported,
+    "INTERNAL": InternalError,
+}
+
+
+def encode_detail(error: ForwardPassError) -> bytes:
+    """The error as the value of `DETAIL_KEY`."""
+    detail = v1.ErrorDetail(
+        reason=type(error).__name__,
+        place=error.place,
+        expected=error.expected,
+        found=error.found,
+        request_id=error.request_id,
+    )
+    return detail.SerializeToString()
+
+
+def decode(status: str, message: str, detail: bytes | None) -> ForwardPassError:
+    """The error that a failed call stands for.
+
+    status: the gRPC status code's name. message: its details.
+    detail: the value of `DETAIL_KEY` in the trailing metadata, where there was one.
+    An unknown reason, of a newer server, falls back to what the status means.
+    """
+    found = v1.ErrorDetail()
+    try:
+        found.ParseFromString(detail or b"")
+    except DecodeError:
+        found.Clear()
+    cls = CATALOGUE.get(found.reason)
+    if cls is None:
+        cls = _BY_STATUS.get(status, ForwardPassError)
+        message = message if cls is not ForwardPassError else f"{status}: {message}"
+        if status == "RESOURCE_EXHAUSTED" and "larger than max" in message:
+            cls = MessageTooLarge
+    error = cls(message, request_id=found.request_id)
+    error.place, error.expected, error.found = found.place, found.expected, found.found
+    return error

@@ -1,0 +1,122 @@
+"""Whole requests and responses: small fields through protobuf, structures of arrays through this codec.
+
+Which fields are structures is read off the message's descriptor, so every message of the protocol, and every later
+one, goes through the same two functions. What is written is plain protobuf that any other implementation reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import TypeVar
+
+from google.protobuf.descriptor import Descriptor
+from google.protobuf.message import DecodeError, Message
+
+from forwardpass import v1
+from forwardpass.wire import errors, fields, structures, tensors
+from forwardpass.wire.limits import DEFAULT, Limits
+from forwardpass.wire.structures import Structure
+
+MessageT = TypeVar("MessageT", bound=Message)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Field:
+    """A field that holds structures: one itself where `inner` is empty, else in the fields of its message.
+
+    path: its dotted name in the whole message. A field called `value` wraps, and adds nothing to the path.
+    """
+
+    number: int
+    path: str
+    inner: dict[int, _Field]
+
+
+@functools.lru_cache(maxsize=None)  # One entry for each message type of the protocol.
+def _structure_fields(descriptor: Descriptor) -> Mapping[int, _Field]:
+    return _schema(descriptor, "", frozenset())
+
+
+def _schema(descriptor: Descriptor, parent: str, ancestors: frozenset[str]) -> dict[int, _Field]:
+    found = {}
+    for field in sorted(descriptor.fields, key=lambda field: field.number):
+        inner_type = field.message_type
+        if inner_type is None or inner_type.full_name in ancestors:
+            continue
+        path = parent if field.name == "value" else f"{parent}.{field.name}" if parent else field.name
+        inner = {}
+        if inner_type is not v1.Structure.DESCRIPTOR:
+            inner = _schema(inner_type, path, ancestors | {descriptor.full_name})
+            if not inner:
+                continue
+        found[field.number] = _Field(field.number, path, inner)
+    return found
+
+
+def encode(header: Message, parts: Mapping[str, Structure]) -> bytes:
+    """One message.
+
+    header: the message with all its fields but the structures.
+    parts: its structures under their names, dotted where nested: "model_weights.trainable".
+    """
+    pieces: list[tensors.Buffer] = [header.SerializeToString()]
+    _encode_fields(_structure_fields(header.DESCRIPTOR), parts, pieces)
+    return b"".join(pieces)
+
+
+def _encode_fields(
+    schema: Mapping[int, _Field], parts: Mapping[str, Structure], pieces: list[tensors.Buffer]
+) -> int:
+    total_bytes = 0
+    for field in schema.values():
+        inner: list[tensors.Buffer] = []
+        if field.inner:
+            size_bytes = _encode_fields(field.inner, parts, inner)
+        elif field.path in parts:
+            inner, size_bytes = structures.encode(parts[field.path], field.path)
+        if inner:
+            prefix = fields.prefix(field.number, size_bytes)
+            pieces.append(prefix)
+            pieces += inner
+            total_bytes += len(prefix) + size_bytes
+    return total_bytes
+
+
+def decode(
+    message_type: type[MessageT], data: bytes, limits: Limits = DEFAULT
+) -> tuple[MessageT, dict[str, Structure]]:
+    """The header and the structures of one message, named as in `encode`. Arrays share the memory of `data`.
+
+    Raises InvalidRequest or a subclass, naming the place, for bytes that are no such message.
+    """
+    header = message_type()
+    parts: dict[str, Structure] = {}
+    schema = _structure_fields(header.DESCRIPTOR)
+    rest = _decode_fields(schema, data, 0, len(data), parts, limits)
+    try:
+        header.ParseFromString(rest)
+    except DecodeError:
+        raise errors.InvalidRequest(f"malformed message: no {header.DESCRIPTOR.name}") from None
+    return header, parts
+
+
+def _decode_fields(
+    schema: Mapping[int, _Field], data: bytes, start: int, end: int, parts: dict[str, Structure], limits: Limits
+) -> bytes:
+    """Puts the structures in data[start:end] into `parts` and returns the other fields' bytes."""
+    rest: list[bytes] = []
+    for number, wire_type, field_start, value_start, value_end in fields.scan(data, start, end):
+        field = schema.get(number)
+        if field is None:
+            rest.append(data[field_start:value_end])
+        elif wire_type != fields.LENGTH_DELIMITED:
+            raise errors.InvalidRequest(f"malformed message: wire type {wire_type}", place=field.path)
+        elif field.inner:
+            _decode_fields(field.inner, data, value_start, value_end, parts, limits)
+        elif field.path in parts:
+            raise errors.InvalidRequest("malformed message: a second structure in one field", place=field.path)
+        else:
+            parts[field.path] = structures.decode(data, value_start, value_end, field.path, limits)
+    return b"".join(rest)

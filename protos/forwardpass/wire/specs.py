@@ -1,0 +1,137 @@
+"""What arrays and structures must look like, and the messages that say so."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from forwardpass import v1
+from forwardpass.wire import dtypes, errors, trees
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What an array must look like.
+
+    shape: None for a dimension that may differ from call to call; None altogether where the rank is free.
+    data_type: the element type on the wire.
+    batched: the first dimension is the batch, of one size in all leaves of a call that are so marked.
+    """
+
+    shape: tuple[int | None, ...] | None
+    data_type: dtypes.DType
+    batched: bool = False
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy dtype of the array in memory."""
+        return self.data_type.numpy
+
+    def admits_shape(self, shape: Sequence[int]) -> bool:
+        """Whether an array of this shape fits."""
+        if self.shape is None:
+            return True
+        if len(shape) != len(self.shape):
+            return False
+        for expected, found in zip(self.shape, shape, strict=True):
+            if expected is not None and expected != found:
+                return False
+        return True
+
+    def __str__(self) -> str:
+        return f"{self.data_type}{describe_shape(self.shape)}"
+
+
+def zeros(spec: TensorSpec, batch: int = 1, other: int = 1) -> dtypes.Array:
+    """Zeros, or empty strings, that fit a spec.
+
+    batch: the size of a first dimension that may differ; other: of the rest. An array of any rank gets one dimension.
+    """
+    dims = (None,) if spec.shape is None else spec.shape
+    shape = [dim if dim is not None else other if index else batch for index, dim in enumerate(dims)]
+    return np.full(shape, b"" if spec.data_type is dtypes.STRING else 0, spec.dtype)
+
+
+def describe_shape(shape: Sequence[int | None] | None) -> str:
+    """A shape as error messages write it: `[None,10]`, `[...]` for any rank."""
+    return "[...]" if shape is None else f"[{','.join(map(str, shape))}]"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StructureSpec:
+    """What a structure must look like: its containers and one spec for each leaf, in the tree's order."""
+
+    tree: trees.TreeDef
+    leaves: tuple[TensorSpec, ...]
+
+    @classmethod
+    def of(cls, value: trees.Nested, place: str = "spec") -> StructureSpec:
+        """Takes nested containers of TensorSpec apart."""
+        tree, leaves = trees.flatten(value, place, is_leaf=lambda node: isinstance(node, TensorSpec))
+        for leaf, path in zip(leaves, tree.paths(place), strict=True):
+            if not isinstance(leaf, TensorSpec):
+                raise errors.StructureMismatch(place=path, expected="a TensorSpec", found=type(leaf).__name__)
+        return cls(tree, tuple(leaves))
+
+    def nested(self) -> trees.Nested:
+        """The containers with a TensorSpec for each leaf."""
+        return self.tree.unflatten(self.leaves)
+
+    def child(self, index: int) -> StructureSpec:
+        """The spec of one item of the outermost container."""
+        before = sum(child.num_leaves for child in self.tree.children[:index])
+        tree = self.tree.children[index]
+        return StructureSpec(tree, self.leaves[before : before + tree.num_leaves])
+
+    def named_child(self, name: str) -> StructureSpec:
+        """The spec under one name of the outermost mapping or named tuple."""
+        return self.child(self.tree.names.index(name))
+
+    def __str__(self) -> str:
+        return str(self.tree.unflatten([_Text(str(leaf)) for leaf in self.leaves]))
+
+
+class _Text(str):
+    def __repr__(self) -> str:
+        return str(self)
+
+
+EMPTY = StructureSpec(trees.NONE, ())
+"""The spec of None."""
+
+
+def encode(spec: StructureSpec) -> v1.StructureSpec:
+    """A spec as its message."""
+    message = v1.StructureSpec()
+    message.tree.ParseFromString(spec.tree.encoded)
+    for leaf in spec.leaves:
+        shape = [] if leaf.shape is None else [-1 if dim is None else dim for dim in leaf.shape]
+        message.leaves.add(
+            data_type=v1.DataType.ValueType(leaf.data_type.code),
+            shape=shape,
+            unknown_rank=leaf.shape is None,
+            batched=leaf.batched,
+        )
+    return message
+
+
+def decode(message: v1.StructureSpec, place: str = "spec") -> StructureSpec:
+    """The spec that a message holds. Raises InvalidRequest or a subclass where it is unsound."""
+    tree = trees.decode(message.tree.SerializeToString(deterministic=True), place)
+    if len(message.leaves) != tree.num_leaves:
+        raise errors.StructureMismatch(
+            place=place, expected=f"{tree.num_leaves} leaves", found=f"{len(message.leaves)}"
+        )
+    leaves = []
+    for leaf, path in zip(message.leaves, tree.paths(place), strict=True):
+        dtype = dtypes.BY_CODE.get(leaf.data_type)
+        if dtype is None:
+            raise errors.DTypeMismatch(
+                place=path, expected="a data type of the protocol", found=f"number {leaf.data_type}"
+            )
+        shape = None if leaf.unknown_rank else tuple(None if dim < 0 else dim for dim in leaf.shape)
+        leaves.append(TensorSpec(shape, dtype, leaf.batched))
+    return StructureSpec(tree, tuple(leaves))

@@ -1,0 +1,165 @@
+"""Arrays as `forwardpass.v1.Tensor` messages, decoded as views of the bytes that came."""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+
+from forwardpass.wire import dtypes, errors, fields
+from forwardpass.wire.dtypes import Array
+from forwardpass.wire.limits import DEFAULT, Limits
+
+Buffer = bytes | memoryview | Array
+"""Anything that `bytes.join` takes; arrays among them are C-contiguous."""
+
+_DATA_TYPE, _SHAPE, _DATA = 1, 2, 3
+_LENGTH = struct.Struct("<I")
+
+
+def encode(array: Array, dtype: dtypes.DType | None = None, place: str = "array") -> tuple[list[Buffer], int]:
+    """One array as the pieces of a Tensor message, and the sum of their lengths in bytes.
+
+    Contiguous arrays in native byte order are not copied: keep them unchanged until the pieces are joined.
+    dtype: the type on the wire where the array's own does not tell it (bfloat16 held as float32).
+    Raises DTypeMismatch for an array whose dtype the wire lacks.
+    """
+    dtype = dtype or dtypes.of(array, place)
+    data: Buffer
+    if dtype is dtypes.STRING:
+        data = _encode_strings(array, place)
+        data_bytes = len(data)
+    else:
+        elements = array if array.dtype == dtype.numpy else array.astype(dtype.numpy)
+        if dtype is dtypes.BFLOAT16:
+            # The buffer protocol has no bfloat16.
+            elements = elements.view(np.uint16) if dtypes.HAS_NATIVE_BFLOAT16 else dtypes.bfloat16_bits(elements)
+        data = elements if elements.flags.c_contiguous else np.ascontiguousarray(elements)
+        data_bytes = data.nbytes
+    header = _header(dtype.code, array.shape) + fields.varint(data_bytes)
+    return [header, data], len(header) + data_bytes
+
+
+@functools.lru_cache(maxsize=4096)
+def _header(code: int, shape: tuple[int, ...]) -> bytes:
+    """Everything of a Tensor message before the length of its data."""
+    encoded = bytes((_DATA_TYPE << 3 | fields.VARINT, code))
+    if shape:
+        dims = b"".join(map(fields.varint, shape))
+        encoded += fields.prefix(_SHAPE, len(dims)) + dims
+    return encoded + bytes((_DATA << 3 | fields.LENGTH_DELIMITED,))
+
+
+def decode(data: bytes, start: int, end: int, place: str = "tensor", limits: Limits = DEFAULT) -> Array:
+    """The Tensor message in data[start:end] as a read-only array that shares its memory.
+
+    Strings (object arrays of bytes) and bfloat16 without ml_dtypes are copied.
+    Raises InvalidRequest, DTypeMismatch or ShapeMismatch, naming `place`; nothing is allocated before all of the
+    message is known to be sound.
+    """
+    code = 0
+    shape: Sequence[int] = ()
+    data_start = data_end = start
+    for number, wire_type, _, value_start, value_end in fields.scan(data, start, end):
+        if number == _DATA:
+            _expect(wire_type, fields.LENGTH_DELIMITED, place)
+            data_start, data_end = value_start, value_end
+        elif number == _SHAPE:
+            if value_end - value_start > 10 * limits.max_rank:
+                raise errors.ShapeMismatch(place=place, expected=f"at most {limits.max_rank} dimensions", found="more")
+            dims = fields.read_int64s(data, wire_type, value_start, value_end)
+            shape = [*shape, *dims] if shape else dims
+            if len(shape) > limits.max_rank:
+                raise errors.ShapeMismatch(
+                    place=place, expected=f"at most {limits.max_rank} dimensions", found=f"{len(shape)}"
+                )
+        elif number == _DATA_TYPE:
+            _expect(wire_type, fields.VARINT, place)
+            code, _ = fields.read_varint(data, value_start, value_end)
+    dtype = dtypes.BY_CODE.get(code)
+    if dtype is None:
+        raise errors.DTypeMismatch(place=place, expected="a data type of the protocol", found=f"number {code}")
+    count = _element_count(shape, dtype, place, limits)
+    if dtype is dtypes.STRING:
+        return _decode_strings(data, data_start, data_end, count, shape, place)
+    if count * dtype.itemsize != data_end - data_start:
+        raise errors.ShapeMismatch(
+            place=place,
+            expected=f"{count * dtype.itemsize} bytes for {dtype}{list(shape)}",
+            found=f"{data_end - data_start} bytes",
+        )
+    if dtype is dtypes.BFLOAT16 and not dtypes.HAS_NATIVE_BFLOAT16:
+        bits = np.frombuffer(data, np.uint16, count, data_start) if count else np.empty(0, np.uint16)
+        return _read_only(dtypes.bfloat16_values(bits).reshape(shape))
+    if not count:
+        return _read_only(np.empty(shape, dtype.numpy))
+    array: Array = np.frombuffer(data, dtype.numpy, count, data_start).reshape(shape)
+    if dtype.numpy.kind == "b" and array.view(np.uint8).max() > 1:
+        raise errors.InvalidRequest("malformed tensor: a bool that is neither 0 nor 1", place=place)
+    return array
+
+
+def _expect(wire_type: int, expected: int, place: str) -> None:
+    if wire_type != expected:
+        raise errors.InvalidRequest(f"malformed tensor: wire type {wire_type}", place=place)
+
+
+def _element_count(shape: Sequence[int], dtype: dtypes.DType, place: str, limits: Limits) -> int:
+    count = 1
+    for dim in shape:
+        if dim < 0:
+            raise errors.ShapeMismatch(place=place, expected="dimensions >= 0", found=f"{list(shape)}")
+        count *= dim
+    if not count:
+        extent = math.prod(dim for dim in shape if dim) * max(dtype.itemsize, 1)
+        if extent > limits.max_empty_extent_bytes:
+            raise errors.ShapeMismatch(
+                place=place,
+                expected=f"dimensions other than 0 of at most {limits.max_empty_extent_bytes} bytes",
+                found=f"{dtype}{list(shape)}",
+            )
+    return count
+
+
+def _read_only(array: Array) -> Array:
+    array.flags.writeable = False
+    return array
+
+
+def _encode_strings(array: Array, place: str) -> bytes:
+    pieces = []
+    for element in array.ravel().tolist():
+        if isinstance(element, str):
+            element = element.encode()
+        elif not isinstance(element, bytes):
+            raise errors.DTypeMismatch(place=place, expected="bytes or str", found=type(element).__name__)
+        pieces.append(_LENGTH.pack(len(element)))
+        pieces.append(element)
+    return b"".join(pieces)
+
+
+def _decode_strings(
+    data: bytes, start: int, end: int, count: int, shape: Sequence[int], place: str
+) -> Array:
+    # Each string has at least its length: this bounds the count before anything is allocated.
+    if count * _LENGTH.size > end - start:
+        raise errors.ShapeMismatch(
+            place=place, expected=f"{count} strings for string{list(shape)}", found=f"{end - start} bytes"
+        )
+    strings = np.empty(count, object)
+    position = start
+    for index in range(count):
+        if position + _LENGTH.size > end:
+            raise errors.InvalidRequest("malformed tensor: a string without its length", place=place)
+        (length,) = _LENGTH.unpack_from(data, position)
+        position += _LENGTH.size
+        if length > end - position:
+            raise errors.InvalidRequest("malformed tensor: a string longer than its tensor", place=place)
+        strings[index] = data[position : position + length]
+        position += length
+    if position != end:
+        raise errors.InvalidRequest(f"malformed tensor: {end - position} bytes after the last string", place=place)
+    return _read_only(strings.reshape(shape))

@@ -1,0 +1,308 @@
+"""The containers of a structure: taken apart into leaves, put together again, carried as `forwardpass.v1.TreeDef`."""
+
+from __future__ import annotations
+
+import collections
+import enum
+import functools
+import keyword
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from google.protobuf.message import DecodeError
+
+from forwardpass import v1
+from forwardpass.wire import errors
+from forwardpass.wire.limits import DEFAULT, Limits
+
+Nested: TypeAlias = Any
+"""A leaf, or a tuple, list, dict, OrderedDict or namedtuple of nested values, or None."""
+
+
+class Kind(enum.Enum):
+    """What a node of a structure is; the value is its field in TreeDef."""
+
+    LEAF = "leaf"
+    TUPLE = "tuple"
+    LIST = "list"
+    DICT = "dict"
+    ORDERED_DICT = "ordered_dict"
+    NAMED_TUPLE = "named_tuple"
+    NONE = "none"
+
+
+_SEQUENCES = (Kind.TUPLE, Kind.LIST)
+_MAPPINGS = (Kind.DICT, Kind.ORDERED_DICT)
+
+
+class TreeDef:
+    """The containers of one structure, immutable; equal where kinds, names and their order are.
+
+    kind: what the root is.
+    names: keys of a mapping or fields of a named tuple, in order; () otherwise.
+    type_name: of a named tuple; "" otherwise.
+    children: the trees below, in order; leaves are counted depth first in this order.
+    is_flat: every child is a leaf.
+    named_tuple_class: builds a named tuple from its items; plays no part in equality, and does not travel.
+    """
+
+    __slots__ = ("__dict__", "children", "is_flat", "kind", "named_tuple_class", "names", "num_leaves", "type_name")
+
+    def __init__(
+        self,
+        kind: Kind,
+        children: Sequence[TreeDef] = (),
+        names: Sequence[str] = (),
+        type_name: str = "",
+        named_tuple_class: Callable[..., Any] | None = None,
+    ) -> None:
+        self.kind = kind
+        self.children = tuple(children)
+        self.names = tuple(names)
+        self.type_name = type_name
+        self.num_leaves = 1 if kind is Kind.LEAF else sum(child.num_leaves for child in self.children)
+        self.is_flat = all(child.kind is Kind.LEAF for child in self.children)
+        self.named_tuple_class = named_tuple_class
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, TreeDef) and self.encoded == other.encoded)
+
+    def __hash__(self) -> int:
+        return hash(self.encoded)
+
+    def __repr__(self) -> str:
+        return f"TreeDef({self.describe()})"
+
+    def describe(self) -> str:
+        """The containers as a person writes them, `*` for a leaf."""
+        if self.kind is Kind.LEAF:
+            return "*"
+        if self.kind is Kind.NONE:
+            return "None"
+        inner = [child.describe() for child in self.children]
+        if self.kind is Kind.LIST:
+            return f"[{', '.join(inner)}]"
+        if self.kind is Kind.TUPLE:
+            return f"({', '.join(inner)}{',' if len(inner) == 1 else ''})"
+        if self.kind is Kind.NAMED_TUPLE:
+            return f"{self.type_name}({', '.join(map('='.join, zip(self.names, inner, strict=True)))})"
+        body = "{" + ", ".join(f"{name!r}: {child}" for name, child in zip(self.names, inner, strict=True)) + "}"
+        return body if self.kind is Kind.DICT else f"OrderedDict({body})"
+
+    @functools.cached_property
+    def encoded(self) -> bytes:
+        """The tree as a TreeDef message; the same bytes for the same tree."""
+        return self._message().SerializeToString(deterministic=True)
+
+    def _message(self) -> v1.TreeDef:
+        values = [child._message() for child in self.children]
+        message = v1.TreeDef()
+        node = getattr(message, self.kind.value)
+        node.SetInParent()
+        if self.kind in _SEQUENCES:
+            node.items.extend(values)
+        elif self.kind in _MAPPINGS:
+            node.keys.extend(self.names)
+            node.values.extend(values)
+        elif self.kind is Kind.NAMED_TUPLE:
+            node.type_name = self.type_name
+            node.fields.extend(self.names)
+            node.values.extend(values)
+        return message
+
+    def unflatten(self, leaves: Sequence[Any]) -> Nested:
+        """The structure with these leaves in it. Raises StructureMismatch where their number is another."""
+        if len(leaves) != self.num_leaves:
+            raise errors.StructureMismatch(
+                place="structure", expected=f"{self.num_leaves} leaves", found=f"{len(leaves)}"
+            )
+        return self._build(iter(leaves))
+
+    def _build(self, leaves: Iterator[Any]) -> Nested:
+        kind = self.kind
+        if kind is Kind.LEAF:
+            return next(leaves)
+        if kind is Kind.NONE:
+            return None
+        values = [child._build(leaves) for child in self.children]
+        if kind is Kind.TUPLE:
+            return tuple(values)
+        if kind is Kind.LIST:
+            return values
+        if kind is Kind.NAMED_TUPLE:
+            return (self.named_tuple_class or named_tuple_class(self.type_name, self.names))(*values)
+        items = zip(self.names, values, strict=True)
+        return dict(items) if kind is Kind.DICT else collections.OrderedDict(items)
+
+    def paths(self, root: str) -> list[str]:
+        """Where each leaf stands, as Python would index it: `root[0]['dense']`."""
+        if self.kind is Kind.LEAF:
+            return [root]
+        return [
+            path
+            for index, child in enumerate(self.children)
+            for path in child.paths(self.child_path(root, index))
+        ]
+
+    def child_path(self, path: str, index: int) -> str:
+        """Where child `index` of a tree at `path` stands."""
+        if self.kind in _SEQUENCES:
+            return f"{path}[{index}]"
+        if self.kind is Kind.NAMED_TUPLE:
+            return f"{path}.{self.names[index]}"
+        return f"{path}[{self.names[index]!r}]"
+
+
+LEAF = TreeDef(Kind.LEAF)
+NONE = TreeDef(Kind.NONE)
+
+
+def flatten(
+    value: Nested,
+    place: str = "structure",
+    limits: Limits = DEFAULT,
+    is_leaf: Callable[[Any], bool] = lambda value: False,
+) -> tuple[TreeDef, list[Any]]:
+    """A structure's containers and its leaves. Whatever is no container is a leaf, and what `is_leaf` says.
+
+    Raises StructureMismatch for keys that are no strings and for what exceeds `limits`.
+    """
+    leaves: list[Any] = []
+    return _flatten(value, place, limits, is_leaf, limits.max_depth, leaves), leaves
+
+
+def _flatten(
+    value: Nested,
+    place: str,
+    limits: Limits,
+    is_leaf: Callable[[Any], bool],
+    depth: int,
+    leaves: list[Any],
+) -> TreeDef:
+    if value is None:
+        return NONE
+    if is_leaf(value) or not isinstance(value, (tuple, list, Mapping)):
+        leaves.append(value)
+        if len(leaves) > limits.max_leaves:
+            raise errors.StructureMismatch(place=place, expected=f"at most {limits.max_leaves} leaves", found="more")
+        return LEAF
+    if not depth:
+        raise errors.StructureMismatch(place=place, expected=f"at most {limits.max_depth} levels", found="more")
+    names: Sequence[str] = ()
+    items: Sequence[Nested]
+    type_name = ""
+    if isinstance(value, Mapping):
+        kind = Kind.ORDERED_DICT if isinstance(value, collections.OrderedDict) else Kind.DICT
+        names, items = list(value), list(value.values())
+    elif isinstance(value, list):
+        kind, items = Kind.LIST, value
+    elif is_named_tuple(value):
+        kind, items = Kind.NAMED_TUPLE, value
+        names, type_name = value._fields, type(value).__name__
+        check_type_name(type_name, place)
+    else:
+        kind, items = Kind.TUPLE, value
+    for name in names:
+        check_name(name, place, limits)
+    tree = TreeDef(kind, (), names, type_name)
+    children = [
+        _flatten(item, tree.child_path(place, index), limits, is_leaf, depth - 1, leaves)
+        for index, item in enumerate(items)
+    ]
+    return TreeDef(kind, children, names, type_name, type(value) if kind is Kind.NAMED_TUPLE else None)
+
+
+def is_named_tuple(value: object) -> bool:
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def check_name(name: object, place: str, limits: Limits = DEFAULT) -> None:
+    """Raises StructureMismatch unless `name` can be a key on the wire."""
+    if not isinstance(name, str):
+        raise errors.StructureMismatch(place=place, expected="keys that are strings", found=f"{type(name).__name__}")
+    # "replace" for what no message can carry either: protobuf says so when it is encoded.
+    size_bytes = len(name.encode(errors="replace"))
+    if size_bytes > limits.max_name_bytes:
+        raise errors.StructureMismatch(
+            place=place, expected=f"keys of at most {limits.max_name_bytes} bytes", found=f"{size_bytes}"
+        )
+
+
+def check_type_name(name: str, place: str) -> None:
+    """Raises StructureMismatch unless `name` can be the name of a named tuple's class."""
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise errors.StructureMismatch(place=place, expected="a named tuple's type name", found=f"{name[:40]!r}")
+
+
+@functools.lru_cache(maxsize=256)
+def named_tuple_class(type_name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
+    """The class for named tuples of this name and these fields: one for all calls."""
+    return collections.namedtuple(type_name, fields)  # type: ignore[misc]
+
+
+# Trees come with every array and are few: a decoded one is kept under its bytes. Longer ones are not, so that
+# strangers cannot fill the memory with them.
+_CACHED_BYTES = 4096
+
+
+def decode(encoded: bytes, place: str = "structure", limits: Limits = DEFAULT) -> TreeDef:
+    """The tree of a TreeDef message. Raises InvalidRequest or StructureMismatch where it is none, or over `limits`."""
+    if len(encoded) <= _CACHED_BYTES:
+        return _decode_cached(encoded, place, limits)
+    return _decode(encoded, place, limits)
+
+
+def _decode(encoded: bytes, place: str, limits: Limits) -> TreeDef:
+    if len(encoded) > limits.max_tree_bytes:
+        raise errors.StructureMismatch(
+            place=place, expected=f"a tree of at most {limits.max_tree_bytes} bytes", found=f"{len(encoded)}"
+        )
+    message = v1.TreeDef()
+    try:
+        message.ParseFromString(encoded)
+    except DecodeError:
+        raise errors.InvalidRequest("malformed tree", place=place) from None
+    tree = _from_message(message, place, limits, limits.max_depth)
+    if tree.num_leaves > limits.max_leaves:
+        raise errors.StructureMismatch(
+            place=place, expected=f"at most {limits.max_leaves} leaves", found=f"{tree.num_leaves}"
+        )
+    return tree
+
+
+_decode_cached = functools.lru_cache(maxsize=1024)(_decode)
+
+
+def _from_message(message: v1.TreeDef, place: str, limits: Limits, depth: int) -> TreeDef:
+    field = message.WhichOneof("node")
+    if field is None:
+        raise errors.InvalidRequest("malformed tree: an empty node", place=place)
+    kind = Kind(field)
+    if kind is Kind.LEAF:
+        return LEAF
+    if kind is Kind.NONE:
+        return NONE
+    if not depth:
+        raise errors.StructureMismatch(place=place, expected=f"at most {limits.max_depth} levels", found="more")
+    node = getattr(message, field)
+    names: tuple[str, ...] = ()
+    type_name = ""
+    if kind in _SEQUENCES:
+        values = node.items
+    else:
+        values = node.values
+        names = tuple(node.keys if kind in _MAPPINGS else node.fields)
+        if len(names) != len(values) or len(set(names)) != len(names):
+            raise errors.StructureMismatch(
+                place=place, expected=f"{len(values)} different names", found=f"{len(set(names))} of {len(names)}"
+            )
+        for name in names:
+            check_name(name, place, limits)
+    if kind is Kind.NAMED_TUPLE:
+        type_name = node.type_name
+        check_type_name(type_name, place)
+        for name in names:
+            # What collections.namedtuple refuses.
+            if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
+                raise errors.StructureMismatch(place=place, expected="names of fields", found=f"{name[:40]!r}")
+    return TreeDef(kind, [_from_message(value, place, limits, depth - 1) for value in values], names, type_name)

@@ -1,0 +1,162 @@
+"""The command `forwardpass-server`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import pathlib
+import sys
+
+import click
+
+from forwardpass_server.app import settings as app_settings
+from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.serving.errors import DeviceNotFound, ModelLoadError
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="forwardpass")
+def main() -> None:
+    """Run functional models: models whose forward pass takes its weights as an argument.
+
+    \b
+    A model repository is a folder of models, each with a folder for each version:
+        models/digits/1/    a SavedModel by tff.learning.models.save_functional_model,
+        models/digits/2/    one by `forwardpass-server export`,
+        models/mnist/1/     or a .keras file with a forwardpass.json beside it.
+    Serve it with
+        forwardpass-server serve --model-repository models
+    """
+
+
+@main.command()
+@click.option(
+    "--model-repository",
+    type=click.Path(path_type=pathlib.Path),
+    envvar="FORWARDPASS_MODEL_REPOSITORY",
+    show_envvar=True,
+    help="Folder NAME/VERSION/ of models.",
+)
+@click.option(
+    "--factory",
+    "factories",
+    multiple=True,
+    metavar="NAME=MODULE:FUNCTION",
+    envvar="FORWARDPASS_FACTORIES",
+    show_envvar=True,
+    help="Serve the FunctionalModel that a Python function returns, as version 1 of NAME. May be repeated.",
+)
+@click.option("--host", default=Settings.host, show_default=True, envvar="FORWARDPASS_HOST", show_envvar=True,
+              help="Address to listen on. Whoever reaches it may run the models.")
+@click.option("--port", default=Settings.port, show_default=True, envvar="FORWARDPASS_PORT", show_envvar=True,
+              help="Port for gRPC; 0 takes a free one and prints it.")
+@click.option("--metrics-port", default=Settings.metrics_port, show_default=True,
+              envvar="FORWARDPASS_METRICS_PORT", show_envvar=True,
+              help="Port for Prometheus, on the same address; 0 takes a free one, -1 means none.")
+@click.option("--device", default=Settings.device, show_default=True, envvar="FORWARDPASS_DEVICE", show_envvar=True,
+              help="auto, cpu, gpu, or one of several as gpu:1. auto is the first GPU, else the CPU.")
+@click.option("--max-message-mib", default=Settings.max_message_bytes // 2**20, show_default=True,
+              envvar="FORWARDPASS_MAX_MESSAGE_MIB", show_envvar=True, help="Longest request and response, in MiB.")
+@click.option("--execution-threads", type=int, envvar="FORWARDPASS_EXECUTION_THREADS", show_envvar=True,
+              help="Computations at once beside the event loop.  [default: the number of cores, at least 2]")
+@click.option("--max-concurrent-calls", default=Settings.max_concurrent_calls, show_default=True,
+              envvar="FORWARDPASS_MAX_CONCURRENT_CALLS", show_envvar=True,
+              help="Calls at once; further ones are refused with RESOURCE_EXHAUSTED.")
+@click.option("--drain-delay", default=Settings.drain_delay_s, show_default=True,
+              envvar="FORWARDPASS_DRAIN_DELAY", show_envvar=True,
+              help="Seconds between health's NOT_SERVING and the end of listening, after SIGTERM.")
+@click.option("--drain-timeout", default=Settings.drain_timeout_s, show_default=True,
+              envvar="FORWARDPASS_DRAIN_TIMEOUT", show_envvar=True,
+              help="Seconds for running calls to end, after that.")
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info",
+              show_default=True, envvar="FORWARDPASS_LOG_LEVEL", show_envvar=True, help="What is logged to stderr.")
+def serve(
+    model_repository: pathlib.Path | None,
+    factories: tuple[str, ...],
+    host: str,
+    port: int,
+    metrics_port: int,
+    device: str,
+    max_message_mib: int,
+    execution_threads: int | None,
+    max_concurrent_calls: int,
+    drain_delay: float,
+    drain_timeout: float,
+    log_level: str,
+) -> None:
+    """Serve models until SIGTERM or Ctrl-C.
+
+    Prints where it listens and, once the models are loaded, which of them failed; a model that fails hinders no other.
+    """
+    _configure_logging(log_level)
+    try:
+        settings = Settings(
+            model_repository=model_repository,
+            factories=app_settings.parse_factories(factories),
+            host=host,
+            port=port,
+            metrics_port=None if metrics_port < 0 else metrics_port,
+            device=device,
+            max_message_bytes=max_message_mib * 2**20,
+            **({} if execution_threads is None else {"execution_threads": execution_threads}),
+            max_concurrent_calls=max_concurrent_calls,
+            drain_delay_s=drain_delay,
+            drain_timeout_s=drain_timeout,
+        )
+        # TensorFlow takes seconds to import: --help and a wrong setting need not wait for it.
+        from forwardpass_server.app import serve as app_serve
+
+        asyncio.run(app_serve.serve(settings, _announce))
+    except (SettingsError, DeviceNotFound, OSError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@click.argument("source")
+@click.argument("model_repository", type=click.Path(file_okay=False, path_type=pathlib.Path))
+@click.argument("name")
+@click.option("--version", type=click.IntRange(min=1), help="Version to write.  [default: one above the highest]")
+@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
+              help="For a .keras file: a forwardpass.json with input_spec, loss and metrics.")
+def export(
+    source: str, model_repository: pathlib.Path, name: str, version: int | None, config: pathlib.Path | None
+) -> None:
+    """Write a functional model into a model repository.
+
+    SOURCE is a .keras file, with a forwardpass.json beside it or named by --config, or a Python function
+    MODULE:FUNCTION that returns a FunctionalModel.
+
+    \b
+    Example of a forwardpass.json:
+        {"input_spec": {"x": {"dtype": "float32", "shape": [null, 8, 8, 1]},
+                        "y": {"dtype": "int64", "shape": [null]}},
+         "loss": {"class_name": "SparseCategoricalCrossentropy", "config": {"from_logits": true}},
+         "metrics": ["SparseCategoricalAccuracy"]}
+    """
+    _configure_logging("warning")
+    from forwardpass_server.app import export as app_export
+
+    try:
+        folder = app_export.export(source, model_repository, name, version, config)
+    except (ModelLoadError, SettingsError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"wrote {folder}")
+
+
+def _announce(line: str) -> None:
+    # Whoever started this may read it from a pipe.
+    print(line, flush=True)
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(
+        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    # Before TensorFlow is imported. Its own lines say nothing that ours do not.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Writes functional models into a model repository."""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+
+from forwardpass_server.app.settings import SettingsError
+from forwardpass_server.models import formats, loading, model_config
+from forwardpass_server.models.export import save_functional_model
+from forwardpass_server.models.functional import FunctionalModel
+from forwardpass_server.serving.repository import MODEL_NAME, scan
+
+
+def export(
+    source: str, repository: pathlib.Path, name: str, version: int | None, config: pathlib.Path | None
+) -> pathlib.Path:
+    """Writes the model that `source` stands for as a version of model `name`, and returns its folder.
+
+    source: a .keras file, or `module:function`. version: None for one above the highest there is.
+    config: the .keras file's forwardpass.json, where it does not lie beside it.
+    The version appears whole or not at all. Raises SettingsError, ModelLoadError or FileExistsError.
+    """
+    if not MODEL_NAME.fullmatch(name):
+        raise SettingsError(f"name: expected {MODEL_NAME.pattern}, got {name!r}")
+    repository.mkdir(parents=True, exist_ok=True)
+    versions = [found.version for found in scan(repository) if found.name == name]
+    folder = repository / name / str(version or max(versions, default=0) + 1)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists: choose another --version")
+    model = _read(source, config)
+    folder.parent.mkdir(exist_ok=True)
+    # Beside its place, under a name that no repository takes for a version: the last step is one rename.
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as temporary:
+        written = pathlib.Path(temporary) / "model"
+        save_functional_model(model, written)
+        written.rename(folder)
+    return folder
+
+
+def _read(source: str, config: pathlib.Path | None) -> FunctionalModel:
+    if not source.endswith(".keras"):
+        if config is not None:
+            raise SettingsError("--config: only a .keras file has one")
+        return loading.from_factory(source)
+    archive = pathlib.Path(source)
+    return formats.read_keras(archive, model_config.read(config or archive.parent / model_config.FILE_NAME))

@@ -1,0 +1,92 @@
+"""Starts a server, loads its models, and ends it when told to."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import signal
+from collections.abc import Callable
+
+import prometheus_client
+
+from forwardpass.wire.methods import SERVICE
+from forwardpass_server.app.settings import Settings
+from forwardpass_server.models.loading import TensorFlowLoader
+from forwardpass_server.rpc.server import MODEL_HEALTH_PREFIX, Server, ServerOptions
+from forwardpass_server.rpc.servicer import FunctionalModelServicer
+from forwardpass_server.serving import repository
+from forwardpass_server.serving.calls import Caller
+from forwardpass_server.serving.registry import Registry, State
+from forwardpass_server.serving.scheduling import Scheduler
+from forwardpass_server.telemetry.metrics import Metrics
+
+_LOGGER = logging.getLogger(__name__)
+
+
+async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
+    """Serves until SIGTERM or SIGINT.
+
+    announce: is told, once each, where the server listens and when the models are loaded.
+    Raises DeviceNotFound, or OSError where a port is taken.
+    """
+    metrics = Metrics()
+    loader = TensorFlowLoader(settings.device, metrics.trace)
+    sources = repository.from_factories(settings.factories)
+    if settings.model_repository is not None:
+        sources += repository.scan(settings.model_repository)
+    registry = Registry(sources)
+    for state in State:
+        metrics.models_in_state(state.value, functools.partial(registry.count, state))
+    scheduler = Scheduler(settings.execution_threads)
+    caller = Caller(registry, scheduler, metrics, settings.max_concurrent_calls)
+    server = Server(
+        ServerOptions(
+            host=settings.host,
+            port=settings.port,
+            max_message_bytes=settings.max_message_bytes,
+            drain_delay_s=settings.drain_delay_s,
+            drain_timeout_s=settings.drain_timeout_s,
+        ),
+        FunctionalModelServicer(registry, caller, settings.max_message_bytes),
+        metrics,
+    )
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    exporter = None
+    if settings.metrics_port is not None:
+        exporter, _ = prometheus_client.start_http_server(
+            settings.metrics_port, settings.host, registry=metrics.registry
+        )
+        announce(f"metrics on http://{settings.host}:{exporter.server_port}/metrics")
+    port = await server.start()
+    announce(f"listening on {settings.host}:{port}")
+    loading = asyncio.create_task(_load(registry, loader, server, announce))
+    await stop.wait()
+    loading.cancel()
+    await server.drain()
+    scheduler.close()
+    if exporter is not None:
+        exporter.shutdown()
+
+
+async def _load(
+    registry: Registry, loader: TensorFlowLoader, server: Server, announce: Callable[[str], None]
+) -> None:
+    """Loads every model, one after another beside the event loop, and then says SERVING."""
+    for entry in registry.entries():
+        source = entry.source
+        await asyncio.to_thread(registry.load, source, loader)
+        name = MODEL_HEALTH_PREFIX + source.name
+        is_available = registry.entry(source).state is State.AVAILABLE
+        await server.set_serving(f"{name}/{source.version}", is_available)
+        await server.set_serving(name, registry.is_available(source.name))
+    await server.set_serving(SERVICE, True)
+    await server.set_serving("", True)
+    entries = registry.entries()
+    failed = [str(entry.source) for entry in entries if entry.state is State.FAILED]
+    announce(
+        f"ready on {loader.device.removeprefix('/device:')}: {len(entries) - len(failed)} of {len(entries)} models"
+        + (f"; failed: {', '.join(failed)}" if failed else "")
+    )

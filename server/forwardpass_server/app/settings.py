@@ -1,0 +1,82 @@
+"""What an operator sets. Everything is checked here, before a port opens."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+
+from forwardpass_server.serving.repository import MODEL_NAME
+
+
+class SettingsError(Exception):
+    """A setting that cannot be; the message names it, what was expected and what was found."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings of `forwardpass-server serve`."""
+
+    # The folder NAME/VERSION/; None where only factories are served.
+    model_repository: pathlib.Path | None = None
+    # Models that Python functions make: "module:function" by name.
+    factories: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # Whoever reaches the port may run the models: loopback until the operator says otherwise.
+    host: str = "127.0.0.1"
+    # TensorFlow Serving's port for gRPC.
+    port: int = 8500
+    # OpenTelemetry's port for Prometheus exporters; None for no metrics.
+    metrics_port: int | None = 9464
+    # The first GPU that TensorFlow sees, else the CPU.
+    device: str = "auto"
+    # 64 million float32 in one message. Larger ones cost memory on both sides several times over.
+    max_message_bytes: int = 256 * 2**20
+    # Computations beside the event loop. TensorFlow spreads each over all cores by itself: more than there are cores
+    # only makes them wait inside TensorFlow.
+    execution_threads: int = dataclasses.field(default_factory=lambda: max(2, os.cpu_count() or 1))
+    # A call that waits holds its message: a thousand of a megabyte each are a gigabyte.
+    max_concurrent_calls: int = 1024
+    # Measured: clients that watch health or retry lose no call where the server waits half a second before it stops.
+    drain_delay_s: float = 1.0
+    # Kubernetes kills 30 s after SIGTERM: be done before.
+    drain_timeout_s: float = 20.0
+
+    def __post_init__(self) -> None:
+        if self.model_repository is None and not self.factories:
+            raise SettingsError("--model-repository: expected a folder, or a --factory beside")
+        if self.model_repository is not None and not self.model_repository.is_dir():
+            raise SettingsError(f"--model-repository: expected a folder, got {str(self.model_repository)!r}")
+        for name, factory in self.factories.items():
+            if not MODEL_NAME.fullmatch(name):
+                raise SettingsError(f"--factory: expected a model name like {MODEL_NAME.pattern}, got {name!r}")
+            if not all(factory.partition(":")):
+                raise SettingsError(f"--factory: expected NAME=MODULE:FUNCTION, got {name}={factory}")
+        for flag, port in (("--port", self.port), ("--metrics-port", self.metrics_port)):
+            if port is not None and not 0 <= port <= 65535:
+                raise SettingsError(f"{flag}: expected 0 to 65535, got {port}")
+        # gRPC cannot take longer messages than an int32 counts.
+        if not 2**10 <= self.max_message_bytes < 2**31:
+            raise SettingsError(f"--max-message-mib: expected 1 to 2047, got {self.max_message_bytes / 2**20:g}")
+        for flag, number in (
+            ("--execution-threads", self.execution_threads),
+            ("--max-concurrent-calls", self.max_concurrent_calls),
+        ):
+            if number < 1:
+                raise SettingsError(f"{flag}: expected at least 1, got {number}")
+        for flag, seconds in (("--drain-delay", self.drain_delay_s), ("--drain-timeout", self.drain_timeout_s)):
+            if not 0 <= seconds < float("inf"):
+                raise SettingsError(f"{flag}: expected seconds >= 0, got {seconds:g}")
+
+
+def parse_factories(values: tuple[str, ...]) -> dict[str, str]:
+    """`NAME=MODULE:FUNCTION`, each. Raises SettingsError for another form and for a name given twice."""
+    factories: dict[str, str] = {}
+    for value in values:
+        name, separator, factory = value.partition("=")
+        if not separator:
+            raise SettingsError(f"--factory: expected NAME=MODULE:FUNCTION, got {value!r}")
+        if name in factories:
+            raise SettingsError(f"--factory: {name} is given twice")
+        factories[name] = factory
+    return factories

@@ -1,0 +1,35 @@
+"""The device that runs the models."""
+
+from __future__ import annotations
+
+import re
+
+import tensorflow as tf
+
+from forwardpass_server.serving.errors import DeviceNotFound
+
+
+def choose(wanted: str) -> str:
+    """The TensorFlow name of a device, with memory growth on for GPUs.
+
+    wanted: "auto" for the first GPU, or else the CPU; "cpu", "gpu", or one of several as "gpu:1".
+    Raises DeviceNotFound, naming the devices that there are. Call it before TensorFlow runs anything: memory growth
+    cannot be set later.
+    """
+    match = re.fullmatch(r"(auto|cpu|gpu)(?::(\d+))?", wanted.lower())
+    if match is None:
+        raise DeviceNotFound(f"device: expected auto, cpu, gpu or gpu:N, got {wanted!r}")
+    for gpu in tf.config.list_physical_devices("GPU"):
+        # Without it TensorFlow takes all of the GPU's memory at the first call.
+        tf.config.experimental.set_memory_growth(gpu, True)
+    kind, index = match.groups()
+    if kind == "auto":
+        kind = "gpu" if tf.config.list_logical_devices("GPU") else "cpu"
+    found = [device.name for device in tf.config.list_logical_devices(kind.upper())]
+    if int(index or 0) >= len(found):
+        raise DeviceNotFound(f"device: expected one of {_all_names()}, got {wanted!r}")
+    return found[int(index or 0)]
+
+
+def _all_names() -> list[str]:
+    return [device.name.removeprefix("/device:").lower() for device in tf.config.list_logical_devices()]

@@ -1,0 +1,80 @@
+"""Runs a traced model: numpy arrays in, numpy arrays out, by the shortest way through TensorFlow.
+
+Measured for a small model, one call: 300 us through tf.function, 150 us through its concrete function, 16 us through
+the call operation itself.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from forwardpass.wire import errors
+from forwardpass.wire.description import Function
+from forwardpass.wire.dtypes import Array
+from forwardpass_server.models.tracing import Key
+
+# An eager tensor of an array. Where the data is aligned to 64 bytes it shares the array's memory, and keeps the array
+# alive; else it copies once. tf.constant always copies.
+_EagerTensor: Any = type(tf.constant(0))
+
+
+class Execution:
+    """The functions of one model on one device. Any number of threads may call at once."""
+
+    def __init__(self, functions: Mapping[Key, Any], device: str) -> None:
+        self._runners = {key: _runner(concrete, device) for key, concrete in functions.items()}
+
+    def run(self, function: Function, training: bool, leaves: Sequence[Array]) -> list[Array]:
+        """One call: see `serving.models.LoadedModel.run`."""
+        try:
+            return self._runners[function, training](leaves)
+        except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError) as error:
+            raise errors.ModelRefusedInput(_without_values(error.message)) from None
+        except tf.errors.ResourceExhaustedError:
+            raise errors.OutOfMemory() from None
+
+
+def _runner(concrete: Any, device: str) -> Callable[[Sequence[Array]], list[Array]]:
+    captured = list(concrete.captured_inputs)
+    argument_types = [tensor.dtype.as_datatype_enum for tensor in concrete.inputs[: -len(captured) or None]]
+    result_types = [tensor.dtype for tensor in concrete.outputs]
+
+    def run(leaves: Sequence[Array]) -> list[Array]:
+        with tf.device(device):
+            arguments = [
+                _EagerTensor(leaf, device, argument_type)
+                for leaf, argument_type in zip(leaves, argument_types, strict=True)
+            ]
+            results = tf.raw_ops.StatefulPartitionedCall(args=arguments + captured, Tout=result_types, f=concrete)
+        # np.asarray shares the tensor's buffer, .numpy() copies it (53 us at 1 MB). On a GPU both copy, to the host.
+        return [np.asarray(result) for result in results]
+
+    return run
+
+
+_NODE = re.compile(r"\[\[(?:\{\{function_node .+?\}\})?\{\{node (.+?)\}\}\]\]")
+_CALLER = re.compile(r"^\{\{function_node .*?\}\}")
+_BRACKETS = re.compile(r"(\[[^\[\]]*?[\])])")
+_NUMBER = re.compile(r"(?<![\w/.:])-?\d+(\.\d+)?(e[+-]?\d+)?(?![\w/])")
+
+
+def _without_values(message: str) -> str:
+    """What TensorFlow says is wrong, in one line, and where; without numbers that may be the caller's data.
+
+    Numbers in brackets are shapes and ranges and stay, but for those of a failed assertion, which prints values.
+    """
+    node = _NODE.search(message)
+    # Above the last paragraph stands a traceback of the model's code; behind the node, how it was called.
+    text = _NODE.split(message)[0].strip().split("\n\n")[-1].split(" [Op:")[0]
+    text = _CALLER.sub("", text)
+    asserts = "assertion failed" in text
+    parts = [
+        part if index % 2 and not asserts else _NUMBER.sub("#", part)
+        for index, part in enumerate(_BRACKETS.split(" ".join(text.split())))
+    ]
+    return "".join(parts).strip() + (f" (node {node[1]})" if node else "")

@@ -1,0 +1,154 @@
+"""Our own format: a SavedModel with every function of a functional model, and its spec beside it.
+
+It keeps what TFF's format lacks: sample weights, a custom forward pass, metrics, every kind of container.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from typing import Any
+
+import tensorflow as tf
+
+from forwardpass import v1
+from forwardpass.wire import conform, description
+from forwardpass.wire.description import Function, ModelDescription, ModelIdentity, ModelSpec
+from forwardpass.wire.specs import StructureSpec
+from forwardpass_server.models import tf_specs, tff_saved_model, tracing
+from forwardpass_server.models.functional import FunctionalModel, x_and_y
+from forwardpass_server.serving.errors import ModelLoadError
+
+SPEC_FILE_NAME = "forwardpass_model.pb"
+"""Holds a serialized `forwardpass.v1.ModelDescription` without an identity."""
+
+FORMAT = "forwardpass"
+
+
+def save_functional_model(functional_model: FunctionalModel, path: str | os.PathLike[str]) -> None:
+    """Writes a functional model to the folder `path`, which must not exist or be empty.
+
+    Kept: initial weights, predict_on_batch, loss and metrics with and without sample weight, a custom forward pass,
+    the containers of everything. Names of classes of named tuples are kept, the classes are not.
+    Raises FileExistsError, and what tracing the model raises.
+    Source: tff.learning.models.save_functional_model.
+    """
+    folder = pathlib.Path(path)
+    if folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty")
+    traced = tracing.trace(functional_model)
+    module = tf.Module()
+    module.functions = {_attribute(*key): concrete for key, concrete in traced.functions.items()}
+    module.initial_weights = [tf.Variable(weight, trainable=False) for weight in traced.initial_weights]
+    tf.saved_model.save(module, str(folder))
+    message = description.encode(ModelDescription(ModelIdentity("", 0, b""), FORMAT, traced.spec))
+    # Last: a folder with this file is whole.
+    (folder / SPEC_FILE_NAME).write_bytes(message.SerializeToString(deterministic=True))
+
+
+def load_functional_model(path: str | os.PathLike[str]) -> FunctionalModel:
+    """The functional model in a folder written by `save_functional_model`, ours or that of any TFF since 0.51.
+
+    Raises ModelLoadError for a folder that holds neither.
+    Source: tff.learning.models.load_functional_model.
+    """
+    folder = pathlib.Path(path)
+    if (folder / SPEC_FILE_NAME).exists():
+        return _load_own(folder)
+    if not (folder / "saved_model.pb").exists():
+        raise ModelLoadError(f"{folder}: expected a SavedModel, found no saved_model.pb")
+    root = tf.saved_model.load(str(folder))
+    if not tff_saved_model.is_functional_model(root):
+        raise ModelLoadError(f"{folder}: a SavedModel, but of no functional model")
+    return tff_saved_model.functional_model(root)
+
+
+def _attribute(function: Function, training: bool) -> str:
+    return function.name.lower() + ("_training" if training else "_inference" if function.has_training else "")
+
+
+def _load_own(folder: pathlib.Path) -> FunctionalModel:
+    message = v1.ModelDescription.FromString((folder / SPEC_FILE_NAME).read_bytes())
+    spec = description.decode(message).spec
+    root = tf.saved_model.load(str(folder))
+    saved = _SavedFunctions(root, spec)
+    has_metrics = Function.INITIALIZE_METRICS_STATE not in spec.unavailable
+    return FunctionalModel(
+        initial_weights=spec.weights.tree.unflatten([weight.numpy() for weight in root.initial_weights]),
+        predict_on_batch_fn=tf.function(saved.predict_on_batch, autograph=False),
+        loss_fn=saved.loss,
+        metrics_fns=(saved.initialize, saved.update, saved.finalize) if has_metrics else None,
+        input_spec=tf_specs.nested_to_tf(spec.input),
+        forward_pass_fn=tf.function(saved.forward_pass, autograph=False) if spec.has_own_forward_pass else None,
+        sample_weight_spec=tf_specs.nested_to_tf(spec.sample_weight),
+        unavailable=spec.unavailable,
+    )
+
+
+class _SavedFunctions:
+    """The functions of a folder of ours, with structures in and out again."""
+
+    def __init__(self, root: Any, spec: ModelSpec) -> None:
+        # The functions live as long as what they were loaded from.
+        self._root = root
+        self._spec = spec
+
+    def predict_on_batch(self, model_weights: Any, x: Any, training: bool = True) -> Any:
+        return self._call(
+            Function.PREDICT_ON_BATCH, self._spec.predictions, (self._spec.weights, model_weights), (self._spec.x, x),
+            training=training,
+        )
+
+    def forward_pass(self, model_weights: Any, batch_input: Any, training: bool = True) -> Any:
+        x, y = x_and_y(batch_input)
+        return self._call(
+            Function.FORWARD_PASS,
+            self._spec.batch_output,
+            (self._spec.weights, model_weights),
+            (self._spec.x, x),
+            (self._spec.y, y),
+            training=training,
+        )
+
+    def loss(self, output: Any, label: Any, sample_weight: Any = None) -> Any:
+        function = Function.LOSS if sample_weight is None else Function.WEIGHTED_LOSS
+        return self._call(
+            function, self._spec.loss, (self._spec.predictions, output), (self._spec.y, label),
+            *self._weight(sample_weight),
+        )
+
+    def initialize(self) -> Any:
+        return self._call(Function.INITIALIZE_METRICS_STATE, self._spec.metrics_state)
+
+    def update(self, state: Any, labels: Any, batch_output: Any, sample_weight: Any = None) -> Any:
+        function = (
+            Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
+        )
+        return self._call(
+            function,
+            self._spec.metrics_state,
+            (self._spec.metrics_state, state),
+            (self._spec.y, labels),
+            (self._spec.batch_output, batch_output),
+            *self._weight(sample_weight),
+        )
+
+    def finalize(self, state: Any) -> Any:
+        return self._call(Function.FINALIZE_METRICS, self._spec.metrics, (self._spec.metrics_state, state))
+
+    def _weight(self, sample_weight: Any) -> list[tuple[StructureSpec, Any]]:
+        return [] if sample_weight is None else [(self._spec.sample_weight, sample_weight)]
+
+    def _call(
+        self,
+        function: Function,
+        result: StructureSpec,
+        *arguments: tuple[StructureSpec, Any],
+        training: bool = False,
+    ) -> Any:
+        flat = [
+            leaf for spec, value in arguments for leaf in conform.arrange(value, spec.tree, function.title)
+        ]
+        returned = self._root.functions[_attribute(function, bool(training))](*flat)
+        leaves = [tf.ensure_shape(leaf, spec.shape) for leaf, spec in zip(returned, result.leaves, strict=True)]
+        return result.tree.unflatten(leaves)

@@ -1,0 +1,77 @@
+"""Loads a version of a model: reads, traces, places and warms it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Sequence
+
+from forwardpass.wire.description import Function, ModelDescription, ModelIdentity
+from forwardpass.wire.dtypes import Array
+from forwardpass_server.models import device as devices
+from forwardpass_server.models import formats, hashing, tracing, warming
+from forwardpass_server.models.execution import Execution
+from forwardpass_server.models.functional import FunctionalModel
+from forwardpass_server.serving.errors import ModelLoadError
+from forwardpass_server.serving.models import ModelSource
+
+FACTORY_FORMAT = "factory"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TensorFlowModel:
+    """A model on a device, ready to run: see `serving.models.LoadedModel`."""
+
+    description: ModelDescription
+    initial_weights: Sequence[Array]
+    execution: Execution
+
+    def run(self, function: Function, training: bool, leaves: Sequence[Array]) -> list[Array]:
+        return self.execution.run(function, training, leaves)
+
+
+class TensorFlowLoader:
+    """Loads models onto one device: see `serving.models.ModelLoader`.
+
+    device: as `device.choose` takes it. on_trace: called for each graph that Python builds.
+    """
+
+    def __init__(self, device: str = "auto", on_trace: Callable[[], None] = lambda: None) -> None:
+        self.device = devices.choose(device)
+        self._on_trace = on_trace
+
+    def load(self, source: ModelSource) -> TensorFlowModel:
+        if source.folder is not None:
+            # Before the files are read: a file that changes meanwhile must not pass for what was loaded.
+            content_hash = hashing.of_folder(source.folder)
+            model, format_name = formats.read(source.folder)
+            traced = tracing.trace(model, self._on_trace)
+        else:
+            model, format_name = from_factory(source.factory or ""), FACTORY_FORMAT
+            traced = tracing.trace(model, self._on_trace)
+            content_hash = hashing.of_traced(traced)
+        execution = Execution(traced.functions, self.device)
+        warming.warm(execution, traced.functions, traced.spec, str(source))
+        description = ModelDescription(
+            ModelIdentity(source.name, source.version, content_hash),
+            format_name,
+            warming.with_batched_leaves(execution, traced.spec),
+        )
+        return TensorFlowModel(description, traced.initial_weights, execution)
+
+
+def from_factory(factory: str) -> FunctionalModel:
+    """The functional model that a Python function returns, named `module:function`.
+
+    Raises ModelLoadError where there is no such function or it returns something else.
+    """
+    module_name, separator, function_name = factory.partition(":")
+    if not separator:
+        raise ModelLoadError(f"factory: expected module:function, got {factory!r}")
+    function = getattr(importlib.import_module(module_name), function_name, None)
+    if not callable(function):
+        raise ModelLoadError(f"factory: {module_name} has no function {function_name!r}")
+    model = function()
+    if not isinstance(model, FunctionalModel):
+        raise ModelLoadError(f"factory: {factory} returned a {type(model).__name__}, expected a FunctionalModel")
+    return model

@@ -1,0 +1,77 @@
+"""forwardpass.json: what an operator says of a model beside its files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import tensorflow as tf
+
+from forwardpass.wire import dtypes
+from forwardpass_server.serving.errors import ModelLoadError
+
+FILE_NAME = "forwardpass.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The contents of forwardpass.json; None for what it leaves out.
+
+    input_spec: a pair (x, y) of structures of tf.TensorSpec.
+    loss, metrics: as `functional_model_from_keras` takes them: names or Keras configurations.
+    sample_weight_spec: a tf.TensorSpec.
+    """
+
+    input_spec: Any = None
+    loss: Any = None
+    metrics: Any = None
+    sample_weight_spec: Any = None
+
+
+def read(path: pathlib.Path) -> ModelConfig:
+    """The configuration in a file; empty where there is none.
+
+    Raises ModelLoadError, naming the place in the file, for what it cannot mean.
+    """
+    if not path.exists():
+        return ModelConfig()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelLoadError(f"{FILE_NAME}: not JSON: {error}") from None
+    known = [field.name for field in dataclasses.fields(ModelConfig)]
+    if not isinstance(content, dict) or not set(content) <= set(known):
+        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ModelLoadError(f"{FILE_NAME}: expected an object with keys among {known}, got {found}")
+    input_spec = content.get("input_spec")
+    if input_spec is not None:
+        if not isinstance(input_spec, dict) or set(input_spec) != {"x", "y"}:
+            raise ModelLoadError(f"{FILE_NAME}: input_spec: expected an object with keys x and y")
+        input_spec = tuple(_spec(input_spec[name], f"input_spec.{name}") for name in ("x", "y"))
+    sample_weight = content.get("sample_weight_spec")
+    return ModelConfig(
+        input_spec=input_spec,
+        loss=content.get("loss"),
+        metrics=content.get("metrics"),
+        sample_weight_spec=None if sample_weight is None else _spec(sample_weight, "sample_weight_spec"),
+    )
+
+
+def _spec(value: Any, place: str) -> Any:
+    """A tensor is {"dtype": "float32", "shape": [null, 28]}; other objects are dicts, arrays are tuples."""
+    if isinstance(value, list):
+        return tuple(_spec(item, f"{place}[{index}]") for index, item in enumerate(value))
+    if not isinstance(value, dict):
+        raise ModelLoadError(f"{FILE_NAME}: {place}: expected a tensor or a structure, got {value!r}")
+    if set(value) != {"dtype", "shape"}:
+        return {name: _spec(item, f"{place}.{name}") for name, item in value.items()}
+    dtype, shape = value["dtype"], value["shape"]
+    if dtype not in dtypes.BY_NAME:
+        raise ModelLoadError(
+            f"{FILE_NAME}: {place}.dtype: expected one of {sorted(dtypes.BY_NAME)}, got {dtype!r}"
+        )
+    if not isinstance(shape, list) or not all(dim is None or (type(dim) is int and dim >= 0) for dim in shape):
+        raise ModelLoadError(f"{FILE_NAME}: {place}.shape: expected dimensions or null, got {shape!r}")
+    return tf.TensorSpec(shape, tf.dtypes.as_dtype(dtype))

@@ -1,0 +1,234 @@
+"""Functional models as graphs: each function traced once for its fixed signature, flat tensors in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from forwardpass.wire import conform, errors, specs, trees
+from forwardpass.wire.description import BatchOutput, Function, ModelSpec
+from forwardpass.wire.specs import StructureSpec, TensorSpec
+from forwardpass_server.models import graphs, tf_specs
+from forwardpass_server.models.functional import FunctionalModel, x_and_y
+
+Key = tuple[Function, bool]
+"""A function, and whether it is for training; False for those that make no difference."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TracedModel:
+    """A functional model as graphs.
+
+    functions: each takes the flat leaves of `spec.arguments` and returns those of `spec.results`, in order.
+    initial_weights: the flat leaves of `spec.weights`.
+    """
+
+    spec: ModelSpec
+    functions: Mapping[Key, Any]
+    initial_weights: Sequence[np.ndarray[Any, Any]]
+
+
+def trace(model: FunctionalModel, on_trace: Callable[[], None] = lambda: None) -> TracedModel:
+    """Traces every function that the model has.
+
+    on_trace: called once for each graph that Python builds.
+    Raises whatever the model's own code raises, and StructureMismatch where its functions do not fit together.
+    """
+    return _Tracer(model, on_trace).traced()
+
+
+class _Tracer:
+    """Traces the functions in the order in which each needs the results of those before."""
+
+    def __init__(self, model: FunctionalModel, on_trace: Callable[[], None]) -> None:
+        self._model = model
+        self._on_trace = on_trace
+        self._functions: dict[Key, Any] = {}
+        self._unavailable = dict(model.unavailable)
+        self._weights, self._initial_weights = _weights(model.initial_weights)
+        self._input = tf_specs.to_wire(model.input_spec, "input_spec")
+
+    def traced(self) -> TracedModel:
+        x, y = (tf_specs.to_wire(item, "input_spec") for item in x_and_y(self._model.input_spec))
+        sample_weight = tf_specs.to_wire(self._model.sample_weight_spec, "sample_weight_spec")
+        predictions = self._both_modes(Function.PREDICT_ON_BATCH, self._model.predict_on_batch, [self._weights, x])
+        loss = self._trace((Function.LOSS, False), self._model.loss, [predictions, y])
+        self._trace_weighted(Function.WEIGHTED_LOSS, self._model.loss, [predictions, y, sample_weight])
+        batch_output = self._both_modes(Function.FORWARD_PASS, self._forward_pass, [self._weights, x, y])
+        state, metrics, unused_fields = self._trace_metrics(y, batch_output, sample_weight)
+        return TracedModel(
+            spec=ModelSpec(
+                weights=self._weights,
+                input=self._input,
+                predictions=predictions,
+                batch_output=batch_output,
+                sample_weight=sample_weight,
+                loss=loss,
+                metrics_state=state,
+                metrics=metrics,
+                unavailable=self._unavailable,
+                has_own_forward_pass=self._model.has_own_forward_pass,
+                unused_batch_output_fields=unused_fields,
+            ),
+            functions=self._functions,
+            initial_weights=self._initial_weights,
+        )
+
+    def _forward_pass(self, model_weights: Any, x: Any, y: Any, training: bool) -> Any:
+        """The model's forward pass, with the batch in the container that the model was written for."""
+        names = self._input.tree.names or ("x", "y")
+        pair = trees.TreeDef(self._input.tree.kind, (trees.LEAF, trees.LEAF), self._input.tree.names)
+        batch_input = pair.unflatten([{"x": x, "y": y}[name] for name in names])
+        return self._model.forward_pass(model_weights, batch_input, training)
+
+    def _trace_metrics(
+        self, y: StructureSpec, batch_output: StructureSpec, sample_weight: StructureSpec
+    ) -> tuple[StructureSpec, StructureSpec, frozenset[str]]:
+        if Function.INITIALIZE_METRICS_STATE in self._unavailable:
+            return specs.EMPTY, specs.EMPTY, frozenset()
+        state = self._trace((Function.INITIALIZE_METRICS_STATE, False), self._model.initialize_metrics_state, [])
+        update = self._model.update_metrics_state
+        while True:
+            arguments = [state, y, batch_output]
+            updated = self._trace((Function.UPDATE_METRICS_STATE, False), update, arguments, state.tree)
+            common = _common_spec(state, updated, Function.UPDATE_METRICS_STATE.title)
+            if common == state:
+                break
+            # A state may grow, or lose what TensorFlow knows of its shape: each round frees at least one dimension.
+            state = common
+        self._trace_weighted(
+            Function.WEIGHTED_UPDATE_METRICS_STATE, update, [*arguments, sample_weight], state.tree
+        )
+        metrics = self._trace((Function.FINALIZE_METRICS, False), self._model.finalize_metrics, [state])
+        return state, metrics, self._unused_batch_output_fields(arguments)
+
+    def _unused_batch_output_fields(self, arguments: Sequence[StructureSpec]) -> frozenset[str]:
+        """The fields none of whose leaves an update reads, weighted or not."""
+        unused = [
+            graphs.unused_arguments(self._functions[function, False])
+            for function in (Function.UPDATE_METRICS_STATE, Function.WEIGHTED_UPDATE_METRICS_STATE)
+            if (function, False) in self._functions
+        ]
+        state, y, batch_output = arguments
+        position = len(state.leaves) + len(y.leaves)
+        fields = set()
+        for name in BatchOutput._fields:
+            leaves = range(position, position + len(batch_output.named_child(name).leaves))
+            if all(leaf in positions for positions in unused for leaf in leaves):
+                fields.add(name)
+            position += len(leaves)
+        return frozenset(fields)
+
+    def _both_modes(
+        self, function: Function, method: Callable[..., Any], arguments: Sequence[StructureSpec]
+    ) -> StructureSpec:
+        """Traces for training and inference, and returns a spec that both results fit."""
+        results = [
+            self._trace((function, training), _with_training(method, training), arguments)
+            for training in (True, False)
+        ]
+        return _common_spec(*results, place=function.title)
+
+    def _trace_weighted(
+        self,
+        function: Function,
+        method: Callable[..., Any],
+        arguments: Sequence[StructureSpec],
+        result_tree: trees.TreeDef | None = None,
+    ) -> None:
+        if function in self._unavailable:
+            return
+        try:
+            self._trace((function, False), method, arguments, result_tree)
+        except Exception as error:  # The model's own code: anything may come out of it.
+            # A loss or a metric that knows no weights is nothing wrong, as long as nobody calls it with some.
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            self._unavailable[function] = lines[-1] if lines else repr(error)
+
+    def _trace(
+        self,
+        key: Key,
+        method: Callable[..., Any],
+        arguments: Sequence[StructureSpec],
+        result_tree: trees.TreeDef | None = None,
+    ) -> StructureSpec:
+        """Traces one function and returns the spec of its result, rearranged to `result_tree` where one is given."""
+        name = key[0].title
+        found: list[StructureSpec] = []
+
+        # The model's code keeps its own autograph; ours needs none, and cannot stand it.
+        @tf.function(autograph=False)
+        def flat(*leaves: Any) -> list[tf.Tensor]:
+            self._on_trace()
+            values = iter(leaves)
+            returned = method(
+                *(spec.tree.unflatten([next(values) for _ in range(spec.tree.num_leaves)]) for spec in arguments)
+            )
+            if result_tree is None:
+                tree, results = trees.flatten(returned, name)
+            else:
+                tree, results = result_tree, conform.arrange(returned, result_tree, name)
+            tensors = [_to_tensor(leaf, path) for leaf, path in zip(results, tree.paths(name), strict=True)]
+            found.append(tf_specs.to_wire(tree.unflatten(tensors), name))
+            return tensors
+
+        concrete = flat.get_concrete_function(*(tf_specs.to_tf(leaf) for spec in arguments for leaf in spec.leaves))
+        _check_captures(concrete, name)
+        self._functions[key] = concrete
+        return found[-1]
+
+
+def _with_training(method: Callable[..., Any], training: bool) -> Callable[..., Any]:
+    return lambda *arguments: method(*arguments, training=training)
+
+
+def _to_tensor(value: Any, place: str) -> tf.Tensor:
+    if isinstance(value, (tf.RaggedTensor, tf.SparseTensor)):
+        raise errors.StructureMismatch(place=place, expected="a dense tensor", found=type(value).__name__)
+    return tf.convert_to_tensor(value)
+
+
+def _check_captures(concrete: Any, name: str) -> None:
+    """A variable that a function holds on to would be weights that no caller can give."""
+    variables = [variable.name for variable in concrete.graph.variables]
+    if variables:
+        raise errors.StructureMismatch(
+            place=name, expected="all weights as arguments", found=f"captured variables {variables}"
+        )
+
+
+def _common_spec(first: StructureSpec, second: StructureSpec, place: str) -> StructureSpec:
+    """The narrowest spec that admits whatever either admits."""
+    if first.tree != second.tree:
+        raise errors.StructureMismatch(place=place, expected=first.tree.describe(), found=second.tree.describe())
+    leaves = []
+    for one, other, path in zip(first.leaves, second.leaves, first.tree.paths(place), strict=True):
+        if one.data_type is not other.data_type:
+            raise errors.DTypeMismatch(place=path, expected=str(one), found=str(other))
+        leaves.append(TensorSpec(_common_shape(one.shape, other.shape), one.data_type))
+    return StructureSpec(first.tree, tuple(leaves))
+
+
+def _common_shape(
+    first: tuple[int | None, ...] | None, second: tuple[int | None, ...] | None
+) -> tuple[int | None, ...] | None:
+    if first is None or second is None or len(first) != len(second):
+        return None
+    return tuple(one if one == other else None for one, other in zip(first, second, strict=True))
+
+
+def _weights(initial_weights: Any) -> tuple[StructureSpec, list[np.ndarray[Any, Any]]]:
+    """The spec of the weights and their leaves as arrays."""
+    tree, leaves = trees.flatten(initial_weights, "initial_weights")
+    if len(tree.children) != 2:
+        raise errors.StructureMismatch(
+            place="initial_weights", expected="a pair (trainable, non_trainable)", found=tree.describe()
+        )
+    # Through tensors: to TensorFlow a Python number has 32 bits, to numpy 64.
+    tensors = [tf.convert_to_tensor(leaf) for leaf in leaves]
+    spec = tf_specs.to_wire(tree.unflatten(tensors), "initial_weights")
+    return spec, [np.asarray(tensor) for tensor in tensors]

@@ -1,0 +1,1 @@
+"""Speaks gRPC and decides nothing."""

@@ -1,0 +1,87 @@
+"""The gRPC server: its port, its options, its health and reflection services, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from forwardpass.wire.methods import SERVICE
+from forwardpass_server.rpc.interceptor import Interceptor
+from forwardpass_server.rpc.servicer import FunctionalModelServicer, handlers
+from forwardpass_server.telemetry.metrics import Metrics
+
+_LOGGER = logging.getLogger(__name__)
+
+MODEL_HEALTH_PREFIX = "model/"
+"""grpc.health.v1 answers for `model/NAME` and `model/NAME/VERSION` too."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """host, port: where to listen; port 0 takes a free one. The rest is explained in app.settings."""
+
+    host: str
+    port: int
+    max_message_bytes: int
+    drain_delay_s: float
+    drain_timeout_s: float
+
+
+class Server:
+    """One gRPC server on an event loop."""
+
+    def __init__(self, options: ServerOptions, servicer: FunctionalModelServicer, metrics: Metrics) -> None:
+        self._options = options
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(
+            interceptors=[Interceptor(metrics)],
+            options=[
+                ("grpc.max_receive_message_length", options.max_message_bytes),
+                ("grpc.max_send_message_length", options.max_message_bytes),
+                # Two servers on one port would share its callers at random.
+                ("grpc.so_reuseport", 0),
+                # The default cuts off a client that pings more than once in five minutes.
+                ("grpc.http2.min_ping_interval_without_data_ms", 1000),
+                ("grpc.keepalive_permit_without_calls", 1),
+                # Finds clients that are gone without a word.
+                ("grpc.keepalive_time_ms", 30_000),
+                ("grpc.keepalive_timeout_ms", 10_000),
+                # Closes sockets that never speak.
+                ("grpc.server_handshake_timeout_ms", 10_000),
+            ],
+        )
+        self._server.add_generic_rpc_handlers((handlers(servicer),))
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        reflection.enable_server_reflection(
+            (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server
+        )
+
+    async def start(self) -> int:
+        """Listens and answers; health says NOT_SERVING. Returns the port. Raises OSError where it is taken."""
+        await self.set_serving("", False)
+        await self.set_serving(SERVICE, False)
+        address = f"{self._options.host}:{self._options.port}"
+        try:
+            port: int = self._server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise OSError(f"cannot listen on {address}: {error}") from None
+        await self._server.start()
+        return port
+
+    async def set_serving(self, service: str, serving: bool) -> None:
+        """What grpc.health.v1 answers for a service; "" is the server as a whole."""
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
+
+    async def drain(self) -> None:
+        """Says NOT_SERVING, waits for clients to see it, takes no more calls, and ends those that run."""
+        await self._health.enter_graceful_shutdown()
+        _LOGGER.info("draining: waiting %.1f s for clients to leave", self._options.drain_delay_s)
+        await asyncio.sleep(self._options.drain_delay_s)
+        await self._server.stop(self._options.drain_timeout_s)
+        _LOGGER.info("drained")

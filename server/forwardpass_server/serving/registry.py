@@ -1,0 +1,103 @@
+"""The models that a server knows, and what became of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import logging
+import time
+from collections.abc import Iterable
+
+from forwardpass.wire import errors
+from forwardpass_server.serving.models import LoadedModel, ModelLoader, ModelSource
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class State(enum.Enum):
+    LOADING = "loading"
+    AVAILABLE = "available"
+    FAILED = "failed"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Entry:
+    """One version of a model. model: set once it is available. error: why it failed; "" otherwise."""
+
+    source: ModelSource
+    state: State
+    model: LoadedModel | None = None
+    error: str = ""
+
+
+class Registry:
+    """Which versions there are. Written by the one thread that loads, read by any: each entry is replaced whole."""
+
+    def __init__(self, sources: Iterable[ModelSource]) -> None:
+        self._entries: dict[str, dict[int, Entry]] = {}
+        for source in sources:
+            self._entries.setdefault(source.name, {})[source.version] = Entry(source, State.LOADING)
+
+    def load(self, source: ModelSource, loader: ModelLoader) -> None:
+        """Loads one version. What goes wrong is logged and kept with it, and hinders no other."""
+        started = time.monotonic()
+        try:
+            model = loader.load(source)
+        except Exception as error:  # A model's files and code may raise anything.
+            _LOGGER.exception("model %s failed to load", source)
+            entry = Entry(source, State.FAILED, error=f"{type(error).__name__}: {error}".strip())
+        else:
+            _LOGGER.info("model %s is available after %.2f s", source, time.monotonic() - started)
+            entry = Entry(source, State.AVAILABLE, model)
+        self._entries[source.name][source.version] = entry
+
+    def entry(self, source: ModelSource) -> Entry:
+        return self._entries[source.name][source.version]
+
+    def count(self, state: State) -> int:
+        """How many versions are in this state."""
+        return sum(entry.state is state for entry in self.entries())
+
+    def is_available(self, name: str) -> bool:
+        """Whether any version of a model is available."""
+        return any(entry.state is State.AVAILABLE for entry in self._entries.get(name, {}).values())
+
+    def entries(self) -> list[Entry]:
+        """Every version of every model, by name and version."""
+        return [
+            self._entries[name][version] for name in sorted(self._entries) for version in sorted(self._entries[name])
+        ]
+
+    def versions(self, name: str) -> list[Entry]:
+        """Every version of one model, the highest last. Raises ModelNotFound."""
+        if name not in self._entries:
+            raise errors.ModelNotFound(place="model", expected=_one_of(self._entries), found=repr(name[:128]))
+        return [self._entries[name][version] for version in sorted(self._entries[name])]
+
+    def get(self, name: str, version: int) -> LoadedModel:
+        """One model; version 0 is the highest that is available.
+
+        Raises ModelNotFound, ModelVersionNotFound, ModelLoading or ModelFailed.
+        """
+        entries = self.versions(name)
+        if version:
+            entry = self._entries[name].get(version)
+            if entry is None:
+                known = [str(entry.source.version) for entry in entries]
+                raise errors.ModelVersionNotFound(
+                    place=f"version of model {name!r}", expected=_one_of(known), found=str(version)
+                )
+        else:
+            available = [entry for entry in entries if entry.state is State.AVAILABLE]
+            entry = available[-1] if available else entries[-1]
+        if entry.model is not None:
+            return entry.model
+        if entry.state is State.LOADING:
+            raise errors.ModelLoading(f"model {entry.source} is still being loaded")
+        raise errors.ModelFailed(f"model {entry.source} failed to load: {entry.error}")
+
+
+def _one_of(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    shown = ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")
+    return f"one of {shown}" if listed else "no model: the server has none"

@@ -1,0 +1,77 @@
+"""The service's Prometheus metrics. Labels are bounded: methods, codes and the operator's model names."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import prometheus_client as prometheus
+
+from forwardpass.wire.description import Function
+
+# 100 us is less than gRPC itself needs, a minute more than a sensible deadline.
+_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
+_EXAMPLES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
+
+# Looking a labelled child up costs three times what counting in it does: keep as many as there are methods times codes.
+_CACHED_CHILDREN = 1024
+
+
+class Metrics:
+    """All metrics of one server, in a registry of their own. RPC names are those of go-grpc-prometheus."""
+
+    def __init__(self) -> None:
+        self.registry = prometheus.CollectorRegistry()
+        rpc = ("grpc_type", "grpc_service", "grpc_method")
+        self._started = prometheus.Counter(
+            "grpc_server_started_total", "RPCs started on the server.", rpc, registry=self.registry
+        )
+        self._handled = prometheus.Counter(
+            "grpc_server_handled_total",
+            "RPCs completed on the server, whatever their code.",
+            (*rpc, "grpc_code"),
+            registry=self.registry,
+        )
+        self._seconds = prometheus.Histogram(
+            "grpc_server_handling_seconds",
+            "Seconds from the arrival of an RPC to its answer.",
+            rpc,
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._batch_examples = prometheus.Histogram(
+            "forwardpass_batch_examples",
+            "Examples in the batches that callers sent.",
+            ("model", "function"),
+            buckets=_EXAMPLES,
+            registry=self.registry,
+        )
+        self._models = prometheus.Gauge(
+            "forwardpass_models", "Model versions by state.", ("state",), registry=self.registry
+        )
+        self._traces = prometheus.Counter(
+            "forwardpass_traces_total", "Graphs built by tracing: flat once all models are loaded.", registry=self.registry
+        )
+        self._started_child = functools.lru_cache(_CACHED_CHILDREN)(self._started.labels)
+        self._handled_child = functools.lru_cache(_CACHED_CHILDREN)(self._handled.labels)
+        self._seconds_child = functools.lru_cache(_CACHED_CHILDREN)(self._seconds.labels)
+        self._batch_child = functools.lru_cache(_CACHED_CHILDREN)(self._batch_examples.labels)
+
+    def rpc_started(self, kind: str, service: str, method: str) -> None:
+        """kind: "unary" or "server_stream" and so on."""
+        self._started_child(kind, service, method).inc()
+
+    def rpc_handled(self, kind: str, service: str, method: str, code: str, seconds: float) -> None:
+        """code: as Go writes it, e.g. "InvalidArgument"."""
+        self._handled_child(kind, service, method, code).inc()
+        self._seconds_child(kind, service, method).observe(seconds)
+
+    def batch(self, model: str, function: Function, examples: int) -> None:
+        self._batch_child(model, function.name.lower()).observe(examples)
+
+    def trace(self) -> None:
+        self._traces.inc()
+
+    def models_in_state(self, state: str, count: Callable[[], int]) -> None:
+        """Shows count() as the number of model versions in this state."""
+        self._models.labels(state).set_function(count)
