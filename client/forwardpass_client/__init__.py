@@ -1,0 +1,26 @@
+"""Functional models on another machine, called as if they were local.
+
+with forwardpass_client.connect("localhost:8500") as client:
+    model = client.model("digits")
+    output = model.forward_pass(model.initial_weights, (x, y), training=False)
+"""
+
+from forwardpass.wire import errors
+from forwardpass.wire.description import BatchOutput
+from forwardpass.wire.specs import TensorSpec
+from forwardpass_client.calls import ModelVersion
+from forwardpass_client.client import AsyncClient, Client, connect, connect_async
+from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
+
+__all__ = [
+    "AsyncClient",
+    "AsyncRemoteFunctionalModel",
+    "BatchOutput",
+    "Client",
+    "ModelVersion",
+    "RemoteFunctionalModel",
+    "TensorSpec",
+    "connect",
+    "connect_async",
+    "errors",
+]

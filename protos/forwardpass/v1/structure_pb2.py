@@ -15,7 +15,7 @@ _sym_db = _symbol_database.Default()
 from forwardpass.v1 import tensor_pb2 as forwardpass_dot_v1_dot_tensor__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66orwardpass/v1/structure.proto\x12\x0e\x66orwardpass.v1\x1a\x1b\x66orwardpass/v1/tensor.proto\"\xd7\x04\n\x07TreeDef\x12,\n\x04leaf\x18\x01 \x01(\x0b\x32\x1c.forwardpass.v1.TreeDef.LeafH\x00\x12\x31\n\x05tuple\x18\x02 \x01(\x0b\x32 .forwardpass.v1.TreeDef.SequenceH\x00\x12\x30\n\x04list\x18\x03 \x01(\x0b\x32 .forwardpass.v1.TreeDef.SequenceH\x00\x12/\n\x04\x64ict\x18\x04 \x01(\x0b\x32\x1f.forwardpass.v1.TreeDef.MappingH\x00\x12\x37\n\x0cordered_dict\x18\x05 \x01(\x0b\x32\x1f.forwardpass.v1.TreeDef.MappingH\x00\x12\x39\n\x0bnamed_tuple\x18\x06 \x01(\x0b\x32\".forwardpass.v1.TreeDef.NamedTupleH\x00\x12,\n\x04none\x18\x07 \x01(\x0b\x32\x1c.forwardpass.v1.TreeDef.NoneH\x00\x1a\x06\n\x04Leaf\x1a\x06\n\x04None\x1a\x32\n\x08Sequence\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.forwardpass.v1.TreeDef\x1a@\n\x07Mapping\x12\x0c\n\x04keys\x18\x01 \x03(\t\x12\'\n\x06values\x18\x02 \x03(\x0b\x32\x17.forwardpass.v1.TreeDef\x1aX\n\nNamedTuple\x12\x11\n\ttype_name\x18\x01 \x01(\t\x12\x0e\n\x06\x66ields\x18\x02 \x03(\t\x12\'\n\x06values\x18\x03 \x03(\x0b\x32\x17.forwardpass.v1.TreeDefB\x06\n\x04node\"Z\n\tStructure\x12%\n\x04tree\x18\x01 \x01(\x0b\x32\x17.forwardpass.v1.TreeDef\x12&\n\x06leaves\x18\x02 \x03(\x0b\x32\x16.forwardpass.v1.Tensor\"b\n\rStructureSpec\x12%\n\x04tree\x18\x01 \x01(\x0b\x32\x17.forwardpass.v1.TreeDef\x12*\n\x06leaves\x18\x02 \x03(\x0b\x32\x1a.forwardpass.v1.TensorSpecb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1e\x66orwardpass/v1/structure.proto\x12\x0e\x66orwardpass.v1\x1a\x1b\x66orwardpass/v1/tensor.proto\"\xdb\x04\n\x07TreeDef\x12,\n\x04leaf\x18\x01 \x01(\x0b\x32\x1c.forwardpass.v1.TreeDef.LeafH\x00\x12\x31\n\x05tuple\x18\x02 \x01(\x0b\x32 .forwardpass.v1.TreeDef.SequenceH\x00\x12\x30\n\x04list\x18\x03 \x01(\x0b\x32 .forwardpass.v1.TreeDef.SequenceH\x00\x12/\n\x04\x64ict\x18\x04 \x01(\x0b\x32\x1f.forwardpass.v1.TreeDef.MappingH\x00\x12\x37\n\x0cordered_dict\x18\x05 \x01(\x0b\x32\x1f.forwardpass.v1.TreeDef.MappingH\x00\x12\x39\n\x0bnamed_tuple\x18\x06 \x01(\x0b\x32\".forwardpass.v1.TreeDef.NamedTupleH\x00\x12.\n\x04none\x18\x07 \x01(\x0b\x32\x1e.forwardpass.v1.TreeDef.AbsentH\x00\x1a\x06\n\x04Leaf\x1a\x08\n\x06\x41\x62sent\x1a\x32\n\x08Sequence\x12&\n\x05items\x18\x01 \x03(\x0b\x32\x17.forwardpass.v1.TreeDef\x1a@\n\x07Mapping\x12\x0c\n\x04keys\x18\x01 \x03(\t\x12\'\n\x06values\x18\x02 \x03(\x0b\x32\x17.forwardpass.v1.TreeDef\x1aX\n\nNamedTuple\x12\x11\n\ttype_name\x18\x01 \x01(\t\x12\x0e\n\x06\x66ields\x18\x02 \x03(\t\x12\'\n\x06values\x18\x03 \x03(\x0b\x32\x17.forwardpass.v1.TreeDefB\x06\n\x04node\"Z\n\tStructure\x12%\n\x04tree\x18\x01 \x01(\x0b\x32\x17.forwardpass.v1.TreeDef\x12&\n\x06leaves\x18\x02 \x03(\x0b\x32\x16.forwardpass.v1.Tensor\"b\n\rStructureSpec\x12%\n\x04tree\x18\x01 \x01(\x0b\x32\x17.forwardpass.v1.TreeDef\x12*\n\x06leaves\x18\x02 \x03(\x0b\x32\x1a.forwardpass.v1.TensorSpecb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -23,19 +23,19 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forwardpass.v1.structure_pb
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
   _globals['_TREEDEF']._serialized_start=80
-  _globals['_TREEDEF']._serialized_end=679
-  _globals['_TREEDEF_LEAF']._serialized_start=449
-  _globals['_TREEDEF_LEAF']._serialized_end=455
-  _globals['_TREEDEF_NONE']._serialized_start=457
-  _globals['_TREEDEF_NONE']._serialized_end=463
-  _globals['_TREEDEF_SEQUENCE']._serialized_start=465
-  _globals['_TREEDEF_SEQUENCE']._serialized_end=515
-  _globals['_TREEDEF_MAPPING']._serialized_start=517
-  _globals['_TREEDEF_MAPPING']._serialized_end=581
-  _globals['_TREEDEF_NAMEDTUPLE']._serialized_start=583
-  _globals['_TREEDEF_NAMEDTUPLE']._serialized_end=671
-  _globals['_STRUCTURE']._serialized_start=681
-  _globals['_STRUCTURE']._serialized_end=771
-  _globals['_STRUCTURESPEC']._serialized_start=773
-  _globals['_STRUCTURESPEC']._serialized_end=871
+  _globals['_TREEDEF']._serialized_end=683
+  _globals['_TREEDEF_LEAF']._serialized_start=451
+  _globals['_TREEDEF_LEAF']._serialized_end=457
+  _globals['_TREEDEF_ABSENT']._serialized_start=459
+  _globals['_TREEDEF_ABSENT']._serialized_end=467
+  _globals['_TREEDEF_SEQUENCE']._serialized_start=469
+  _globals['_TREEDEF_SEQUENCE']._serialized_end=519
+  _globals['_TREEDEF_MAPPING']._serialized_start=521
+  _globals['_TREEDEF_MAPPING']._serialized_end=585
+  _globals['_TREEDEF_NAMEDTUPLE']._serialized_start=587
+  _globals['_TREEDEF_NAMEDTUPLE']._serialized_end=675
+  _globals['_STRUCTURE']._serialized_start=685
+  _globals['_STRUCTURE']._serialized_end=775
+  _globals['_STRUCTURESPEC']._serialized_start=777
+  _globals['_STRUCTURESPEC']._serialized_end=875
 # @@protoc_insertion_point(module_scope)

@@ -11,7 +11,7 @@ class TreeDef(_message.Message):
     class Leaf(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
-    class None(_message.Message):
+    class Absent(_message.Message):
         __slots__ = ()
         def __init__(self) -> None: ...
     class Sequence(_message.Message):
@@ -48,8 +48,8 @@ class TreeDef(_message.Message):
     dict: TreeDef.Mapping
     ordered_dict: TreeDef.Mapping
     named_tuple: TreeDef.NamedTuple
-    none: getattr(TreeDef, 'None')
-    def __init__(self, leaf: _Optional[_Union[TreeDef.Leaf, _Mapping]] = ..., tuple: _Optional[_Union[TreeDef.Sequence, _Mapping]] = ..., list: _Optional[_Union[TreeDef.Sequence, _Mapping]] = ..., dict: _Optional[_Union[TreeDef.Mapping, _Mapping]] = ..., ordered_dict: _Optional[_Union[TreeDef.Mapping, _Mapping]] = ..., named_tuple: _Optional[_Union[TreeDef.NamedTuple, _Mapping]] = ..., none: _Optional[_Union[getattr(TreeDef, 'None'), _Mapping]] = ...) -> None: ...
+    none: TreeDef.Absent
+    def __init__(self, leaf: _Optional[_Union[TreeDef.Leaf, _Mapping]] = ..., tuple: _Optional[_Union[TreeDef.Sequence, _Mapping]] = ..., list: _Optional[_Union[TreeDef.Sequence, _Mapping]] = ..., dict: _Optional[_Union[TreeDef.Mapping, _Mapping]] = ..., ordered_dict: _Optional[_Union[TreeDef.Mapping, _Mapping]] = ..., named_tuple: _Optional[_Union[TreeDef.NamedTuple, _Mapping]] = ..., none: _Optional[_Union[TreeDef.Absent, _Mapping]] = ...) -> None: ...
 
 class Structure(_message.Message):
     __slots__ = ("tree", "leaves")

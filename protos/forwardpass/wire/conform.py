@@ -43,12 +43,12 @@ def _arrange(value: trees.Nested, tree: trees.TreeDef, place: str, leaves: list[
     if tree.kind is Kind.LEAF:
         leaves.append(value)
         return
-    items = _items(value, tree, place)
+    values = items(value, tree, place)
     if tree.is_flat:
-        leaves.extend(items)
+        leaves.extend(values)
         return
     for index, child in enumerate(tree.children):
-        _arrange(items[index], child, tree.child_path(place, index), leaves)
+        _arrange(values[index], child, tree.child_path(place, index), leaves)
 
 
 def check(structure: Structure, spec: StructureSpec, place: str) -> Sequence[Array]:
@@ -92,23 +92,23 @@ def check_batch(parts: Sequence[tuple[str, Sequence[Array], StructureSpec]]) -> 
                 )
 
 
-def _items(value: trees.Nested, tree: trees.TreeDef, place: str) -> Sequence[trees.Nested]:
-    """The items of a container in the order of the tree's children."""
+def items(value: trees.Nested, tree: trees.TreeDef, place: str) -> Sequence[trees.Nested]:
+    """The items of a container in the order of the tree's children. Raises StructureMismatch where it is another."""
     kind = tree.kind
     if kind is Kind.NONE:
         if value is not None:
-            raise errors.StructureMismatch(place=place, expected="None", found=_kind_name(value))
+            raise errors.StructureMismatch(place=place, expected="None", found=kind_of(value))
         return ()
     if kind is Kind.NAMED_TUPLE:
         if not trees.is_named_tuple(value) or set(value._fields) != set(tree.names):
             raise errors.StructureMismatch(
-                place=place, expected=f"a named tuple {tree.type_name}({', '.join(tree.names)})", found=_kind_name(value)
+                place=place, expected=f"a named tuple {tree.type_name}({', '.join(tree.names)})", found=kind_of(value)
             )
         return [getattr(value, name) for name in tree.names]
     if kind in (Kind.DICT, Kind.ORDERED_DICT):
         if not isinstance(value, Mapping):
             raise errors.StructureMismatch(
-                place=place, expected=f"a mapping with keys {list(tree.names)}", found=_kind_name(value)
+                place=place, expected=f"a mapping with keys {list(tree.names)}", found=kind_of(value)
             )
         if set(value) != set(tree.names):
             raise errors.StructureMismatch(
@@ -117,12 +117,10 @@ def _items(value: trees.Nested, tree: trees.TreeDef, place: str) -> Sequence[tre
         return [value[name] for name in tree.names]
     if not isinstance(value, (tuple, list)):
         raise errors.StructureMismatch(
-            place=place, expected=f"a {kind.value} of {len(tree.children)}", found=_kind_name(value)
+            place=place, expected=f"a {kind.value} of {len(tree.children)}", found=kind_of(value)
         )
     if len(value) != len(tree.children):
-        raise errors.StructureMismatch(
-            place=place, expected=f"{len(tree.children)} items", found=f"{len(value)}"
-        )
+        raise errors.StructureMismatch(place=place, expected=f"{len(tree.children)} items", found=f"{len(value)}")
     return value
 
 
@@ -138,12 +136,12 @@ def conform_leaf(value: Any, spec: TensorSpec, place: str) -> Array:
 
 def _as_array(value: Any, spec: TensorSpec, place: str) -> Array:
     if value is None or isinstance(value, Mapping):
-        raise errors.StructureMismatch(place=place, expected=str(spec), found=_kind_name(value))
+        raise errors.StructureMismatch(place=place, expected=str(spec), found=kind_of(value))
     try:
         array = np.asarray(value, object if spec.data_type is dtypes.STRING and _is_plain(value) else None)
     except (ValueError, TypeError, OverflowError):
         raise errors.ShapeMismatch(
-            place=place, expected=str(spec), found=f"{_kind_name(value)} that is no rectangular array"
+            place=place, expected=str(spec), found=f"{kind_of(value)} that is no rectangular array"
         ) from None
     if not array.size and _is_plain(value):
         return array.astype(spec.dtype)
@@ -195,7 +193,7 @@ def _describe(array: Array) -> str:
     return f"{name}{describe_shape(array.shape)}"
 
 
-def _kind_name(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """What a value is, without anything of what it holds."""
     if value is None:
         return "None"

@@ -231,9 +231,7 @@ def decode(message: v1.ModelDescription) -> ModelDescription:
         **structures,
     )
     identity = message.identity
-    return ModelDescription(
-        ModelIdentity(identity.name, identity.version, identity.content_hash), message.format, spec
-    )
+    return ModelDescription(ModelIdentity(identity.name, identity.version, identity.content_hash), message.format, spec)
 
 
 def _check_pair(spec: StructureSpec, place: str) -> None:

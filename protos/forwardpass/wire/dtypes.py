@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +23,7 @@ if sys.byteorder != "little":
     # Arrays are moved as they lie in memory; on such a machine every one would have to be swapped.
     raise ImportError("forwardpass needs a little-endian machine")
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -100,14 +101,14 @@ def of(array: Array, place: str = "array") -> DType:
     return dtype
 
 
-def bfloat16_bits(array: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+def bfloat16_bits(array: Array) -> npt.NDArray[np.uint16]:
     """The bit patterns of float32 numbers as bfloat16, rounded to nearest even; NaN stays NaN."""
     flat = np.ascontiguousarray(array, np.float32).reshape(-1)
     bits = flat.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     # Rounding could carry a NaN's mantissa over into infinity: keep its top bits and set the quiet bit.
     quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x0040)
-    return np.where(np.isnan(flat), quiet_nan, rounded).astype(np.uint16).reshape(array.shape)
+    return cast(Array, np.where(np.isnan(flat), quiet_nan, rounded)).astype(np.uint16).reshape(array.shape)
 
 
 def bfloat16_values(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:

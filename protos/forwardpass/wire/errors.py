@@ -198,9 +198,9 @@ def decode(status: str, message: str, detail: bytes | None) -> ForwardPassError:
     cls = CATALOGUE.get(found.reason)
     if cls is None:
         cls = _BY_STATUS.get(status, ForwardPassError)
-        message = message if cls is not ForwardPassError else f"{status}: {message}"
         if status == "RESOURCE_EXHAUSTED" and "larger than max" in message:
             cls = MessageTooLarge
+        message = f"{cls.sentence} gRPC says {status}: {message}"
     error = cls(message, request_id=found.request_id)
     error.place, error.expected, error.found = found.place, found.expected, found.found
     return error

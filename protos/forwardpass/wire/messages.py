@@ -34,7 +34,7 @@ class _Field:
     inner: dict[int, _Field]
 
 
-@functools.lru_cache(maxsize=None)  # One entry for each message type of the protocol.
+@functools.cache  # One entry for each message type of the protocol.
 def _structure_fields(descriptor: Descriptor) -> Mapping[int, _Field]:
     return _schema(descriptor, "", frozenset())
 
@@ -63,12 +63,10 @@ def encode(header: Message, parts: Mapping[str, Structure]) -> bytes:
     """
     pieces: list[tensors.Buffer] = [header.SerializeToString()]
     _encode_fields(_structure_fields(header.DESCRIPTOR), parts, pieces)
-    return b"".join(pieces)
+    return b"".join(pieces)  # type: ignore[arg-type]  # Arrays are buffers; the stubs say so since numpy 2.
 
 
-def _encode_fields(
-    schema: Mapping[int, _Field], parts: Mapping[str, Structure], pieces: list[tensors.Buffer]
-) -> int:
+def _encode_fields(schema: Mapping[int, _Field], parts: Mapping[str, Structure], pieces: list[tensors.Buffer]) -> int:
     total_bytes = 0
     for field in schema.values():
         inner: list[tensors.Buffer] = []

@@ -44,6 +44,9 @@ class TensorSpec:
     def __str__(self) -> str:
         return f"{self.data_type}{describe_shape(self.shape)}"
 
+    def __repr__(self) -> str:
+        return f"TensorSpec(shape={self.shape}, dtype={self.data_type})"
+
 
 def zeros(spec: TensorSpec, batch: int = 1, other: int = 1) -> dtypes.Array:
     """Zeros, or empty strings, that fit a spec.

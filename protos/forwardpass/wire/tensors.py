@@ -141,9 +141,7 @@ def _encode_strings(array: Array, place: str) -> bytes:
     return b"".join(pieces)
 
 
-def _decode_strings(
-    data: bytes, start: int, end: int, count: int, shape: Sequence[int], place: str
-) -> Array:
+def _decode_strings(data: bytes, start: int, end: int, count: int, shape: Sequence[int], place: str) -> Array:
     # Each string has at least its length: this bounds the count before anything is allocated.
     if count * _LENGTH.size > end - start:
         raise errors.ShapeMismatch(

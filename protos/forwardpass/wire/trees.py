@@ -7,7 +7,7 @@ import enum
 import functools
 import keyword
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from google.protobuf.message import DecodeError
 
@@ -60,7 +60,7 @@ class TreeDef:
         self.children = tuple(children)
         self.names = tuple(names)
         self.type_name = type_name
-        self.num_leaves = 1 if kind is Kind.LEAF else sum(child.num_leaves for child in self.children)
+        self.num_leaves: int = 1 if kind is Kind.LEAF else sum(child.num_leaves for child in self.children)
         self.is_flat = all(child.kind is Kind.LEAF for child in self.children)
         self.named_tuple_class = named_tuple_class
 
@@ -138,11 +138,7 @@ class TreeDef:
         """Where each leaf stands, as Python would index it: `root[0]['dense']`."""
         if self.kind is Kind.LEAF:
             return [root]
-        return [
-            path
-            for index, child in enumerate(self.children)
-            for path in child.paths(self.child_path(root, index))
-        ]
+        return [path for index, child in enumerate(self.children) for path in child.paths(self.child_path(root, index))]
 
     def child_path(self, path: str, index: int) -> str:
         """Where child `index` of a tree at `path` stands."""
@@ -212,7 +208,7 @@ def _flatten(
     return TreeDef(kind, children, names, type_name, type(value) if kind is Kind.NAMED_TUPLE else None)
 
 
-def is_named_tuple(value: object) -> bool:
+def is_named_tuple(value: object) -> TypeGuard[Any]:
     return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
@@ -237,7 +233,7 @@ def check_type_name(name: str, place: str) -> None:
 @functools.lru_cache(maxsize=256)
 def named_tuple_class(type_name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
     """The class for named tuples of this name and these fields: one for all calls."""
-    return collections.namedtuple(type_name, fields)  # type: ignore[misc]
+    return collections.namedtuple(type_name, fields)
 
 
 # Trees come with every array and are few: a decoded one is kept under its bytes. Longer ones are not, so that

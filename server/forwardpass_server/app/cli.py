@@ -47,30 +47,86 @@ def main() -> None:
     show_envvar=True,
     help="Serve the FunctionalModel that a Python function returns, as version 1 of NAME. May be repeated.",
 )
-@click.option("--host", default=Settings.host, show_default=True, envvar="FORWARDPASS_HOST", show_envvar=True,
-              help="Address to listen on. Whoever reaches it may run the models.")
-@click.option("--port", default=Settings.port, show_default=True, envvar="FORWARDPASS_PORT", show_envvar=True,
-              help="Port for gRPC; 0 takes a free one and prints it.")
-@click.option("--metrics-port", default=Settings.metrics_port, show_default=True,
-              envvar="FORWARDPASS_METRICS_PORT", show_envvar=True,
-              help="Port for Prometheus, on the same address; 0 takes a free one, -1 means none.")
-@click.option("--device", default=Settings.device, show_default=True, envvar="FORWARDPASS_DEVICE", show_envvar=True,
-              help="auto, cpu, gpu, or one of several as gpu:1. auto is the first GPU, else the CPU.")
-@click.option("--max-message-mib", default=Settings.max_message_bytes // 2**20, show_default=True,
-              envvar="FORWARDPASS_MAX_MESSAGE_MIB", show_envvar=True, help="Longest request and response, in MiB.")
-@click.option("--execution-threads", type=int, envvar="FORWARDPASS_EXECUTION_THREADS", show_envvar=True,
-              help="Computations at once beside the event loop.  [default: the number of cores, at least 2]")
-@click.option("--max-concurrent-calls", default=Settings.max_concurrent_calls, show_default=True,
-              envvar="FORWARDPASS_MAX_CONCURRENT_CALLS", show_envvar=True,
-              help="Calls at once; further ones are refused with RESOURCE_EXHAUSTED.")
-@click.option("--drain-delay", default=Settings.drain_delay_s, show_default=True,
-              envvar="FORWARDPASS_DRAIN_DELAY", show_envvar=True,
-              help="Seconds between health's NOT_SERVING and the end of listening, after SIGTERM.")
-@click.option("--drain-timeout", default=Settings.drain_timeout_s, show_default=True,
-              envvar="FORWARDPASS_DRAIN_TIMEOUT", show_envvar=True,
-              help="Seconds for running calls to end, after that.")
-@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="info",
-              show_default=True, envvar="FORWARDPASS_LOG_LEVEL", show_envvar=True, help="What is logged to stderr.")
+@click.option(
+    "--host",
+    default=Settings.host,
+    show_default=True,
+    envvar="FORWARDPASS_HOST",
+    show_envvar=True,
+    help="Address to listen on. Whoever reaches it may run the models.",
+)
+@click.option(
+    "--port",
+    default=Settings.port,
+    show_default=True,
+    envvar="FORWARDPASS_PORT",
+    show_envvar=True,
+    help="Port for gRPC; 0 takes a free one and prints it.",
+)
+@click.option(
+    "--metrics-port",
+    default=Settings.metrics_port,
+    show_default=True,
+    envvar="FORWARDPASS_METRICS_PORT",
+    show_envvar=True,
+    help="Port for Prometheus, on the same address; 0 takes a free one, -1 means none.",
+)
+@click.option(
+    "--device",
+    default=Settings.device,
+    show_default=True,
+    envvar="FORWARDPASS_DEVICE",
+    show_envvar=True,
+    help="auto, cpu, gpu, or one of several as gpu:1. auto is the first GPU, else the CPU.",
+)
+@click.option(
+    "--max-message-mib",
+    default=Settings.max_message_bytes // 2**20,
+    show_default=True,
+    envvar="FORWARDPASS_MAX_MESSAGE_MIB",
+    show_envvar=True,
+    help="Longest request and response, in MiB.",
+)
+@click.option(
+    "--execution-threads",
+    type=int,
+    envvar="FORWARDPASS_EXECUTION_THREADS",
+    show_envvar=True,
+    help="Computations at once beside the event loop.  [default: the number of cores, at least 2]",
+)
+@click.option(
+    "--max-concurrent-calls",
+    default=Settings.max_concurrent_calls,
+    show_default=True,
+    envvar="FORWARDPASS_MAX_CONCURRENT_CALLS",
+    show_envvar=True,
+    help="Calls at once; further ones are refused with RESOURCE_EXHAUSTED.",
+)
+@click.option(
+    "--drain-delay",
+    default=Settings.drain_delay_s,
+    show_default=True,
+    envvar="FORWARDPASS_DRAIN_DELAY",
+    show_envvar=True,
+    help="Seconds between health's NOT_SERVING and the end of listening, after SIGTERM.",
+)
+@click.option(
+    "--drain-timeout",
+    default=Settings.drain_timeout_s,
+    show_default=True,
+    envvar="FORWARDPASS_DRAIN_TIMEOUT",
+    show_envvar=True,
+    help="Seconds for running calls to end, after that.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    envvar="FORWARDPASS_LOG_LEVEL",
+    show_envvar=True,
+    help="What is logged to stderr.",
+)
 def serve(
     model_repository: pathlib.Path | None,
     factories: tuple[str, ...],
@@ -117,8 +173,11 @@ def serve(
 @click.argument("model_repository", type=click.Path(file_okay=False, path_type=pathlib.Path))
 @click.argument("name")
 @click.option("--version", type=click.IntRange(min=1), help="Version to write.  [default: one above the highest]")
-@click.option("--config", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
-              help="For a .keras file: a forwardpass.json with input_spec, loss and metrics.")
+@click.option(
+    "--config",
+    type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
+    help="For a .keras file: a forwardpass.json with input_spec, loss and metrics.",
+)
 def export(
     source: str, model_repository: pathlib.Path, name: str, version: int | None, config: pathlib.Path | None
 ) -> None:

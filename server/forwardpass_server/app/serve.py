@@ -71,9 +71,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
         exporter.shutdown()
 
 
-async def _load(
-    registry: Registry, loader: TensorFlowLoader, server: Server, announce: Callable[[str], None]
-) -> None:
+async def _load(registry: Registry, loader: TensorFlowLoader, server: Server, announce: Callable[[str], None]) -> None:
     """Loads every model, one after another beside the event loop, and then says SERVING."""
     for entry in registry.entries():
         source = entry.source

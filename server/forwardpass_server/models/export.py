@@ -95,7 +95,10 @@ class _SavedFunctions:
 
     def predict_on_batch(self, model_weights: Any, x: Any, training: bool = True) -> Any:
         return self._call(
-            Function.PREDICT_ON_BATCH, self._spec.predictions, (self._spec.weights, model_weights), (self._spec.x, x),
+            Function.PREDICT_ON_BATCH,
+            self._spec.predictions,
+            (self._spec.weights, model_weights),
+            (self._spec.x, x),
             training=training,
         )
 
@@ -113,7 +116,10 @@ class _SavedFunctions:
     def loss(self, output: Any, label: Any, sample_weight: Any = None) -> Any:
         function = Function.LOSS if sample_weight is None else Function.WEIGHTED_LOSS
         return self._call(
-            function, self._spec.loss, (self._spec.predictions, output), (self._spec.y, label),
+            function,
+            self._spec.loss,
+            (self._spec.predictions, output),
+            (self._spec.y, label),
             *self._weight(sample_weight),
         )
 
@@ -121,9 +127,7 @@ class _SavedFunctions:
         return self._call(Function.INITIALIZE_METRICS_STATE, self._spec.metrics_state)
 
     def update(self, state: Any, labels: Any, batch_output: Any, sample_weight: Any = None) -> Any:
-        function = (
-            Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
-        )
+        function = Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
         return self._call(
             function,
             self._spec.metrics_state,
@@ -146,9 +150,7 @@ class _SavedFunctions:
         *arguments: tuple[StructureSpec, Any],
         training: bool = False,
     ) -> Any:
-        flat = [
-            leaf for spec, value in arguments for leaf in conform.arrange(value, spec.tree, function.title)
-        ]
+        flat = [leaf for spec, value in arguments for leaf in conform.arrange(value, spec.tree, function.title)]
         returned = self._root.functions[_attribute(function, bool(training))](*flat)
         leaves = [tf.ensure_shape(leaf, spec.shape) for leaf, spec in zip(returned, result.leaves, strict=True)]
         return result.tree.unflatten(leaves)

@@ -69,9 +69,7 @@ def _spec(value: Any, place: str) -> Any:
         return {name: _spec(item, f"{place}.{name}") for name, item in value.items()}
     dtype, shape = value["dtype"], value["shape"]
     if dtype not in dtypes.BY_NAME:
-        raise ModelLoadError(
-            f"{FILE_NAME}: {place}.dtype: expected one of {sorted(dtypes.BY_NAME)}, got {dtype!r}"
-        )
+        raise ModelLoadError(f"{FILE_NAME}: {place}.dtype: expected one of {sorted(dtypes.BY_NAME)}, got {dtype!r}")
     if not isinstance(shape, list) or not all(dim is None or (type(dim) is int and dim >= 0) for dim in shape):
         raise ModelLoadError(f"{FILE_NAME}: {place}.shape: expected dimensions or null, got {shape!r}")
     return tf.TensorSpec(shape, tf.dtypes.as_dtype(dtype))

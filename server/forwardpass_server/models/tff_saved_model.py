@@ -21,9 +21,7 @@ _NO_SAMPLE_WEIGHT = "TFF saves this function without sample_weight"
 
 def is_functional_model(root: Any) -> bool:
     """Whether a loaded SavedModel was written by TFF's save_functional_model."""
-    return all(
-        hasattr(root, name) for name in ("predict_on_batch_training", "loss", "serialized_input_spec")
-    )
+    return all(hasattr(root, name) for name in ("predict_on_batch_training", "loss", "serialized_input_spec"))
 
 
 def generation(root: Any) -> str:
@@ -56,7 +54,7 @@ def functional_model(root: Any, metrics_fns: Callable[[Any, Any], MetricsFns] | 
             Function.FINALIZE_METRICS,
         ):
             unavailable[function] = (
-                'no TFF release saves metrics; name Keras metrics in a forwardpass.json beside the model: '
+                "no TFF release saves metrics; name Keras metrics in a forwardpass.json beside the model: "
                 '{"metrics": ["SparseCategoricalAccuracy"]}'
             )
     return FunctionalModel(

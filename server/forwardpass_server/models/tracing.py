@@ -100,9 +100,7 @@ class _Tracer:
                 break
             # A state may grow, or lose what TensorFlow knows of its shape: each round frees at least one dimension.
             state = common
-        self._trace_weighted(
-            Function.WEIGHTED_UPDATE_METRICS_STATE, update, [*arguments, sample_weight], state.tree
-        )
+        self._trace_weighted(Function.WEIGHTED_UPDATE_METRICS_STATE, update, [*arguments, sample_weight], state.tree)
         metrics = self._trace((Function.FINALIZE_METRICS, False), self._model.finalize_metrics, [state])
         return state, metrics, self._unused_batch_output_fields(arguments)
 
@@ -127,11 +125,10 @@ class _Tracer:
         self, function: Function, method: Callable[..., Any], arguments: Sequence[StructureSpec]
     ) -> StructureSpec:
         """Traces for training and inference, and returns a spec that both results fit."""
-        results = [
-            self._trace((function, training), _with_training(method, training), arguments)
-            for training in (True, False)
-        ]
-        return _common_spec(*results, place=function.title)
+        trained, inferred = (
+            self._trace((function, training), _with_training(method, training), arguments) for training in (True, False)
+        )
+        return _common_spec(trained, inferred, function.title)
 
     def _trace_weighted(
         self,

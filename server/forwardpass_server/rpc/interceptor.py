@@ -40,25 +40,29 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _wrap(self, handler: Any, path: str) -> Any:
         """The handler with `_guard` around it, of the same kind; requests reach it as bytes."""
         read = handler.request_deserializer or (lambda data: data)
+        answer: Callable[[Any, Any], Awaitable[Any]]
         if handler.request_streaming:
             make, kind = grpc.stream_stream_rpc_method_handler, "bidi_stream"
 
-            async def answer(requests: AsyncIterator[bytes], context: Any) -> None:
+            async def answer_stream(requests: AsyncIterator[bytes], context: Any) -> None:
                 async for response in handler.stream_stream(_read_all(requests, read), context):
                     await context.write(response)
 
+            answer = answer_stream
         elif handler.response_streaming:
             make, kind = grpc.unary_stream_rpc_method_handler, "server_stream"
 
-            async def answer(request: bytes, context: Any) -> None:
+            async def answer_with_stream(request: bytes, context: Any) -> None:
                 await handler.unary_stream(_read(request, read), context)
 
+            answer = answer_with_stream
         else:
             make, kind = grpc.unary_unary_rpc_method_handler, "unary"
 
-            async def answer(request: bytes, context: Any) -> Any:
+            async def answer_unary(request: bytes, context: Any) -> Any:
                 return await handler.unary_unary(_read(request, read), context)
 
+            answer = answer_unary
         return make(self._guard(answer, kind, path), None, handler.response_serializer)
 
     def _guard(self, answer: Callable[..., Awaitable[Any]], kind: str, path: str) -> Callable[..., Awaitable[Any]]:
@@ -126,6 +130,7 @@ async def _read_all(requests: AsyncIterator[bytes], read: Callable[[bytes], Any]
 
 
 # As Go's codes print, in whose words dashboards for gRPC are written.
-_GO_NAMES = {
-    code: "".join(word.capitalize() for word in code.name.split("_")) for code in grpc.StatusCode
-} | {grpc.StatusCode.OK: "OK", grpc.StatusCode.CANCELLED: "Canceled"}
+_GO_NAMES = {code: "".join(word.capitalize() for word in code.name.split("_")) for code in grpc.StatusCode} | {
+    grpc.StatusCode.OK: "OK",
+    grpc.StatusCode.CANCELLED: "Canceled",
+}

@@ -35,9 +35,7 @@ class FunctionalModelServicer:
 
     async def ForwardPass(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.ForwardPassRequest, data)
-        return await self._call(
-            v1.ForwardPassResponse, header.model, Function.FORWARD_PASS, parts, header.training
-        )
+        return await self._call(v1.ForwardPassResponse, header.model, Function.FORWARD_PASS, parts, header.training)
 
     async def PredictOnBatch(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.PredictOnBatchRequest, data)

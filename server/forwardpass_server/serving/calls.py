@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from forwardpass.wire import conform, errors, specs
@@ -74,7 +74,7 @@ def arguments(spec: ModelSpec, function: Function, parts: Mapping[str, Structure
     for place, part_spec in wanted.items():
         part = parts.get(place)
         if part is None or part.tree.kind is Kind.NONE:
-            part_leaves = _missing(spec, place, part_spec)
+            part_leaves: Sequence[Array] = _missing(spec, place, part_spec)
         else:
             part_leaves = conform.check(part, part_spec, place)
         checked.append((place, part_leaves, part_spec))

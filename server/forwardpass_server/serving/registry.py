@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 
 from forwardpass.wire import errors
+from forwardpass_server.serving.errors import ModelLoadError
 from forwardpass_server.serving.models import LoadedModel, ModelLoader, ModelSource
 
 _LOGGER = logging.getLogger(__name__)
@@ -45,7 +46,8 @@ class Registry:
             model = loader.load(source)
         except Exception as error:  # A model's files and code may raise anything.
             _LOGGER.exception("model %s failed to load", source)
-            entry = Entry(source, State.FAILED, error=f"{type(error).__name__}: {error}".strip())
+            reason = str(error) if isinstance(error, ModelLoadError) else f"{type(error).__name__}: {error}"
+            entry = Entry(source, State.FAILED, error=reason)
         else:
             _LOGGER.info("model %s is available after %.2f s", source, time.monotonic() - started)
             entry = Entry(source, State.AVAILABLE, model)

@@ -43,9 +43,7 @@ class Scheduler:
         key = (kind, sum(leaf.nbytes for leaf in leaves).bit_length())
         if estimates_s.get(key, _INLINE_S) < _INLINE_S:
             return _timed(estimates_s, key, leaves, compute)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._pool, _timed, estimates_s, key, leaves, compute
-        )
+        return await asyncio.get_running_loop().run_in_executor(self._pool, _timed, estimates_s, key, leaves, compute)
 
     def close(self) -> None:
         """Waits for what runs. Nothing may be run afterwards."""

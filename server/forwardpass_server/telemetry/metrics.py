@@ -50,7 +50,9 @@ class Metrics:
             "forwardpass_models", "Model versions by state.", ("state",), registry=self.registry
         )
         self._traces = prometheus.Counter(
-            "forwardpass_traces_total", "Graphs built by tracing: flat once all models are loaded.", registry=self.registry
+            "forwardpass_traces_total",
+            "Graphs built by tracing: flat once all models are loaded.",
+            registry=self.registry,
         )
         self._started_child = functools.lru_cache(_CACHED_CHILDREN)(self._started.labels)
         self._handled_child = functools.lru_cache(_CACHED_CHILDREN)(self._handled.labels)

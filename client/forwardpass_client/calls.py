@@ -1,0 +1,265 @@
+"""What the sync and the async client share: requests from arguments, results from responses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar, cast
+
+from forwardpass import v1
+from forwardpass.wire import conform, description, errors, fields, messages
+from forwardpass.wire.description import BatchOutput, Function, ModelDescription
+from forwardpass.wire.dtypes import Array
+from forwardpass.wire.methods import METHODS
+from forwardpass.wire.specs import StructureSpec
+from forwardpass.wire.structures import Structure
+
+ResultT = TypeVar("ResultT")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Call(Generic[ResultT]):
+    """One call: where it goes, what is sent, and how the answer is read."""
+
+    path: str
+    request: bytes
+    read: Callable[[bytes], ResultT]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelVersion:
+    """One version of a model on the server.
+
+    state: "available", "loading" or "failed". error: why it failed to load; "" otherwise.
+    content_hash: SHA-256 of what it was loaded from, in hex; "" until it is available.
+    """
+
+    name: str
+    version: int
+    state: str
+    error: str
+    content_hash: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FoundModel:
+    """A model as the server describes it, and the longest request that the server takes."""
+
+    description: ModelDescription
+    versions: tuple[ModelVersion, ...]
+    max_request_bytes: int
+
+
+def get_model(name: str, version: int | None) -> Call[FoundModel]:
+    """version: None for the highest that is available."""
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected a str, got {type(name).__name__}")
+    request = v1.GetModelRequest(model=v1.ModelSelector(name=name, version=version or 0))
+
+    def read(data: bytes) -> FoundModel:
+        response, _ = messages.decode(v1.GetModelResponse, data)
+        return FoundModel(
+            description.decode(response.model), tuple(map(_version, response.versions)), response.max_request_bytes
+        )
+
+    return Call(METHODS["GetModel"].path, request.SerializeToString(), read)
+
+
+def list_models() -> Call[list[ModelVersion]]:
+    def read(data: bytes) -> list[ModelVersion]:
+        response, _ = messages.decode(v1.ListModelsResponse, data)
+        return [_version(model) for model in response.models]
+
+    return Call(METHODS["ListModels"].path, b"", read)
+
+
+def check_health() -> Call[bool]:
+    """Whether the server says SERVING: it has tried to load every model, and is not about to stop.
+
+    Source: grpc.health.v1.Health.Check, whose request is empty and whose answer is one enum in field 1.
+    """
+
+    def read(data: bytes) -> bool:
+        return any(
+            number == 1 and fields.read_varint(data, start, end)[0] == 1
+            for number, _, _, start, end in fields.scan(data, 0, len(data))
+        )
+
+    return Call("/grpc.health.v1.Health/Check", b"", read)
+
+
+def _version(message: v1.ModelVersionStatus) -> ModelVersion:
+    state = v1.ModelState.Name(message.state).removeprefix("MODEL_STATE_").lower()
+    return ModelVersion(message.name, message.version, state, message.error, message.content_hash.hex())
+
+
+class ModelCalls:
+    """The calls of one version of a model.
+
+    Every method checks its arguments against the model's spec and raises before anything is sent: StructureMismatch,
+    DTypeMismatch or ShapeMismatch, naming the leaf; FunctionNotAvailable; MessageTooLarge.
+    max_request_bytes: the longest request that both ends take.
+    """
+
+    def __init__(self, model: ModelDescription, max_request_bytes: int) -> None:
+        self.model = model
+        self._spec = model.spec
+        self._max_request_bytes = max_request_bytes
+        self._selector = v1.ModelSelector(name=model.identity.name, version=model.identity.version)
+        self._identity = model.identity.message()
+
+    def initial_weights(self) -> Call[Any]:
+        request = v1.GetInitialWeightsRequest(model=self._selector)
+
+        def read(data: bytes) -> Any:
+            parts = self._read(v1.GetInitialWeightsResponse, data)
+            trainable, non_trainable = parts["model_weights.trainable"], parts["model_weights.non_trainable"]
+            return self._spec.weights.tree.unflatten([*_aligned(trainable), *_aligned(non_trainable)])
+
+        return Call(METHODS["GetInitialWeights"].path, request.SerializeToString(), read)
+
+    def predict_on_batch(self, model_weights: Any, x: Any, training: bool) -> Call[Any]:
+        request = v1.PredictOnBatchRequest(model=self._selector, training=bool(training))
+        values = {**self._weights(model_weights), "x": x}
+        return self._call(
+            "PredictOnBatch",
+            request,
+            self._conform(Function.PREDICT_ON_BATCH, values),
+            lambda data: _nested(self._read(v1.PredictOnBatchResponse, data), "predictions"),
+        )
+
+    def forward_pass(self, model_weights: Any, batch_input: Any, training: bool) -> Call[BatchOutput]:
+        request = v1.ForwardPassRequest(model=self._selector, training=bool(training))
+        x, y = _x_and_y(batch_input)
+        values = {**self._weights(model_weights), "batch_input.x": x, "batch_input.y": y}
+
+        def read(data: bytes) -> BatchOutput:
+            parts = self._read(v1.ForwardPassResponse, data)
+            return BatchOutput(*(_nested(parts, f"batch_output.{name}") for name in BatchOutput._fields))
+
+        return self._call("ForwardPass", request, self._conform(Function.FORWARD_PASS, values), read)
+
+    def loss(self, output: Any, label: Any, sample_weight: Any) -> Call[Any]:
+        values = {"output": output, "label": label, "sample_weight": sample_weight}
+        function = Function.LOSS if sample_weight is None else Function.WEIGHTED_LOSS
+        return self._call(
+            "Loss",
+            v1.LossRequest(model=self._selector),
+            self._conform(function, values),
+            lambda data: _nested(self._read(v1.LossResponse, data), "loss"),
+        )
+
+    def initialize_metrics_state(self) -> Call[Any]:
+        return self._call(
+            "InitializeMetricsState",
+            v1.InitializeMetricsStateRequest(model=self._selector),
+            self._conform(Function.INITIALIZE_METRICS_STATE, {}),
+            lambda data: _nested(self._read(v1.InitializeMetricsStateResponse, data), "state"),
+        )
+
+    def update_metrics_state(self, state: Any, labels: Any, batch_output: Any, sample_weight: Any) -> Call[Any]:
+        values = {"state": state, "labels": labels, "sample_weight": sample_weight, **_batch_output(batch_output)}
+        function = Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
+        return self._call(
+            "UpdateMetricsState",
+            v1.UpdateMetricsStateRequest(model=self._selector),
+            self._conform(function, values),
+            lambda data: _nested(self._read(v1.UpdateMetricsStateResponse, data), "state"),
+        )
+
+    def finalize_metrics(self, state: Any) -> Call[Any]:
+        return self._call(
+            "FinalizeMetrics",
+            v1.FinalizeMetricsRequest(model=self._selector),
+            self._conform(Function.FINALIZE_METRICS, {"state": state}),
+            lambda data: _nested(self._read(v1.FinalizeMetricsResponse, data), "metrics"),
+        )
+
+    def _weights(self, model_weights: Any) -> dict[str, Any]:
+        """The parts of a request that carry the weights."""
+        trainable, non_trainable = conform.items(model_weights, self._spec.weights.tree, "model_weights")
+        return {"model_weights.trainable": trainable, "model_weights.non_trainable": non_trainable}
+
+    def _conform(self, function: Function, values: Mapping[str, Any]) -> dict[str, Structure]:
+        """The values as the structures that the function takes."""
+        reason = self._spec.unavailable.get(function)
+        if reason is not None:
+            raise errors.FunctionNotAvailable(
+                f"model {self.model.identity}: {function.title} is not available: {reason}"
+            )
+        parts: dict[str, Structure] = {}
+        checked: list[tuple[str, Any, StructureSpec]] = []
+        for place, spec in self._spec.arguments[function].items():
+            value = values[place]
+            if value is None and self._may_be_none(place):
+                continue
+            parts[place] = conform.conform(value, spec, place)
+            checked.append((place, parts[place].leaves, spec))
+        conform.check_batch(checked)
+        return parts
+
+    def _may_be_none(self, place: str) -> bool:
+        group, _, field = place.partition(".")
+        return group == "batch_output" and field in self._spec.unused_batch_output_fields
+
+    def _call(
+        self, method: str, header: Any, parts: Mapping[str, Structure], read: Callable[[bytes], ResultT]
+    ) -> Call[ResultT]:
+        request = messages.encode(header, parts)
+        if len(request) > self._max_request_bytes:
+            raise errors.MessageTooLarge(
+                place=f"request of {method}",
+                expected=f"at most {self._max_request_bytes} bytes",
+                found=f"{len(request)} bytes",
+            )
+        return Call(METHODS[method].path, request, read)
+
+    def _read(self, response_type: Any, data: bytes) -> dict[str, Structure]:
+        """The structures of a response, which must be from the model that was looked up."""
+        header, parts = messages.decode(response_type, data)
+        if header.model != self._identity:
+            raise errors.ModelChanged(
+                place="response",
+                expected=f"model {self.model.identity} of content {self.model.identity.content_hash.hex()[:12]}",
+                found=f"{header.model.name}/{header.model.version} of {header.model.content_hash.hex()[:12]}",
+            )
+        return parts
+
+
+def _nested(parts: Mapping[str, Structure], place: str) -> Any:
+    """One structure of a response as containers of read-only arrays; None where it is absent."""
+    part = parts.get(place)
+    return None if part is None else part.tree.unflatten(_aligned(part))
+
+
+def _aligned(structure: Structure) -> list[Array]:
+    """The leaves, copied where they lie askew in the message: much code outside numpy takes no such array."""
+    leaves = list(structure.leaves)
+    for index, leaf in enumerate(leaves):
+        if not leaf.flags.aligned:
+            leaves[index] = leaf.copy()
+            leaves[index].flags.writeable = False
+    return leaves
+
+
+def _x_and_y(batch_input: Any) -> tuple[Any, Any]:
+    if isinstance(batch_input, Mapping):
+        if set(batch_input) != {"x", "y"}:
+            raise errors.StructureMismatch(
+                place="batch_input", expected="keys x and y", found=f"keys {sorted(map(str, batch_input))}"
+            )
+        return batch_input["x"], batch_input["y"]
+    if not isinstance(batch_input, (tuple, list)) or len(batch_input) != 2:
+        raise errors.StructureMismatch(
+            place="batch_input", expected="a pair (x, y) or a mapping with x and y", found=conform.kind_of(batch_input)
+        )
+    return cast(tuple[Any, Any], tuple(batch_input))
+
+
+def _batch_output(value: Any) -> dict[str, Any]:
+    """The fields of a batch output, of whatever class it is."""
+    if not all(hasattr(value, name) for name in BatchOutput._fields):
+        raise errors.StructureMismatch(
+            place="batch_output", expected=f"a BatchOutput{BatchOutput._fields}", found=conform.kind_of(value)
+        )
+    return {f"batch_output.{name}": getattr(value, name) for name in BatchOutput._fields}

@@ -1,0 +1,61 @@
+"""Structures in .npz files: one array for each leaf, its path as its name, joined by "/": `x/dense`, `trainable/0`."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from forwardpass.wire import dtypes, errors, trees
+from forwardpass.wire.specs import StructureSpec
+from forwardpass.wire.trees import Kind, TreeDef
+
+
+def load(path: pathlib.Path) -> dict[str, Any]:
+    """The arrays of a file by name. Raises ValueError for what is no .npz file. Nothing in it is unpickled."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (ValueError, OSError, AttributeError) as error:
+        raise ValueError(f"{path}: expected an .npz file without pickled objects: {error}") from None
+
+
+def save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
+    """Writes arrays by name. Strings are stored with a fixed width, bfloat16 as float32, both without loss."""
+    stored: dict[str, Any] = {name: _storable(np.asarray(array)) for name, array in arrays.items()}
+    np.savez(path, **stored)
+
+
+def _storable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if array.dtype == object:
+        return array.astype(np.bytes_)
+    return array.astype(np.float32) if array.dtype == dtypes.BFLOAT16.numpy else array
+
+
+def take(arrays: dict[str, Any], name: str, spec: StructureSpec) -> Any:
+    """The structure under `name` in a file's arrays. Raises StructureMismatch, naming an array that is missing."""
+    leaves = []
+    for path in _names(spec.tree, name):
+        if path not in arrays:
+            raise errors.StructureMismatch(place="file", expected=f"an array {path!r}", found=f"{sorted(arrays)[:20]}")
+        leaves.append(arrays[path])
+    return spec.tree.unflatten(leaves)
+
+
+def put(arrays: dict[str, Any], name: str, value: Any) -> None:
+    """Adds a structure's leaves to a file's arrays, under `name`."""
+    tree, leaves = trees.flatten(value, name)
+    arrays.update(zip(_names(tree, name), leaves, strict=True))
+
+
+def _names(tree: TreeDef, name: str) -> Sequence[str]:
+    if tree.kind is Kind.LEAF:
+        return [name]
+    keys = tree.names or [str(index) for index in range(len(tree.children))]
+    return [
+        path
+        for key, child in zip(keys, tree.children, strict=True)
+        for path in _names(child, f"{name}/{key}" if name else key)
+    ]
