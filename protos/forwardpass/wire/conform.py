@@ -27,9 +27,19 @@ def conform(value: trees.Nested, spec: StructureSpec, place: str) -> Structure:
     leaves = arrange(value, spec.tree, place)
     for index, (leaf, leaf_spec) in enumerate(zip(leaves, spec.leaves, strict=True)):
         # Most leaves fit as they are: only the others pay for their path.
-        if not (type(leaf) is np.ndarray and leaf.dtype == leaf_spec.dtype and leaf_spec.admits_shape(leaf.shape)):
+        if not _fits(leaf, leaf_spec):
             leaves[index] = conform_leaf(leaf, leaf_spec, spec.tree.paths(place)[index])
     return Structure(spec.tree, leaves, [leaf.data_type for leaf in spec.leaves])
+
+
+def _fits(value: Any, spec: TensorSpec) -> bool:
+    # An array of strings may hold anything else too: such are looked at one by one.
+    return (
+        type(value) is np.ndarray
+        and value.dtype == spec.dtype
+        and spec.admits_shape(value.shape)
+        and spec.data_type is not dtypes.STRING
+    )
 
 
 def arrange(value: trees.Nested, tree: trees.TreeDef, place: str) -> list[Any]:
@@ -127,11 +137,21 @@ def items(value: trees.Nested, tree: trees.TreeDef, place: str) -> Sequence[tree
 def conform_leaf(value: Any, spec: TensorSpec, place: str) -> Array:
     """One value as an array of the spec's dtype, with a shape that it admits. Errors as of `conform`."""
     array = value if type(value) is np.ndarray else _as_array(value, spec, place)
-    if array.dtype != spec.dtype:
-        array = _cast(array, spec, place)
     if not spec.admits_shape(array.shape):
         raise errors.ShapeMismatch(place=place, expected=str(spec), found=_describe(array))
+    if array.dtype != spec.dtype:
+        array = _cast(array, spec, place)
+    elif spec.data_type is dtypes.STRING:
+        _check_strings(array, spec, place)
     return array
+
+
+def _check_strings(array: Array, spec: TensorSpec, place: str) -> None:
+    for element in array.ravel().tolist():
+        if not isinstance(element, (bytes, str)):
+            raise errors.DTypeMismatch(
+                place=place, expected=str(spec), found=f"an object array with {type(element).__name__}"
+            )
 
 
 def _as_array(value: Any, spec: TensorSpec, place: str) -> Array:

@@ -1,0 +1,128 @@
+"""Specs and descriptions of models, to messages and back."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+
+import pytest
+
+from forwardpass import v1
+from forwardpass.wire import description, dtypes, errors, specs
+from forwardpass.wire.description import BatchOutput, Function, ModelDescription, ModelIdentity, ModelSpec
+from forwardpass.wire.specs import StructureSpec, TensorSpec
+
+FLOAT = dtypes.BY_NAME["float32"]
+X = TensorSpec((None, 2), FLOAT, batched=True)
+Y = TensorSpec((None,), dtypes.BY_NAME["int64"], batched=True)
+LOSS = TensorSpec((), FLOAT)
+
+
+def model_spec(**changes) -> ModelSpec:
+    fields = {
+        "weights": StructureSpec.of(((TensorSpec((2, 3), FLOAT),), ())),
+        "input": StructureSpec.of((X, Y)),
+        "predictions": StructureSpec.of(TensorSpec(None, FLOAT)),
+        "batch_output": StructureSpec.of(BatchOutput(LOSS, X, None)),
+        "sample_weight": StructureSpec.of(TensorSpec((None,), FLOAT)),
+        "loss": StructureSpec.of(LOSS),
+        "metrics_state": StructureSpec.of(collections.OrderedDict(b=[LOSS], a=(LOSS,))),
+        "metrics": StructureSpec.of(collections.OrderedDict(b=LOSS, a=LOSS)),
+        "unavailable": {Function.WEIGHTED_LOSS: "it knows no weights"},
+        "has_own_forward_pass": True,
+        "unused_batch_output_fields": frozenset({"loss"}),
+    }
+    return ModelSpec(**{**fields, **changes})
+
+
+def test_a_description_comes_back_as_it_was():
+    whole = ModelDescription(ModelIdentity("m", 3, b"\x01" * 32), "keras", model_spec())
+    assert description.decode(v1.ModelDescription.FromString(description.encode(whole).SerializeToString())) == whole
+
+
+def test_every_dtype_can_stand_in_a_spec():
+    spec = StructureSpec.of([TensorSpec((None, 0, 5), dtype) for dtype in dtypes.ALL])
+    assert specs.decode(specs.encode(spec)) == spec
+
+
+def test_every_function_is_described():
+    message = description.encode(ModelDescription(ModelIdentity("m", 1, b""), "f", model_spec()))
+    assert {item.function for item in message.functions} == set(v1.Function.values()) - {0}
+    assert set(model_spec().arguments) == set(model_spec().results) == set(Function)
+
+
+def test_a_function_of_a_newer_server_is_passed_over():
+    message = description.encode(ModelDescription(ModelIdentity("m", 1, b""), "f", model_spec()))
+    message.functions.add(function=999, available=False, unavailable_reason="new")
+    assert description.decode(message).spec == model_spec()
+
+
+@pytest.mark.parametrize(
+    "field, spec, place",
+    [
+        ("weights", StructureSpec.of((X, X, X)), "weights"),
+        ("input", StructureSpec.of(X), "input"),
+        ("batch_output", StructureSpec.of((LOSS, X, LOSS)), "batch_output"),
+    ],
+)
+def test_an_unsound_description_is_refused(field, spec, place):
+    message = description.encode(ModelDescription(ModelIdentity("m", 1, b""), "f", model_spec()))
+    getattr(message, field).CopyFrom(specs.encode(spec))
+    with pytest.raises(errors.StructureMismatch, match=f"^{place}: expected"):
+        description.decode(message)
+
+
+@pytest.mark.parametrize(
+    "message, error",
+    [
+        (v1.StructureSpec(tree=v1.TreeDef(leaf=v1.TreeDef.Leaf())), errors.StructureMismatch),
+        (
+            v1.StructureSpec(tree=v1.TreeDef(leaf=v1.TreeDef.Leaf()), leaves=[v1.TensorSpec(data_type=77)]),
+            errors.DTypeMismatch,
+        ),
+        (v1.StructureSpec(), errors.InvalidRequest),
+    ],
+)
+def test_an_unsound_spec_is_refused(message, error):
+    with pytest.raises(error):
+        specs.decode(message)
+
+
+def test_x_and_y_are_found_in_a_mapping_of_any_order():
+    spec = model_spec(input=StructureSpec.of({"y": Y, "x": X}))
+    assert (spec.x.leaves, spec.y.leaves) == ((X,), (Y,))
+
+
+@pytest.mark.parametrize("nested", [(X, Y), [X, Y], {"x": X, "y": Y}, {"y": Y, "x": X}])
+def test_leaves_of_x_and_y_can_be_replaced(nested):
+    free = model_spec(input=StructureSpec.of(nested))
+    tied = free.with_input_leaves([dataclasses.replace(X, batched=False), dataclasses.replace(Y, batched=False)])
+    assert [leaf.batched for leaf in (*tied.x.leaves, *tied.y.leaves)] == [False, False]
+    assert (tied.x.leaves[0].shape, tied.y.leaves[0].shape) == (X.shape, Y.shape)
+
+
+def test_a_spec_reads_like_tensorflows():
+    assert repr(X) == "TensorSpec(shape=(None, 2), dtype=float32)"
+    assert str(StructureSpec.of({"a": (X, None)})) == "{'a': (float32[None,2], None)}"
+
+
+def test_a_structure_of_specs_holds_nothing_else():
+    with pytest.raises(errors.StructureMismatch, match=r"spec\[1\]: expected a TensorSpec, got int"):
+        StructureSpec.of([X, 3])
+
+
+@pytest.mark.parametrize(
+    "spec, shape",
+    [
+        (TensorSpec((), FLOAT), ()),
+        (TensorSpec((None, None, 4), FLOAT), (2, 3, 4)),
+        (TensorSpec((5, None), FLOAT), (5, 3)),
+        (TensorSpec(None, FLOAT), (2,)),
+        (TensorSpec((None,), dtypes.STRING), (2,)),
+    ],
+)
+def test_zeros_fit_their_spec(spec, shape):
+    zeros = specs.zeros(spec, batch=2, other=3)
+    assert zeros.shape == shape
+    assert spec.admits_shape(zeros.shape)
+    assert zeros.dtype == spec.dtype

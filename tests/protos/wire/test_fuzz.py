@@ -1,0 +1,80 @@
+"""Broken bytes: only our own errors come of them, and no memory stays behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import random
+import resource
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forwardpass import v1
+from forwardpass.wire import errors, messages
+from forwardpass.wire.methods import METHODS
+from forwardpass.wire.structures import Structure
+from support.arrays import structures
+
+REQUESTS = [method.request for method in METHODS.values()]
+
+
+def decode_all(data: bytes) -> None:
+    for kind in REQUESTS:
+        with contextlib.suppress(errors.InvalidRequest):
+            messages.decode(kind, data)
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(data):
+    decode_all(data)
+
+
+@settings(max_examples=300)
+@given(structures(), st.randoms(use_true_random=False))
+def test_messages_with_bytes_changed_are_read_or_refused(value, rng):
+    data = bytearray(messages.encode(v1.PredictOnBatchRequest(), {"x": Structure.of(value)}))
+    for _ in range(rng.randint(1, 4)):
+        data[rng.randrange(len(data))] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+    decode_all(bytes(data))
+
+
+@settings(max_examples=100)
+@given(structures(), st.integers(0, 10**6))
+def test_messages_cut_off_anywhere_are_read_or_refused(value, at):
+    data = messages.encode(v1.PredictOnBatchRequest(), {"x": Structure.of(value)})
+    decode_all(data[: at % (len(data) + 1)])
+
+
+def test_hostile_shapes_and_endless_new_trees_leave_no_memory_behind():
+    rng = random.Random(0)
+    sides = [0, 1, 2, 2**31, 2**32, 2**62, 2**63 - 1, -1]
+
+    def one_round(count: int) -> None:
+        for index in range(count):
+            leaf = v1.Tensor(data_type=rng.randrange(18), shape=rng.choices(sides, k=rng.randrange(8)), data=b"1234")
+            tree = v1.TreeDef(
+                dict=v1.TreeDef.Mapping(
+                    keys=[f"{rng.random()}{index}" * 8], values=[v1.TreeDef(leaf=v1.TreeDef.Leaf())]
+                )
+            )
+            structure = v1.Structure(tree=tree, leaves=[leaf])
+            decode_all(v1.PredictOnBatchRequest(x=structure).SerializeToString())
+
+    one_round(3000)  # Fills the caches, which are bounded.
+    gc.collect()
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    one_round(6000)
+    grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
+    # Kept whole, 6000 trees would be some 10 MiB and one splat of 2**31 bytes two thousand.
+    assert grown_kib < 4096
+
+
+def test_a_large_message_costs_no_second_copy():
+    data = messages.encode(v1.PredictOnBatchRequest(), {"x": Structure.of(np.zeros(2**25, np.uint8))})
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _, parts = messages.decode(v1.PredictOnBatchRequest, data)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 2**14
+    assert parts["x"].leaves[0].nbytes == 2**25

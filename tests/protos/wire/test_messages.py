@@ -1,0 +1,104 @@
+"""Whole requests and responses, against protobuf's own reading of them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forwardpass import v1
+from forwardpass.wire import errors, messages, trees
+from forwardpass.wire.methods import METHODS
+from forwardpass.wire.structures import Structure
+from support.arrays import same_bits, structures
+
+MESSAGE_TYPES = [kind for method in METHODS.values() for kind in (method.request, method.response)]
+
+STRUCTURES = {
+    "ForwardPassRequest": ["model_weights.trainable", "model_weights.non_trainable", "batch_input.x", "batch_input.y"],
+    "ForwardPassResponse": ["batch_output.loss", "batch_output.predictions", "batch_output.num_examples"],
+    "PredictOnBatchRequest": ["model_weights.trainable", "model_weights.non_trainable", "x"],
+    "PredictOnBatchResponse": ["predictions"],
+    "LossRequest": ["output", "label", "sample_weight"],
+    "LossResponse": ["loss"],
+    "InitializeMetricsStateRequest": [],
+    "InitializeMetricsStateResponse": ["state"],
+    "UpdateMetricsStateRequest": [
+        "state",
+        "labels",
+        "batch_output.loss",
+        "batch_output.predictions",
+        "batch_output.num_examples",
+        "sample_weight",
+    ],
+    "UpdateMetricsStateResponse": ["state"],
+    "FinalizeMetricsRequest": ["state"],
+    "FinalizeMetricsResponse": ["metrics"],
+    "GetModelRequest": [],
+    "GetModelResponse": [],
+    "ListModelsRequest": [],
+    "ListModelsResponse": [],
+    "GetInitialWeightsRequest": [],
+    "GetInitialWeightsResponse": ["model_weights.trainable", "model_weights.non_trainable"],
+}
+
+
+def header(kind):
+    message = kind()
+    field = kind.DESCRIPTOR.fields_by_name.get("model")
+    if field is not None and field.message_type.name in ("ModelSelector", "ModelIdentity"):
+        message.model.name, message.model.version = "digits", 3
+    return message
+
+
+@pytest.mark.parametrize("kind", MESSAGE_TYPES, ids=lambda kind: kind.DESCRIPTOR.name)
+def test_every_message_comes_back_with_its_header_and_structures(kind):
+    places = STRUCTURES[kind.DESCRIPTOR.name]
+    parts = {place: Structure.of((np.float32([index]), None)) for index, place in enumerate(places)}
+    data = messages.encode(header(kind), parts)
+    found_header, found = messages.decode(kind, data)
+    assert found_header == header(kind)
+    assert list(found) == places
+    for place in places:
+        assert found[place].tree == parts[place].tree
+        assert same_bits(found[place].leaves[0], parts[place].leaves[0])
+    # What protobuf itself makes of the message, and writes again, is the same message.
+    assert messages.decode(kind, kind.FromString(data).SerializeToString())[1].keys() == found.keys()
+
+
+@pytest.mark.parametrize("kind", MESSAGE_TYPES, ids=lambda kind: kind.DESCRIPTOR.name)
+def test_structures_may_be_absent(kind):
+    assert messages.decode(kind, messages.encode(header(kind), {})) == (header(kind), {})
+
+
+@settings(max_examples=30)
+@given(structures(), st.booleans())
+def test_fields_may_come_in_any_order(value, training):
+    head = v1.PredictOnBatchRequest(training=training, model=v1.ModelSelector(name="m")).SerializeToString()
+    body = messages.encode(v1.PredictOnBatchRequest(), {"x": Structure.of(value)})
+    found, parts = messages.decode(v1.PredictOnBatchRequest, body + head)
+    assert (found.training, found.model.name) == (training, "m")
+    assert parts["x"].tree == trees.flatten(value)[0]
+
+
+def test_a_message_field_that_comes_in_two_pieces_is_one():
+    weights = {f"model_weights.{name}": Structure.of((np.int8(1),)) for name in ("trainable", "non_trainable")}
+    pieces = b"".join(messages.encode(v1.ForwardPassRequest(), {place: part}) for place, part in weights.items())
+    assert set(messages.decode(v1.ForwardPassRequest, pieces)[1]) == set(weights)
+
+
+HOSTILE = {
+    "one structure twice": messages.encode(v1.PredictOnBatchRequest(), {"x": Structure.of(np.int8(1))}) * 2,
+    "a structure as a varint": b"\x28\x01",
+    "a header that is no message": b"\x0a\x02\xff\xff",
+    "a name that is no UTF-8": b"\x0a\x04\x0a\x02\xff\xfe",
+    "a field cut off": messages.encode(v1.PredictOnBatchRequest(), {"x": Structure.of(np.int8(1))})[:-1],
+    "a length of 2**63": b"\x2a\xff\xff\xff\xff\xff\xff\xff\xff\x7f",
+}
+
+
+@pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE.keys())
+def test_bytes_that_are_no_message_are_refused(data):
+    with pytest.raises(errors.InvalidRequest):
+        messages.decode(v1.PredictOnBatchRequest, data)

@@ -1,0 +1,1 @@
+"""What tests share: real servers, golden data, strategies for arrays."""
