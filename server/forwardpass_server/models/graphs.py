@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,71 @@ _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 
 def unused_arguments(concrete: Any) -> frozenset[int]:
     """The positions of a concrete function's arguments that nothing in it reads, calls of functions looked into."""
-    graph = concrete.graph.as_graph_def()
-    library = {function.signature.name: function for function in graph.library.function}
+    graph, library = _definition(concrete)
     names = [tensor.op.name for tensor in concrete.inputs]
     outputs = [tensor.op.name for tensor in concrete.outputs]
     return _Usage(library).unused(names, graph.node, outputs)
+
+
+def fingerprint(concrete: Any) -> bytes:
+    """SHA-256 over what a concrete function computes: operations, attributes and edges, but no names.
+
+    Names of nodes and functions count what a process made before; without them the hash is the same in every process.
+    """
+    graph, library = _definition(concrete)
+    return _Fingerprints(library).of(
+        [tensor.op.name for tensor in concrete.inputs], graph.node, [tensor.name for tensor in concrete.outputs]
+    )
+
+
+def _definition(concrete: Any) -> tuple[Any, dict[str, Any]]:
+    graph = concrete.graph.as_graph_def()
+    return graph, {function.signature.name: function for function in graph.library.function}
+
+
+class _Fingerprints:
+    """Hashes functions that call each other; each once."""
+
+    def __init__(self, library: Mapping[str, Any]) -> None:
+        self._library = library
+        self._known: dict[str, bytes] = {}
+
+    def of(self, arguments: Sequence[str], nodes: Iterable[Any], outputs: Iterable[str]) -> bytes:
+        """arguments: names. outputs: references, as nodes' inputs are: "name:port" or "name:result:port"."""
+        numbers = {name: index for index, name in enumerate(arguments)}
+        for node in nodes:
+            numbers.setdefault(node.name, len(numbers))
+
+        def reference(source: str) -> str:
+            control, name = ("^", source[1:]) if source.startswith("^") else ("", source)
+            name, _, port = name.partition(":")
+            return f"{control}{numbers[name]}:{port}"
+
+        digest = hashlib.sha256()
+        for node in nodes:
+            digest.update(f"{node.op}({','.join(map(reference, node.input))})".encode())
+            # Those with an underscore are notes of TensorFlow's to itself.
+            for key in sorted(key for key in node.attr if not key.startswith("_")):
+                digest.update(key.encode() + b"=" + self._attribute(node.attr[key]))
+        digest.update(",".join(map(reference, outputs)).encode())
+        return digest.digest()
+
+    def _attribute(self, value: Any) -> bytes:
+        functions = [value.func] if value.HasField("func") else list(value.list.func)
+        if not functions:
+            encoded: bytes = value.SerializeToString(deterministic=True)
+            return encoded
+        return b"".join(self._of_function(function.name) for function in functions)
+
+    def _of_function(self, name: str) -> bytes:
+        if name not in self._known:
+            function = self._library[name]
+            self._known[name] = self.of(
+                [argument.name for argument in function.signature.input_arg],
+                function.node_def,
+                [function.ret[result.name] for result in function.signature.output_arg],
+            )
+        return self._known[name]
 
 
 class _Usage:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-import re
 
+from forwardpass_server.models import graphs
 from forwardpass_server.models.tracing import TracedModel
 
 _CHUNK_BYTES = 1 << 20
@@ -26,9 +26,7 @@ def of_traced(model: TracedModel) -> bytes:
     """SHA-256 over the graphs and initial weights of a model that has no files: the same in every process."""
     digest = hashlib.sha256()
     for key in sorted(model.functions, key=lambda key: (key[0].value, key[1])):
-        graph = str(model.functions[key].graph.as_graph_def())
-        # TensorFlow counts the functions of a process in their names.
-        digest.update(re.sub(r"(__inference_\w+?|__forward_\w+?)_\d+\b", r"\1", graph).encode())
+        digest.update(graphs.fingerprint(model.functions[key]))
     for weight in model.initial_weights:
         digest.update(f"{weight.dtype}{weight.shape}".encode())
         digest.update(repr(weight.tolist()).encode() if weight.dtype == object else weight.tobytes())

@@ -1,0 +1,44 @@
+"""Fixtures for all tests: one repository of every kind of model, and one real server over it."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Iterator
+
+# Before anything imports TensorFlow, here and in the processes that tests start.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH")])
+)
+
+import pytest
+
+import forwardpass_client
+from support.servers import ServerProcess
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A model repository: see `support.zoo.write_repository`."""
+    from support import zoo
+
+    folder = tmp_path_factory.mktemp("models")
+    zoo.write_repository(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(repository: pathlib.Path) -> Iterator[ServerProcess]:
+    """A server over `repository`, for tests that do it no harm."""
+    from support import zoo
+
+    factories = [argument for factory in zoo.FACTORIES for argument in ("--factory", factory)]
+    with ServerProcess("--model-repository", str(repository), *factories) as process:
+        yield process
+
+
+@pytest.fixture
+def client(server: ServerProcess) -> Iterator[forwardpass_client.Client]:
+    with forwardpass_client.connect(server.address) as connected:
+        yield connected

@@ -1,0 +1,126 @@
+"""Traced models run on a device."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from forwardpass.wire import dtypes, errors
+from forwardpass.wire.description import Function
+from forwardpass_server.models import device, tracing
+from forwardpass_server.models.execution import Execution
+from forwardpass_server.serving.errors import DeviceNotFound
+from support import zoo
+
+
+def execution(*functions: tf.function) -> Execution:
+    """Runs each function, of float32[None] to one tensor, under the number of its position."""
+    concrete = [function.get_concrete_function(tf.TensorSpec([None], tf.float32)) for function in functions]
+    keys = list(Function)[: len(functions)]
+    return Execution({(key, False): one for key, one in zip(keys, concrete, strict=True)}, "/device:CPU:0")
+
+
+def run(function, values) -> np.ndarray:
+    listed = tf.function(lambda x: [function(x)])
+    return execution(listed).run(Function(1), False, [np.float32(values)])[0]
+
+
+def test_arrays_of_every_dtype_come_back_as_they_went():
+    traced = tracing.trace(zoo.every_dtype())
+    runner = Execution(traced.functions, "/device:CPU:0")
+    arrays = []
+    for leaf in traced.spec.x.leaves:
+        values = [b"a", b""] if leaf.data_type is dtypes.STRING else [0, 1]
+        arrays.append(np.array(values, leaf.dtype))
+    found = runner.run(Function.PREDICT_ON_BATCH, False, [np.float32(1), *arrays])
+    assert [(one.dtype, one.tolist()) for one in found] == [(other.dtype, other.tolist()) for other in arrays]
+
+
+@pytest.mark.parametrize("offset", [0, 1, 4, 16, 63, 64])
+def test_arrays_that_lie_askew_in_memory_are_read_right(offset):
+    data = bytes(64 + offset) + np.arange(1000, dtype=np.float32).tobytes()
+    askew = np.frombuffer(data, np.float32, 1000, 64 + offset)
+    assert run(lambda x: x * 2, askew).tolist() == (np.arange(1000) * 2).tolist()
+    runner = execution(tf.function(lambda x: [x * 2]))
+    assert runner.run(Function(1), False, [askew])[0].tolist() == (np.arange(1000) * 2).tolist()
+
+
+def test_an_input_that_is_shared_outlives_the_array_that_was_passed():
+    runner = execution(tf.function(lambda x: [x]))
+    results = [runner.run(Function(1), False, [np.full(10_000, index, np.float32)])[0] for index in range(50)]
+    assert [(float(one.min()), float(one.max())) for one in results] == [(index, index) for index in range(50)]
+
+
+def refusal(function, values) -> str:
+    with pytest.raises(errors.ModelRefusedInput) as caught:
+        run(function, values)
+    return str(caught.value)
+
+
+def test_a_refusal_keeps_shapes_and_the_node_but_no_values():
+    message = refusal(lambda x: x + tf.ones([7]), [1234.5, 1])
+    assert message.startswith("Incompatible shapes: [")
+    assert "[2]" in message
+    assert "[7]" in message
+
+
+def test_a_value_out_of_range_is_not_repeated():
+    message = refusal(lambda x: tf.gather([1.0, 2.0], tf.cast(x, tf.int32)), [987654])
+    assert message.startswith("indices[0] = # is not in [0, 2)")
+
+
+def test_what_a_failed_assertion_prints_is_not_repeated():
+    def check(x):
+        tf.debugging.assert_less(x, 3.0, message="too large")
+        return x
+
+    message = refusal(check, [987654])
+    assert "too large" in message
+    assert "987654" not in message
+
+
+def test_too_large_a_result_is_out_of_memory():
+    with pytest.raises(errors.OutOfMemory):
+        run(lambda x: tf.zeros(tf.cast(x, tf.int64)), [2.0**44])
+
+
+@pytest.mark.parametrize("wanted", ["tpu", "cpu:x", "", "gpu:99", "cpu:99"])
+def test_a_device_that_is_not_there_is_refused(wanted):
+    with pytest.raises(DeviceNotFound, match=r"device: expected .*, got " + repr(wanted)):
+        device.choose(wanted)
+
+
+def test_auto_is_the_cpu_where_there_is_no_gpu():
+    assert device.choose("auto") in ("/device:CPU:0", "/device:GPU:0")
+
+
+def test_a_model_runs_on_the_device_that_was_chosen():
+    # A second logical CPU stands for a second GPU: devices are told apart the same way.
+    script = """
+        import numpy as np, tensorflow as tf
+        (cpu,) = tf.config.list_physical_devices("CPU")
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+        from forwardpass.wire.description import Function
+        from forwardpass_server.models import device
+        from forwardpass_server.models.execution import Execution
+        chosen = device.choose("cpu:1")
+        assert chosen == "/device:CPU:1", chosen
+        function = tf.function(lambda x: [x * 2]).get_concrete_function(tf.TensorSpec([None], tf.float32))
+        devices = []
+        call = tf.raw_ops.StatefulPartitionedCall
+        def recorded(args, Tout, f):
+            results = call(args=args, Tout=Tout, f=f)
+            devices.extend(tensor.device for tensor in [*args, *results])
+            return results
+        tf.raw_ops.StatefulPartitionedCall = recorded
+        runner = Execution({(Function(1), False): function}, chosen)
+        assert runner.run(Function(1), False, [np.float32([1, 2])])[0].tolist() == [2, 4]
+        assert [name[-5:] for name in devices] == ["CPU:1", "CPU:1"], devices
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

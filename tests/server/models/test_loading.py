@@ -1,0 +1,182 @@
+"""Models loaded, warmed and hashed."""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from forwardpass.wire.description import Function
+from forwardpass_server import FunctionalModel
+from forwardpass_server.models import hashing, loading, tracing, warming
+from forwardpass_server.models.execution import Execution
+from forwardpass_server.serving.errors import ModelLoadError
+from forwardpass_server.serving.models import ModelSource
+from support.golden import FOLDER, NAMES
+
+
+@pytest.fixture(scope="module")
+def loader():
+    return loading.TensorFlowLoader("cpu")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_golden_model_is_loaded_with_its_hash(loader, name):
+    folder = FOLDER / name / "saved_model"
+    model = loader.load(ModelSource(name, 4, folder=folder))
+    assert (model.description.identity.name, model.description.identity.version) == (name, 4)
+    assert model.description.identity.content_hash == hashing.of_folder(folder)
+
+
+def test_the_hash_tells_contents_names_and_places_apart(tmp_path):
+    def write(files: dict[str, str]) -> bytes:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text)
+        return hashing.of_folder(folder)
+
+    variants = [
+        {"a": "1", "b": "2"},
+        {"a": "2", "b": "1"},
+        {"a": "12"},
+        {"a1": "", "b": "2"},
+        {"a": "1", "c/b": "2"},
+        {"a": "1b\x001\x002"},
+    ]
+    assert len({write(files) for files in variants}) == len(variants)
+    assert write(variants[0]) == write(dict(reversed(variants[0].items())))
+
+
+def test_a_factorys_hash_is_the_same_in_every_process():
+    script = """
+        import sys
+        import tensorflow as tf
+        from support import zoo
+        from forwardpass_server.models import hashing, tracing
+        for _ in range(int(sys.argv[1])):  # Other functions before it count on the names of its own.
+            tf.function(lambda x: x).get_concrete_function(tf.constant(1))
+        print(hashing.of_traced(tracing.trace(zoo.structures())).hex())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script)]
+    hashes = [subprocess.check_output([*command, count], text=True, stderr=subprocess.DEVNULL) for count in ("0", "7")]
+    assert hashes[0] == hashes[1]
+    assert len(hashes[0].strip()) == 64
+
+
+def test_other_weights_or_another_graph_have_another_hash():
+    def of(value: float, factor: float) -> bytes:
+        @tf.function
+        def predict(model_weights, x, training):
+            return x * model_weights[0][0] * factor
+
+        spec = tf.TensorSpec([None], tf.float32)
+        model = FunctionalModel(
+            initial_weights=((np.float32(value),), ()),
+            predict_on_batch_fn=predict,
+            loss_fn=lambda output, label, sample_weight=None: tf.reduce_mean(output - label),
+            input_spec=(spec, spec),
+        )
+        return hashing.of_traced(tracing.trace(model))
+
+    assert len({of(1, 1), of(2, 1), of(1, 2)}) == 3
+    assert of(1, 1) == of(1, 1)
+
+
+@pytest.mark.parametrize(
+    "factory, error, message",
+    [
+        ("support.zoo", ModelLoadError, "expected module:function, got 'support.zoo'"),
+        ("support.zoo:nothing", ModelLoadError, "support.zoo has no function 'nothing'"),
+        ("support.zoo:DTYPES", ModelLoadError, "support.zoo has no function 'DTYPES'"),
+        ("support.zoo:keras_batch", TypeError, "examples"),
+        ("support.no_such_module:f", ModuleNotFoundError, "no_such_module"),
+        ("collections:OrderedDict", ModelLoadError, "returned a OrderedDict, expected a FunctionalModel"),
+    ],
+)
+def test_a_factory_that_makes_no_model_is_refused(factory, error, message):
+    with pytest.raises(error, match=re.escape(message)):
+        loading.from_factory(factory)
+
+
+def test_a_factory_is_loaded(loader):
+    model = loader.load(ModelSource("slow", 1, factory="support.zoo:slow"))
+    assert model.description.format == "factory"
+    assert model.run(Function.PREDICT_ON_BATCH, False, [np.int32([5])])[0].tolist() == [5]
+
+
+def batched(model: FunctionalModel) -> list[bool]:
+    traced = tracing.trace(model)
+    spec = warming.with_batched_leaves(Execution(traced.functions, "/device:CPU:0"), traced.spec)
+    return [leaf.batched for leaf in (*spec.x.leaves, *spec.y.leaves)]
+
+
+def two_inputs(predict) -> FunctionalModel:
+    spec = tf.TensorSpec([None, 2], tf.float32)
+    return FunctionalModel(
+        initial_weights=((), ()),
+        predict_on_batch_fn=tf.function(lambda model_weights, x, training: predict(x["a"], x["b"])),
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(output) + tf.reduce_sum(label),
+        input_spec=({"a": spec, "b": spec}, tf.TensorSpec([3], tf.float32)),
+    )
+
+
+def test_inputs_that_must_agree_share_the_batch():
+    assert batched(two_inputs(lambda a, b: tf.concat([a, b], 1))) == [True, True, False]
+
+
+def test_inputs_that_broadcast_do_not_share_the_batch_for_a_local_model_takes_them_too():
+    assert batched(two_inputs(lambda a, b: a + b)) == [False, False, False]
+
+
+def test_inputs_of_sizes_of_their_own_do_not_share_the_batch():
+    assert batched(two_inputs(lambda a, b: tf.concat([a, b], 0))) == [False, False, False]
+
+
+def test_a_model_that_refuses_zeros_is_served_all_the_same(loader, caplog):
+    with caplog.at_level(logging.WARNING):
+        model = loader.load(ModelSource("picky", 1, factory=f"{__name__}:picky"))
+    assert "picky/1: predict_on_batch was not warmed, it refuses a batch of zeros" in caplog.text
+    assert model.run(Function.PREDICT_ON_BATCH, False, [np.float32([2])])[0].tolist() == [2]
+
+
+def picky() -> FunctionalModel:
+    @tf.function
+    def predict(model_weights, x, training):
+        with tf.control_dependencies([tf.debugging.assert_positive(x)]):
+            return tf.identity(x)
+
+    spec = tf.TensorSpec([None], tf.float32)
+    return FunctionalModel(
+        initial_weights=((), ()),
+        predict_on_batch_fn=predict,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(label),
+        input_spec=(spec, spec),
+    )
+
+
+def test_a_keras_file_from_strangers_runs_no_code(tmp_path, loader):
+    import json
+
+    import keras
+
+    model = keras.Sequential([keras.layers.Input((2,)), keras.layers.Lambda(lambda x: x)])
+    model.save(tmp_path / "model.keras")
+    spec = {"x": {"dtype": "float32", "shape": [None, 2]}, "y": {"dtype": "float32", "shape": [None, 2]}}
+    (tmp_path / "forwardpass.json").write_text(json.dumps({"input_spec": spec, "loss": "mse"}))
+    with pytest.raises(ValueError, match=r"safe_mode|unsafe"):
+        loader.load(ModelSource("lambda", 1, folder=tmp_path))
+
+
+def test_files_that_are_broken_are_refused(tmp_path, loader):
+    shutil.copytree(FOLDER / "no_metrics" / "saved_model", tmp_path / "1")
+    (tmp_path / "1" / "saved_model.pb").write_bytes(b"broken")
+    with pytest.raises(Exception, match=r"."):
+        loader.load(ModelSource("m", 1, folder=tmp_path / "1"))

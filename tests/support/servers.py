@@ -1,0 +1,87 @@
+"""Real servers, each a process of its own on a free port."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from typing import Any
+
+START_S = 120.0
+
+
+class ServerProcess:
+    """A `forwardpass-server serve` that has loaded its models. A context manager: leaving it kills the process.
+
+    arguments: what else stands on the command line. environment: variables to add.
+    """
+
+    def __init__(self, *arguments: str, port: int = 0, environment: dict[str, str] | None = None) -> None:
+        command = [sys.executable, "-m", "forwardpass_server.app.cli", "serve", "--port", str(port)]
+        self.process = subprocess.Popen(
+            [*command, "--metrics-port", "0", "--drain-delay", "0.1", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **(environment or {})},
+        )
+        self.lines: list[str] = []
+        self.log: list[str] = []
+        self._log_thread = threading.Thread(target=self._read_log, daemon=True)
+        self._log_thread.start()
+        watchdog = threading.Timer(START_S, self.process.kill)
+        watchdog.start()
+        try:
+            self.ready_line = self._line("ready on ")
+        finally:
+            watchdog.cancel()
+        self.address = self._line("listening on ").removeprefix("listening on ")
+        self._metrics_url = self._line("metrics on ").removeprefix("metrics on ")
+
+    def _line(self, start: str) -> str:
+        """The first line of stdout that starts so, waiting for it."""
+        assert self.process.stdout is not None
+        while not any(line.startswith(start) for line in self.lines):
+            line = self.process.stdout.readline()
+            assert line, "the server ended: " + "".join(self.log[-20:])
+            self.lines.append(line.strip())
+        return next(line for line in self.lines if line.startswith(start))
+
+    def _read_log(self) -> None:
+        assert self.process.stderr is not None
+        self.log.extend(self.process.stderr)
+
+    @property
+    def port(self) -> int:
+        return int(self.address.rpartition(":")[2])
+
+    def metrics(self) -> dict[str, float]:
+        """Every sample that Prometheus would scrape, by name and labels as they are written."""
+        with urllib.request.urlopen(self._metrics_url) as response:
+            text = response.read().decode()
+        samples = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+        return {name: float(value) for name, value in samples}
+
+    def resident_bytes(self) -> int:
+        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) * 1024
+
+    def terminate(self) -> int:
+        """SIGTERM, and the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.process.kill()
+        self.process.wait()
+        self._log_thread.join()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()

@@ -1,0 +1,244 @@
+"""Small functional models of every kind, written in Python and Keras; and a repository of them all."""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+import shutil
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from forwardpass.wire.description import BatchOutput
+from forwardpass_server import FunctionalModel, save_functional_model
+from support import golden
+
+
+class Scores(NamedTuple):
+    """Fields that are not in alphabetical order: TFF gives such back with their values swapped."""
+
+    zeta: Any
+    alpha: Any
+
+
+DTYPES = [
+    "float16",
+    "float32",
+    "float64",
+    "bfloat16",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "bool",
+    "complex64",
+    "complex128",
+    "string",
+]
+
+
+def every_dtype() -> FunctionalModel:
+    """Returns x as it is, one leaf of each dtype: shows that none is changed on the way."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        return {name: tf.identity(value) for name, value in x.items()}
+
+    return FunctionalModel(
+        initial_weights=((np.float32(1),), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(label),
+        input_spec=(
+            collections.OrderedDict((name, tf.TensorSpec([None], name)) for name in DTYPES),
+            tf.TensorSpec([None], tf.float32),
+        ),
+    )
+
+
+def structures() -> FunctionalModel:
+    """Every kind of container everywhere, keys and fields out of order, a custom forward pass, weighted metrics."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        (kernel, scales), (offset,) = model_weights
+        hidden = x["b"] @ kernel["w"] * scales[0] + scales[1]
+        logits = hidden + offset + tf.reduce_sum(x["a"][0], 1, keepdims=True)
+        if training:
+            logits = logits * 2.0
+        return {"scores": Scores(zeta=logits, alpha=tf.nn.softmax(logits)), "list": [hidden, None, (offset,)]}
+
+    @tf.function
+    def forward_pass(model_weights: Any, batch_input: Any, training: bool) -> Any:
+        # Disagrees with predict_on_batch and loss, as TFF 0.52 lets it.
+        output = predict_on_batch(model_weights, batch_input["x"], training)
+        return BatchOutput(
+            loss=tf.reduce_sum(output["scores"].alpha),
+            predictions=collections.OrderedDict(z=output["scores"].zeta, a=batch_input["y"]["label"]),
+            num_examples=tf.constant(42),
+        )
+
+    def loss(output: Any, label: Any, sample_weight: Any = None) -> Any:
+        per_example = tf.nn.sparse_softmax_cross_entropy_with_logits(label["label"], output["scores"].zeta)
+        return tf.reduce_mean(per_example if sample_weight is None else per_example * sample_weight)
+
+    @tf.function
+    def initialize() -> Any:
+        return collections.OrderedDict(total=[tf.constant(0.0)], count=Scores(tf.constant(0), tf.constant(0.0)))
+
+    @tf.function
+    def update(state: Any, labels: Any, batch_output: Any, sample_weight: Any = None) -> Any:
+        correct = tf.cast(tf.argmax(batch_output.predictions["z"], 1) == labels["label"], tf.float32)
+        if sample_weight is not None:
+            correct = correct * sample_weight
+        count = state["count"]
+        return collections.OrderedDict(
+            total=[state["total"][0] + tf.reduce_sum(correct)],
+            count=Scores(zeta=count.zeta + tf.size(correct), alpha=count.alpha + batch_output.loss),
+        )
+
+    @tf.function
+    def finalize(state: Any) -> Any:
+        return collections.OrderedDict(
+            right=state["total"][0] / tf.cast(state["count"].zeta, tf.float32), loss_sum=state["count"].alpha
+        )
+
+    rng = np.random.default_rng(7)
+    return FunctionalModel(
+        initial_weights=(
+            ({"w": rng.normal(size=(4, 3)).astype(np.float32)}, [np.float32(2), np.float32(0.5)]),
+            [rng.normal(size=3).astype(np.float32)],
+        ),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=loss,
+        metrics_fns=(initialize, update, finalize),
+        input_spec=collections.OrderedDict(
+            y={"label": tf.TensorSpec([None], tf.int64)},
+            x={
+                "b": tf.TensorSpec([None, 4], tf.float32),
+                "a": (tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([None], tf.string)),
+            },
+        ),
+        forward_pass_fn=forward_pass,
+    )
+
+
+def structures_batch(examples: int, seed: int = 0) -> tuple[Any, Any]:
+    """A batch for `structures`."""
+    rng = np.random.default_rng(seed)
+    x = {
+        "b": rng.normal(size=(examples, 4)).astype(np.float32),
+        "a": (rng.normal(size=(examples, 2)).astype(np.float32), np.array([b"s"] * examples, object)),
+    }
+    return x, {"label": rng.integers(0, 3, examples)}
+
+
+def slow() -> FunctionalModel:
+    """Computes for as many rounds of some 10 us as its input says."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        rounds = tf.reduce_max(x)
+        (total,) = tf.while_loop(lambda value: value < rounds, lambda value: (value + 1,), (tf.constant(0),))
+        return x * 0 + total
+
+    return FunctionalModel(
+        initial_weights=((), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(label),
+        input_spec=(tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.float32)),
+    )
+
+
+def crashing() -> FunctionalModel:
+    """Raises, inside its graph and with its input in the message, for any input that is not 0."""
+
+    def raise_for_non_zero(value: Any) -> Any:
+        if np.any(value):
+            raise RuntimeError(f"secret {value}")
+        return np.float32(value)
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        result = tf.numpy_function(raise_for_non_zero, [x], tf.float32)
+        return tf.ensure_shape(result, [None])
+
+    return FunctionalModel(
+        initial_weights=((), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(label),
+        input_spec=(tf.TensorSpec([None], tf.float32), tf.TensorSpec([None], tf.float32)),
+    )
+
+
+def keras_cnn(seed: int) -> keras.Model:
+    """A convolutional model with batch normalisation and dropout, which TFF refuses."""
+    keras.utils.set_random_seed(seed)
+    model = keras.Sequential(
+        [
+            keras.layers.Input((6, 6, 1)),
+            keras.layers.Conv2D(4, 3),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            keras.layers.Flatten(),
+            keras.layers.Dropout(0.5, seed=3),
+            keras.layers.Dense(5),
+        ]
+    )
+    # Moving statistics other than zeros and ones.
+    statistics = np.random.default_rng(seed)
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.moving_mean.assign(statistics.normal(size=4))
+            layer.moving_variance.assign(statistics.uniform(0.5, 2, size=4))
+    return model
+
+
+KERAS_CONFIG = {
+    "input_spec": {
+        "x": {"dtype": "float32", "shape": [None, 6, 6, 1]},
+        "y": {"dtype": "int64", "shape": [None]},
+    },
+    "loss": {"class_name": "SparseCategoricalCrossentropy", "config": {"from_logits": True}},
+    "metrics": ["SparseCategoricalAccuracy", {"class_name": "SparseTopKCategoricalAccuracy", "config": {"k": 2}}],
+}
+
+
+def keras_batch(examples: int, seed: int = 0) -> tuple[Any, Any]:
+    """A batch for `keras_cnn`."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(examples, 6, 6, 1)).astype(np.float32), rng.integers(0, 5, examples)
+
+
+FACTORIES = ("slow=support.zoo:slow", "crashing=support.zoo:crashing")
+
+
+def write_repository(folder: pathlib.Path) -> None:
+    """Every golden model; TFF's with Keras metrics; Keras in two versions; our own export; one that is broken."""
+    for name in golden.NAMES:
+        shutil.copytree(golden.FOLDER / name / "saved_model", folder / name / "1")
+    shutil.copytree(golden.FOLDER / "keras_cnn_emnist" / "saved_model", folder / "emnist_with_metrics" / "1")
+    (folder / "emnist_with_metrics" / "1" / "forwardpass.json").write_text(
+        json.dumps(
+            {
+                "metrics": {
+                    "accuracy": "SparseCategoricalAccuracy",
+                    "xent": {"class_name": "SparseCategoricalCrossentropy", "config": {"from_logits": True}},
+                }
+            }
+        )
+    )
+    for version in (1, 2):
+        (folder / "keras_cnn" / str(version)).mkdir(parents=True)
+        keras_cnn(version).save(folder / "keras_cnn" / str(version) / "model.keras")
+        (folder / "keras_cnn" / str(version) / "forwardpass.json").write_text(json.dumps(KERAS_CONFIG))
+    save_functional_model(structures(), folder / "structures" / "1")
+    save_functional_model(every_dtype(), folder / "every_dtype" / "1")
+    (folder / "broken" / "1").mkdir(parents=True)
+    (folder / "broken" / "1" / "notes.txt").write_text("no model")
