@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import urllib.request
 from typing import Any
 
@@ -65,6 +66,14 @@ class ServerProcess:
             text = response.read().decode()
         samples = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         return {name: float(value) for name, value in samples}
+
+    def wait_for_log(self, text: str, timeout_s: float = 10) -> str:
+        """The log, once it holds `text`: the pipe may lag behind what the server has answered."""
+        deadline = time.monotonic() + timeout_s
+        while text not in "".join(self.log):
+            assert time.monotonic() < deadline, f"no {text!r} in the log: " + "".join(self.log[-20:])
+            time.sleep(0.01)
+        return "".join(self.log)
 
     def resident_bytes(self) -> int:
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()

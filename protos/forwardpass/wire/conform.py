@@ -71,14 +71,15 @@ def check(structure: Structure, spec: StructureSpec, place: str) -> Sequence[Arr
         # Containers that differ only in kind or in the order of their keys still fit.
         leaves = arrange(structure.nested(), spec.tree, place)
     for index, (leaf, leaf_spec) in enumerate(zip(leaves, spec.leaves, strict=True)):
-        if leaf.dtype != leaf_spec.dtype:
-            raise errors.DTypeMismatch(
-                place=spec.tree.paths(place)[index], expected=str(leaf_spec), found=_describe(leaf)
-            )
-        if not leaf_spec.admits_shape(leaf.shape):
-            raise errors.ShapeMismatch(
-                place=spec.tree.paths(place)[index], expected=str(leaf_spec), found=_describe(leaf)
-            )
+        if not isinstance(leaf, np.ndarray):
+            error: type[errors.InvalidRequest] = errors.StructureMismatch
+        elif leaf.dtype != leaf_spec.dtype:
+            error = errors.DTypeMismatch
+        elif not leaf_spec.admits_shape(leaf.shape):
+            error = errors.ShapeMismatch
+        else:
+            continue
+        raise error(place=spec.tree.paths(place)[index], expected=str(leaf_spec), found=kind_of(leaf))
     return leaves
 
 

@@ -11,6 +11,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from forwardpass.wire.methods import SERVICE
+from forwardpass_server.rpc.health import HealthServicer
 from forwardpass_server.rpc.interceptor import Interceptor
 from forwardpass_server.rpc.servicer import FunctionalModelServicer, handlers
 from forwardpass_server.telemetry.metrics import Metrics
@@ -37,7 +38,7 @@ class Server:
 
     def __init__(self, options: ServerOptions, servicer: FunctionalModelServicer, metrics: Metrics) -> None:
         self._options = options
-        self._health = health.aio.HealthServicer()
+        self._health = HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[Interceptor(metrics)],
             options=[
@@ -81,5 +82,6 @@ class Server:
         await self._health.enter_graceful_shutdown()
         _LOGGER.info("draining: waiting %.1f s for clients to leave", self._options.drain_delay_s)
         await asyncio.sleep(self._options.drain_delay_s)
+        self._health.end_watches()
         await self._server.stop(self._options.drain_timeout_s)
         _LOGGER.info("drained")
