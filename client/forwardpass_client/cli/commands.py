@@ -183,7 +183,7 @@ def evaluate(
     table = Table("metric", "value", box=None, header_style="bold")
     tree, values = trees.flatten(metrics)
     for name, value in zip(tree.paths(""), values, strict=True):
-        table.add_row(Text(name.strip("[]'") or "metric"), f"{value}")
+        table.add_row(Text(name.strip("[]'") or "metric"), str(value[()]))
     table.add_row("examples", f"{examples}")
     _OUT.print(table)
     _ERR.print(f"{examples / seconds:,.0f} examples/s")

@@ -224,6 +224,6 @@ def kind_of(value: Any) -> str:
         return f"a {type(value).__name__} of {len(value)}"
     if isinstance(value, collections.abc.Mapping):
         return f"a mapping with keys {list(value)}"
-    if isinstance(value, np.ndarray):
-        return _describe(value)
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _describe(np.asarray(value))
     return type(value).__name__

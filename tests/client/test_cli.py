@@ -1,0 +1,154 @@
+"""The command forwardpass, against the real server."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+from forwardpass_client.cli.commands import forwardpass
+from support import zoo
+from support.golden import golden
+
+
+@pytest.fixture
+def run(server):
+    def run(command: str, *arguments: str, code: int = 0) -> str:
+        done = CliRunner().invoke(forwardpass, [command, server.address, *map(str, arguments)])
+        assert done.exit_code == code, done.output
+        return done.output
+
+    return run
+
+
+def test_models_are_listed_with_their_states(run):
+    shown = run("models")
+    assert "keras_cnn_emnist_head" in shown
+    assert "failed" in shown
+    assert "notes.txt" in shown
+
+
+def test_a_model_is_described(run):
+    shown = run("describe", "keras_cnn", "--version", 1)
+    assert "keras_cnn/1" in shown
+    assert "float32[None,6,6,1]" in shown
+    assert "1 available, 2 available" in shown
+    assert "loss with sample_weight" in shown
+    shown = " ".join(run("describe", "no_metrics").split())
+    assert "no: no TFF release saves metrics" in shown
+
+
+def test_predictions_are_written_and_equal_the_sdks(run, client, tmp_path):
+    x, y = zoo.keras_batch(10)
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    run("weights", "keras_cnn", "-o", tmp_path / "weights.npz")
+    run(
+        "predict",
+        "keras_cnn",
+        "--data",
+        tmp_path / "data.npz",
+        "-o",
+        tmp_path / "out.npz",
+        "--batch-size",
+        4,
+        "--weights",
+        tmp_path / "weights.npz",
+    )
+    model = client.model("keras_cnn")
+    expected = model.predict_on_batch(model.initial_weights, x, training=False)
+    # Batches of another size are summed in another order: float32's last bits.
+    assert np.allclose(np.load(tmp_path / "out.npz")["predictions"], expected, rtol=0, atol=1e-6)
+    with np.load(tmp_path / "weights.npz") as weights:
+        assert sorted(weights.files)[:2] == ["non_trainable/0", "non_trainable/1"]
+        assert np.array_equal(weights["trainable/0"], model.initial_weights[0][0])
+
+
+def test_structures_go_by_the_path_of_each_leaf(run, tmp_path):
+    expected = golden("dict_inputs")
+    x, _ = expected.batch("")
+    np.savez(tmp_path / "data.npz", **{f"x/{name}": value for name, value in x.items()})
+    names = ["trainable/0", "trainable/1", "trainable/2"]
+    np.savez(tmp_path / "weights.npz", **dict(zip(names, expected.weights()[0], strict=True)))
+    run(
+        "predict",
+        "dict_inputs",
+        "--data",
+        tmp_path / "data.npz",
+        "-o",
+        tmp_path / "out.npz",
+        "--weights",
+        tmp_path / "weights.npz",
+    )
+    assert np.allclose(np.load(tmp_path / "out.npz")["predictions"], expected.array("predict_infer"), rtol=1e-6)
+
+
+def test_predictions_of_every_dtype_are_written(run, client, tmp_path):
+    spec = client.model("every_dtype").input_spec[0]
+    arrays = {
+        f"x/{name}": np.array([0, 1]).astype(np.float32 if name == "bfloat16" else leaf.dtype)
+        for name, leaf in spec.items()
+        if name != "string"
+    }
+    np.savez(tmp_path / "data.npz", **arrays, **{"x/string": np.array([b"a", b"bc"])})
+    run("predict", "every_dtype", "--data", tmp_path / "data.npz", "-o", tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz") as found:
+        assert found["predictions/string"].tolist() == [b"a", b"bc"]
+        assert all(found[f"predictions/{name}"].tolist() == [0, 1] for name in spec if name != "string")
+
+
+def test_an_evaluation_shows_the_metrics(run, client, tmp_path):
+    x, y = zoo.keras_batch(50)
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    shown = run("evaluate", "keras_cnn", "--data", tmp_path / "data.npz", "--batch-size", 16)
+    model = client.model("keras_cnn")
+    output = model.forward_pass(model.initial_weights, (x, y), training=False)
+    state = model.update_metrics_state(model.initialize_metrics_state(), y, output)
+    accuracy = model.finalize_metrics(state)["sparse_categorical_accuracy"]
+    rows = [line.split() for line in shown.splitlines()]
+    assert ["sparse_categorical_accuracy", str(accuracy)] in rows
+    assert ["examples", "50"] in rows
+    assert "examples/s" in shown
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("evaluate", "no_metrics", "--data", "{}/emnist.npz"), "expected an array 'x'"),
+        (("evaluate", "keras_cnn", "--data", "{}/ragged.npz"), "expected as many examples in each array, got [3, 4]"),
+        (("predict", "keras_cnn", "--data", "{}/text", "-o", "{}/out"), "expected an .npz file"),
+        (("predict", "nonsense", "--data", "{}/ragged.npz", "-o", "{}/out"), "got 'nonsense'"),
+        (("predict", "keras_cnn", "--data", "{}/pickled.npz", "-o", "{}/out"), "without pickled objects"),
+        (("describe", "keras_cnn", "--version", "9"), "got 9"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(run, tmp_path, arguments, message):
+    np.savez(tmp_path / "emnist.npz", y=[1])
+    np.savez(tmp_path / "ragged.npz", x=zoo.keras_batch(3)[0], y=[1, 2, 3, 4])
+    np.savez(tmp_path / "pickled.npz", x=np.array([{}], object))
+    (tmp_path / "text").write_text("x")
+    shown = run(arguments[0], *(argument.format(tmp_path) for argument in arguments[1:]), code=1)
+    assert message in shown
+    assert len(shown.strip().splitlines()) == 1
+    assert shown.startswith("Error: ")
+
+
+def test_a_server_that_is_not_there_is_one_line_and_not_zero():
+    done = subprocess.run(
+        [sys.executable, "-m", "forwardpass_client.cli", "models", "127.0.0.1:1"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: The server cannot be reached.")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_without_click_the_command_says_what_to_install():
+    code = "import sys; sys.modules['click'] = None; from forwardpass_client.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "forwardpass: the command line needs click: pip install 'forwardpass[cli]'\n"

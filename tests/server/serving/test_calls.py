@@ -1,0 +1,98 @@
+"""Calls of real models: nothing is traced for any of them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+from tensorflow.python.framework import func_graph
+
+from forwardpass.wire import errors
+from forwardpass.wire.description import Function
+from forwardpass.wire.structures import Structure
+from forwardpass_server.models.loading import TensorFlowLoader
+from forwardpass_server.serving.calls import Caller, arguments
+from forwardpass_server.serving.models import ModelSource
+from forwardpass_server.serving.registry import Registry
+from forwardpass_server.serving.scheduling import Scheduler
+from support import zoo
+
+
+class Batches:
+    def __init__(self):
+        self.seen = []
+
+    def batch(self, model, function, examples):
+        self.seen.append((model, function, examples))
+
+
+@pytest.fixture(scope="module")
+def registry(repository):
+    source = ModelSource("keras_cnn", 1, folder=repository / "keras_cnn" / "1")
+    registry = Registry([source])
+    registry.load(source, TensorFlowLoader("cpu"))
+    return registry
+
+
+def parts_for(registry, x, y):
+    model = registry.get("keras_cnn", 1)
+    parts = model.description.spec.weights_parts(model.initial_weights)
+    return {**parts, "batch_input.x": Structure.of(x), "batch_input.y": Structure.of(y)}
+
+
+def test_no_call_builds_a_graph(registry, monkeypatch):
+    # Counted where TensorFlow makes every graph of a function, apart from our own counter.
+    built = []
+    original = func_graph.FuncGraph.__init__
+
+    def counted(self, *args, **kwargs):
+        built.append(self)
+        original(self, *args, **kwargs)
+
+    monkeypatch.setattr(func_graph.FuncGraph, "__init__", counted)
+    observer = Batches()
+
+    async def run() -> None:
+        scheduler = Scheduler(2)
+        caller = Caller(registry, scheduler, observer, 10)
+        for size in range(200):
+            parts = parts_for(registry, *zoo.keras_batch(size))
+            for training in (True, False):
+                _, found = await caller.call("keras_cnn", 1, Function.FORWARD_PASS, parts, training)
+                assert found["batch_output.predictions"].leaves[0].shape == (size, 5)
+        scheduler.close()
+
+    asyncio.run(run())
+    assert built == []
+    assert observer.seen == [("keras_cnn", Function.FORWARD_PASS, size) for size in range(200) for _ in range(2)]
+
+
+def test_arguments_are_flat_and_in_the_models_order(registry):
+    spec = registry.get("keras_cnn", 1).description.spec
+    x, y = zoo.keras_batch(3)
+    leaves = arguments(spec, Function.FORWARD_PASS, parts_for(registry, x, y))
+    assert len(leaves) == len(spec.weights.leaves) + 2
+    assert leaves[-2].shape == x.shape
+    assert leaves[-1].shape == y.shape
+
+
+@pytest.mark.parametrize("value", [None, "absent"])
+def test_what_no_metric_reads_may_be_none_or_absent(registry, value):
+    spec = registry.get("keras_cnn", 1).description.spec
+    state = [np.zeros((), np.float32)] * len(spec.metrics_state.leaves)
+    parts = {
+        "state": Structure(spec.metrics_state.tree, state),
+        "labels": Structure.of(np.int64([1])),
+        "batch_output.predictions": Structure.of(np.zeros((1, 5), np.float32)),
+    }
+    if value is None:
+        parts["batch_output.loss"] = parts["batch_output.num_examples"] = Structure.of(None)
+    leaves = arguments(spec, Function.UPDATE_METRICS_STATE, parts)
+    assert len(leaves) == len(state) + 4
+
+
+def test_what_a_function_reads_may_not_be_none(registry):
+    spec = registry.get("keras_cnn", 1).description.spec
+    with pytest.raises(errors.StructureMismatch, match=r"output: expected float32\[None,5\], got None"):
+        arguments(spec, Function.LOSS, {"output": Structure.of(None), "label": Structure.of(np.int64([1]))})

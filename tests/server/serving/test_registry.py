@@ -1,0 +1,90 @@
+"""Which versions there are, and which one answers."""
+
+from __future__ import annotations
+
+import pathlib
+
+import pytest
+
+from forwardpass.wire import errors
+from forwardpass_server.serving.errors import ModelLoadError
+from forwardpass_server.serving.models import ModelSource
+from forwardpass_server.serving.registry import Registry, State
+
+SOURCES = [ModelSource("m", version, folder=pathlib.Path()) for version in (1, 2, 3)]
+
+
+class Loader:
+    """Returns the version's number for a model; raises for those that it was told."""
+
+    def __init__(self, failing=()):
+        self.failing = failing
+
+    def load(self, source):
+        if source.version in self.failing:
+            raise ModelLoadError("no good")
+        return source.version
+
+
+def loaded(*versions: int, failing=()) -> Registry:
+    registry = Registry(SOURCES)
+    for source in SOURCES:
+        if source.version in (*versions, *failing):
+            registry.load(source, Loader(failing))
+    return registry
+
+
+@pytest.mark.parametrize(
+    "registry, version, found",
+    [
+        (loaded(1, 2, 3), 0, 3),
+        (loaded(1, 2, 3), 2, 2),
+        (loaded(1, 2, failing=[3]), 0, 2),
+        (loaded(1), 0, 1),
+    ],
+)
+def test_without_a_version_the_highest_that_is_available_answers(registry, version, found):
+    assert registry.get("m", version) == found
+
+
+@pytest.mark.parametrize(
+    "registry, version, error, message",
+    [
+        (loaded(), 0, errors.ModelLoading, "model m/3 is still being loaded"),
+        (loaded(1), 2, errors.ModelLoading, "model m/2 is still being loaded"),
+        (loaded(1, failing=[2]), 2, errors.ModelFailed, "model m/2 failed to load: no good"),
+        (loaded(failing=[1, 2, 3]), 0, errors.ModelFailed, "model m/3 failed to load: no good"),
+        (loaded(1), 7, errors.ModelVersionNotFound, "expected one of 1, 2, 3, got 7"),
+    ],
+)
+def test_what_does_not_answer_says_why(registry, version, error, message):
+    with pytest.raises(error, match=message):
+        registry.get("m", version)
+
+
+def test_an_empty_server_says_that_it_has_no_model():
+    with pytest.raises(errors.ModelNotFound, match="expected no model: the server has none, got 'm'"):
+        Registry([]).get("m", 0)
+
+
+def test_an_unknown_name_is_not_repeated_at_length():
+    with pytest.raises(errors.ModelNotFound) as caught:
+        loaded(1).get("x" * 10_000, 0)
+    assert len(str(caught.value)) < 300
+
+
+def test_states_are_counted():
+    registry = loaded(1, failing=[2])
+    assert [registry.count(state) for state in (State.AVAILABLE, State.FAILED, State.LOADING)] == [1, 1, 1]
+    assert registry.is_available("m")
+    assert not registry.is_available("other")
+
+
+def test_an_error_of_an_unknown_kind_is_kept_with_its_name():
+    class Broken:
+        def load(self, source):
+            raise KeyError("x")
+
+    registry = Registry(SOURCES[:1])
+    registry.load(SOURCES[0], Broken())
+    assert registry.entry(SOURCES[0]).error == "KeyError: 'x'"
