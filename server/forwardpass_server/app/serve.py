@@ -11,6 +11,7 @@ from collections.abc import Callable
 import prometheus_client
 
 from forwardpass.wire.methods import SERVICE
+from forwardpass_server.app import allocator
 from forwardpass_server.app.settings import Settings
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.rpc.server import MODEL_HEALTH_PREFIX, Server, ServerOptions
@@ -30,6 +31,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     announce: is told, once each, where the server listens and when the models are loaded.
     Raises DeviceNotFound, or OSError where a port is taken.
     """
+    allocator.keep_freed_memory()
     metrics = Metrics()
     loader = TensorFlowLoader(settings.device, metrics.trace)
     sources = repository.from_factories(settings.factories)

@@ -1,0 +1,52 @@
+"""The models of the workloads: factories for `forwardpass-server serve --factory`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import tensorflow as tf
+import workloads
+
+from forwardpass_server import FunctionalModel
+
+
+def _model(name: str, shape: list[int], labels: tf.TensorSpec, predict: Any, loss: Any) -> FunctionalModel:
+    return FunctionalModel(
+        initial_weights=workloads.weights(name),
+        predict_on_batch_fn=tf.function(predict),
+        loss_fn=loss,
+        input_spec=(tf.TensorSpec([None, *shape], tf.float32), labels),
+    )
+
+
+def _cross_entropy(output: Any, label: Any, sample_weight: Any = None) -> Any:
+    return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(label, output))
+
+
+def mlp() -> FunctionalModel:
+    def predict(model_weights: Any, x: Any, training: bool) -> Any:
+        (w1, b1, w2, b2), _ = model_weights
+        return tf.nn.relu(x @ w1 + b1) @ w2 + b2
+
+    return _model("mlp", [784], tf.TensorSpec([None], tf.int64), predict, _cross_entropy)
+
+
+def cnn() -> FunctionalModel:
+    def predict(model_weights: Any, x: Any, training: bool) -> Any:
+        (k1, b1, k2, b2, w1, c1, w2, c2), _ = model_weights
+        hidden = tf.nn.max_pool2d(tf.nn.relu(tf.nn.conv2d(x, k1, 1, "SAME") + b1), 2, 2, "SAME")
+        hidden = tf.nn.max_pool2d(tf.nn.relu(tf.nn.conv2d(hidden, k2, 1, "SAME") + b2), 2, 2, "SAME")
+        hidden = tf.nn.relu(tf.reshape(hidden, [-1, 1568]) @ w1 + c1)
+        return hidden @ w2 + c2
+
+    return _model("cnn", [28, 28, 1], tf.TensorSpec([None], tf.int64), predict, _cross_entropy)
+
+
+def scale() -> FunctionalModel:
+    def predict(model_weights: Any, x: Any, training: bool) -> Any:
+        return x * model_weights[0][0]
+
+    def loss(output: Any, label: Any, sample_weight: Any = None) -> Any:
+        return tf.reduce_mean(output) - tf.reduce_mean(label)
+
+    return _model("scale", [1024], tf.TensorSpec([None], tf.float32), predict, loss)

@@ -1,0 +1,51 @@
+"""What is measured: three functional models, and a batch for each."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """A model of `benchmarks.models` by name, and the examples in one batch."""
+
+    title: str
+    model: str
+    examples: int
+
+
+WORKLOADS = {
+    "small-1": Workload("MLP 784-128-10, batch 1", "mlp", 1),
+    "small-32": Workload("MLP 784-128-10, batch 32", "mlp", 32),
+    "medium": Workload("CNN of 1M parameters, batch 32", "cnn", 32),
+    "tiny": Workload("x of 4 KB, returned scaled", "scale", 1),
+    "large": Workload("x of 16 MB, returned scaled", "scale", 4096),
+}
+
+# What x of one example looks like.
+_SHAPES = {"mlp": (784,), "cnn": (28, 28, 1), "scale": (1024,)}
+
+
+def weights(model: str) -> Any:
+    """(trainable, non_trainable) as numpy arrays, the same in every process."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray[Any, Any]:
+        return (rng.standard_normal(shape) / 10).astype(np.float32)
+
+    if model == "mlp":
+        return (normal(784, 128), normal(128), normal(128, 10), normal(10)), ()
+    if model == "cnn":
+        convolutions = (normal(3, 3, 1, 16), normal(16), normal(3, 3, 16, 32), normal(32))
+        return (*convolutions, normal(1568, 600), normal(600), normal(600, 62), normal(62)), ()
+    return (np.float32([2.0]),), ()
+
+
+def batch(name: str) -> np.ndarray[Any, Any]:
+    """x of a workload."""
+    workload = WORKLOADS[name]
+    shape = (workload.examples, *_SHAPES[workload.model])
+    return np.random.default_rng(1).standard_normal(shape, np.float32)
