@@ -1,4 +1,4 @@
-"""The floor: a bare grpc.aio server that answers any bytes with as many bytes as it is asked for. No protobuf, no model.
+"""The floor: a bare grpc.aio server that answers any bytes with as many as it is asked for. No protobuf, no model.
 
 The number of bytes to answer with is the request's last eight.
 """

@@ -15,7 +15,7 @@ from forwardpass.wire.specs import StructureSpec, TensorSpec
 from forwardpass.wire.structures import Structure
 
 
-class Function(enum.Enum):
+class Function(enum.IntEnum):
     """A function of a functional model; the value is its number in `forwardpass.v1.Function`."""
 
     PREDICT_ON_BATCH = v1.Function.FUNCTION_PREDICT_ON_BATCH

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from google.protobuf.descriptor import Descriptor
@@ -87,17 +87,27 @@ def decode(
 ) -> tuple[MessageT, dict[str, Structure]]:
     """The header and the structures of one message, named as in `encode`. Arrays share the memory of `data`.
 
+    The header may be shared with other calls: do not change it.
     Raises InvalidRequest or a subclass, naming the place, for bytes that are no such message.
     """
-    header = message_type()
     parts: dict[str, Structure] = {}
-    schema = _structure_fields(header.DESCRIPTOR)
-    rest = _decode_fields(schema, data, 0, len(data), parts, limits)
+    rest = _decode_fields(_structure_fields(message_type.DESCRIPTOR), data, 0, len(data), parts, limits)
+    decode_header = _decode_cached_header if len(rest) <= _CACHED_BYTES else _decode_header
+    return decode_header(message_type, rest), parts
+
+
+def _decode_header(message_type: type[MessageT], rest: bytes) -> MessageT:
+    header = message_type()
     try:
         header.ParseFromString(rest)
     except DecodeError:
         raise errors.InvalidRequest(f"malformed message: no {header.DESCRIPTOR.name}") from None
-    return header, parts
+    return header
+
+
+# From call to call it is the structures that change. Longer headers are not kept: strangers write them too.
+_CACHED_BYTES = 512
+_decode_cached_header: Callable[[type[MessageT], bytes], MessageT] = functools.lru_cache(maxsize=1024)(_decode_header)
 
 
 def _decode_fields(

@@ -60,6 +60,45 @@ def decode(data: bytes, start: int, end: int, place: str = "tensor", limits: Lim
     Raises InvalidRequest, DTypeMismatch or ShapeMismatch, naming `place`; nothing is allocated before all of the
     message is known to be sound.
     """
+    header_end = _canonical_header_end(data, start, end)
+    if header_end:
+        length, data_start = fields.read_varint(data, header_end + 1, end)
+        header = _decode_header(data[start:header_end]) if data_start + length == end and limits is DEFAULT else None
+        if header is not None:
+            return _array(data, data_start, end, *header, place)
+    code, shape, data_start, data_end = _scan(data, start, end, place, limits)
+    dtype = dtypes.BY_CODE.get(code)
+    if dtype is None:
+        raise errors.DTypeMismatch(place=place, expected="a data type of the protocol", found=f"number {code}")
+    return _array(data, data_start, data_end, dtype, shape, _element_count(shape, dtype, place, limits), place)
+
+
+def _canonical_header_end(data: bytes, start: int, end: int) -> int:
+    """Where the data field begins, in a message as nearly every writer sends it; 0 for any other.
+
+    That is: data type, shape where there is one, data; tags, data type and length of the shape of one byte each.
+    """
+    position = start + 2
+    if position >= end or data[start] != _DATA_TYPE << 3 | fields.VARINT or data[start + 1] >= 0x80:
+        return 0
+    if data[position] == _SHAPE << 3 | fields.LENGTH_DELIMITED and position + 1 < end and data[position + 1] < 0x80:
+        position += 2 + data[position + 1]
+    return position if position < end and data[position] == _DATA << 3 | fields.LENGTH_DELIMITED else 0
+
+
+@functools.lru_cache(maxsize=4096)
+def _decode_header(header: bytes) -> tuple[dtypes.DType, Sequence[int], int] | None:
+    """Data type, shape and number of elements of a canonical header, within the default limits; None if unsound."""
+    try:
+        code, shape, _, _ = _scan(header, 0, len(header), "", DEFAULT)
+        dtype = dtypes.BY_CODE[code]
+        return dtype, shape, _element_count(shape, dtype, "", DEFAULT)
+    except (errors.InvalidRequest, KeyError):
+        return None  # The long way says what is wrong, and where.
+
+
+def _scan(data: bytes, start: int, end: int, place: str, limits: Limits) -> tuple[int, Sequence[int], int, int]:
+    """The data type's number, the shape, and start and end of the elements in a Tensor message."""
     code = 0
     shape: Sequence[int] = ()
     data_start = data_end = start
@@ -70,8 +109,7 @@ def decode(data: bytes, start: int, end: int, place: str = "tensor", limits: Lim
         elif number == _SHAPE:
             if value_end - value_start > 10 * limits.max_rank:
                 raise errors.ShapeMismatch(place=place, expected=f"at most {limits.max_rank} dimensions", found="more")
-            dims = fields.read_int64s(data, wire_type, value_start, value_end)
-            shape = [*shape, *dims] if shape else dims
+            shape = [*shape, *fields.read_int64s(data, wire_type, value_start, value_end)]
             if len(shape) > limits.max_rank:
                 raise errors.ShapeMismatch(
                     place=place, expected=f"at most {limits.max_rank} dimensions", found=f"{len(shape)}"
@@ -79,24 +117,27 @@ def decode(data: bytes, start: int, end: int, place: str = "tensor", limits: Lim
         elif number == _DATA_TYPE:
             _expect(wire_type, fields.VARINT, place)
             code, _ = fields.read_varint(data, value_start, value_end)
-    dtype = dtypes.BY_CODE.get(code)
-    if dtype is None:
-        raise errors.DTypeMismatch(place=place, expected="a data type of the protocol", found=f"number {code}")
-    count = _element_count(shape, dtype, place, limits)
+    return code, shape, data_start, data_end
+
+
+def _array(
+    data: bytes, start: int, end: int, dtype: dtypes.DType, shape: Sequence[int], count: int, place: str
+) -> Array:
+    """The elements in data[start:end] as an array, once their number is known to fit."""
     if dtype is dtypes.STRING:
-        return _decode_strings(data, data_start, data_end, count, shape, place)
-    if count * dtype.itemsize != data_end - data_start:
+        return _decode_strings(data, start, end, count, shape, place)
+    if count * dtype.itemsize != end - start:
         raise errors.ShapeMismatch(
             place=place,
             expected=f"{count * dtype.itemsize} bytes for {dtype}{list(shape)}",
-            found=f"{data_end - data_start} bytes",
+            found=f"{end - start} bytes",
         )
     if dtype is dtypes.BFLOAT16 and not dtypes.HAS_NATIVE_BFLOAT16:
-        bits = np.frombuffer(data, np.uint16, count, data_start) if count else np.empty(0, np.uint16)
+        bits = np.frombuffer(data, np.uint16, count, start) if count else np.empty(0, np.uint16)
         return _read_only(dtypes.bfloat16_values(bits).reshape(shape))
     if not count:
         return _read_only(np.empty(shape, dtype.numpy))
-    array: Array = np.frombuffer(data, dtype.numpy, count, data_start).reshape(shape)
+    array: Array = np.frombuffer(data, dtype.numpy, count, start).reshape(shape)
     if dtype.numpy.kind == "b" and array.view(np.uint8).max() > 1:
         raise errors.InvalidRequest("malformed tensor: a bool that is neither 0 nor 1", place=place)
     return array

@@ -11,9 +11,8 @@ _LOGGER = logging.getLogger(__name__)
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
-# Measured: glibc gives every block above some hundred KiB back to the kernel when it is freed. The next call of the same
-# size faults each page in again, which for a message of 16 MB takes longer than moving it. Blocks above this size are
-# left to it: as long as they are used they cost more than their faults.
+# Measured: glibc gives large blocks back to the kernel when they are freed. The next call of the same size faults each
+# page in again, which for a message of 16 MB takes longer than moving it. Blocks above this size are left to it.
 _KEPT_BLOCK_BYTES = 2**30
 _KEPT_TOTAL_BYTES = 2**29
 

@@ -6,6 +6,8 @@ the call operation itself.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -44,8 +46,12 @@ def _runner(concrete: Any, device: str) -> Callable[[Sequence[Array]], list[Arra
     argument_types = [tensor.dtype.as_datatype_enum for tensor in concrete.inputs[: -len(captured) or None]]
     result_types = [tensor.dtype for tensor in concrete.outputs]
 
+    # TensorFlow's own choice needs no telling, which costs as much as a small kernel.
+    is_default = device == "/device:CPU:0" and not tf.config.list_logical_devices("GPU")
+    placement = contextlib.nullcontext if is_default else functools.partial(tf.device, device)
+
     def run(leaves: Sequence[Array]) -> list[Array]:
-        with tf.device(device):
+        with placement():
             arguments = [
                 _EagerTensor(leaf, device, argument_type)
                 for leaf, argument_type in zip(leaves, argument_types, strict=True)

@@ -68,11 +68,11 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _guard(self, answer: Callable[..., Awaitable[Any]], kind: str, path: str) -> Callable[..., Awaitable[Any]]:
         """`answer` with its errors turned into statuses, counted and timed."""
         _, service, method = path.split("/")
-        metrics = self._metrics
+        metrics = self._metrics.rpc(kind, service, method)
 
         async def guarded(request: Any, context: Any) -> Any:
             started = time.perf_counter()
-            metrics.rpc_started(kind, service, method)
+            metrics.started.inc()
             code = grpc.StatusCode.OK
             try:
                 return await answer(request, context)
@@ -97,7 +97,8 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                     context, errors.InternalError(f"the server failed; request {request_id}", request_id=request_id)
                 )
             finally:
-                metrics.rpc_handled(kind, service, method, _GO_NAMES[code], time.perf_counter() - started)
+                metrics.handled(_GO_NAMES[code]).inc()
+                metrics.seconds.observe(time.perf_counter() - started)
 
         return guarded
 

@@ -35,38 +35,40 @@ class FunctionalModelServicer:
 
     async def ForwardPass(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.ForwardPassRequest, data)
-        return await self._call(v1.ForwardPassResponse, header.model, Function.FORWARD_PASS, parts, header.training)
+        return await self._call(
+            v1.ForwardPassResponse, header.model, Function.FORWARD_PASS, parts, len(data), header.training
+        )
 
     async def PredictOnBatch(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.PredictOnBatchRequest, data)
         return await self._call(
-            v1.PredictOnBatchResponse, header.model, Function.PREDICT_ON_BATCH, parts, header.training
+            v1.PredictOnBatchResponse, header.model, Function.PREDICT_ON_BATCH, parts, len(data), header.training
         )
 
     async def Loss(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.LossRequest, data)
         function = Function.WEIGHTED_LOSS if "sample_weight" in parts else Function.LOSS
-        return await self._call(v1.LossResponse, header.model, function, parts)
+        return await self._call(v1.LossResponse, header.model, function, parts, len(data))
 
     async def InitializeMetricsState(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.InitializeMetricsStateRequest, data)
         return await self._call(
-            v1.InitializeMetricsStateResponse, header.model, Function.INITIALIZE_METRICS_STATE, parts
+            v1.InitializeMetricsStateResponse, header.model, Function.INITIALIZE_METRICS_STATE, parts, len(data)
         )
 
     async def UpdateMetricsState(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.UpdateMetricsStateRequest, data)
         weighted = "sample_weight" in parts
         function = Function.WEIGHTED_UPDATE_METRICS_STATE if weighted else Function.UPDATE_METRICS_STATE
-        return await self._call(v1.UpdateMetricsStateResponse, header.model, function, parts)
+        return await self._call(v1.UpdateMetricsStateResponse, header.model, function, parts, len(data))
 
     async def FinalizeMetrics(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.FinalizeMetricsRequest, data)
-        return await self._call(v1.FinalizeMetricsResponse, header.model, Function.FINALIZE_METRICS, parts)
+        return await self._call(v1.FinalizeMetricsResponse, header.model, Function.FINALIZE_METRICS, parts, len(data))
 
     async def GetModel(self, data: bytes, context: object) -> bytes:
         header, _ = messages.decode(v1.GetModelRequest, data)
-        model = self._registry.get(header.model.name, header.model.version)
+        model = self._registry.get(header.model.name, header.model.version).model
         response = v1.GetModelResponse(
             model=description.encode(model.description),
             versions=[_status(entry) for entry in self._registry.versions(header.model.name)],
@@ -81,7 +83,7 @@ class FunctionalModelServicer:
 
     async def GetInitialWeights(self, data: bytes, context: object) -> bytes:
         header, _ = messages.decode(v1.GetInitialWeightsRequest, data)
-        model = self._registry.get(header.model.name, header.model.version)
+        model = self._registry.get(header.model.name, header.model.version).model
         parts = model.description.spec.weights_parts(model.initial_weights)
         return messages.encode(v1.GetInitialWeightsResponse(model=model.description.identity.message()), parts)
 
@@ -91,11 +93,14 @@ class FunctionalModelServicer:
         selector: v1.ModelSelector,
         function: Function,
         parts: Mapping[str, Structure],
+        size_bytes: int,
         training: bool = False,
     ) -> bytes:
-        model, results = await self._caller.call(selector.name, selector.version, function, parts, training)
+        servable, results = await self._caller.call(
+            selector.name, selector.version, function, parts, size_bytes, training
+        )
         # Every response to a call names its model in a field `model`.
-        return messages.encode(response_type(model=model.description.identity.message()), results)
+        return messages.encode(response_type(model=servable.identity.message()), results)
 
 
 def _status(entry: Entry) -> v1.ModelVersionStatus:
@@ -104,7 +109,7 @@ def _status(entry: Entry) -> v1.ModelVersionStatus:
         version=entry.source.version,
         state=_STATES[entry.state],
         error=entry.error,
-        content_hash=entry.model.description.identity.content_hash if entry.model else b"",
+        content_hash=entry.servable.identity.content_hash if entry.servable else b"",
     )
 
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 
 from forwardpass.wire import errors
 from forwardpass_server.serving.errors import ModelLoadError
-from forwardpass_server.serving.models import LoadedModel, ModelLoader, ModelSource
+from forwardpass_server.serving.models import ModelLoader, ModelSource
+from forwardpass_server.serving.plans import Servable
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -23,11 +24,11 @@ class State(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """One version of a model. model: set once it is available. error: why it failed; "" otherwise."""
+    """One version of a model. servable: set once it is available. error: why it failed; "" otherwise."""
 
     source: ModelSource
     state: State
-    model: LoadedModel | None = None
+    servable: Servable | None = None
     error: str = ""
 
 
@@ -43,14 +44,14 @@ class Registry:
         """Loads one version. What goes wrong is logged and kept with it, and hinders no other."""
         started = time.monotonic()
         try:
-            model = loader.load(source)
+            servable = Servable(loader.load(source))
         except Exception as error:  # A model's files and code may raise anything.
             _LOGGER.exception("model %s failed to load", source)
             reason = str(error) if isinstance(error, ModelLoadError) else f"{type(error).__name__}: {error}"
             entry = Entry(source, State.FAILED, error=reason)
         else:
             _LOGGER.info("model %s is available after %.2f s", source, time.monotonic() - started)
-            entry = Entry(source, State.AVAILABLE, model)
+            entry = Entry(source, State.AVAILABLE, servable)
         self._entries[source.name][source.version] = entry
 
     def entry(self, source: ModelSource) -> Entry:
@@ -76,24 +77,23 @@ class Registry:
             raise errors.ModelNotFound(place="model", expected=_one_of(self._entries), found=repr(name[:128]))
         return [self._entries[name][version] for version in sorted(self._entries[name])]
 
-    def get(self, name: str, version: int) -> LoadedModel:
+    def get(self, name: str, version: int) -> Servable:
         """One model; version 0 is the highest that is available.
 
         Raises ModelNotFound, ModelVersionNotFound, ModelLoading or ModelFailed.
         """
-        entries = self.versions(name)
-        if version:
-            entry = self._entries[name].get(version)
-            if entry is None:
+        entry = self._entries.get(name, {}).get(version)
+        if entry is None:
+            entries = self.versions(name)
+            if version:
                 known = [str(entry.source.version) for entry in entries]
                 raise errors.ModelVersionNotFound(
                     place=f"version of model {name!r}", expected=_one_of(known), found=str(version)
                 )
-        else:
             available = [entry for entry in entries if entry.state is State.AVAILABLE]
             entry = available[-1] if available else entries[-1]
-        if entry.model is not None:
-            return entry.model
+        if entry.servable is not None:
+            return entry.servable
         if entry.state is State.LOADING:
             raise errors.ModelLoading(f"model {entry.source} is still being loaded")
         raise errors.ModelFailed(f"model {entry.source} failed to load: {entry.error}")

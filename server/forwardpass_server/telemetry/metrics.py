@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -13,8 +14,17 @@ from forwardpass.wire.description import Function
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 _EXAMPLES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 
-# Looking a labelled child up costs three times what counting in it does: keep as many as there are methods times codes.
+# Looking a labelled child up costs three times what counting in it does.
 _CACHED_CHILDREN = 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RpcMetrics:
+    """What is counted of one method. handled: by code, as Go writes it, e.g. "InvalidArgument"."""
+
+    started: prometheus.Counter
+    handled: Callable[[str], prometheus.Counter]
+    seconds: prometheus.Histogram
 
 
 class Metrics:
@@ -54,19 +64,16 @@ class Metrics:
             "Graphs built by tracing: flat once all models are loaded.",
             registry=self.registry,
         )
-        self._started_child = functools.lru_cache(_CACHED_CHILDREN)(self._started.labels)
-        self._handled_child = functools.lru_cache(_CACHED_CHILDREN)(self._handled.labels)
-        self._seconds_child = functools.lru_cache(_CACHED_CHILDREN)(self._seconds.labels)
         self._batch_child = functools.lru_cache(_CACHED_CHILDREN)(self._batch_examples.labels)
 
-    def rpc_started(self, kind: str, service: str, method: str) -> None:
-        """kind: "unary" or "server_stream" and so on."""
-        self._started_child(kind, service, method).inc()
-
-    def rpc_handled(self, kind: str, service: str, method: str, code: str, seconds: float) -> None:
-        """code: as Go writes it, e.g. "InvalidArgument"."""
-        self._handled_child(kind, service, method, code).inc()
-        self._seconds_child(kind, service, method).observe(seconds)
+    def rpc(self, kind: str, service: str, method: str) -> RpcMetrics:
+        """The metrics of one method. kind: "unary" or "server_stream" and so on."""
+        labels = (kind, service, method)
+        return RpcMetrics(
+            self._started.labels(*labels),
+            functools.lru_cache(lambda code: self._handled.labels(*labels, code)),
+            self._seconds.labels(*labels),
+        )
 
     def batch(self, model: str, function: Function, examples: int) -> None:
         self._batch_child(model, function.name.lower()).observe(examples)

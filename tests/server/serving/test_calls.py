@@ -12,7 +12,7 @@ from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.models.loading import TensorFlowLoader
-from forwardpass_server.serving.calls import Caller, arguments
+from forwardpass_server.serving.calls import Caller
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Registry
 from forwardpass_server.serving.scheduling import Scheduler
@@ -36,7 +36,7 @@ def registry(repository):
 
 
 def parts_for(registry, x, y):
-    model = registry.get("keras_cnn", 1)
+    model = registry.get("keras_cnn", 1).model
     parts = model.description.spec.weights_parts(model.initial_weights)
     return {**parts, "batch_input.x": Structure.of(x), "batch_input.y": Structure.of(y)}
 
@@ -59,7 +59,7 @@ def test_no_call_builds_a_graph(registry, monkeypatch):
         for size in range(200):
             parts = parts_for(registry, *zoo.keras_batch(size))
             for training in (True, False):
-                _, found = await caller.call("keras_cnn", 1, Function.FORWARD_PASS, parts, training)
+                _, found = await caller.call("keras_cnn", 1, Function.FORWARD_PASS, parts, 100, training)
                 assert found["batch_output.predictions"].leaves[0].shape == (size, 5)
         scheduler.close()
 
@@ -69,9 +69,10 @@ def test_no_call_builds_a_graph(registry, monkeypatch):
 
 
 def test_arguments_are_flat_and_in_the_models_order(registry):
-    spec = registry.get("keras_cnn", 1).description.spec
+    servable = registry.get("keras_cnn", 1)
+    spec = servable.model.description.spec
     x, y = zoo.keras_batch(3)
-    leaves = arguments(spec, Function.FORWARD_PASS, parts_for(registry, x, y))
+    leaves = servable.plan(Function.FORWARD_PASS, True).flatten(parts_for(registry, x, y))
     assert len(leaves) == len(spec.weights.leaves) + 2
     assert leaves[-2].shape == x.shape
     assert leaves[-1].shape == y.shape
@@ -79,7 +80,8 @@ def test_arguments_are_flat_and_in_the_models_order(registry):
 
 @pytest.mark.parametrize("value", [None, "absent"])
 def test_what_no_metric_reads_may_be_none_or_absent(registry, value):
-    spec = registry.get("keras_cnn", 1).description.spec
+    servable = registry.get("keras_cnn", 1)
+    spec = servable.model.description.spec
     state = [np.zeros((), np.float32)] * len(spec.metrics_state.leaves)
     parts = {
         "state": Structure(spec.metrics_state.tree, state),
@@ -88,11 +90,11 @@ def test_what_no_metric_reads_may_be_none_or_absent(registry, value):
     }
     if value is None:
         parts["batch_output.loss"] = parts["batch_output.num_examples"] = Structure.of(None)
-    leaves = arguments(spec, Function.UPDATE_METRICS_STATE, parts)
+    leaves = servable.plan(Function.UPDATE_METRICS_STATE).flatten(parts)
     assert len(leaves) == len(state) + 4
 
 
 def test_what_a_function_reads_may_not_be_none(registry):
-    spec = registry.get("keras_cnn", 1).description.spec
+    plan = registry.get("keras_cnn", 1).plan(Function.LOSS)
     with pytest.raises(errors.StructureMismatch, match=r"output: expected float32\[None,5\], got None"):
-        arguments(spec, Function.LOSS, {"output": Structure.of(None), "label": Structure.of(np.int64([1]))})
+        plan.flatten({"output": Structure.of(None), "label": Structure.of(np.int64([1]))})

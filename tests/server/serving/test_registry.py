@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import pytest
 
 from forwardpass.wire import errors
+from forwardpass_server.models.loading import TensorFlowLoader, TensorFlowModel
 from forwardpass_server.serving.errors import ModelLoadError
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Registry, State
@@ -14,8 +16,16 @@ from forwardpass_server.serving.registry import Registry, State
 SOURCES = [ModelSource("m", version, folder=pathlib.Path()) for version in (1, 2, 3)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def model(repository):
+    """One real model, which stands for every version here."""
+    Loader.model = TensorFlowLoader("cpu").load(ModelSource("m", 1, folder=repository / "no_metrics" / "1"))
+
+
 class Loader:
-    """Returns the version's number for a model; raises for those that it was told."""
+    """Returns the one model, with the version that is asked for; raises for those that it was told."""
+
+    model: TensorFlowModel
 
     def __init__(self, failing=()):
         self.failing = failing
@@ -23,7 +33,10 @@ class Loader:
     def load(self, source):
         if source.version in self.failing:
             raise ModelLoadError("no good")
-        return source.version
+        identity = dataclasses.replace(self.model.description.identity, version=source.version)
+        return dataclasses.replace(
+            self.model, description=dataclasses.replace(self.model.description, identity=identity)
+        )
 
 
 def loaded(*versions: int, failing=()) -> Registry:
@@ -35,31 +48,26 @@ def loaded(*versions: int, failing=()) -> Registry:
 
 
 @pytest.mark.parametrize(
-    "registry, version, found",
-    [
-        (loaded(1, 2, 3), 0, 3),
-        (loaded(1, 2, 3), 2, 2),
-        (loaded(1, 2, failing=[3]), 0, 2),
-        (loaded(1), 0, 1),
-    ],
+    "available, failing, version, found",
+    [((1, 2, 3), (), 0, 3), ((1, 2, 3), (), 2, 2), ((1, 2), (3,), 0, 2), ((1,), (), 0, 1)],
 )
-def test_without_a_version_the_highest_that_is_available_answers(registry, version, found):
-    assert registry.get("m", version) == found
+def test_without_a_version_the_highest_that_is_available_answers(available, failing, version, found):
+    assert loaded(*available, failing=failing).get("m", version).identity.version == found
 
 
 @pytest.mark.parametrize(
-    "registry, version, error, message",
+    "available, failing, version, error, message",
     [
-        (loaded(), 0, errors.ModelLoading, "model m/3 is still being loaded"),
-        (loaded(1), 2, errors.ModelLoading, "model m/2 is still being loaded"),
-        (loaded(1, failing=[2]), 2, errors.ModelFailed, "model m/2 failed to load: no good"),
-        (loaded(failing=[1, 2, 3]), 0, errors.ModelFailed, "model m/3 failed to load: no good"),
-        (loaded(1), 7, errors.ModelVersionNotFound, "expected one of 1, 2, 3, got 7"),
+        ((), (), 0, errors.ModelLoading, "model m/3 is still being loaded"),
+        ((1,), (), 2, errors.ModelLoading, "model m/2 is still being loaded"),
+        ((1,), (2,), 2, errors.ModelFailed, "model m/2 failed to load: no good"),
+        ((), (1, 2, 3), 0, errors.ModelFailed, "model m/3 failed to load: no good"),
+        ((1,), (), 7, errors.ModelVersionNotFound, "expected one of 1, 2, 3, got 7"),
     ],
 )
-def test_what_does_not_answer_says_why(registry, version, error, message):
+def test_what_does_not_answer_says_why(available, failing, version, error, message):
     with pytest.raises(error, match=message):
-        registry.get("m", version)
+        loaded(*available, failing=failing).get("m", version)
 
 
 def test_an_empty_server_says_that_it_has_no_model():
