@@ -99,9 +99,12 @@ async def repeat_async(call: Callable[[], Awaitable[Any]], callers: int, seconds
     async def caller() -> None:
         for _ in range(2):
             await call()
-        while (started := time.perf_counter()) < end:
+        while True:
+            started = time.perf_counter()
             await call()
             taken.append(time.perf_counter() - started)
+            if time.perf_counter() > end:
+                break
 
     end = time.perf_counter() + seconds
     await asyncio.gather(*(caller() for _ in range(callers)))

@@ -67,7 +67,7 @@ def check(structure: Structure, spec: StructureSpec, place: str) -> Sequence[Arr
     Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf under `place`.
     """
     leaves = structure.leaves
-    if structure.tree != spec.tree:
+    if structure.tree is not spec.tree and structure.tree != spec.tree:
         # Containers that differ only in kind or in the order of their keys still fit.
         leaves = arrange(structure.nested(), spec.tree, place)
     for index, (leaf, leaf_spec) in enumerate(zip(leaves, spec.leaves, strict=True)):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import DecodeError, Message
@@ -107,7 +107,7 @@ def _decode_header(message_type: type[MessageT], rest: bytes) -> MessageT:
 
 # From call to call it is the structures that change. Longer headers are not kept: strangers write them too.
 _CACHED_BYTES = 512
-_decode_cached_header: Callable[[type[MessageT], bytes], MessageT] = functools.lru_cache(maxsize=1024)(_decode_header)
+_decode_cached_header: Any = functools.lru_cache(maxsize=1024)(_decode_header)
 
 
 def _decode_fields(

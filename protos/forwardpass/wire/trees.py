@@ -242,10 +242,23 @@ _CACHED_BYTES = 4096
 
 
 def decode(encoded: bytes, place: str = "structure", limits: Limits = DEFAULT) -> TreeDef:
-    """The tree of a TreeDef message. Raises InvalidRequest or StructureMismatch where it is none, or over `limits`."""
-    if len(encoded) <= _CACHED_BYTES:
-        return _decode_cached(encoded, place, limits)
+    """The tree of a TreeDef message: for equal bytes mostly the same object.
+
+    Raises InvalidRequest or StructureMismatch where it is none, or over `limits`.
+    """
+    if limits is DEFAULT and len(encoded) <= _CACHED_BYTES:
+        tree = _decode_cached(encoded)
+        if tree is not None:
+            return tree
     return _decode(encoded, place, limits)
+
+
+@functools.lru_cache(maxsize=1024)
+def _decode_cached(encoded: bytes) -> TreeDef | None:
+    try:
+        return _decode(encoded, "", DEFAULT)
+    except errors.InvalidRequest:
+        return None  # Met again by `decode`, under the name of its place.
 
 
 def _decode(encoded: bytes, place: str, limits: Limits) -> TreeDef:
@@ -264,9 +277,6 @@ def _decode(encoded: bytes, place: str, limits: Limits) -> TreeDef:
             place=place, expected=f"at most {limits.max_leaves} leaves", found=f"{tree.num_leaves}"
         )
     return tree
-
-
-_decode_cached = functools.lru_cache(maxsize=1024)(_decode)
 
 
 def _from_message(message: v1.TreeDef, place: str, limits: Limits, depth: int) -> TreeDef:

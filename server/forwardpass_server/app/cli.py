@@ -10,6 +10,7 @@ import sys
 
 import click
 
+from forwardpass_server.app import quiet
 from forwardpass_server.app import settings as app_settings
 from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.serving.errors import DeviceNotFound, ModelLoadError
@@ -161,7 +162,8 @@ def serve(
             drain_timeout_s=drain_timeout,
         )
         # TensorFlow takes seconds to import: --help and a wrong setting need not wait for it.
-        from forwardpass_server.app import serve as app_serve
+        with quiet.native_stderr():
+            from forwardpass_server.app import serve as app_serve
 
         asyncio.run(app_serve.serve(settings, _announce))
     except (SettingsError, DeviceNotFound, OSError) as error:
@@ -194,7 +196,8 @@ def export(
          "metrics": ["SparseCategoricalAccuracy"]}
     """
     _configure_logging("warning")
-    from forwardpass_server.app import export as app_export
+    with quiet.native_stderr():
+        from forwardpass_server.app import export as app_export
 
     try:
         folder = app_export.export(source, model_repository, name, version, config)

@@ -99,8 +99,7 @@ class FunctionalModelServicer:
         servable, results = await self._caller.call(
             selector.name, selector.version, function, parts, size_bytes, training
         )
-        # Every response to a call names its model in a field `model`.
-        return messages.encode(response_type(model=servable.identity.message()), results)
+        return messages.encode(servable.response_header(response_type), results)
 
 
 def _status(entry: Entry) -> v1.ModelVersionStatus:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar, cast
 
-from forwardpass.wire import conform, errors, specs
+from google.protobuf.message import Message
+
+from forwardpass.wire import conform, errors, specs, trees
 from forwardpass.wire.description import Function, ModelSpec
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.specs import StructureSpec
@@ -14,6 +17,8 @@ from forwardpass.wire.structures import Structure
 from forwardpass.wire.trees import Kind
 from forwardpass_server.serving.models import LoadedModel
 from forwardpass_server.serving.scheduling import Estimates
+
+MessageT = TypeVar("MessageT", bound=Message)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -83,11 +88,19 @@ class Servable:
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
         self.identity = model.description.identity
+        self._headers: dict[type[Message], Message] = {}
         self._plans = {
             (function, training): _plan(model, function, training)
             for function in Function
             for training in ((True, False) if function.has_training else (False,))
         }
+
+    def response_header(self, response_type: type[MessageT]) -> MessageT:
+        """A response of this type that names the model, in the field `model` that every such response has."""
+        header = self._headers.get(response_type)
+        if header is None:
+            header = self._headers[response_type] = response_type(model=self.identity.message())
+        return cast(MessageT, header)
 
     def plan(self, function: Function, training: bool = False) -> Plan:
         return self._plans[function, training]
@@ -96,7 +109,8 @@ class Servable:
 def _plan(model: LoadedModel, function: Function, training: bool) -> Plan:
     spec = model.description.spec
     arguments = tuple(
-        Argument(place, part, _is_optional(spec, place)) for place, part in spec.arguments[function].items()
+        Argument(place, _as_decoded(part), _is_optional(spec, place))
+        for place, part in spec.arguments[function].items()
     )
     batched = sum(leaf.batched for argument in arguments for leaf in argument.spec.leaves)
     return Plan(
@@ -108,6 +122,11 @@ def _plan(model: LoadedModel, function: Function, training: bool) -> Plan:
         run=functools.partial(model.run, function, training),
         estimates={},
     )
+
+
+def _as_decoded(spec: StructureSpec) -> StructureSpec:
+    """The spec with the very tree that a request's bytes are decoded to: two of one kind need no comparison then."""
+    return dataclasses.replace(spec, tree=trees.decode(spec.tree.encoded))
 
 
 def _is_optional(spec: ModelSpec, place: str) -> bool:

@@ -64,7 +64,9 @@ class Metrics:
             "Graphs built by tracing: flat once all models are loaded.",
             registry=self.registry,
         )
-        self._batch_child = functools.lru_cache(_CACHED_CHILDREN)(self._batch_examples.labels)
+        self._batch_child = functools.lru_cache(_CACHED_CHILDREN)(
+            lambda model, function: self._batch_examples.labels(model, function.name.lower())
+        )
 
     def rpc(self, kind: str, service: str, method: str) -> RpcMetrics:
         """The metrics of one method. kind: "unary" or "server_stream" and so on."""
@@ -76,7 +78,7 @@ class Metrics:
         )
 
     def batch(self, model: str, function: Function, examples: int) -> None:
-        self._batch_child(model, function.name.lower()).observe(examples)
+        self._batch_child(model, function).observe(examples)
 
     def trace(self) -> None:
         self._traces.inc()

@@ -1,0 +1,42 @@
+# Everything runs from one virtual environment, made on the first use and again when the dependencies change.
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+REPOSITORY := .cache/models
+
+.PHONY: demo test serve lint protos benchmark clean
+
+demo: $(STAMP)  ## Train, export, serve, call and compare: the main job on real data.
+	$(VENV)/bin/python examples/demo.py
+
+test: $(STAMP)  ## All tests.
+	$(VENV)/bin/python -m pytest
+
+serve: $(STAMP) $(REPOSITORY)/digits/1  ## Serve an example repository on localhost:8500 until Ctrl-C.
+	$(VENV)/bin/forwardpass-server serve --model-repository $(REPOSITORY)
+
+lint: $(STAMP)  ## Format, lint, types, layers, protocol.
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	npx --yes @bufbuild/buf@1.75.0 lint
+
+protos:  ## Generate the Python beside the .proto files.
+	PYTHON=$(PYTHON) protos/generate.sh
+
+benchmark: $(STAMP)  ## The floor, the naive server and ours, side by side.
+	$(VENV)/bin/python benchmarks/run.py
+
+clean:
+	rm -rf $(VENV) .cache
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(REPOSITORY)/digits/1: | $(STAMP)
+	$(VENV)/bin/python examples/digits.py $(REPOSITORY)

@@ -1,0 +1,198 @@
+"""The whole of forwardpass in half a minute: train, export, serve, call, and compare with the local model."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+from forwardpass_server.app import quiet
+
+# The server sums in one graph what the local model sums in several: float32's last bits may differ. As a share of the
+# largest number in a result.
+TOLERANCE = 1e-6
+BATCH = 32
+STEPS = 5
+
+
+@dataclasses.dataclass
+class Row:
+    """One function, run locally and over the wire."""
+
+    name: str
+    local: Any
+    remote: Any
+    local_ms: float
+    remote_ms: float
+
+    def difference(self) -> float:
+        """The largest difference of any number, as a share of the largest number."""
+        import numpy as np
+
+        from forwardpass.wire import trees
+
+        (local_tree, local), (remote_tree, remote) = trees.flatten(self.local), trees.flatten(self.remote)
+        if local_tree != remote_tree:
+            return float("inf")
+        return max(
+            float(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max(initial=0))
+            / max(float(np.abs(np.asarray(a)).max(initial=0)), 1e-30)
+            for a, b in zip(local, remote, strict=True)
+        )
+
+
+def timed(call: Callable[[], Any], times: int = 20) -> tuple[Any, float]:
+    """A call's result and its median time in ms, after a first call that does not count unless it is the only one."""
+    started = time.perf_counter()
+    result = call()
+    if not times:
+        return result, (time.perf_counter() - started) * 1e3
+    taken = []
+    for _ in range(times):
+        started = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - started)
+    return result, sorted(taken)[times // 2] * 1e3
+
+
+def compare(local: Any, remote: Any, x: Any, y: Any, advance: Callable[[], None]) -> list[Row]:
+    """Every function of the model, over one batch; the metrics over the whole test set."""
+    weights = local.initial_weights
+    batch = x[:BATCH], y[:BATCH]
+    predictions = local.predict_on_batch(weights, batch[0], training=False).numpy()
+    calls: list[tuple[str, Callable[[Any], Any]]] = [
+        ("predict_on_batch, inference", lambda model: model.predict_on_batch(weights, batch[0], training=False)),
+        ("predict_on_batch, training", lambda model: model.predict_on_batch(weights, batch[0], training=True)),
+        ("forward_pass, inference", lambda model: model.forward_pass(weights, batch, training=False)),
+        ("forward_pass, training", lambda model: model.forward_pass(weights, batch, training=True)),
+        ("loss", lambda model: model.loss(predictions, batch[1])),
+        ("loss, weighted", lambda model: model.loss(predictions, batch[1], [1.0, 0.5] * (BATCH // 2))),
+    ]
+    # The remote model fetches them once.
+    (here, here_ms), (there, there_ms) = (
+        timed(lambda model=model: model.initial_weights, 0) for model in (local, remote)
+    )
+    rows = [Row("initial_weights", here, there, here_ms, there_ms)]
+    for name, call in calls:
+        (here, here_ms), (there, there_ms) = (timed(functools.partial(call, model)) for model in (local, remote))
+        rows.append(Row(name, here, there, here_ms, there_ms))
+        advance()
+    rows += metrics(local, remote, weights, x, y)
+    advance()
+    return rows
+
+
+def metrics(local: Any, remote: Any, weights: Any, x: Any, y: Any) -> list[Row]:
+    """Initialise, update over the whole test set, finalise."""
+    results = []
+    for model in (local, remote):
+        state, initial_ms = timed(model.initialize_metrics_state)
+        taken = []
+        for start in range(0, len(x), BATCH):
+            labels = y[start : start + BATCH]
+            output = model.forward_pass(weights, (x[start : start + BATCH], labels), training=False)
+            started = time.perf_counter()
+            state = model.update_metrics_state(state, labels, output)
+            taken.append(time.perf_counter() - started)
+        final, final_ms = timed(lambda model=model, state=state: model.finalize_metrics(state))
+        initial = model.initialize_metrics_state()
+        results.append([(initial, initial_ms), (state, sorted(taken)[len(taken) // 2] * 1e3), (final, final_ms)])
+    names = ("initialize_metrics_state", "update_metrics_state", "finalize_metrics")
+    return [
+        Row(name, here, there, here_ms, there_ms)
+        for name, (here, here_ms), (there, there_ms) in zip(names, *results, strict=True)
+    ]
+
+
+def start_server(repository: pathlib.Path) -> tuple[subprocess.Popen[str], str]:
+    """A server as a process of its own, on a free loopback port: the process and its address, once it is ready."""
+    command = [sys.executable, "-m", "forwardpass_server.app.cli", "serve", "--port", "0", "--metrics-port", "-1"]
+    process = subprocess.Popen(
+        [*command, "--model-repository", str(repository), "--log-level", "error"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    lines = list(itertools.takewhile(lambda line: not line.startswith("ready"), process.stdout))
+    if not lines:
+        raise SystemExit("the server did not start")
+    return process, lines[0].removeprefix("listening on ").strip()
+
+
+def show(console: Console, rows: list[Row]) -> None:
+    table = Table(title="the digits model, here and over the wire", title_style="bold", header_style="bold")
+    table.add_column("function", no_wrap=True)
+    for title in ("difference", "here, ms", "wire, ms"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        colour = "green" if row.difference() <= TOLERANCE else "red"
+        table.add_row(row.name, f"[{colour}]{row.difference():.1e}[/]", f"{row.local_ms:.2f}", f"{row.remote_ms:.2f}")
+    console.print(table)
+    figures = Table(title="metrics of the 360 test images", title_style="bold", header_style="bold")
+    for title in ("metric", "here", "over the wire"):
+        figures.add_column(title, justify="left" if title == "metric" else "right")
+    for name, value in rows[-1].local.items():
+        figures.add_row(name, f"{float(value):.7f}", f"{float(rows[-1].remote[name]):.7f}")
+    console.print(figures)
+
+
+def main() -> None:
+    console = Console()
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="forwardpass-demo-"))
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("importing TensorFlow and Keras", total=1)
+        # Here, so that something is to be seen meanwhile.
+        with quiet.native_stderr():
+            import digits
+
+            import forwardpass_client
+            from forwardpass_server import save_functional_model
+
+        progress.advance(task)
+        task = progress.add_task("training on 1437 handwritten digits", total=digits.EPOCHS)
+        model = digits.train(lambda epoch: progress.update(task, completed=epoch))
+        local = digits.functional(model)
+        task = progress.add_task("exporting and serving", total=2)
+        save_functional_model(local, folder / "digits" / "1")
+        progress.advance(task)
+        process, address = start_server(folder)
+        progress.advance(task)
+        try:
+            with forwardpass_client.connect(address) as client:
+                remote = client.model("digits")
+                task = progress.add_task(f"calling {address}", total=8)
+                _, (x, y) = digits.data()
+                rows = compare(local, remote, x, y, lambda: progress.advance(task))
+        finally:
+            process.terminate()
+            process.wait()
+    show(console, rows)
+    worst = max(row.difference() for row in rows)
+    if worst > TOLERANCE:
+        shutil.rmtree(folder)
+        console.print(f"[red]local and remote differ by {worst:.1e}, more than float rounding ({TOLERANCE:.0e})[/]")
+        raise SystemExit(1)
+    console.print("The same numbers. Now serve it yourself, and call it:\n", style="bold green")
+    print(f"  {pathlib.Path(sys.executable).parent}/forwardpass-server serve --model-repository {folder}")
+    print(
+        f"  {sys.executable} -c \"import forwardpass_client; model = forwardpass_client.connect('localhost:8500')"
+        ".model('digits'); print(model.predict_on_batch(model.initial_weights, [[[[0.5]] * 8] * 8], training=False))\""
+    )
+
+
+if __name__ == "__main__":
+    main()
