@@ -9,10 +9,9 @@ import subprocess
 
 import pytest
 
+from support.environments import NEWEST, OLDEST
 from support.golden import FOLDER
 from support.zoo import DTYPES
-
-from .environments import NEWEST, OLDEST
 
 PROGRAM = pathlib.Path(__file__).parent / "programs" / "call_golden.py"
 

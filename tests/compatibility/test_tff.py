@@ -9,9 +9,8 @@ import subprocess
 
 import pytest
 
+from support.environments import TFF
 from support.servers import ServerProcess
-
-from .environments import TFF
 
 PROGRAMS = pathlib.Path(__file__).parent / "programs"
 

@@ -1,4 +1,4 @@
-"""Virtual environments with other versions than ours: made once, kept under .cache, made again when their list changes."""
+"""Virtual environments with other versions than ours: made once and kept under .cache."""
 
 from __future__ import annotations
 
