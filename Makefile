@@ -33,10 +33,12 @@ clean:
 	rm -rf $(VENV) .cache
 
 $(STAMP): pyproject.toml
+	@echo "installing into $(VENV): some minutes, the first time"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"
 	touch $@
 
 $(REPOSITORY)/digits/1: | $(STAMP)
-	$(VENV)/bin/python examples/digits.py $(REPOSITORY)
+	rm -rf $(REPOSITORY).new
+	$(VENV)/bin/python examples/digits.py $(REPOSITORY).new && mkdir -p $(@D) && mv $(REPOSITORY).new/digits/1 $@

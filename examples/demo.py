@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import pathlib
 import shutil
 import subprocess
@@ -46,11 +45,16 @@ class Row:
         (local_tree, local), (remote_tree, remote) = trees.flatten(self.local), trees.flatten(self.remote)
         if local_tree != remote_tree:
             return float("inf")
-        return max(
-            float(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max(initial=0))
-            / max(float(np.abs(np.asarray(a)).max(initial=0)), 1e-30)
-            for a, b in zip(local, remote, strict=True)
-        )
+        worst = 0.0
+        for here, there in zip(map(np.asarray, local), map(np.asarray, remote), strict=True):
+            if (here.dtype, here.shape) != (there.dtype, there.shape) or not np.array_equal(
+                np.isfinite(here), np.isfinite(there)
+            ):
+                return float("inf")
+            finite = np.isfinite(here)
+            apart = np.abs(here[finite].astype(np.float64) - there[finite].astype(np.float64)).max(initial=0)
+            worst = max(worst, float(apart) / max(float(np.abs(here[finite]).max(initial=0)), 1e-30))
+        return worst
 
 
 def timed(call: Callable[[], Any], times: int = 20) -> tuple[Any, float]:
@@ -122,14 +126,15 @@ def start_server(repository: pathlib.Path) -> tuple[subprocess.Popen[str], str]:
     process = subprocess.Popen(
         [*command, "--model-repository", str(repository), "--log-level", "error"],
         stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
         text=True,
     )
     assert process.stdout is not None
-    lines = list(itertools.takewhile(lambda line: not line.startswith("ready"), process.stdout))
-    if not lines:
-        raise SystemExit("the server did not start")
-    return process, lines[0].removeprefix("listening on ").strip()
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("ready"):
+            return process, lines[0].removeprefix("listening on ").strip()
+    raise SystemExit(f"the server ended with {process.wait()} before it was ready")
 
 
 def show(console: Console, rows: list[Row]) -> None:

@@ -54,6 +54,8 @@ def get_model(name: str, version: int | None) -> Call[FoundModel]:
     """version: None for the highest that is available."""
     if not isinstance(name, str):
         raise TypeError(f"name: expected a str, got {type(name).__name__}")
+    if version is not None and version < 1:
+        raise errors.ModelVersionNotFound(place="version", expected="an integer from 1 on, or None", found=f"{version}")
     request = v1.GetModelRequest(model=v1.ModelSelector(name=name, version=version or 0))
 
     def read(data: bytes) -> FoundModel:
@@ -191,16 +193,12 @@ class ModelCalls:
         checked: list[tuple[str, Any, StructureSpec]] = []
         for place, spec in self._spec.arguments[function].items():
             value = values[place]
-            if value is None and self._may_be_none(place):
+            if value is None and self._spec.may_be_none(place):
                 continue
             parts[place] = conform.conform(value, spec, place)
             checked.append((place, parts[place].leaves, spec))
         conform.check_batch(checked)
         return parts
-
-    def _may_be_none(self, place: str) -> bool:
-        group, _, field = place.partition(".")
-        return group == "batch_output" and field in self._spec.unused_batch_output_fields
 
     def _call(
         self, method: str, header: Any, parts: Mapping[str, Structure], read: Callable[[bytes], ResultT]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
+import dataclasses
 import time
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from forwardpass.wire import errors
 from forwardpass_client import calls
-from forwardpass_client.calls import Call, ModelVersion
+from forwardpass_client.calls import Call, FoundModel, ModelVersion
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
 from forwardpass_client.transport import AsyncTransport, Transport
 
@@ -45,50 +47,80 @@ def connect_async(
     return AsyncClient(target, timeout_s, max_message_bytes)
 
 
-class Client:
-    """One connection, for any number of threads. A context manager: leaving it closes the connection."""
+class ClientApi(abc.ABC):
+    """What can be asked of a server, for whoever makes the call.
 
-    def __init__(self, target: str, timeout_s: float | None, max_message_bytes: int) -> None:
-        self._transport = Transport(target, max_message_bytes)
+    timeout_s: seconds that one call may take; None for the client's own.
+    """
+
+    def __init__(self, timeout_s: float | None, max_message_bytes: int) -> None:
         self._timeout_s = timeout_s
         self._max_message_bytes = max_message_bytes
 
-    def model(self, name: str, version: int | None = None) -> RemoteFunctionalModel:
+    def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Any:
         """A model of the server; without a version, the highest that is available now, and that one from then on.
 
         Raises ModelNotFound, ModelVersionNotFound, ModelFailed, or ModelLoading.
         """
-        found = self._run(calls.get_model(name, version))
-        return RemoteFunctionalModel(self._transport, found, self._max_message_bytes, self._timeout_s)
+        call = calls.get_model(name, version)
+        return self._run(dataclasses.replace(call, read=lambda data: self._model(call.read(data))), timeout_s)
 
-    def models(self) -> list[ModelVersion]:
+    def models(self, *, timeout_s: float | None = None) -> Any:
         """Every version of every model, by name and version, those that failed to load included."""
-        return self._run(calls.list_models())
+        return self._run(calls.list_models(), timeout_s)
 
-    def is_ready(self) -> bool:
+    def is_ready(self, *, timeout_s: float | None = None) -> Any:
         """Whether the server has tried to load every model, and is not about to stop. Raises ServerUnavailable."""
-        return self._run(calls.check_health())
+        return self._run(calls.check_health(), timeout_s)
+
+    @abc.abstractmethod
+    def _model(self, found: FoundModel) -> Any:
+        """The model that was looked up."""
+
+    @abc.abstractmethod
+    def _run(self, call: Call[Any], timeout_s: float | None) -> Any:
+        """Makes the call: returns its result, or what to await for it."""
+
+    def _deadline(self, timeout_s: float | None) -> float | None:
+        return self._timeout_s if timeout_s is None else timeout_s
+
+
+class Client(ClientApi):
+    """One connection, for any number of threads. A context manager: leaving it closes the connection."""
+
+    def __init__(self, target: str, timeout_s: float | None, max_message_bytes: int) -> None:
+        super().__init__(timeout_s, max_message_bytes)
+        self._transport = Transport(target, max_message_bytes)
+
+    def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> RemoteFunctionalModel:
+        model: RemoteFunctionalModel = super().model(name, version, timeout_s=timeout_s)
+        return model
+
+    def models(self, *, timeout_s: float | None = None) -> list[ModelVersion]:
+        found: list[ModelVersion] = super().models(timeout_s=timeout_s)
+        return found
 
     def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Waits for a server that is still starting. Raises DeadlineExceeded."""
-        deadline = time.monotonic() + timeout_s
-        while not self._is_ready_now():
-            if time.monotonic() > deadline:
-                raise errors.DeadlineExceeded(f"the server was not ready within {timeout_s:g} s")
+        polling = _Polling(timeout_s)
+        while not self._is_ready(polling.remaining_s()):
             time.sleep(_POLL_S)
 
-    def _is_ready_now(self) -> bool:
+    def _is_ready(self, timeout_s: float) -> bool:
         try:
-            return self.is_ready()
-        except errors.ServerUnavailable:
+            return bool(self.is_ready(timeout_s=timeout_s))
+        except _NOT_YET:
             return False
 
     def close(self) -> None:
-        """Ends the connection. Calls in flight raise CallCancelled."""
+        """Ends the connection. Calls in flight, and later ones, raise CallCancelled."""
         self._transport.close()
 
-    def _run(self, call: Call[ResultT]) -> ResultT:
-        return call.read(self._transport.call(call.path, call.request, self._timeout_s))
+    def _model(self, found: FoundModel) -> RemoteFunctionalModel:
+        return RemoteFunctionalModel(self._transport, found, self._max_message_bytes, self._timeout_s)
+
+    def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
+        return call.read(self._transport.call(call.path, call.request, self._deadline(timeout_s)))
 
     def __enter__(self) -> Client:
         return self
@@ -99,47 +131,46 @@ class Client:
         self.close()
 
 
-class AsyncClient:
-    """`Client` for asyncio."""
+class AsyncClient(ClientApi):
+    """`Client` for asyncio: the same methods, whose results are to be awaited."""
 
     def __init__(self, target: str, timeout_s: float | None, max_message_bytes: int) -> None:
+        super().__init__(timeout_s, max_message_bytes)
         self._transport = AsyncTransport(target, max_message_bytes)
-        self._timeout_s = timeout_s
-        self._max_message_bytes = max_message_bytes
 
-    async def model(self, name: str, version: int | None = None) -> AsyncRemoteFunctionalModel:
-        """See `Client.model`."""
-        found = await self._run(calls.get_model(name, version))
-        return AsyncRemoteFunctionalModel(self._transport, found, self._max_message_bytes, self._timeout_s)
+    async def model(
+        self, name: str, version: int | None = None, *, timeout_s: float | None = None
+    ) -> AsyncRemoteFunctionalModel:
+        model: AsyncRemoteFunctionalModel = await super().model(name, version, timeout_s=timeout_s)
+        return model
 
-    async def models(self) -> list[ModelVersion]:
-        """See `Client.models`."""
-        return await self._run(calls.list_models())
-
-    async def is_ready(self) -> bool:
-        """See `Client.is_ready`."""
-        return await self._run(calls.check_health())
+    async def models(self, *, timeout_s: float | None = None) -> list[ModelVersion]:
+        found: list[ModelVersion] = await super().models(timeout_s=timeout_s)
+        return found
 
     async def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """See `Client.wait_until_ready`."""
-        deadline = time.monotonic() + timeout_s
-        while not await self._is_ready_now():
-            if time.monotonic() > deadline:
-                raise errors.DeadlineExceeded(f"the server was not ready within {timeout_s:g} s")
+        polling = _Polling(timeout_s)
+        while True:
+            if await self._is_ready(polling.remaining_s()):
+                return
             await asyncio.sleep(_POLL_S)
 
-    async def _is_ready_now(self) -> bool:
+    async def _is_ready(self, timeout_s: float) -> bool:
         try:
-            return await self.is_ready()
-        except errors.ServerUnavailable:
+            return bool(await self.is_ready(timeout_s=timeout_s))
+        except _NOT_YET:
             return False
 
     async def close(self) -> None:
         """See `Client.close`."""
         await self._transport.close()
 
-    async def _run(self, call: Call[ResultT]) -> ResultT:
-        return call.read(await self._transport.call(call.path, call.request, self._timeout_s))
+    def _model(self, found: FoundModel) -> AsyncRemoteFunctionalModel:
+        return AsyncRemoteFunctionalModel(self._transport, found, self._max_message_bytes, self._timeout_s)
+
+    async def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
+        return call.read(await self._transport.call(call.path, call.request, self._deadline(timeout_s)))
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -148,3 +179,22 @@ class AsyncClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+# How a server that is not there, or is stuck, answers whether it is ready.
+_NOT_YET = (errors.ServerUnavailable, errors.DeadlineExceeded)
+
+
+class _Polling:
+    """The time that is left to wait for a server."""
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._deadline = time.monotonic() + timeout_s
+
+    def remaining_s(self) -> float:
+        """Raises DeadlineExceeded where none is left."""
+        remaining_s = self._deadline - time.monotonic()
+        if remaining_s <= 0:
+            raise errors.DeadlineExceeded(f"the server was not ready within {self._timeout_s:g} s")
+        return remaining_s

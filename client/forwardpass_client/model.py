@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-import functools
+import threading
 from typing import Any
 
 from forwardpass.wire.description import ModelDescription
@@ -68,7 +68,7 @@ class FunctionalModelApi(abc.ABC):
 
     @property
     def initial_weights(self) -> Any:
-        """(trainable, non_trainable) that the model was saved with."""
+        """(trainable, non_trainable) that the model was saved with: fetched once."""
         return self._run(self._calls.initial_weights(), None)
 
     def forward_pass(
@@ -137,10 +137,15 @@ class RemoteFunctionalModel(FunctionalModelApi):
     ) -> None:
         super().__init__(found, max_message_bytes, timeout_s)
         self._transport = transport
+        self._initial_weights: Any = None
+        self._fetching = threading.Lock()
 
-    @functools.cached_property
+    @property
     def initial_weights(self) -> Any:
-        return super().initial_weights
+        with self._fetching:
+            if self._initial_weights is None:
+                self._initial_weights = super().initial_weights
+            return self._initial_weights
 
     def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
         return call.read(self._transport.call(call.path, call.request, self._deadline(timeout_s)))
@@ -157,6 +162,13 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
     ) -> None:
         super().__init__(found, max_message_bytes, timeout_s)
         self._transport = transport
+        self._initial_weights: Any = None
+
+    @property
+    async def initial_weights(self) -> Any:
+        if self._initial_weights is None:
+            self._initial_weights = await super().initial_weights
+        return self._initial_weights
 
     async def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
         return call.read(await self._transport.call(call.path, call.request, self._deadline(timeout_s)))

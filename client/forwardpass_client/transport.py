@@ -29,6 +29,9 @@ _SERVICE_CONFIG = {
 }
 
 
+_CLOSED = "the client is closed"
+
+
 def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
     return [
         ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
@@ -48,6 +51,7 @@ class Transport:
 
     def __init__(self, target: str, max_message_bytes: int) -> None:
         self._channel = grpc.insecure_channel(target, _options(max_message_bytes))
+        self._is_closed = False
         self._methods: dict[str, Any] = {}
 
     def call(self, path: str, request: bytes, timeout_s: float | None) -> bytes:
@@ -59,9 +63,14 @@ class Transport:
             response: bytes = method(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise _decode(error) from None
+        except ValueError:
+            if self._is_closed:
+                raise errors.CallCancelled(_CLOSED) from None
+            raise
         return response
 
     def close(self) -> None:
+        self._is_closed = True
         self._channel.close()
 
 
@@ -70,6 +79,7 @@ class AsyncTransport:
 
     def __init__(self, target: str, max_message_bytes: int) -> None:
         self._channel = grpc.aio.insecure_channel(target, _options(max_message_bytes))
+        self._is_closed = False
         self._methods: dict[str, Any] = {}
 
     async def call(self, path: str, request: bytes, timeout_s: float | None) -> bytes:
@@ -81,9 +91,14 @@ class AsyncTransport:
             response: bytes = await method(request, timeout=timeout_s)
         except grpc.RpcError as error:
             raise _decode(error) from None
+        except Exception:  # Of a class that grpc does not export.
+            if self._is_closed:
+                raise errors.CallCancelled(_CLOSED) from None
+            raise
         return response
 
     async def close(self) -> None:
+        self._is_closed = True
         await self._channel.close()
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from forwardpass_client.cli import npz
 from forwardpass_client.cli.commands import forwardpass
 from support import zoo
 from support.golden import golden
@@ -66,6 +67,17 @@ def test_predictions_are_written_and_equal_the_sdks(run, client, tmp_path):
         assert np.array_equal(weights["trainable/0"], model.initial_weights[0][0])
 
 
+def test_no_examples_have_no_predictions_in_a_file_of_exactly_that_name(run, tmp_path):
+    np.savez(tmp_path / "data.npz", x=zoo.keras_batch(0)[0])
+    run("predict", "keras_cnn", "--data", tmp_path / "data.npz", "-o", tmp_path / "out")
+    assert np.load(tmp_path / "out")["predictions"].shape == (0, 5)
+
+
+def test_a_string_that_a_file_would_cut_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="names: a string that ends in a NUL"):
+        npz.save(tmp_path / "out.npz", {"names": np.array([b"a\0"], object)})
+
+
 def test_structures_go_by_the_path_of_each_leaf(run, tmp_path):
     expected = golden("dict_inputs")
     x, _ = expected.batch("")
@@ -121,6 +133,8 @@ def test_an_evaluation_shows_the_metrics(run, client, tmp_path):
         (("predict", "keras_cnn", "--data", "{}/text", "-o", "{}/out"), "expected an .npz file"),
         (("predict", "nonsense", "--data", "{}/ragged.npz", "-o", "{}/out"), "got 'nonsense'"),
         (("predict", "keras_cnn", "--data", "{}/pickled.npz", "-o", "{}/out"), "without pickled objects"),
+        (("predict", "keras_cnn", "--data", "{}/cut.npz", "-o", "{}/out"), "expected an .npz file"),
+        (("predict", "keras_cnn", "--data", "{}/good.npz", "-o", "/dev/full"), "cannot be written"),
         (("describe", "keras_cnn", "--version", "9"), "got 9"),
     ],
 )
@@ -128,11 +142,13 @@ def test_what_goes_wrong_is_one_line(run, tmp_path, arguments, message):
     np.savez(tmp_path / "emnist.npz", y=[1])
     np.savez(tmp_path / "ragged.npz", x=zoo.keras_batch(3)[0], y=[1, 2, 3, 4])
     np.savez(tmp_path / "pickled.npz", x=np.array([{}], object))
+    np.savez(tmp_path / "good.npz", x=zoo.keras_batch(3)[0])
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "good.npz").read_bytes()[:-30])
     (tmp_path / "text").write_text("x")
     shown = run(arguments[0], *(argument.format(tmp_path) for argument in arguments[1:]), code=1)
     assert message in shown
     assert len(shown.strip().splitlines()) == 1
-    assert shown.startswith("Error: ")
+    assert shown.strip().startswith("Error: ")
 
 
 def test_a_server_that_is_not_there_is_one_line_and_not_zero():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 
 import grpc
 import numpy as np
@@ -90,6 +92,33 @@ def test_the_clients_deadline_holds_for_every_call_and_a_calls_own_goes_before(s
         assert model.predict_on_batch(((), ()), [20_000], timeout_s=30).tolist() == [20_000]
 
 
+def test_a_closed_client_says_so(server):
+    client = forwardpass_client.connect(server.address)
+    model = client.model("no_metrics")
+    client.close()
+    for call in (client.models, lambda: model.predict_on_batch(model.initial_weights, np.zeros((1, 4), np.float32))):
+        with pytest.raises(errors.CallCancelled, match="the client is closed"):
+            call()
+
+    async def call_closed() -> None:
+        client = forwardpass_client.connect_async(server.address)
+        await client.close()
+        with pytest.raises(errors.CallCancelled, match="the client is closed"):
+            await client.models()
+
+    asyncio.run(call_closed())
+
+
+def test_waiting_for_a_server_that_says_nothing_ends_in_time():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        started = time.monotonic()
+        with forwardpass_client.connect(address) as client, pytest.raises(errors.DeadlineExceeded, match="not ready"):
+            client.wait_until_ready(0.3)
+        # Far below the client's own deadline of a minute.
+        assert time.monotonic() - started < 20
+
+
 def test_errors_about_arguments_are_raised_by_the_async_call_itself(server):
     async def run() -> None:
         async with forwardpass_client.connect_async(server.address) as client:
@@ -129,6 +158,15 @@ def test_a_model_shows_who_it_is(client):
 def test_initial_weights_are_fetched_once(client):
     model = client.model("no_metrics")
     assert model.initial_weights is model.initial_weights
+
+
+def test_initial_weights_are_fetched_once_by_the_async_client_too(server):
+    async def fetch() -> bool:
+        async with forwardpass_client.connect_async(server.address) as client:
+            model = await client.model("no_metrics")
+            return await model.initial_weights is await model.initial_weights
+
+    assert asyncio.run(fetch())
 
 
 def test_any_protobuf_client_can_read_what_the_server_writes(server):

@@ -170,6 +170,13 @@ ROWS = [
         wire=lambda s: s.forward(model_weights__trainable=None, model_weights__non_trainable=None),
     ),
     Row(
+        "containers with endless names",
+        errors.StructureMismatch,
+        "INVALID_ARGUMENT",
+        "model_weights.trainable: expected a tuple of 6, got a mapping with keys ['aaaa",
+        wire=lambda s: s.forward(model_weights__trainable={"a" * 200 + str(index): 1.0 for index in range(5000)}),
+    ),
+    Row(
         "integers that do not fit",
         errors.DTypeMismatch,
         "INVALID_ARGUMENT",
@@ -251,11 +258,11 @@ ROWS = [
         wire=lambda s: s.send("GetModel", v1.GetModelRequest(model=v1.ModelSelector(name="keras_cnn", version=9)), {}),
     ),
     Row(
-        "a version below 0",
+        "a version below 1",
         errors.ModelVersionNotFound,
         "NOT_FOUND",
-        "got -1",
-        sdk=lambda s: s.client.model("keras_cnn", -1),
+        "version: expected an integer from 1 on, or None, got 0",
+        sdk=lambda s: s.client.model("keras_cnn", 0),
     ),
     Row(
         "a model that failed to load",

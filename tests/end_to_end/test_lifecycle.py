@@ -45,6 +45,32 @@ def test_sigterm_lets_running_calls_end_and_exits_with_0():
             assert [call.result().tolist() for call in calls] == [x] * 4
 
 
+def test_a_computation_that_does_not_end_is_cut_off_when_the_time_to_drain_is_over():
+    with ServerProcess(*SLOW, "--drain-timeout", "1") as server, forwardpass_client.connect(server.address) as client:
+        model = client.model("slow")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            call = pool.submit(model.predict_on_batch, ((), ()), [10**8])
+            wait_until(lambda: server.metrics().get(started_calls("PredictOnBatch"), 0) >= 1)
+            assert server.terminate() == 0
+            with pytest.raises((errors.ServerUnavailable, errors.CallCancelled)):
+                call.result(30)
+        server.wait_for_log("a computation still ran when the time to drain was over")
+
+
+def test_a_slow_call_beside_quick_ones_of_the_same_size_does_not_hold_up_the_server():
+    with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
+        x = rounds_of(client, 3)
+        model = client.model("slow")
+        for _ in range(5):
+            model.predict_on_batch(((), ()), [1])
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            call = pool.submit(model.predict_on_batch, ((), ()), x)
+            wait_until(lambda: server.metrics().get(started_calls("PredictOnBatch"), 0) >= 7)
+            assert client.is_ready()
+            assert not call.done()
+            assert call.result().tolist() == x
+
+
 def started_calls(method: str) -> str:
     return f'grpc_server_started_total{{grpc_method="{method}",grpc_service="{SERVICE}",grpc_type="unary"}}'
 

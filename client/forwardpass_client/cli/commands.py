@@ -149,9 +149,9 @@ def predict(
             remote.predict_on_batch(model_weights, batch, training=False)
             for batch in _batches(x, batch_size, "predicting")
         ]
-    arrays: dict[str, Any] = {}
-    npz.put(arrays, "predictions", _concatenate(predictions))
-    npz.save(output, arrays)
+        arrays: dict[str, Any] = {}
+        npz.put(arrays, "predictions", _concatenate(predictions))
+        npz.save(output, arrays)
     _ERR.print(f"wrote {', '.join(arrays)} to {output}")
 
 
@@ -213,16 +213,16 @@ def _weights(model: RemoteFunctionalModel, path: pathlib.Path | None) -> Any:
 
 
 def _batches(data: Any, batch_size: int, title: str) -> Iterator[Any]:
-    """Slices of a structure of arrays along their first dimension, with a progress bar for a person."""
+    """Slices of a structure of arrays along their first dimension, at least one, with a progress bar for a person."""
     tree, leaves = trees.flatten(data)
-    sizes = {len(leaf) for leaf in leaves}
-    if len(sizes) != 1:
+    sizes = {int(leaf.shape[0]) if leaf.ndim else -1 for leaf in leaves}
+    if len(sizes) != 1 or -1 in sizes:
         raise errors.ShapeMismatch(place="data", expected="as many examples in each array", found=f"{sorted(sizes)}")
     (total,) = sizes
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("examples"), TimeRemainingColumn())
     with Progress(*columns, console=_ERR, transient=True) as progress:
         task = progress.add_task(title, total=total)
-        for start in range(0, total, batch_size):
+        for start in range(0, max(total, 1), batch_size):
             yield tree.unflatten([leaf[start : start + batch_size] for leaf in leaves])
             progress.update(task, completed=min(start + batch_size, total))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import zipfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,19 +19,30 @@ def load(path: pathlib.Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, AttributeError) as error:
+    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: expected an .npz file without pickled objects: {error}") from None
 
 
 def save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
-    """Writes arrays by name. Strings are stored with a fixed width, bfloat16 as float32, both without loss."""
-    stored: dict[str, Any] = {name: _storable(np.asarray(array)) for name, array in arrays.items()}
-    np.savez(path, **stored)
+    """Writes arrays by name. Strings are stored with a fixed width, bfloat16 as float32.
+
+    Raises ValueError for what cannot be written: the file, or a string that ends in a NUL, which a fixed width loses.
+    """
+    stored: dict[str, Any] = {name: _storable(name, np.asarray(array)) for name, array in arrays.items()}
+    try:
+        # numpy adds .npz to the names of files that it opens itself.
+        with path.open("wb") as file:
+            np.savez(file, **stored)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _storable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+def _storable(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     if array.dtype == object:
-        return array.astype(np.bytes_)
+        stored = array.astype(np.bytes_)
+        if not np.array_equal(stored, array):
+            raise ValueError(f"{name}: a string that ends in a NUL cannot be written to an .npz file")
+        return stored
     return array.astype(np.float32) if array.dtype == dtypes.BFLOAT16.numpy else array
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,19 +69,90 @@ def check(structure: Structure, spec: StructureSpec, place: str) -> Sequence[Arr
     """
     leaves = structure.leaves
     if structure.tree is not spec.tree and structure.tree != spec.tree:
-        # Containers that differ only in kind or in the order of their keys still fit.
-        leaves = arrange(structure.nested(), spec.tree, place)
+        leaves = [leaves[index] for index in order(structure.tree, spec, place)]
     for index, (leaf, leaf_spec) in enumerate(zip(leaves, spec.leaves, strict=True)):
-        if not isinstance(leaf, np.ndarray):
-            error: type[errors.InvalidRequest] = errors.StructureMismatch
-        elif leaf.dtype != leaf_spec.dtype:
-            error = errors.DTypeMismatch
+        if leaf.dtype != leaf_spec.dtype:
+            error: type[errors.InvalidRequest] = errors.DTypeMismatch
         elif not leaf_spec.admits_shape(leaf.shape):
             error = errors.ShapeMismatch
         else:
             continue
         raise error(place=spec.tree.paths(place)[index], expected=str(leaf_spec), found=kind_of(leaf))
     return leaves
+
+
+def order(found: trees.TreeDef, spec: StructureSpec, place: str) -> list[int]:
+    """Which leaf of a received tree stands for each leaf of the spec. Containers as of `conform`.
+
+    Nothing is built of the received containers. Raises StructureMismatch.
+    """
+    indices: list[int] = []
+    _order(found, spec.tree, place, 0, indices, iter(spec.leaves))
+    return indices
+
+
+def _order(
+    found: trees.TreeDef,
+    wanted: trees.TreeDef,
+    place: str,
+    first: int,
+    indices: list[int],
+    specs: Iterator[TensorSpec],
+) -> None:
+    """first: the index of the first leaf below `found`."""
+    if wanted.kind is Kind.LEAF:
+        leaf_spec = next(specs)
+        if found.kind is not Kind.LEAF:
+            raise errors.StructureMismatch(place=place, expected=str(leaf_spec), found=_kind_of_tree(found))
+        indices.append(first)
+        return
+    starts = list(itertools.accumulate((child.num_leaves for child in found.children), initial=first))
+    for index, item in enumerate(_matching_items(found, wanted, place)):
+        child = wanted.children[index]
+        _order(found.children[item], child, wanted.child_path(place, index), starts[item], indices, specs)
+
+
+def _matching_items(found: trees.TreeDef, wanted: trees.TreeDef, place: str) -> Sequence[int]:
+    """Which item of a received container stands for each of the wanted one's."""
+    is_mapping = found.kind in (Kind.DICT, Kind.ORDERED_DICT)
+    is_sequence = found.kind in (Kind.TUPLE, Kind.LIST, Kind.NAMED_TUPLE)
+    if wanted.kind is Kind.NONE:
+        fits, expected = found.kind is Kind.NONE, "None"
+    elif wanted.kind is Kind.NAMED_TUPLE:
+        fits = found.kind is Kind.NAMED_TUPLE and set(found.names) == set(wanted.names)
+        expected = f"a named tuple {wanted.type_name}({', '.join(wanted.names)})"
+    elif wanted.kind in (Kind.DICT, Kind.ORDERED_DICT):
+        fits = is_mapping and set(found.names) == set(wanted.names)
+        expected = f"{'' if is_mapping else 'a mapping with '}keys {list(wanted.names)}"
+    else:
+        fits = is_sequence and len(found.children) == len(wanted.children)
+        expected = (
+            f"{len(wanted.children)} items" if is_sequence else f"a {wanted.kind.value} of {len(wanted.children)}"
+        )
+    if not fits:
+        raise errors.StructureMismatch(place=place, expected=expected, found=_found(found, wanted))
+    return [found.names.index(name) for name in wanted.names] if wanted.names else range(len(wanted.children))
+
+
+def _found(found: trees.TreeDef, wanted: trees.TreeDef) -> str:
+    if wanted.kind in (Kind.TUPLE, Kind.LIST) and found.kind in (Kind.TUPLE, Kind.LIST, Kind.NAMED_TUPLE):
+        return str(len(found.children))
+    if wanted.kind in (Kind.DICT, Kind.ORDERED_DICT) and found.kind in (Kind.DICT, Kind.ORDERED_DICT):
+        return f"keys {list(found.names)}"
+    return _kind_of_tree(found)
+
+
+def _kind_of_tree(tree: trees.TreeDef) -> str:
+    """`kind_of` for containers that are still apart."""
+    if tree.kind is Kind.NONE:
+        return "None"
+    if tree.kind is Kind.LEAF:
+        return "an array"
+    if tree.kind is Kind.NAMED_TUPLE:
+        return f"{tree.type_name}({', '.join(tree.names)})"
+    if tree.names:
+        return f"a mapping with keys {list(tree.names)}"
+    return f"a {tree.kind.value} of {len(tree.children)}"
 
 
 def check_batch(parts: Sequence[tuple[str, Sequence[Array], StructureSpec]]) -> None:
@@ -160,10 +232,14 @@ def _as_array(value: Any, spec: TensorSpec, place: str) -> Array:
         raise errors.StructureMismatch(place=place, expected=str(spec), found=kind_of(value))
     try:
         array = np.asarray(value, object if spec.data_type is dtypes.STRING and _is_plain(value) else None)
-    except (ValueError, TypeError, OverflowError):
-        raise errors.ShapeMismatch(
-            place=place, expected=str(spec), found=f"{kind_of(value)} that is no rectangular array"
-        ) from None
+    except Exception as error:  # Whatever the value's own __array__ raises.
+        if _is_plain(value):
+            raise errors.ShapeMismatch(
+                place=place, expected=str(spec), found=f"{kind_of(value)} that is no rectangular array"
+            ) from None
+        raise errors.StructureMismatch(
+            place=place, expected=str(spec), found=f"a {type(value).__name__} that makes no array: {error}"
+        ) from error
     if not array.size and _is_plain(value):
         return array.astype(spec.dtype)
     return array

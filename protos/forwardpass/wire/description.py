@@ -111,6 +111,11 @@ class ModelSpec:
             "model_weights.non_trainable": Structure(non_trainable.tree, leaves[len(trainable.leaves) :]),
         }
 
+    def may_be_none(self, place: str) -> bool:
+        """Whether a caller may leave an argument None: a field of a batch output that update_metrics_state ignores."""
+        group, _, field = place.partition(".")
+        return group == "batch_output" and field in self.unused_batch_output_fields
+
     @functools.cached_property
     def arguments(self) -> Mapping[Function, Mapping[str, StructureSpec]]:
         """For each function, the structures it takes, under their names in the request, in order."""

@@ -171,13 +171,34 @@ _BY_STATUS: dict[str, type[ForwardPassError]] = {
 }
 
 
+# gRPC refuses trailing metadata of more than 8 KiB, all of it: the caller would then learn nothing at all.
+_MAX_MESSAGE_BYTES = 3000
+_MAX_FIELD_BYTES = 800
+
+
+def encode_message(error: ForwardPassError) -> str:
+    """The error's message, cut so that it fits into a header, where what is not ASCII takes three bytes for one."""
+    message = str(error)
+    size_bytes = 0
+    for index, character in enumerate(message):
+        size_bytes += 1 if " " <= character <= "~" else 3 * len(character.encode(errors="replace"))
+        if size_bytes > _MAX_MESSAGE_BYTES:
+            return message[:index] + "..."
+    return message
+
+
+def _cut(text: str) -> str:
+    encoded = text.encode(errors="replace")
+    return text if len(encoded) <= _MAX_FIELD_BYTES else encoded[:_MAX_FIELD_BYTES].decode(errors="ignore") + "..."
+
+
 def encode_detail(error: ForwardPassError) -> bytes:
-    """The error as the value of `DETAIL_KEY`."""
+    """The error as the value of `DETAIL_KEY`. What is long is cut."""
     detail = v1.ErrorDetail(
         reason=type(error).__name__,
-        place=error.place,
-        expected=error.expected,
-        found=error.found,
+        place=_cut(error.place),
+        expected=_cut(error.expected),
+        found=_cut(error.found),
         request_id=error.request_id,
     )
     return detail.SerializeToString()

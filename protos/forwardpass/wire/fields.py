@@ -18,6 +18,10 @@ FIXED32 = 5
 
 _MAX_FIELD_NUMBER = 2**29 - 1
 
+# Twice what a structure of as many leaves as there may be has. Every field costs time and memory of its own, however
+# few its bytes are.
+_MAX_FIELDS = 2**17
+
 
 def read_varint(data: bytes, position: int, end: int) -> tuple[int, int]:
     """An unsigned 64-bit varint at `position` and the position after it."""
@@ -41,7 +45,9 @@ def scan(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int
     value is without its length. Raises InvalidRequest where the bytes are no protobuf message.
     """
     position = start
-    while position < end:
+    for _ in range(_MAX_FIELDS):
+        if position >= end:
+            return
         field_start = position
         # Nearly every tag and length is one byte: do not pay for a call then.
         tag = data[position]
@@ -71,6 +77,8 @@ def scan(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int
             raise malformed(f"a field of {value_end - position} bytes where {end - position} are left", field_start)
         yield number, wire_type, field_start, position, value_end
         position = value_end
+    if position < end:
+        raise malformed(f"more than {_MAX_FIELDS} fields", position)
 
 
 def read_int64s(data: bytes, wire_type: int, start: int, end: int) -> list[int]:

@@ -16,6 +16,8 @@ class Limits:
     # A large transformer has a few thousand tensors.
     max_leaves: int = 65_536
     max_name_bytes: int = 256
+    # Strings become Python objects one by one: a million take a fifth of a second.
+    max_strings: int = 2**20
     # max_leaves with names of 20 bytes. What protobuf makes of a tree takes some thirty times its bytes.
     max_tree_bytes: int = 2**21
     # Bounds the dimensions of an empty array, which no data bounds: [0, 2**60] would make a sum over the first

@@ -174,7 +174,10 @@ def _encode_strings(array: Array, place: str) -> bytes:
     pieces = []
     for element in array.ravel().tolist():
         if isinstance(element, str):
-            element = element.encode()
+            try:
+                element = element.encode()
+            except UnicodeEncodeError:
+                raise errors.InvalidRequest("a str with characters that UTF-8 lacks", place=place) from None
         elif not isinstance(element, bytes):
             raise errors.DTypeMismatch(place=place, expected="bytes or str", found=type(element).__name__)
         pieces.append(_LENGTH.pack(len(element)))
@@ -183,6 +186,8 @@ def _encode_strings(array: Array, place: str) -> bytes:
 
 
 def _decode_strings(data: bytes, start: int, end: int, count: int, shape: Sequence[int], place: str) -> Array:
+    if count > DEFAULT.max_strings:
+        raise errors.ShapeMismatch(place=place, expected=f"at most {DEFAULT.max_strings} strings", found=f"{count}")
     # Each string has at least its length: this bounds the count before anything is allocated.
     if count * _LENGTH.size > end - start:
         raise errors.ShapeMismatch(

@@ -216,8 +216,10 @@ def check_name(name: object, place: str, limits: Limits = DEFAULT) -> None:
     """Raises StructureMismatch unless `name` can be a key on the wire."""
     if not isinstance(name, str):
         raise errors.StructureMismatch(place=place, expected="keys that are strings", found=f"{type(name).__name__}")
-    # "replace" for what no message can carry either: protobuf says so when it is encoded.
-    size_bytes = len(name.encode(errors="replace"))
+    try:
+        size_bytes = len(name.encode())
+    except UnicodeEncodeError:
+        raise errors.StructureMismatch(place=place, expected="keys of valid Unicode", found=ascii(name)[:40]) from None
     if size_bytes > limits.max_name_bytes:
         raise errors.StructureMismatch(
             place=place, expected=f"keys of at most {limits.max_name_bytes} bytes", found=f"{size_bytes}"
@@ -226,7 +228,7 @@ def check_name(name: object, place: str, limits: Limits = DEFAULT) -> None:
 
 def check_type_name(name: str, place: str) -> None:
     """Raises StructureMismatch unless `name` can be the name of a named tuple's class."""
-    if not name.isidentifier() or keyword.iskeyword(name):
+    if not name.isidentifier() or keyword.iskeyword(name) or len(name.encode()) > DEFAULT.max_name_bytes:
         raise errors.StructureMismatch(place=place, expected="a named tuple's type name", found=f"{name[:40]!r}")
 
 

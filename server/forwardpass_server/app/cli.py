@@ -7,6 +7,8 @@ import logging
 import os
 import pathlib
 import sys
+from collections.abc import Coroutine
+from typing import Any
 
 import click
 
@@ -165,7 +167,7 @@ def serve(
         with quiet.native_stderr():
             from forwardpass_server.app import serve as app_serve
 
-        asyncio.run(app_serve.serve(settings, _announce))
+        asyncio.run(_run(app_serve.serve(settings, _announce)))
     except (SettingsError, DeviceNotFound, OSError) as error:
         raise click.ClickException(str(error)) from None
 
@@ -203,7 +205,16 @@ def export(
         folder = app_export.export(source, model_repository, name, version, config)
     except (ModelLoadError, SettingsError, OSError) as error:
         raise click.ClickException(str(error)) from None
+    except Exception as error:  # The model's own code.
+        raise click.ClickException(f"{source}: {type(error).__name__}: {error}") from error
     click.echo(f"wrote {folder}")
+
+
+async def _run(serving: Coroutine[Any, Any, bool]) -> None:
+    if not await serving:
+        # Python would wait for the threads that still run.
+        logging.shutdown()
+        os._exit(0)
 
 
 def _announce(line: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os
 import signal
+import time
 from collections.abc import Callable
 
 import prometheus_client
@@ -14,7 +16,7 @@ from forwardpass.wire.methods import SERVICE
 from forwardpass_server.app import allocator
 from forwardpass_server.app.settings import Settings
 from forwardpass_server.models.loading import TensorFlowLoader
-from forwardpass_server.rpc.server import MODEL_HEALTH_PREFIX, Server, ServerOptions
+from forwardpass_server.rpc.server import MODEL_HEALTH_PREFIX, Server, ServerOptions, join_address
 from forwardpass_server.rpc.servicer import FunctionalModelServicer
 from forwardpass_server.serving import repository
 from forwardpass_server.serving.calls import Caller
@@ -25,11 +27,12 @@ from forwardpass_server.telemetry.metrics import Metrics
 _LOGGER = logging.getLogger(__name__)
 
 
-async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
+async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     """Serves until SIGTERM or SIGINT.
 
     announce: is told, once each, where the server listens and when the models are loaded.
-    Raises DeviceNotFound, or OSError where a port is taken.
+    Returns whether everything has ended: otherwise a model still computes or loads, and only the end of the process
+    can end it. Raises DeviceNotFound, or OSError where a port is taken.
     """
     allocator.keep_freed_memory()
     metrics = Metrics()
@@ -55,26 +58,43 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> None:
     )
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        asyncio.get_running_loop().add_signal_handler(number, _stop, stop, number)
     exporter = None
     if settings.metrics_port is not None:
         exporter, _ = prometheus_client.start_http_server(
             settings.metrics_port, settings.host, registry=metrics.registry
         )
-        announce(f"metrics on http://{settings.host}:{exporter.server_port}/metrics")
+        announce(f"metrics on http://{join_address(settings.host, exporter.server_port)}/metrics")
     port = await server.start()
-    announce(f"listening on {settings.host}:{port}")
+    announce(f"listening on {join_address(settings.host, port)}")
     loading = asyncio.create_task(_load(registry, loader, server, announce))
+    # What goes wrong in it otherwise than with one model must not leave a server that is never ready.
+    loading.add_done_callback(lambda task: None if task.cancelled() or task.exception() is None else stop.set())
     await stop.wait()
+    is_loading = not loading.done()
     loading.cancel()
+    began = time.monotonic()
     await server.drain()
-    scheduler.close()
+    remaining_s = settings.drain_delay_s + settings.drain_timeout_s - (time.monotonic() - began)
+    has_ended = await scheduler.close(max(remaining_s, 0.0))
+    if not has_ended:
+        _LOGGER.warning("a computation still ran when the time to drain was over")
     if exporter is not None:
         exporter.shutdown()
+    if not is_loading:
+        loading.result()
+    return has_ended and not is_loading
+
+
+def _stop(stop: asyncio.Event, number: int) -> None:
+    if stop.is_set() and number == signal.SIGINT:
+        _LOGGER.warning("interrupted again: ending at once")
+        os._exit(1)
+    stop.set()
 
 
 async def _load(registry: Registry, loader: TensorFlowLoader, server: Server, announce: Callable[[str], None]) -> None:
-    """Loads every model, one after another beside the event loop, and then says SERVING."""
+    """Loads every model, one after another beside the event loop, and then says SERVING if any can be called."""
     for entry in registry.entries():
         source = entry.source
         await asyncio.to_thread(registry.load, source, loader)
@@ -82,9 +102,11 @@ async def _load(registry: Registry, loader: TensorFlowLoader, server: Server, an
         is_available = registry.entry(source).state is State.AVAILABLE
         await server.set_serving(f"{name}/{source.version}", is_available)
         await server.set_serving(name, registry.is_available(source.name))
-    await server.set_serving(SERVICE, True)
-    await server.set_serving("", True)
     entries = registry.entries()
+    # A server of which no model can be called is of use to nobody.
+    is_useful = any(entry.state is State.AVAILABLE for entry in entries) or not entries
+    await server.set_serving(SERVICE, is_useful)
+    await server.set_serving("", is_useful)
     failed = [str(entry.source) for entry in entries if entry.state is State.FAILED]
     announce(
         f"ready on {loader.device.removeprefix('/device:')}: {len(entries) - len(failed)} of {len(entries)} models"

@@ -18,13 +18,11 @@ import tensorflow as tf
 from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
+from forwardpass_server.models import graphs
 from forwardpass_server.models.tracing import Key
 
-# An eager tensor of an array. Where the data is aligned to 64 bytes it shares the array's memory, and keeps the array
-# alive; else it copies once. tf.constant always copies.
-_EagerTensor: Any = type(tf.constant(0))
-
 _call: Any = tf.raw_ops.StatefulPartitionedCall
+_CPU = "/device:CPU:0"
 
 
 class Execution:
@@ -32,6 +30,11 @@ class Execution:
 
     def __init__(self, functions: Mapping[Key, Any], device: str) -> None:
         self._runners = {key: _runner(concrete, device) for key, concrete in functions.items()}
+        self._with_loops = {key for key, concrete in functions.items() if graphs.has_loops(concrete)}
+
+    def has_loops(self, function: Function, training: bool) -> bool:
+        """See `serving.models.LoadedModel.has_loops`."""
+        return (function, training) in self._with_loops
 
     def run(self, function: Function, training: bool, leaves: Sequence[Array]) -> list[Array]:
         """One call: see `serving.models.LoadedModel.run`."""
@@ -45,20 +48,27 @@ class Execution:
 
 def _runner(concrete: Any, device: str) -> Callable[[Sequence[Array]], list[Array]]:
     captured = list(concrete.captured_inputs)
-    argument_types = [tensor.dtype.as_datatype_enum for tensor in concrete.inputs[: -len(captured) or None]]
+    arguments = [
+        # No other device holds strings.
+        (tensor.dtype.as_datatype_enum, _CPU if tensor.dtype == tf.string else device)
+        for tensor in concrete.inputs[: -len(captured) or None]
+    ]
+    # Makes a tensor of an array. Where the data is aligned to 64 bytes it shares the array's memory, and keeps the
+    # array alive; else it copies once. tf.constant always copies. Not to be had without starting TensorFlow, and that
+    # is for whoever chooses the device: hence not at import.
+    eager_tensor: Any = type(tf.constant(0))
     result_types = [tensor.dtype for tensor in concrete.outputs]
 
     # TensorFlow's own choice needs no telling, which costs as much as a small kernel.
-    is_default = device == "/device:CPU:0" and not tf.config.list_logical_devices("GPU")
+    is_default = device == _CPU and not tf.config.list_logical_devices("GPU")
     placement = contextlib.nullcontext if is_default else functools.partial(tf.device, device)
 
     def run(leaves: Sequence[Array]) -> list[Array]:
         with placement():
-            arguments = [
-                _EagerTensor(leaf, device, argument_type)
-                for leaf, argument_type in zip(leaves, argument_types, strict=True)
+            tensors = [
+                eager_tensor(leaf, place, data_type) for leaf, (data_type, place) in zip(leaves, arguments, strict=True)
             ]
-            results = _call(args=arguments + captured, Tout=result_types, f=concrete)
+            results = _call(args=tensors + captured, Tout=result_types, f=concrete)
         # np.asarray shares the tensor's buffer, .numpy() copies it (53 us at 1 MB). On a GPU both copy, to the host.
         return [np.asarray(result) for result in results]
 

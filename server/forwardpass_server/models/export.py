@@ -17,6 +17,7 @@ from forwardpass.wire.description import Function, ModelDescription, ModelIdenti
 from forwardpass.wire.specs import StructureSpec
 from forwardpass_server.models import tf_specs, tff_saved_model, tracing
 from forwardpass_server.models.functional import FunctionalModel, x_and_y
+from forwardpass_server.models.tracing import TracedModel
 from forwardpass_server.serving.errors import ModelLoadError
 
 SPEC_FILE_NAME = "forwardpass_model.pb"
@@ -30,13 +31,14 @@ def save_functional_model(functional_model: FunctionalModel, path: str | os.Path
 
     Kept: initial weights, predict_on_batch, loss and metrics with and without sample weight, a custom forward pass,
     the containers of everything. Names of classes of named tuples are kept, the classes are not.
-    Raises FileExistsError, and what tracing the model raises.
+    Raises FileExistsError, ModelLoadError for a model with lookup tables, and what tracing the model raises.
     Source: tff.learning.models.save_functional_model.
     """
     folder = pathlib.Path(path)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty")
     traced = tracing.trace(functional_model)
+    _check_captures(traced)
     module = tf.Module()
     module.functions = {_attribute(*key): concrete for key, concrete in traced.functions.items()}
     module.initial_weights = [tf.Variable(weight, trainable=False) for weight in traced.initial_weights]
@@ -44,6 +46,15 @@ def save_functional_model(functional_model: FunctionalModel, path: str | os.Path
     message = description.encode(ModelDescription(ModelIdentity("", 0, b""), FORMAT, traced.spec))
     # Last: a folder with this file is whole.
     (folder / SPEC_FILE_NAME).write_bytes(message.SerializeToString(deterministic=True))
+
+
+def _check_captures(traced: TracedModel) -> None:
+    """A graph knows a table only by its handle: the table itself would be missing from what is saved."""
+    for (function, _), concrete in traced.functions.items():
+        if any(tensor.dtype == tf.resource for tensor in concrete.captured_inputs):
+            raise ModelLoadError(
+                f"{function.title} uses a lookup table, which no export holds: serve the model by --factory"
+            )
 
 
 def load_functional_model(path: str | os.PathLike[str]) -> FunctionalModel:

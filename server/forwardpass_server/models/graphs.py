@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+_LOOPS = ("While", "StatelessWhile", "For", "Enter")
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 
 
@@ -15,6 +17,13 @@ def unused_arguments(concrete: Any) -> frozenset[int]:
     names = [tensor.op.name for tensor in concrete.inputs]
     outputs = [tensor.op.name for tensor in concrete.outputs]
     return _Usage(library).unused(names, graph.node, outputs)
+
+
+def has_loops(concrete: Any) -> bool:
+    """Whether a concrete function, or one that it calls, has a loop whose end its values decide."""
+    graph, library = _definition(concrete)
+    nodes = itertools.chain(graph.node, *(function.node_def for function in library.values()))
+    return any(node.op in _LOOPS for node in nodes)
 
 
 def fingerprint(concrete: Any) -> bytes:

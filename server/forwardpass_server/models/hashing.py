@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+from typing import Any
 
+import numpy as np
+import tensorflow as tf
+
+from forwardpass.wire import description
+from forwardpass.wire.description import ModelDescription, ModelIdentity
 from forwardpass_server.models import graphs
 from forwardpass_server.models.tracing import TracedModel
 
@@ -23,11 +29,24 @@ def of_folder(folder: pathlib.Path) -> bytes:
 
 
 def of_traced(model: TracedModel) -> bytes:
-    """SHA-256 over the graphs and initial weights of a model that has no files: the same in every process."""
-    digest = hashlib.sha256()
+    """SHA-256 over the specs, graphs, constants and initial weights of a model that has no files.
+
+    It is the same in every process. What lookup tables hold does not count.
+    """
+    described = ModelDescription(ModelIdentity("", 0, b""), "", model.spec)
+    digest = hashlib.sha256(description.encode(described).SerializeToString(deterministic=True))
     for key in sorted(model.functions, key=lambda key: (key[0].value, key[1])):
-        digest.update(graphs.fingerprint(model.functions[key]))
+        concrete = model.functions[key]
+        digest.update(graphs.fingerprint(concrete))
+        for captured in concrete.captured_inputs:
+            if captured.dtype != tf.resource:
+                _add_array(digest, captured.numpy())
     for weight in model.initial_weights:
-        digest.update(f"{weight.dtype}{weight.shape}".encode())
-        digest.update(repr(weight.tolist()).encode() if weight.dtype == object else weight.tobytes())
+        _add_array(digest, weight)
     return digest.digest()
+
+
+def _add_array(digest: hashlib._Hash, value: Any) -> None:
+    array = np.asarray(value)
+    digest.update(f"{array.dtype}{array.shape}".encode())
+    digest.update(repr(array.tolist()).encode() if array.dtype == object else array.tobytes())

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 
+from forwardpass.wire import description
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
 from forwardpass_server.models import device as devices
@@ -26,6 +27,9 @@ class TensorFlowModel:
     initial_weights: Sequence[Array]
     execution: Execution
 
+    def has_loops(self, function: Function, training: bool) -> bool:
+        return self.execution.has_loops(function, training)
+
     def run(self, function: Function, training: bool, leaves: Sequence[Array]) -> list[Array]:
         return self.execution.run(function, training, leaves)
 
@@ -42,22 +46,25 @@ class TensorFlowLoader:
 
     def load(self, source: ModelSource) -> TensorFlowModel:
         if source.folder is not None:
-            # Before the files are read: a file that changes meanwhile must not pass for what was loaded.
             content_hash = hashing.of_folder(source.folder)
             model, format_name = formats.read(source.folder)
             traced = tracing.trace(model, self._on_trace)
+            if hashing.of_folder(source.folder) != content_hash:
+                raise ModelLoadError("the files changed while they were read")
         else:
             model, format_name = from_factory(source.factory or ""), FACTORY_FORMAT
             traced = tracing.trace(model, self._on_trace)
             content_hash = hashing.of_traced(traced)
         execution = Execution(traced.functions, self.device)
         warming.warm(execution, traced.functions, traced.spec, str(source))
-        description = ModelDescription(
+        described = ModelDescription(
             ModelIdentity(source.name, source.version, content_hash),
             format_name,
             warming.with_batched_leaves(execution, traced.spec),
         )
-        return TensorFlowModel(description, traced.initial_weights, execution)
+        # A client must be able to read it: what it could not, fails here.
+        description.decode(description.encode(described))
+        return TensorFlowModel(described, traced.initial_weights, execution)
 
 
 def from_factory(factory: str) -> FunctionalModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from forwardpass.wire.description import BatchOutput, Function, ModelSpec
 from forwardpass.wire.specs import StructureSpec, TensorSpec
 from forwardpass_server.models import graphs, tf_specs
 from forwardpass_server.models.functional import FunctionalModel, x_and_y
+
+_LOGGER = logging.getLogger(__name__)
 
 Key = tuple[Function, bool]
 """A function, and whether it is for training; False for those that make no difference."""
@@ -143,8 +146,10 @@ class _Tracer:
             self._trace((function, False), method, arguments, result_tree)
         except Exception as error:  # The model's own code: anything may come out of it.
             # A loss or a metric that knows no weights is nothing wrong, as long as nobody calls it with some.
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self._unavailable[function] = lines[-1] if lines else repr(error)
+            _LOGGER.info("no %s", function.title, exc_info=True)
+            self._unavailable[function] = (
+                f"the model's own code raised {type(error).__name__}; the server's log says more"
+            )
 
     def _trace(
         self,

@@ -62,7 +62,7 @@ def _accepts(execution: Execution, spec: ModelSpec, sizes: Mapping[int, int]) ->
             [_zeros(leaf) for leaf in spec.weights.leaves]
             + [_zeros(leaf, sizes.get(index, _BATCH_SIZE)) for index, leaf in enumerate(inputs)],
         )
-    except errors.ModelRefusedInput:
+    except Exception:  # TensorFlow has many words for no.
         return False
     return True
 

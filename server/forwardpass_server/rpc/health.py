@@ -23,6 +23,8 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+        if not tasks[0].cancelled():
+            tasks[0].result()
 
     def end_watches(self) -> None:
         """Ends every watch, those to come included. Their callers have been told NOT_SERVING before."""

@@ -106,13 +106,9 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 async def _abort(context: Any, error: errors.ForwardPassError) -> None:
     await context.abort(
         grpc.StatusCode[error.status],
-        # gRPC puts it into a header: what is longer would be refused by the receiver.
-        str(error)[:_MAX_MESSAGE_CHARS],
+        errors.encode_message(error),
         trailing_metadata=((errors.DETAIL_KEY, errors.encode_detail(error)),),
     )
-
-
-_MAX_MESSAGE_CHARS = 2000
 
 
 def _read(request: bytes, read: Callable[[bytes], Any]) -> Any:

@@ -33,6 +33,11 @@ class ServerOptions:
     drain_timeout_s: float
 
 
+def join_address(host: str, port: int) -> str:
+    """HOST:PORT, as gRPC and people write it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 class Server:
     """One gRPC server on an event loop."""
 
@@ -64,7 +69,7 @@ class Server:
         """Listens and answers; health says NOT_SERVING. Returns the port. Raises OSError where it is taken."""
         await self.set_serving("", False)
         await self.set_serving(SERVICE, False)
-        address = f"{self._options.host}:{self._options.port}"
+        address = join_address(self._options.host, self._options.port)
         try:
             port: int = self._server.add_insecure_port(address)
         except RuntimeError as error:
@@ -78,7 +83,7 @@ class Server:
         await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
 
     async def drain(self) -> None:
-        """Says NOT_SERVING, waits for clients to see it, takes no more calls, and ends those that run."""
+        """Says NOT_SERVING, waits for clients to see it, takes no more calls, and waits for those that run."""
         await self._health.enter_graceful_shutdown()
         _LOGGER.info("draining: waiting %.1f s for clients to leave", self._options.drain_delay_s)
         await asyncio.sleep(self._options.drain_delay_s)

@@ -21,6 +21,9 @@ class LoadedModel(Protocol):
     def initial_weights(self) -> Sequence[Array]:
         """The leaves of `description.spec.weights`."""
 
+    def has_loops(self, function: Function, training: bool) -> bool:
+        """Whether a function may go on for as long as its arguments' values say. False for one that is not there."""
+
     def run(self, function: Function, training: bool, leaves: Sequence[Array]) -> list[Array]:
         """Runs one function.
 

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 from google.protobuf.message import Message
 
 from forwardpass.wire import conform, errors, specs, trees
-from forwardpass.wire.description import Function, ModelSpec
+from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.specs import StructureSpec
 from forwardpass.wire.structures import Structure
@@ -109,8 +109,7 @@ class Servable:
 def _plan(model: LoadedModel, function: Function, training: bool) -> Plan:
     spec = model.description.spec
     arguments = tuple(
-        Argument(place, _as_decoded(part), _is_optional(spec, place))
-        for place, part in spec.arguments[function].items()
+        Argument(place, _as_decoded(part), spec.may_be_none(place)) for place, part in spec.arguments[function].items()
     )
     batched = sum(leaf.batched for argument in arguments for leaf in argument.spec.leaves)
     return Plan(
@@ -120,15 +119,10 @@ def _plan(model: LoadedModel, function: Function, training: bool) -> Plan:
         results=tuple(spec.results[function].items()),
         shares_batch=batched > 1,
         run=functools.partial(model.run, function, training),
-        estimates={},
+        estimates=Estimates(model.has_loops(function, training)),
     )
 
 
 def _as_decoded(spec: StructureSpec) -> StructureSpec:
     """The spec with the very tree that a request's bytes are decoded to: two of one kind need no comparison then."""
     return dataclasses.replace(spec, tree=trees.decode(spec.tree.encoded))
-
-
-def _is_optional(spec: ModelSpec, place: str) -> bool:
-    group, _, field = place.partition(".")
-    return group == "batch_output" and field in spec.unused_batch_output_fields

@@ -47,7 +47,9 @@ class Registry:
             servable = Servable(loader.load(source))
         except Exception as error:  # A model's files and code may raise anything.
             _LOGGER.exception("model %s failed to load", source)
-            reason = str(error) if isinstance(error, ModelLoadError) else f"{type(error).__name__}: {error}"
+            # What other errors say may be anything: it is for whoever reads the log.
+            is_ours = isinstance(error, (ModelLoadError, errors.ForwardPassError))
+            reason = str(error) if is_ours else f"{type(error).__name__}; the server's log says more"
             entry = Entry(source, State.FAILED, error=reason)
         else:
             _LOGGER.info("model %s is available after %.2f s", source, time.monotonic() - started)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -11,8 +13,6 @@ from typing import TypeVar
 from forwardpass.wire.dtypes import Array
 
 ResultT = TypeVar("ResultT")
-Estimates = dict[int, float]
-"""Seconds that a computation takes, by the power of two of the size of its input."""
 
 # Handing work to a thread and back costs 60 to 100 us and a fight over Python's lock: a computation not much longer
 # than that is done sooner where it stands, and holds up nobody for longer than the hand-over would.
@@ -21,6 +21,40 @@ _INLINE_S = 300e-6
 # An estimate sinks to the fastest run seen and rises by a twentieth with each slower one: one run that was held up by
 # something else changes little, a computation that has become slow moves to a thread within some tens of runs.
 _RISE = 1.05
+
+# What a computation costs may depend on its values, too. One that has held up the event loop for longer than this is
+# kept away from it a hundred times as long: it cannot hold it up for more than a hundredth of the time.
+_STALL_S = 10 * _INLINE_S
+_STALL_FACTOR = 100
+
+
+class Estimates:
+    """How long one computation takes, by the power of two of the size of its input.
+
+    has_loops: it may go on for as long as its values say, and is never run inline.
+    """
+
+    def __init__(self, has_loops: bool = False) -> None:
+        self._has_loops = has_loops
+        self._seconds: dict[int, float] = {}
+        self._inline_from: dict[int, float] = {}
+
+    def is_short(self, bucket: int) -> bool:
+        return (
+            self._seconds.get(bucket, _INLINE_S) < _INLINE_S
+            and not self._has_loops
+            and (not self._inline_from or self._inline_from.get(bucket, 0) < time.monotonic())
+        )
+
+    def add(self, bucket: int, seconds: float) -> None:
+        """Takes note of a run."""
+        self._seconds[bucket] = min(seconds, self._seconds.get(bucket, seconds) * _RISE)
+
+    def add_inline(self, bucket: int, seconds: float) -> None:
+        """Takes note of a run on the event loop."""
+        self.add(bucket, seconds)
+        if seconds > _STALL_S:
+            self._inline_from[bucket] = time.monotonic() + _STALL_FACTOR * seconds
 
 
 class Scheduler:
@@ -41,20 +75,33 @@ class Scheduler:
     ) -> ResultT:
         """The result of compute(leaves). `estimates` belongs to the computation; `size_bytes` is how much goes in."""
         bucket = size_bytes.bit_length()
-        if estimates.get(bucket, _INLINE_S) < _INLINE_S:
-            return _timed(compute, leaves, estimates, bucket)
-        return await asyncio.get_running_loop().run_in_executor(self._pool, _timed, compute, leaves, estimates, bucket)
+        if estimates.is_short(bucket):
+            return _timed(compute, leaves, estimates.add_inline, bucket)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._pool, _timed, compute, leaves, estimates.add, bucket)
 
-    def close(self) -> None:
-        """Waits for what runs. Nothing may be run afterwards."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    async def close(self, timeout_s: float) -> bool:
+        """Waits for what runs, so long. Nothing may be run afterwards. Returns whether everything has ended."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+
+        def shut_down() -> None:
+            self._pool.shutdown(cancel_futures=True)
+            with contextlib.suppress(RuntimeError):  # Nobody waits any longer.
+                loop.call_soon_threadsafe(ended.set)
+
+        threading.Thread(target=shut_down, daemon=True).start()
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(ended.wait(), timeout_s)
+        return ended.is_set()
 
 
 def _timed(
-    compute: Callable[[Sequence[Array]], ResultT], leaves: Sequence[Array], estimates: Estimates, bucket: int
+    compute: Callable[[Sequence[Array]], ResultT],
+    leaves: Sequence[Array],
+    note: Callable[[int, float], None],
+    bucket: int,
 ) -> ResultT:
     started = time.perf_counter()
     result = compute(leaves)
-    seconds = time.perf_counter() - started
-    estimates[bucket] = min(seconds, estimates.get(bucket, seconds) * _RISE)
+    note(bucket, time.perf_counter() - started)
     return result

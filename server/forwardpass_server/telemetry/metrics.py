@@ -61,7 +61,7 @@ class Metrics:
         )
         self._traces = prometheus.Counter(
             "forwardpass_traces_total",
-            "Graphs built by tracing: flat once all models are loaded.",
+            "Graphs traced from Python: only loading a model makes them.",
             registry=self.registry,
         )
         self._batch_child = functools.lru_cache(_CACHED_CHILDREN)(

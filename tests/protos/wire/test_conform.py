@@ -7,7 +7,7 @@ import collections
 import numpy as np
 import pytest
 
-from forwardpass.wire import conform, dtypes, errors
+from forwardpass.wire import conform, dtypes, errors, trees
 from forwardpass.wire.specs import StructureSpec, TensorSpec
 from forwardpass.wire.structures import Structure
 
@@ -149,6 +149,31 @@ def test_containers_are_taken_as_a_local_model_takes_them(value, nested_spec, ex
         found = conformed(value, nested_spec)
         assert found == expected
         assert isinstance(found, type(expected))
+
+
+@pytest.mark.parametrize("value, nested_spec, expected", CONTAINERS)
+def test_a_received_structure_may_have_the_same_containers(value, nested_spec, expected):
+    tree, leaves = trees.flatten(value)
+    arrays = Structure(tree, [np.asarray(leaf) for leaf in leaves])
+    if isinstance(expected, str) and tree != spec(nested_spec).tree:
+        with pytest.raises(errors.StructureMismatch) as caught:
+            conform.order(tree, spec(nested_spec), "x")
+        assert str(caught.value).split(", got")[0] == expected.split(", got")[0]
+    elif not isinstance(expected, str):
+        ordered = [arrays.leaves[index] for index in conform.order(tree, spec(nested_spec), "x")]
+        assert ordered == trees.flatten(expected)[1]
+
+
+class Stubborn:
+    def __array__(self, dtype=None, copy=None):
+        raise RuntimeError("not on this device")
+
+
+def test_a_value_that_makes_no_array_is_refused_by_name():
+    with pytest.raises(
+        errors.StructureMismatch, match=r"x\[0\]: expected int32\[\], got a Stubborn that makes no array"
+    ):
+        conformed((Stubborn(),), (ONE,))
 
 
 def test_an_array_that_fits_is_passed_on_as_it_is():

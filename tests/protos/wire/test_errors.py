@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import string
+import urllib.parse
 
 import grpc
 import pytest
@@ -82,3 +84,14 @@ def test_a_detail_that_is_no_message_is_passed_over():
 )
 def test_errors_are_pythons_own_too(cls, python):
     assert issubclass(cls, python)
+
+
+@pytest.mark.parametrize("text", ["x" * 20_000, "\u4e2d" * 2000, "\U0001f600" * 2000, "\n" * 5000])
+def test_what_is_long_is_cut_to_fit_into_a_header(text):
+    error = errors.StructureMismatch(place=text, expected=text, found=text)
+    # As gRPC counts: percent-encoded text, base64 of bytes, and 32 for each entry. It refuses more than 8 KiB.
+    header = len(urllib.parse.quote(errors.encode_message(error), safe=string.printable.strip()))
+    assert header + len(errors.encode_detail(error)) * 4 / 3 + 200 < 8192
+    found = errors.decode(error.status, errors.encode_message(error), errors.encode_detail(error))
+    assert type(found) is errors.StructureMismatch
+    assert found.expected.startswith(text[:200])

@@ -8,11 +8,12 @@ import random
 import resource
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forwardpass import v1
-from forwardpass.wire import errors, messages
+from forwardpass.wire import errors, fields, messages
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
 from support.arrays import structures
@@ -70,6 +71,30 @@ def test_hostile_shapes_and_endless_new_trees_leave_no_memory_behind():
     grown_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
     # Kept whole, 6000 trees would be some 10 MiB and one splat of 2**31 bytes two thousand.
     assert grown_kib < 4096
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xa0\x06\x01" * 10**6,
+        fields.prefix(5, 3 * 10**6) + b"\xa0\x06\x01" * 10**6,
+    ],
+    ids=["unknown fields", "unknown fields in a structure"],
+)
+def test_endless_small_fields_are_refused_before_they_take_memory(data):
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(errors.InvalidRequest, match="more than 131072 fields"):
+        messages.decode(v1.PredictOnBatchRequest, data)
+    # 131072 pieces of bytes take 5 MiB; a million would take 40.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 20 * 1024
+
+
+def test_endless_strings_are_refused():
+    data = bytes(4 * (2**20 + 1))
+    tensor = v1.Tensor(data_type=v1.DataType.DATA_TYPE_STRING, shape=[2**20 + 1], data=data)
+    structure = v1.Structure(tree=v1.TreeDef(leaf=v1.TreeDef.Leaf()), leaves=[tensor])
+    with pytest.raises(errors.ShapeMismatch, match="at most 1048576 strings"):
+        messages.decode(v1.PredictOnBatchRequest, v1.PredictOnBatchRequest(x=structure).SerializeToString())
 
 
 def test_a_large_message_costs_no_second_copy():

@@ -47,6 +47,13 @@ def test_help_needs_no_tensorflow():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_a_model_whose_own_code_fails_is_one_line(tmp_path):
+    done = run("export", "support.zoo:keras_batch", str(tmp_path / "models"), "mine")
+    assert done.exit_code == 1
+    assert "support.zoo:keras_batch: TypeError: " in done.output
+    assert "Traceback" not in done.output
+
+
 def test_a_python_function_is_exported_and_served(tmp_path):
     done = run("export", "support.zoo:structures", str(tmp_path / "models"), "mine")
     assert done.exit_code == 0, done.output

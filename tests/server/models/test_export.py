@@ -57,6 +57,19 @@ def test_everything_that_tffs_format_lacks_is_kept(tmp_path):
         assert_same(loaded.finalize_metrics(updated), original.finalize_metrics(updated))
 
 
+def test_a_lookup_table_is_refused_for_no_export_holds_it(tmp_path):
+    initializer = tf.lookup.KeyValueTensorInitializer(tf.constant([1, 2]), tf.constant([10.0, 20.0]))
+    table = tf.lookup.StaticHashTable(initializer, 0.0)
+    model = FunctionalModel(
+        initial_weights=((), ()),
+        predict_on_batch_fn=tf.function(lambda model_weights, x, training: table.lookup(x)),
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_mean(output - label),
+        input_spec=(tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.float32)),
+    )
+    with pytest.raises(ModelLoadError, match="predict_on_batch uses a lookup table"):
+        save_functional_model(model, tmp_path / "model")
+
+
 def test_the_whole_spec_is_kept(tmp_path):
     original = zoo.structures()
     assert tracing.trace(saved(original, tmp_path)).spec == tracing.trace(original).spec

@@ -8,11 +8,13 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass_server import FunctionalModel
 from forwardpass_server.models import hashing, loading, tracing, warming
@@ -88,6 +90,73 @@ def test_other_weights_or_another_graph_have_another_hash():
 
     assert len({of(1, 1), of(2, 1), of(1, 2)}) == 3
     assert of(1, 1) == of(1, 1)
+
+
+def test_another_constant_or_another_name_has_another_hash():
+    def of(constant: float, name: str) -> bytes:
+        captured = tf.constant([constant] * 1000)
+
+        @tf.function
+        def predict(model_weights, x, training):
+            return {name: x + tf.reduce_sum(captured)}
+
+        spec = tf.TensorSpec([None], tf.float32)
+        model = FunctionalModel(
+            initial_weights=((), ()),
+            predict_on_batch_fn=predict,
+            loss_fn=lambda output, label, sample_weight=None: tf.reduce_mean(output[name] - label),
+            input_spec=(spec, spec),
+        )
+        return hashing.of_traced(tracing.trace(model))
+
+    assert len({of(1.0, "u"), of(2.0, "u"), of(1.0, "v")}) == 3
+    assert of(1.0, "u") == of(1.0, "u")
+
+
+def test_files_that_change_while_they_are_read_are_refused(loader, tmp_path, monkeypatch):
+    folder = tmp_path / "1"
+    shutil.copytree(FOLDER / NAMES[0] / "saved_model", folder)
+    original = tracing.trace
+
+    def trace_and_change(*arguments):
+        (folder / "late.txt").write_text("x")
+        return original(*arguments)
+
+    monkeypatch.setattr(tracing, "trace", trace_and_change)
+    with pytest.raises(ModelLoadError, match="the files changed while they were read"):
+        loader.load(ModelSource("m", 1, folder=folder))
+
+
+def test_a_model_that_no_client_could_read_is_refused(loader, monkeypatch):
+    class Pair(NamedTuple):
+        trainable: tuple[np.ndarray, ...]
+        non_trainable: tuple[np.ndarray, ...]
+
+    spec = tf.TensorSpec([None], tf.float32)
+    model = FunctionalModel(
+        initial_weights=Pair((np.float32(1),), ()),
+        predict_on_batch_fn=tf.function(lambda model_weights, x, training: x * model_weights[0][0]),
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_mean(output - label),
+        input_spec=(spec, spec),
+    )
+    monkeypatch.setattr(loading, "from_factory", lambda factory: model)
+    with pytest.raises(errors.StructureMismatch, match="weights"):
+        loader.load(ModelSource("m", 1, factory="a:b"))
+
+
+def test_importing_the_loader_leaves_the_choice_of_a_device_open():
+    # Once TensorFlow has started, a GPU's memory growth cannot be set any more, nor can this.
+    script = """
+        import tensorflow as tf
+        from forwardpass_server.models import loading
+        (cpu,) = tf.config.list_physical_devices("CPU")
+        tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+        print(loading.TensorFlowLoader("cpu:1").device)
+    """
+    found = subprocess.check_output(
+        [sys.executable, "-c", textwrap.dedent(script)], text=True, stderr=subprocess.DEVNULL
+    )
+    assert found.strip() == "/device:CPU:1"
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,9 @@ def test_a_loss_that_knows_no_weights_leaves_the_rest_of_the_model_alone():
         return tf.reduce_mean((output - label) ** 2)
 
     spec = tracing.trace(model(loss=loss)).spec
-    assert spec.unavailable == {Function.WEIGHTED_LOSS: "weights are beyond me"}
+    assert spec.unavailable == {
+        Function.WEIGHTED_LOSS: "the model's own code raised ValueError; the server's log says more"
+    }
 
 
 def test_captured_variables_are_refused_for_they_would_be_weights_nobody_can_give():

@@ -61,7 +61,7 @@ def test_no_call_builds_a_graph(registry, monkeypatch):
             for training in (True, False):
                 _, found = await caller.call("keras_cnn", 1, Function.FORWARD_PASS, parts, 100, training)
                 assert found["batch_output.predictions"].leaves[0].shape == (size, 5)
-        scheduler.close()
+        await scheduler.close(10)
 
     asyncio.run(run())
     assert built == []

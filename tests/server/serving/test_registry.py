@@ -88,11 +88,11 @@ def test_states_are_counted():
     assert not registry.is_available("other")
 
 
-def test_an_error_of_an_unknown_kind_is_kept_with_its_name():
+def test_what_an_error_of_an_unknown_kind_says_is_for_the_log_alone():
     class Broken:
         def load(self, source):
             raise KeyError("x")
 
     registry = Registry(SOURCES[:1])
     registry.load(SOURCES[0], Broken())
-    assert registry.entry(SOURCES[0]).error == "KeyError: 'x'"
+    assert registry.entry(SOURCES[0]).error == "KeyError; the server's log says more"

@@ -25,10 +25,10 @@ def long(leaves) -> threading.Thread:
 async def threads(*steps) -> list[bool]:
     """For each (size of the input, computation), whether it ran on the event loop's thread."""
     scheduler = Scheduler(2)
-    estimates: Estimates = {}
+    estimates = Estimates()
     here = threading.current_thread()
     ran = [await scheduler.run(compute, [], estimates, size) is here for size, compute in steps]
-    scheduler.close()
+    assert await scheduler.close(10)
     return ran
 
 
@@ -69,12 +69,48 @@ def test_a_call_that_is_given_up_while_it_waits_for_a_thread_never_runs():
             time.sleep(0.2)
             ran.append(threading.current_thread().name)
 
-        first = asyncio.ensure_future(scheduler.run(compute, [], {}, SMALL))
-        second = asyncio.ensure_future(scheduler.run(compute, [], {}, SMALL))
+        first = asyncio.ensure_future(scheduler.run(compute, [], Estimates(), SMALL))
+        second = asyncio.ensure_future(scheduler.run(compute, [], Estimates(), SMALL))
         await asyncio.sleep(0.05)
         second.cancel()
         await first
-        scheduler.close()
+        await scheduler.close(10)
         return ran
 
     assert len(asyncio.run(run())) == 1
+
+
+def test_a_computation_with_a_loop_never_runs_inline():
+    async def run() -> list[bool]:
+        scheduler = Scheduler(1)
+        estimates = Estimates(has_loops=True)
+        here = threading.current_thread()
+        ran = [await scheduler.run(quick, [], estimates, SMALL) is here for _ in range(3)]
+        await scheduler.close(10)
+        return ran
+
+    assert asyncio.run(run()) == [False] * 3
+
+
+def test_a_computation_that_held_up_the_event_loop_is_kept_away_from_it():
+    def stall(leaves) -> threading.Thread:
+        time.sleep(0.05)
+        return threading.current_thread()
+
+    steps = [(SMALL, quick), (SMALL, stall), *[(SMALL, quick)] * 5]
+    assert asyncio.run(threads(*steps)) == [False, True, False, False, False, False, False]
+
+
+def test_closing_does_not_wait_longer_than_it_may():
+    async def run() -> tuple[bool, float]:
+        scheduler = Scheduler(1)
+        release = threading.Event()
+        running = asyncio.ensure_future(scheduler.run(lambda leaves: release.wait(10), [], Estimates(), SMALL))
+        await asyncio.sleep(0.05)
+        has_ended = await scheduler.close(0.1)
+        was_running = not running.done()
+        release.set()
+        await running
+        return has_ended, was_running
+
+    assert asyncio.run(run()) == (False, True)
