@@ -54,8 +54,10 @@ def get_model(name: str, version: int | None) -> Call[FoundModel]:
     """version: None for the highest that is available."""
     if not isinstance(name, str):
         raise TypeError(f"name: expected a str, got {type(name).__name__}")
-    if version is not None and version < 1:
+    if version is not None and not 1 <= version < 2**63:
         raise errors.ModelVersionNotFound(place="version", expected="an integer from 1 on, or None", found=f"{version}")
+    if not name.isprintable():
+        raise errors.ModelNotFound(place="model", expected="a name", found=ascii(name[:128]))
     request = v1.GetModelRequest(model=v1.ModelSelector(name=name, version=version or 0))
 
     def read(data: bytes) -> FoundModel:
@@ -203,13 +205,7 @@ class ModelCalls:
     def _call(
         self, method: str, header: Any, parts: Mapping[str, Structure], read: Callable[[bytes], ResultT]
     ) -> Call[ResultT]:
-        request = messages.encode(header, parts)
-        if len(request) > self._max_request_bytes:
-            raise errors.MessageTooLarge(
-                place=f"request of {method}",
-                expected=f"at most {self._max_request_bytes} bytes",
-                found=f"{len(request)} bytes",
-            )
+        request = messages.encode(header, parts, self._max_request_bytes)
         return Call(METHODS[method].path, request, read)
 
     def _read(self, response_type: Any, data: bytes) -> dict[str, Structure]:

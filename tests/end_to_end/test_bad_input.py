@@ -258,6 +258,20 @@ ROWS = [
         wire=lambda s: s.send("GetModel", v1.GetModelRequest(model=v1.ModelSelector(name="keras_cnn", version=9)), {}),
     ),
     Row(
+        "a version that no server can have",
+        errors.ModelVersionNotFound,
+        "NOT_FOUND",
+        "version: expected an integer from 1 on, or None, got 1180591620717411303424",
+        sdk=lambda s: s.client.model("keras_cnn", 2**70),
+    ),
+    Row(
+        "a name that is no text",
+        errors.ModelNotFound,
+        "NOT_FOUND",
+        "model: expected a name, got 'a\\udcff'",
+        sdk=lambda s: s.client.model("a\udcff"),
+    ),
+    Row(
         "a version below 1",
         errors.ModelVersionNotFound,
         "NOT_FOUND",
@@ -288,7 +302,7 @@ ROWS = [
         "too large a request for the client",
         errors.MessageTooLarge,
         "RESOURCE_EXHAUSTED",
-        "request of PredictOnBatch: expected at most 1048576 bytes, got 144",
+        "PredictOnBatchRequest: expected at most 1048576 bytes, got 144",
         sdk=lambda s: small_client(
             s, lambda model: model.predict_on_batch(s.weights, np.zeros((10_000, 6, 6, 1), "f4"))
         ),

@@ -273,7 +273,14 @@ def test_a_port_that_is_taken_ends_the_program_with_one_line():
         assert f"Error: cannot listen on 127.0.0.1:{port}" in done.stderr
         done = run_serve(*SLOW, "--port", "0", "--metrics-port", str(port))
         assert done.returncode == 1
-        assert "Address already in use" in done.stderr
+        assert f"Error: --metrics-port: cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+
+
+def test_a_factory_for_a_model_that_the_repository_has_is_refused(repository):
+    name = "keras_cnn_emnist"
+    done = run_serve("--model-repository", str(repository), "--factory", f"{name}=support.zoo:slow", "--port", "0")
+    assert done.returncode == 1
+    assert f"Error: --factory: the model repository has a {name}/1 already" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ from forwardpass.wire.trees import Kind, TreeDef
 def load(path: pathlib.Path) -> dict[str, Any]:
     """The arrays of a file by name. Raises ValueError for what is no .npz file. Nothing in it is unpickled."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, AttributeError, zipfile.BadZipFile) as error:
+    except (ValueError, OSError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: expected an .npz file without pickled objects: {error}") from None
 
 
@@ -30,9 +30,11 @@ def save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
     """
     stored: dict[str, Any] = {name: _storable(name, np.asarray(array)) for name, array in arrays.items()}
     try:
-        # numpy adds .npz to the names of files that it opens itself.
-        with path.open("wb") as file:
-            np.savez(file, **stored)
+        # numpy.savez adds .npz to a name that lacks it, and leaves its archive open where the disk is full.
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, array in stored.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
     except OSError as error:
         raise ValueError(f"{path}: cannot be written: {error.strerror}") from None
 

@@ -16,7 +16,7 @@ class Limits:
     # A large transformer has a few thousand tensors.
     max_leaves: int = 65_536
     max_name_bytes: int = 256
-    # Strings become Python objects one by one: a million take a fifth of a second.
+    # In one tensor. Strings become Python objects one by one: a million take a fifth of a second.
     max_strings: int = 2**20
     # max_leaves with names of 20 bytes. What protobuf makes of a tree takes some thirty times its bytes.
     max_tree_bytes: int = 2**21

@@ -55,14 +55,19 @@ def _schema(descriptor: Descriptor, parent: str, ancestors: frozenset[str]) -> d
     return found
 
 
-def encode(header: Message, parts: Mapping[str, Structure]) -> bytes:
+def encode(header: Message, parts: Mapping[str, Structure], max_bytes: int | None = None) -> bytes:
     """One message.
 
     header: the message with all its fields but the structures.
     parts: its structures under their names, dotted where nested: "model_weights.trainable".
+    Raises MessageTooLarge, before it is put together, for a message of more than `max_bytes`.
     """
     pieces: list[tensors.Buffer] = [header.SerializeToString()]
-    _encode_fields(_structure_fields(header.DESCRIPTOR), parts, pieces)
+    size_bytes = len(pieces[0]) + _encode_fields(_structure_fields(header.DESCRIPTOR), parts, pieces)
+    if max_bytes is not None and size_bytes > max_bytes:
+        raise errors.MessageTooLarge(
+            place=header.DESCRIPTOR.name, expected=f"at most {max_bytes} bytes", found=f"{size_bytes} bytes"
+        )
     return b"".join(pieces)  # type: ignore[arg-type]  # Arrays are buffers; the stubs say so since numpy 2.
 
 

@@ -13,7 +13,7 @@ _M_MMAP_THRESHOLD = -3
 
 # Measured: glibc gives large blocks back to the kernel when they are freed. The next call of the same size faults each
 # page in again, which for a message of 16 MB takes longer than moving it. Blocks above this size are left to it.
-_KEPT_BLOCK_BYTES = 2**30
+_KEPT_BLOCK_BYTES = 2**28
 _KEPT_TOTAL_BYTES = 2**29
 
 

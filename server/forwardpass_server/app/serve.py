@@ -14,7 +14,7 @@ import prometheus_client
 
 from forwardpass.wire.methods import SERVICE
 from forwardpass_server.app import allocator
-from forwardpass_server.app.settings import Settings
+from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.rpc.server import MODEL_HEALTH_PREFIX, Server, ServerOptions, join_address
 from forwardpass_server.rpc.servicer import FunctionalModelServicer
@@ -32,14 +32,17 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
 
     announce: is told, once each, where the server listens and when the models are loaded.
     Returns whether everything has ended: otherwise a model still computes or loads, and only the end of the process
-    can end it. Raises DeviceNotFound, or OSError where a port is taken.
+    can end it. Raises DeviceNotFound, SettingsError, or OSError where a port is taken.
     """
     allocator.keep_freed_memory()
     metrics = Metrics()
     loader = TensorFlowLoader(settings.device, metrics.trace)
     sources = repository.from_factories(settings.factories)
     if settings.model_repository is not None:
-        sources += repository.scan(settings.model_repository)
+        found = repository.scan(settings.model_repository)
+        for taken in {str(source) for source in sources} & {str(source) for source in found}:
+            raise SettingsError(f"--factory: the model repository has a {taken} already")
+        sources += found
     registry = Registry(sources)
     for state in State:
         metrics.models_in_state(state.value, functools.partial(registry.count, state))
@@ -61,9 +64,13 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         asyncio.get_running_loop().add_signal_handler(number, _stop, stop, number)
     exporter = None
     if settings.metrics_port is not None:
-        exporter, _ = prometheus_client.start_http_server(
-            settings.metrics_port, settings.host, registry=metrics.registry
-        )
+        try:
+            exporter, _ = prometheus_client.start_http_server(
+                settings.metrics_port, settings.host, registry=metrics.registry
+            )
+        except OSError as error:
+            address = join_address(settings.host, settings.metrics_port)
+            raise OSError(f"--metrics-port: cannot listen on {address}: {error.strerror}") from None
         announce(f"metrics on http://{join_address(settings.host, exporter.server_port)}/metrics")
     port = await server.start()
     announce(f"listening on {join_address(settings.host, port)}")

@@ -42,6 +42,9 @@ class Execution:
             return self._runners[function, training](leaves)
         except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError) as error:
             raise errors.ModelRefusedInput(_without_values(error.message)) from None
+        except UnicodeDecodeError:
+            # TensorFlow's message quotes a string of the caller's that is no text.
+            raise errors.ModelRefusedInput() from None
         except tf.errors.ResourceExhaustedError:
             raise errors.OutOfMemory() from None
 
@@ -75,7 +78,9 @@ def _runner(concrete: Any, device: str) -> Callable[[Sequence[Array]], list[Arra
     return run
 
 
-_NODE = re.compile(r"\[\[(?:\{\{function_node .+?\}\})?\{\{node (.+?)\}\}\]\]")
+# The text may hold what the caller sent: each pattern takes time in proportion to it, and no more of it is read.
+_MAX_CHARS = 4096
+_NODE = re.compile(r"\[\[(?:\{\{function_node [^{}]+\}\})?\{\{node ([^{}]+)\}\}\]\]")
 _CALLER = re.compile(r"^\{\{function_node .*?\}\}")
 _BRACKETS = re.compile(r"(\[[^\[\]]*?[\])])")
 _NUMBER = re.compile(r"(?<![\w/.:])-?\d+(\.\d+)?(e[+-]?\d+)?(?![\w/])")
@@ -86,6 +91,7 @@ def _without_values(message: str) -> str:
 
     Numbers in brackets are shapes and ranges and stay, but for those of a failed assertion, which prints values.
     """
+    message = message[:_MAX_CHARS]
     node = _NODE.search(message)
     # Above the last paragraph stands a traceback of the model's code; behind the node, how it was called.
     text = _NODE.split(message)[0].strip().split("\n\n")[-1].split(" [Op:")[0]

@@ -15,7 +15,7 @@ from forwardpass import v1
 from forwardpass.wire import conform, description
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity, ModelSpec
 from forwardpass.wire.specs import StructureSpec
-from forwardpass_server.models import tf_specs, tff_saved_model, tracing
+from forwardpass_server.models import graphs, tf_specs, tff_saved_model, tracing
 from forwardpass_server.models.functional import FunctionalModel, x_and_y
 from forwardpass_server.models.tracing import TracedModel
 from forwardpass_server.serving.errors import ModelLoadError
@@ -31,14 +31,15 @@ def save_functional_model(functional_model: FunctionalModel, path: str | os.Path
 
     Kept: initial weights, predict_on_batch, loss and metrics with and without sample weight, a custom forward pass,
     the containers of everything. Names of classes of named tuples are kept, the classes are not.
-    Raises FileExistsError, ModelLoadError for a model with lookup tables, and what tracing the model raises.
+    Raises FileExistsError, ModelLoadError for a model with lookup tables or calls of Python, and what tracing the model
+    raises.
     Source: tff.learning.models.save_functional_model.
     """
     folder = pathlib.Path(path)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty")
     traced = tracing.trace(functional_model)
-    _check_captures(traced)
+    _check_saveable(traced)
     module = tf.Module()
     module.functions = {_attribute(*key): concrete for key, concrete in traced.functions.items()}
     module.initial_weights = [tf.Variable(weight, trainable=False) for weight in traced.initial_weights]
@@ -48,12 +49,17 @@ def save_functional_model(functional_model: FunctionalModel, path: str | os.Path
     (folder / SPEC_FILE_NAME).write_bytes(message.SerializeToString(deterministic=True))
 
 
-def _check_captures(traced: TracedModel) -> None:
-    """A graph knows a table only by its handle: the table itself would be missing from what is saved."""
+def _check_saveable(traced: TracedModel) -> None:
+    """A graph knows a table or a Python function only by its handle: the thing itself would be missing."""
     for (function, _), concrete in traced.functions.items():
         if any(tensor.dtype == tf.resource for tensor in concrete.captured_inputs):
             raise ModelLoadError(
                 f"{function.title} uses a lookup table, which no export holds: serve the model by --factory"
+            )
+        if graphs.calls_python(concrete):
+            raise ModelLoadError(
+                f"{function.title} calls Python (tf.py_function or tf.numpy_function), which no export holds: "
+                "serve the model by --factory"
             )
 
 

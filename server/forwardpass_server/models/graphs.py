@@ -7,7 +7,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-_LOOPS = ("While", "StatelessWhile", "For", "Enter")
+_LOOPS = {"While", "StatelessWhile", "For", "Enter"}
+_PYTHON = {"PyFunc", "PyFuncStateless", "EagerPyFunc"}
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 
 
@@ -21,9 +22,17 @@ def unused_arguments(concrete: Any) -> frozenset[int]:
 
 def has_loops(concrete: Any) -> bool:
     """Whether a concrete function, or one that it calls, has a loop whose end its values decide."""
+    return not _LOOPS.isdisjoint(_operations(concrete))
+
+
+def calls_python(concrete: Any) -> bool:
+    """Whether a concrete function, or one that it calls, runs Python code of the process that traced it."""
+    return not _PYTHON.isdisjoint(_operations(concrete))
+
+
+def _operations(concrete: Any) -> set[str]:
     graph, library = _definition(concrete)
-    nodes = itertools.chain(graph.node, *(function.node_def for function in library.values()))
-    return any(node.op in _LOOPS for node in nodes)
+    return {node.op for node in itertools.chain(graph.node, *(function.node_def for function in library.values()))}
 
 
 def fingerprint(concrete: Any) -> bytes:

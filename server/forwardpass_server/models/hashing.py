@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,14 +19,26 @@ _CHUNK_BYTES = 1 << 20
 
 
 def of_folder(folder: pathlib.Path) -> bytes:
-    """SHA-256 over the files of a folder: for each, in order of its path, path, length and contents."""
+    """SHA-256 over the files of a folder: for each, in order of its path, path, length and contents.
+
+    Links are followed; a folder that is met again is passed over.
+    """
     digest = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(_files(folder, {folder.resolve()})):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
     return digest.digest()
+
+
+def _files(folder: pathlib.Path, visited: set[pathlib.Path]) -> Iterator[pathlib.Path]:
+    for path in sorted(folder.iterdir()):
+        if path.is_file():
+            yield path
+        elif path.is_dir() and path.resolve() not in visited:
+            visited.add(path.resolve())
+            yield from _files(path, visited)
 
 
 def of_traced(model: TracedModel) -> bytes:

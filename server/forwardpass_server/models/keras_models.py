@@ -53,7 +53,7 @@ def functional_model_from_keras(
     )
     # Activity regularisers show only in a call.
     predictions, _, added_losses = model.stateless_call(*initial_weights, example, training=True, return_losses=True)
-    loss = keras_metrics.resolve_loss(loss_fn)
+    keras_loss = keras_metrics.resolve_loss(loss_fn)
 
     @tf.function
     def predict_on_batch(model_weights: Any, x: Any, training: bool = True) -> Any:
@@ -61,13 +61,16 @@ def functional_model_from_keras(
         return outputs
 
     def loss_of(output: Any, label: Any, sample_weight: Any = None) -> Any:
-        return loss(label, output, sample_weight=sample_weight)
+        return keras_loss(label, output, sample_weight=sample_weight)
 
     @tf.function
     def forward_pass(model_weights: Any, batch_input: Any, training: bool = True) -> BatchOutput:
         x, y = x_and_y(batch_input)
         outputs, _, added = model.stateless_call(*model_weights, x, training=training, return_losses=True)
-        return BatchOutput(tf.add_n([loss_of(outputs, y), *added]), outputs, num_examples(outputs))
+        loss = loss_of(outputs, y)
+        # Layers of other precision have losses of theirs.
+        loss = tf.add_n([loss, *(tf.cast(tf.reduce_sum(one), loss.dtype) for one in added)])
+        return BatchOutput(loss, outputs, num_examples(outputs))
 
     metrics_fns = None
     if metrics_constructor is not None:

@@ -10,7 +10,7 @@ from forwardpass.wire import description
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
 from forwardpass_server.models import device as devices
-from forwardpass_server.models import formats, hashing, tracing, warming
+from forwardpass_server.models import formats, graphs, hashing, tracing, warming
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
 from forwardpass_server.serving.errors import ModelLoadError
@@ -51,6 +51,8 @@ class TensorFlowLoader:
             traced = tracing.trace(model, self._on_trace)
             if hashing.of_folder(source.folder) != content_hash:
                 raise ModelLoadError("the files changed while they were read")
+            if any(map(graphs.calls_python, traced.functions.values())):
+                raise ModelLoadError("the model calls Python functions, which no file holds: serve it by --factory")
         else:
             model, format_name = from_factory(source.factory or ""), FACTORY_FORMAT
             traced = tracing.trace(model, self._on_trace)

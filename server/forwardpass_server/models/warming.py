@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Iterable, Mapping
 
@@ -17,8 +18,8 @@ _LOGGER = logging.getLogger(__name__)
 
 _BATCH_SIZE = 3
 
-# Each leaf costs two calls; a model of more inputs than this is not asked.
-_MAX_PROBED_LEAVES = 16
+# Each subset of the leaves may cost two calls; a model of more inputs than this is not asked.
+_MAX_PROBED_LEAVES = 8
 
 
 def warm(execution: Execution, functions: Iterable[Key], spec: ModelSpec, name: str) -> None:
@@ -37,19 +38,28 @@ def with_batched_leaves(execution: Execution, spec: ModelSpec) -> ModelSpec:
 
     Nothing in TFF's files tells a batch dimension from another unknown one, so the model is asked: a leaf is batched
     if a forward pass refuses it with 2 and with 1 examples where the rest have 3. (Broadcasting takes 1 silently.)
+    Where some of those leaves may change their size together while the others keep theirs, as the nodes and edges of
+    a graph do, there is no one batch dimension, and none is marked.
     """
     leaves = (*spec.x.leaves, *spec.y.leaves)
     candidates = [index for index, leaf in enumerate(leaves) if leaf.shape and leaf.shape[0] is None]
     if not 2 <= len(candidates) <= _MAX_PROBED_LEAVES or not _accepts(execution, spec, {}):
         return spec
-    batched = {
-        index
-        for index in candidates
-        if not any(_accepts(execution, spec, {index: size}) for size in (_BATCH_SIZE - 1, 1))
-    }
+    batched = {index for index in candidates if not _may_differ(execution, spec, [index])}
+    # Of two halves one is at most half as large, and the one may differ from the other if the other may from it.
+    subsets = (
+        subset for count in range(2, len(batched) // 2 + 1) for subset in itertools.combinations(sorted(batched), count)
+    )
+    if any(_may_differ(execution, spec, subset) for subset in subsets):
+        return spec
     return spec.with_input_leaves(
         [dataclasses.replace(leaf, batched=index in batched) for index, leaf in enumerate(leaves)]
     )
+
+
+def _may_differ(execution: Execution, spec: ModelSpec, leaves: Iterable[int]) -> bool:
+    """Whether these leaves of x and y may have another number of examples than the rest."""
+    return any(_accepts(execution, spec, dict.fromkeys(leaves, size)) for size in (_BATCH_SIZE - 1, 1))
 
 
 def _accepts(execution: Execution, spec: ModelSpec, sizes: Mapping[int, int]) -> bool:

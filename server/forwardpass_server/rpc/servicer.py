@@ -28,10 +28,10 @@ _STATES = {
 class FunctionalModelServicer:
     """Each method has the name of its RPC, takes the request's bytes and returns the response's."""
 
-    def __init__(self, registry: Registry, caller: Caller, max_request_bytes: int) -> None:
+    def __init__(self, registry: Registry, caller: Caller, max_message_bytes: int) -> None:
         self._registry = registry
         self._caller = caller
-        self._max_request_bytes = max_request_bytes
+        self._max_message_bytes = max_message_bytes
 
     async def ForwardPass(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.ForwardPassRequest, data)
@@ -72,7 +72,7 @@ class FunctionalModelServicer:
         response = v1.GetModelResponse(
             model=description.encode(model.description),
             versions=[_status(entry) for entry in self._registry.versions(header.model.name)],
-            max_request_bytes=self._max_request_bytes,
+            max_request_bytes=self._max_message_bytes,
         )
         return response.SerializeToString()
 
@@ -99,7 +99,7 @@ class FunctionalModelServicer:
         servable, results = await self._caller.call(
             selector.name, selector.version, function, parts, size_bytes, training
         )
-        return messages.encode(servable.response_header(response_type), results)
+        return messages.encode(servable.response_header(response_type), results, self._max_message_bytes)
 
 
 def _status(entry: Entry) -> v1.ModelVersionStatus:

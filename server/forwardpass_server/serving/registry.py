@@ -45,7 +45,7 @@ class Registry:
         started = time.monotonic()
         try:
             servable = Servable(loader.load(source))
-        except Exception as error:  # A model's files and code may raise anything.
+        except (Exception, SystemExit) as error:  # A model's files and code may raise anything.
             _LOGGER.exception("model %s failed to load", source)
             # What other errors say may be anything: it is for whoever reads the log.
             is_ours = isinstance(error, (ModelLoadError, errors.ForwardPassError))

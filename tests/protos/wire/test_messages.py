@@ -72,6 +72,13 @@ def test_structures_may_be_absent(kind):
     assert messages.decode(kind, messages.encode(header(kind), {})) == (header(kind), {})
 
 
+def test_a_message_that_would_be_too_long_is_refused_before_it_is_put_together():
+    header = v1.PredictOnBatchResponse(model=v1.ModelIdentity(name="m"))
+    parts = {"predictions": Structure.of(np.zeros(2**18, np.float32))}
+    with pytest.raises(errors.MessageTooLarge, match="PredictOnBatchResponse: expected at most 1000 bytes, got 10486"):
+        messages.encode(header, parts, 1000)
+
+
 @settings(max_examples=30)
 @given(structures(), st.booleans())
 def test_fields_may_come_in_any_order(value, training):

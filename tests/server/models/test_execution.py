@@ -84,6 +84,22 @@ def test_what_a_failed_assertion_prints_is_not_repeated():
     assert "987654" not in message
 
 
+def to_number(text: bytes) -> errors.ModelRefusedInput:
+    function = tf.function(lambda x: [tf.strings.to_number(x)])
+    concrete = function.get_concrete_function(tf.TensorSpec([None], tf.string))
+    with pytest.raises(errors.ModelRefusedInput) as caught:
+        Execution({(Function(1), False): concrete}, "/device:CPU:0").run(Function(1), False, [np.array([text], object)])
+    return caught.value
+
+
+def test_a_refusal_that_quotes_bytes_that_are_no_text_is_a_refusal():
+    assert str(to_number(b"\xff\xfe abc")) == errors.ModelRefusedInput.sentence
+
+
+def test_a_refusal_that_quotes_a_long_text_is_short():
+    assert len(str(to_number(b"[[{{node " * 100_000))) < 5000
+
+
 def test_too_large_a_result_is_out_of_memory():
     with pytest.raises(errors.OutOfMemory):
         run(lambda x: tf.zeros(tf.cast(x, tf.int64)), [2.0**44])

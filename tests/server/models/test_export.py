@@ -70,6 +70,11 @@ def test_a_lookup_table_is_refused_for_no_export_holds_it(tmp_path):
         save_functional_model(model, tmp_path / "model")
 
 
+def test_a_call_of_python_is_refused_for_no_export_holds_it(tmp_path):
+    with pytest.raises(ModelLoadError, match=r"predict_on_batch calls Python \(tf.py_function"):
+        save_functional_model(zoo.crashing(), tmp_path / "model")
+
+
 def test_the_whole_spec_is_kept(tmp_path):
     original = zoo.structures()
     assert tracing.trace(saved(original, tmp_path)).spec == tracing.trace(original).spec

@@ -58,6 +58,22 @@ def test_another_seed_in_the_weights_gives_another_mask():
     assert not np.array_equal(first, second)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "mixed_float16"])
+def test_losses_of_layers_of_another_precision_are_added(dtype):
+    regularizer = keras.regularizers.L2(0.1)
+    layer = keras.layers.Dense(5, dtype=dtype, kernel_regularizer=regularizer, activity_regularizer=regularizer)
+    model = keras.Sequential([keras.layers.Input((6, 6, 1)), keras.layers.Flatten(), layer])
+    made = functional(model)
+    x, y = zoo.keras_batch(7)
+    found = made.forward_pass(made.initial_weights, (x, y), False)
+    plain = made.loss(found.predictions, y)
+    assert found.loss.dtype == plain.dtype
+    activity = 0.1 * np.square(np.float64(found.predictions)).sum() / 7
+    kernel = 0.1 * np.square(np.float64(layer.kernel)).sum()
+    # Half precision keeps three digits.
+    assert np.allclose(np.float64(found.loss), np.float64(plain) + kernel + activity, rtol=5e-3)
+
+
 def dict_model() -> keras.Model:
     """Inputs and outputs by name, in no alphabetical order."""
     keras.utils.set_random_seed(5)

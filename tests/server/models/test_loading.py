@@ -92,6 +92,19 @@ def test_other_weights_or_another_graph_have_another_hash():
     assert of(1, 1) == of(1, 1)
 
 
+def test_files_behind_a_linked_folder_count(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    folder = tmp_path / "1"
+    folder.mkdir()
+    (folder / "variables").symlink_to(tmp_path / "elsewhere")
+    (folder / "loop").symlink_to(folder)
+    hashes = set()
+    for text in ("one", "two"):
+        (tmp_path / "elsewhere" / "data").write_text(text)
+        hashes.add(hashing.of_folder(folder))
+    assert len(hashes) == 2
+
+
 def test_another_constant_or_another_name_has_another_hash():
     def of(constant: float, name: str) -> bytes:
         captured = tf.constant([constant] * 1000)
@@ -207,6 +220,24 @@ def test_inputs_that_broadcast_do_not_share_the_batch_for_a_local_model_takes_th
 
 def test_inputs_of_sizes_of_their_own_do_not_share_the_batch():
     assert batched(two_inputs(lambda a, b: tf.concat([a, b], 0))) == [False, False, False]
+
+
+def test_groups_of_inputs_with_sizes_of_their_own_are_not_tied_to_each_other():
+    def predict(model_weights, x, training):
+        messages = tf.gather(x["nodes"], x["source"])
+        return x["nodes"] + tf.math.unsorted_segment_sum(messages, x["target"], tf.shape(x["nodes"])[0])
+
+    edges = tf.TensorSpec([None], tf.int32)
+    model = FunctionalModel(
+        initial_weights=((), ()),
+        predict_on_batch_fn=tf.function(predict),
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_mean(tf.concat([output, label[:, None]], 1)),
+        input_spec=(
+            {"nodes": tf.TensorSpec([None, 2], tf.float32), "source": edges, "target": edges},
+            tf.TensorSpec([None], tf.float32),
+        ),
+    )
+    assert batched(model) == [False] * 4
 
 
 def test_a_model_that_refuses_zeros_is_served_all_the_same(loader, caplog):

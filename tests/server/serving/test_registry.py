@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 
 import pytest
 
@@ -86,6 +87,16 @@ def test_states_are_counted():
     assert [registry.count(state) for state in (State.AVAILABLE, State.FAILED, State.LOADING)] == [1, 1, 1]
     assert registry.is_available("m")
     assert not registry.is_available("other")
+
+
+def test_a_factory_that_ends_the_program_ends_nothing_but_itself():
+    class Ending:
+        def load(self, source):
+            sys.exit(0)
+
+    registry = Registry(SOURCES[:1])
+    registry.load(SOURCES[0], Ending())
+    assert registry.entry(SOURCES[0]).state is State.FAILED
 
 
 def test_what_an_error_of_an_unknown_kind_says_is_for_the_log_alone():
