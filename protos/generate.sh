@@ -10,5 +10,7 @@ trap 'rm -rf "$venv"' EXIT
 "$venv/bin/pip" install --quiet "grpcio-tools==1.62.3" "setuptools<81"
 "$venv/bin/python" -m grpc_tools.protoc --proto_path=. \
   --python_out=. --pyi_out=. --grpc_python_out=. forwardpass/v1/*.proto
-# Only the service has stubs; for the other files this compiler writes an empty module.
-find forwardpass/v1 -name '*_pb2_grpc.py' ! -name 'service_pb2_grpc.py' -delete
+# Only services have stubs; for the other files this compiler writes an empty module.
+for stubs in forwardpass/v1/*_pb2_grpc.py; do
+  grep --quiet '^class ' "$stubs" || rm "$stubs"
+done

@@ -18,6 +18,8 @@ from forwardpass.v1.service_pb2 import (
     DESCRIPTOR as SERVICE_FILE,
 )
 from forwardpass.v1.service_pb2 import (
+    AnswerFrame,
+    CallFrame,
     FinalizeMetricsRequest,
     FinalizeMetricsResponse,
     ForwardPassRequest,
@@ -32,6 +34,8 @@ from forwardpass.v1.service_pb2 import (
     ListModelsResponse,
     LossRequest,
     LossResponse,
+    PipelineRequest,
+    PipelineResponse,
     PredictOnBatchRequest,
     PredictOnBatchResponse,
     UpdateMetricsStateRequest,
@@ -39,3 +43,23 @@ from forwardpass.v1.service_pb2 import (
 )
 from forwardpass.v1.structure_pb2 import Structure, StructureSpec, TreeDef
 from forwardpass.v1.tensor_pb2 import DataType, Tensor, TensorSpec
+from forwardpass.v1.weights_pb2 import (
+    DESCRIPTOR as WEIGHTS_FILE,
+)
+from forwardpass.v1.weights_pb2 import (
+    DeleteWeightsRequest,
+    DeleteWeightsResponse,
+    DescribeWeightsRequest,
+    DescribeWeightsResponse,
+    DownloadTensorRequest,
+    DownloadTensorResponse,
+    LeaseWeightsRequest,
+    LeaseWeightsResponse,
+    MissingTensor,
+    PutWeightsRequest,
+    PutWeightsResponse,
+    TensorManifest,
+    UploadTensorsRequest,
+    UploadTensorsResponse,
+    WeightsManifest,
+)

@@ -16,7 +16,7 @@ from forwardpass.v1 import model_pb2 as forwardpass_dot_v1_dot_model__pb2
 from forwardpass.v1 import structure_pb2 as forwardpass_dot_v1_dot_structure__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66orwardpass/v1/service.proto\x12\x0e\x66orwardpass.v1\x1a\x1a\x66orwardpass/v1/model.proto\x1a\x1e\x66orwardpass/v1/structure.proto\"\xc8\x01\n\x12\x46orwardPassRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\x12\x10\n\x08training\x18\x02 \x01(\x08\x12\x35\n\rmodel_weights\x18\x03 \x01(\x0b\x32\x1c.forwardpass.v1.ModelWeightsH\x00\x12*\n\x0b\x62\x61tch_input\x18\x05 \x01(\x0b\x32\x15.forwardpass.v1.BatchB\t\n\x07weightsJ\x04\x08\x04\x10\x05\"v\n\x13\x46orwardPassResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12\x31\n\x0c\x62\x61tch_output\x18\x02 \x01(\x0b\x32\x1b.forwardpass.v1.BatchOutput\"\xc5\x01\n\x15PredictOnBatchRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\x12\x10\n\x08training\x18\x02 \x01(\x08\x12\x35\n\rmodel_weights\x18\x03 \x01(\x0b\x32\x1c.forwardpass.v1.ModelWeightsH\x00\x12$\n\x01x\x18\x05 \x01(\x0b\x32\x19.forwardpass.v1.StructureB\t\n\x07weightsJ\x04\x08\x04\x10\x05\"v\n\x16PredictOnBatchResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12.\n\x0bpredictions\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"\xc2\x01\n\x0bLossRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\x12)\n\x06output\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12(\n\x05label\x18\x03 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12\x30\n\rsample_weight\x18\x04 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"e\n\x0cLossResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12\'\n\x04loss\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"M\n\x1dInitializeMetricsStateRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\"{\n\x1eInitializeMetricsStateResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12+\n\x05state\x18\x02 \x01(\x0b\x32\x1c.forwardpass.v1.MetricsState\"\x86\x02\n\x19UpdateMetricsStateRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\x12+\n\x05state\x18\x02 \x01(\x0b\x32\x1c.forwardpass.v1.MetricsState\x12)\n\x06labels\x18\x03 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12\x31\n\x0c\x62\x61tch_output\x18\x04 \x01(\x0b\x32\x1b.forwardpass.v1.BatchOutput\x12\x30\n\rsample_weight\x18\x05 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"w\n\x1aUpdateMetricsStateResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12+\n\x05state\x18\x02 \x01(\x0b\x32\x1c.forwardpass.v1.MetricsState\"s\n\x16\x46inalizeMetricsRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\x12+\n\x05state\x18\x02 \x01(\x0b\x32\x1c.forwardpass.v1.MetricsState\"s\n\x17\x46inalizeMetricsResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12*\n\x07metrics\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"?\n\x0fGetModelRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\"\x94\x01\n\x10GetModelResponse\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .forwardpass.v1.ModelDescription\x12\x34\n\x08versions\x18\x02 \x03(\x0b\x32\".forwardpass.v1.ModelVersionStatus\x12\x19\n\x11max_request_bytes\x18\x03 \x01(\x03\"\x13\n\x11ListModelsRequest\"H\n\x12ListModelsResponse\x12\x32\n\x06models\x18\x01 \x03(\x0b\x32\".forwardpass.v1.ModelVersionStatus\"H\n\x18GetInitialWeightsRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\"~\n\x19GetInitialWeightsResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12\x33\n\rmodel_weights\x18\x02 \x01(\x0b\x32\x1c.forwardpass.v1.ModelWeights2\xec\x06\n\x16\x46unctionalModelService\x12V\n\x0b\x46orwardPass\x12\".forwardpass.v1.ForwardPassRequest\x1a#.forwardpass.v1.ForwardPassResponse\x12_\n\x0ePredictOnBatch\x12%.forwardpass.v1.PredictOnBatchRequest\x1a&.forwardpass.v1.PredictOnBatchResponse\x12\x41\n\x04Loss\x12\x1b.forwardpass.v1.LossRequest\x1a\x1c.forwardpass.v1.LossResponse\x12w\n\x16InitializeMetricsState\x12-.forwardpass.v1.InitializeMetricsStateRequest\x1a..forwardpass.v1.InitializeMetricsStateResponse\x12k\n\x12UpdateMetricsState\x12).forwardpass.v1.UpdateMetricsStateRequest\x1a*.forwardpass.v1.UpdateMetricsStateResponse\x12\x62\n\x0f\x46inalizeMetrics\x12&.forwardpass.v1.FinalizeMetricsRequest\x1a\'.forwardpass.v1.FinalizeMetricsResponse\x12M\n\x08GetModel\x12\x1f.forwardpass.v1.GetModelRequest\x1a .forwardpass.v1.GetModelResponse\x12S\n\nListModels\x12!.forwardpass.v1.ListModelsRequest\x1a\".forwardpass.v1.ListModelsResponse\x12h\n\x11GetInitialWeights\x12(.forwardpass.v1.GetInitialWeightsRequest\x1a).forwardpass.v1.GetInitialWeightsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1c\x66orwardpass/v1/service.proto\x12\x0e\x66orwardpass.v1\x1a\x1a\x66orwardpass/v1/model.proto\x1a\x1e\x66orwardpass/v1/structure.proto\"\xd8\x01\n\x12\x46orwardPassRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\x12\x10\n\x08training\x18\x02 \x01(\x08\x12\x35\n\rmodel_weights\x18\x03 \x01(\x0b\x32\x1c.forwardpass.v1.ModelWeightsH\x00\x12\x14\n\nweights_id\x18\x04 \x01(\x0cH\x00\x12*\n\x0b\x62\x61tch_input\x18\x05 \x01(\x0b\x32\x15.forwardpass.v1.BatchB\t\n\x07weights\"v\n\x13\x46orwardPassResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12\x31\n\x0c\x62\x61tch_output\x18\x02 \x01(\x0b\x32\x1b.forwardpass.v1.BatchOutput\"\xd5\x01\n\x15PredictOnBatchRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\x12\x10\n\x08training\x18\x02 \x01(\x08\x12\x35\n\rmodel_weights\x18\x03 \x01(\x0b\x32\x1c.forwardpass.v1.ModelWeightsH\x00\x12\x14\n\nweights_id\x18\x04 \x01(\x0cH\x00\x12$\n\x01x\x18\x05 \x01(\x0b\x32\x19.forwardpass.v1.StructureB\t\n\x07weights\"v\n\x16PredictOnBatchResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12.\n\x0bpredictions\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"\xc2\x01\n\x0bLossRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\x12)\n\x06output\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12(\n\x05label\x18\x03 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12\x30\n\rsample_weight\x18\x04 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"e\n\x0cLossResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12\'\n\x04loss\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"M\n\x1dInitializeMetricsStateRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\"{\n\x1eInitializeMetricsStateResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12+\n\x05state\x18\x02 \x01(\x0b\x32\x1c.forwardpass.v1.MetricsState\"\x86\x02\n\x19UpdateMetricsStateRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\x12+\n\x05state\x18\x02 \x01(\x0b\x32\x1c.forwardpass.v1.MetricsState\x12)\n\x06labels\x18\x03 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12\x31\n\x0c\x62\x61tch_output\x18\x04 \x01(\x0b\x32\x1b.forwardpass.v1.BatchOutput\x12\x30\n\rsample_weight\x18\x05 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"w\n\x1aUpdateMetricsStateResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12+\n\x05state\x18\x02 \x01(\x0b\x32\x1c.forwardpass.v1.MetricsState\"s\n\x16\x46inalizeMetricsRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\x12+\n\x05state\x18\x02 \x01(\x0b\x32\x1c.forwardpass.v1.MetricsState\"s\n\x17\x46inalizeMetricsResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12*\n\x07metrics\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"?\n\x0fGetModelRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\"\x94\x01\n\x10GetModelResponse\x12/\n\x05model\x18\x01 \x01(\x0b\x32 .forwardpass.v1.ModelDescription\x12\x34\n\x08versions\x18\x02 \x03(\x0b\x32\".forwardpass.v1.ModelVersionStatus\x12\x19\n\x11max_request_bytes\x18\x03 \x01(\x03\"\x13\n\x11ListModelsRequest\"H\n\x12ListModelsResponse\x12\x32\n\x06models\x18\x01 \x03(\x0b\x32\".forwardpass.v1.ModelVersionStatus\"H\n\x18GetInitialWeightsRequest\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\"~\n\x19GetInitialWeightsResponse\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12\x33\n\rmodel_weights\x18\x02 \x01(\x0b\x32\x1c.forwardpass.v1.ModelWeights\"<\n\x0fPipelineRequest\x12)\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x19.forwardpass.v1.CallFrame\"?\n\x10PipelineResponse\x12+\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x1b.forwardpass.v1.AnswerFrame\"^\n\tCallFrame\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0e\n\x06method\x18\x02 \x01(\t\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x12\x12\n\nsize_bytes\x18\x04 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"t\n\x0b\x41nswerFrame\x12\x0c\n\x04\x63\x61ll\x18\x01 \x01(\x04\x12\x0e\n\x06status\x18\x02 \x01(\x05\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\x14\n\x0c\x65rror_detail\x18\x04 \x01(\x0c\x12\x12\n\nsize_bytes\x18\x05 \x01(\x03\x12\x0c\n\x04\x64\x61ta\x18\x06 \x01(\x0c\x32\xbf\x07\n\x16\x46unctionalModelService\x12V\n\x0b\x46orwardPass\x12\".forwardpass.v1.ForwardPassRequest\x1a#.forwardpass.v1.ForwardPassResponse\x12_\n\x0ePredictOnBatch\x12%.forwardpass.v1.PredictOnBatchRequest\x1a&.forwardpass.v1.PredictOnBatchResponse\x12\x41\n\x04Loss\x12\x1b.forwardpass.v1.LossRequest\x1a\x1c.forwardpass.v1.LossResponse\x12w\n\x16InitializeMetricsState\x12-.forwardpass.v1.InitializeMetricsStateRequest\x1a..forwardpass.v1.InitializeMetricsStateResponse\x12k\n\x12UpdateMetricsState\x12).forwardpass.v1.UpdateMetricsStateRequest\x1a*.forwardpass.v1.UpdateMetricsStateResponse\x12\x62\n\x0f\x46inalizeMetrics\x12&.forwardpass.v1.FinalizeMetricsRequest\x1a\'.forwardpass.v1.FinalizeMetricsResponse\x12M\n\x08GetModel\x12\x1f.forwardpass.v1.GetModelRequest\x1a .forwardpass.v1.GetModelResponse\x12S\n\nListModels\x12!.forwardpass.v1.ListModelsRequest\x1a\".forwardpass.v1.ListModelsResponse\x12h\n\x11GetInitialWeights\x12(.forwardpass.v1.GetInitialWeightsRequest\x1a).forwardpass.v1.GetInitialWeightsResponse\x12Q\n\x08Pipeline\x12\x1f.forwardpass.v1.PipelineRequest\x1a .forwardpass.v1.PipelineResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -24,41 +24,49 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forwardpass.v1.service_pb2'
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
   _globals['_FORWARDPASSREQUEST']._serialized_start=109
-  _globals['_FORWARDPASSREQUEST']._serialized_end=309
-  _globals['_FORWARDPASSRESPONSE']._serialized_start=311
-  _globals['_FORWARDPASSRESPONSE']._serialized_end=429
-  _globals['_PREDICTONBATCHREQUEST']._serialized_start=432
-  _globals['_PREDICTONBATCHREQUEST']._serialized_end=629
-  _globals['_PREDICTONBATCHRESPONSE']._serialized_start=631
-  _globals['_PREDICTONBATCHRESPONSE']._serialized_end=749
-  _globals['_LOSSREQUEST']._serialized_start=752
-  _globals['_LOSSREQUEST']._serialized_end=946
-  _globals['_LOSSRESPONSE']._serialized_start=948
-  _globals['_LOSSRESPONSE']._serialized_end=1049
-  _globals['_INITIALIZEMETRICSSTATEREQUEST']._serialized_start=1051
-  _globals['_INITIALIZEMETRICSSTATEREQUEST']._serialized_end=1128
-  _globals['_INITIALIZEMETRICSSTATERESPONSE']._serialized_start=1130
-  _globals['_INITIALIZEMETRICSSTATERESPONSE']._serialized_end=1253
-  _globals['_UPDATEMETRICSSTATEREQUEST']._serialized_start=1256
-  _globals['_UPDATEMETRICSSTATEREQUEST']._serialized_end=1518
-  _globals['_UPDATEMETRICSSTATERESPONSE']._serialized_start=1520
-  _globals['_UPDATEMETRICSSTATERESPONSE']._serialized_end=1639
-  _globals['_FINALIZEMETRICSREQUEST']._serialized_start=1641
-  _globals['_FINALIZEMETRICSREQUEST']._serialized_end=1756
-  _globals['_FINALIZEMETRICSRESPONSE']._serialized_start=1758
-  _globals['_FINALIZEMETRICSRESPONSE']._serialized_end=1873
-  _globals['_GETMODELREQUEST']._serialized_start=1875
-  _globals['_GETMODELREQUEST']._serialized_end=1938
-  _globals['_GETMODELRESPONSE']._serialized_start=1941
-  _globals['_GETMODELRESPONSE']._serialized_end=2089
-  _globals['_LISTMODELSREQUEST']._serialized_start=2091
-  _globals['_LISTMODELSREQUEST']._serialized_end=2110
-  _globals['_LISTMODELSRESPONSE']._serialized_start=2112
-  _globals['_LISTMODELSRESPONSE']._serialized_end=2184
-  _globals['_GETINITIALWEIGHTSREQUEST']._serialized_start=2186
-  _globals['_GETINITIALWEIGHTSREQUEST']._serialized_end=2258
-  _globals['_GETINITIALWEIGHTSRESPONSE']._serialized_start=2260
-  _globals['_GETINITIALWEIGHTSRESPONSE']._serialized_end=2386
-  _globals['_FUNCTIONALMODELSERVICE']._serialized_start=2389
-  _globals['_FUNCTIONALMODELSERVICE']._serialized_end=3265
+  _globals['_FORWARDPASSREQUEST']._serialized_end=325
+  _globals['_FORWARDPASSRESPONSE']._serialized_start=327
+  _globals['_FORWARDPASSRESPONSE']._serialized_end=445
+  _globals['_PREDICTONBATCHREQUEST']._serialized_start=448
+  _globals['_PREDICTONBATCHREQUEST']._serialized_end=661
+  _globals['_PREDICTONBATCHRESPONSE']._serialized_start=663
+  _globals['_PREDICTONBATCHRESPONSE']._serialized_end=781
+  _globals['_LOSSREQUEST']._serialized_start=784
+  _globals['_LOSSREQUEST']._serialized_end=978
+  _globals['_LOSSRESPONSE']._serialized_start=980
+  _globals['_LOSSRESPONSE']._serialized_end=1081
+  _globals['_INITIALIZEMETRICSSTATEREQUEST']._serialized_start=1083
+  _globals['_INITIALIZEMETRICSSTATEREQUEST']._serialized_end=1160
+  _globals['_INITIALIZEMETRICSSTATERESPONSE']._serialized_start=1162
+  _globals['_INITIALIZEMETRICSSTATERESPONSE']._serialized_end=1285
+  _globals['_UPDATEMETRICSSTATEREQUEST']._serialized_start=1288
+  _globals['_UPDATEMETRICSSTATEREQUEST']._serialized_end=1550
+  _globals['_UPDATEMETRICSSTATERESPONSE']._serialized_start=1552
+  _globals['_UPDATEMETRICSSTATERESPONSE']._serialized_end=1671
+  _globals['_FINALIZEMETRICSREQUEST']._serialized_start=1673
+  _globals['_FINALIZEMETRICSREQUEST']._serialized_end=1788
+  _globals['_FINALIZEMETRICSRESPONSE']._serialized_start=1790
+  _globals['_FINALIZEMETRICSRESPONSE']._serialized_end=1905
+  _globals['_GETMODELREQUEST']._serialized_start=1907
+  _globals['_GETMODELREQUEST']._serialized_end=1970
+  _globals['_GETMODELRESPONSE']._serialized_start=1973
+  _globals['_GETMODELRESPONSE']._serialized_end=2121
+  _globals['_LISTMODELSREQUEST']._serialized_start=2123
+  _globals['_LISTMODELSREQUEST']._serialized_end=2142
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2144
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2216
+  _globals['_GETINITIALWEIGHTSREQUEST']._serialized_start=2218
+  _globals['_GETINITIALWEIGHTSREQUEST']._serialized_end=2290
+  _globals['_GETINITIALWEIGHTSRESPONSE']._serialized_start=2292
+  _globals['_GETINITIALWEIGHTSRESPONSE']._serialized_end=2418
+  _globals['_PIPELINEREQUEST']._serialized_start=2420
+  _globals['_PIPELINEREQUEST']._serialized_end=2480
+  _globals['_PIPELINERESPONSE']._serialized_start=2482
+  _globals['_PIPELINERESPONSE']._serialized_end=2545
+  _globals['_CALLFRAME']._serialized_start=2547
+  _globals['_CALLFRAME']._serialized_end=2641
+  _globals['_ANSWERFRAME']._serialized_start=2643
+  _globals['_ANSWERFRAME']._serialized_end=2759
+  _globals['_FUNCTIONALMODELSERVICE']._serialized_start=2762
+  _globals['_FUNCTIONALMODELSERVICE']._serialized_end=3721
 # @@protoc_insertion_point(module_scope)

@@ -8,16 +8,18 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ForwardPassRequest(_message.Message):
-    __slots__ = ("model", "training", "model_weights", "batch_input")
+    __slots__ = ("model", "training", "model_weights", "weights_id", "batch_input")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     MODEL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
     BATCH_INPUT_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelSelector
     training: bool
     model_weights: _model_pb2.ModelWeights
+    weights_id: bytes
     batch_input: _model_pb2.Batch
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., training: bool = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ..., batch_input: _Optional[_Union[_model_pb2.Batch, _Mapping]] = ...) -> None: ...
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., training: bool = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ..., weights_id: _Optional[bytes] = ..., batch_input: _Optional[_Union[_model_pb2.Batch, _Mapping]] = ...) -> None: ...
 
 class ForwardPassResponse(_message.Message):
     __slots__ = ("model", "batch_output")
@@ -28,16 +30,18 @@ class ForwardPassResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., batch_output: _Optional[_Union[_model_pb2.BatchOutput, _Mapping]] = ...) -> None: ...
 
 class PredictOnBatchRequest(_message.Message):
-    __slots__ = ("model", "training", "model_weights", "x")
+    __slots__ = ("model", "training", "model_weights", "weights_id", "x")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     MODEL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
     X_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelSelector
     training: bool
     model_weights: _model_pb2.ModelWeights
+    weights_id: bytes
     x: _structure_pb2.Structure
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., training: bool = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ..., x: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., training: bool = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ..., weights_id: _Optional[bytes] = ..., x: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
 
 class PredictOnBatchResponse(_message.Message):
     __slots__ = ("model", "predictions")
@@ -158,3 +162,45 @@ class GetInitialWeightsResponse(_message.Message):
     model: _model_pb2.ModelIdentity
     model_weights: _model_pb2.ModelWeights
     def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ...) -> None: ...
+
+class PipelineRequest(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: _containers.RepeatedCompositeFieldContainer[CallFrame]
+    def __init__(self, frames: _Optional[_Iterable[_Union[CallFrame, _Mapping]]] = ...) -> None: ...
+
+class PipelineResponse(_message.Message):
+    __slots__ = ("frames",)
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    frames: _containers.RepeatedCompositeFieldContainer[AnswerFrame]
+    def __init__(self, frames: _Optional[_Iterable[_Union[AnswerFrame, _Mapping]]] = ...) -> None: ...
+
+class CallFrame(_message.Message):
+    __slots__ = ("call", "method", "timeout_s", "size_bytes", "data")
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    METHOD_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    call: int
+    method: str
+    timeout_s: float
+    size_bytes: int
+    data: bytes
+    def __init__(self, call: _Optional[int] = ..., method: _Optional[str] = ..., timeout_s: _Optional[float] = ..., size_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+
+class AnswerFrame(_message.Message):
+    __slots__ = ("call", "status", "message", "error_detail", "size_bytes", "data")
+    CALL_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    ERROR_DETAIL_FIELD_NUMBER: _ClassVar[int]
+    SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    call: int
+    status: int
+    message: str
+    error_detail: bytes
+    size_bytes: int
+    data: bytes
+    def __init__(self, call: _Optional[int] = ..., status: _Optional[int] = ..., message: _Optional[str] = ..., error_detail: _Optional[bytes] = ..., size_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...

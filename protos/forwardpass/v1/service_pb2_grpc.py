@@ -61,6 +61,11 @@ class FunctionalModelServiceStub(object):
                 request_serializer=forwardpass_dot_v1_dot_service__pb2.GetInitialWeightsRequest.SerializeToString,
                 response_deserializer=forwardpass_dot_v1_dot_service__pb2.GetInitialWeightsResponse.FromString,
                 )
+        self.Pipeline = channel.stream_stream(
+                '/forwardpass.v1.FunctionalModelService/Pipeline',
+                request_serializer=forwardpass_dot_v1_dot_service__pb2.PipelineRequest.SerializeToString,
+                response_deserializer=forwardpass_dot_v1_dot_service__pb2.PipelineResponse.FromString,
+                )
 
 
 class FunctionalModelServiceServicer(object):
@@ -131,6 +136,13 @@ class FunctionalModelServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Pipeline(self, request_iterator, context):
+        """Any number of calls of the other methods over one stream, answered in any order. A long call is sent in pieces.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_FunctionalModelServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -178,6 +190,11 @@ def add_FunctionalModelServiceServicer_to_server(servicer, server):
                     servicer.GetInitialWeights,
                     request_deserializer=forwardpass_dot_v1_dot_service__pb2.GetInitialWeightsRequest.FromString,
                     response_serializer=forwardpass_dot_v1_dot_service__pb2.GetInitialWeightsResponse.SerializeToString,
+            ),
+            'Pipeline': grpc.stream_stream_rpc_method_handler(
+                    servicer.Pipeline,
+                    request_deserializer=forwardpass_dot_v1_dot_service__pb2.PipelineRequest.FromString,
+                    response_serializer=forwardpass_dot_v1_dot_service__pb2.PipelineResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -341,5 +358,22 @@ class FunctionalModelService(object):
         return grpc.experimental.unary_unary(request, target, '/forwardpass.v1.FunctionalModelService/GetInitialWeights',
             forwardpass_dot_v1_dot_service__pb2.GetInitialWeightsRequest.SerializeToString,
             forwardpass_dot_v1_dot_service__pb2.GetInitialWeightsResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Pipeline(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(request_iterator, target, '/forwardpass.v1.FunctionalModelService/Pipeline',
+            forwardpass_dot_v1_dot_service__pb2.PipelineRequest.SerializeToString,
+            forwardpass_dot_v1_dot_service__pb2.PipelineResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 from forwardpass import v1
 from forwardpass.wire import errors, specs, trees
-from forwardpass.wire.dtypes import Array
 from forwardpass.wire.specs import StructureSpec, TensorSpec
 from forwardpass.wire.structures import Structure
 
@@ -103,12 +102,21 @@ class ModelSpec:
         ordered = (*y, *x) if self.input.tree.names[:1] == ("y",) else (*x, *y)
         return dataclasses.replace(self, input=StructureSpec(self.input.tree, ordered))
 
-    def weights_parts(self, leaves: Sequence[Array]) -> dict[str, Structure]:
-        """The leaves of `weights` as the structures of a message."""
-        trainable, non_trainable = self.weights.child(0), self.weights.child(1)
+    def weights_parts(self, weights: Structure) -> dict[str, Structure]:
+        """A structure as of `weights` as the structures of a message."""
+        parts, start = {}, 0
+        for place, spec in self.weights_places.items():
+            end = start + len(spec.leaves)
+            parts[place] = Structure(spec.tree, weights.leaves[start:end], weights.dtypes[start:end])
+            start = end
+        return parts
+
+    @functools.cached_property
+    def weights_places(self) -> Mapping[str, StructureSpec]:
+        """The weights under their names in a request, in order."""
         return {
-            "model_weights.trainable": Structure(trainable.tree, leaves[: len(trainable.leaves)]),
-            "model_weights.non_trainable": Structure(non_trainable.tree, leaves[len(trainable.leaves) :]),
+            "model_weights.trainable": self.weights.child(0),
+            "model_weights.non_trainable": self.weights.child(1),
         }
 
     def may_be_none(self, place: str) -> bool:
@@ -119,10 +127,7 @@ class ModelSpec:
     @functools.cached_property
     def arguments(self) -> Mapping[Function, Mapping[str, StructureSpec]]:
         """For each function, the structures it takes, under their names in the request, in order."""
-        weights = {
-            "model_weights.trainable": self.weights.child(0),
-            "model_weights.non_trainable": self.weights.child(1),
-        }
+        weights = self.weights_places
         loss = {"output": self.predictions, "label": self.y}
         update = {"state": self.metrics_state, "labels": self.y, **self._batch_output_parts}
         sample_weight = {"sample_weight": self.sample_weight}
@@ -174,11 +179,15 @@ class ModelIdentity:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """A model that a server has: its identity, the format it was loaded from, its spec."""
+    """A model that a server has: its identity, the format it was loaded from, its spec.
+
+    unbatchable_reason: why concurrent calls with the same weights are not run as one batch; "" where they are.
+    """
 
     identity: ModelIdentity
     format: str
     spec: ModelSpec
+    unbatchable_reason: str = ""
 
 
 _SPEC_FIELDS = (
@@ -196,6 +205,7 @@ _SPEC_FIELDS = (
 def encode(description: ModelDescription) -> v1.ModelDescription:
     """A description as its message."""
     spec = description.spec
+    structures: dict[str, Any] = {name: specs.encode(getattr(spec, name)) for name in _SPEC_FIELDS}
     return v1.ModelDescription(
         identity=description.identity.message(),
         format=description.format,
@@ -209,7 +219,8 @@ def encode(description: ModelDescription) -> v1.ModelDescription:
         ],
         has_own_forward_pass=spec.has_own_forward_pass,
         unused_batch_output_fields=sorted(spec.unused_batch_output_fields),
-        **{name: specs.encode(getattr(spec, name)) for name in _SPEC_FIELDS},
+        unbatchable_reason=description.unbatchable_reason,
+        **structures,
     )
 
 
@@ -236,7 +247,12 @@ def decode(message: v1.ModelDescription) -> ModelDescription:
         **structures,
     )
     identity = message.identity
-    return ModelDescription(ModelIdentity(identity.name, identity.version, identity.content_hash), message.format, spec)
+    return ModelDescription(
+        ModelIdentity(identity.name, identity.version, identity.content_hash),
+        message.format,
+        spec,
+        message.unbatchable_reason,
+    )
 
 
 def _check_pair(spec: StructureSpec, place: str) -> None:

@@ -20,13 +20,21 @@ class ForwardPassError(Exception):
     place: the argument or leaf that is wrong, e.g. `model_weights.trainable[3]`; "" where there is none.
     expected, found: what the place should hold and what it holds.
     request_id: names the call in the server's log; "" for an error that never left the client.
+    retry_after_s: when a server that has too much to do thinks that trying again makes sense; 0 where it says nothing.
     """
 
     status: ClassVar[str] = "UNKNOWN"
     sentence: ClassVar[str] = "The call failed."
 
     def __init__(
-        self, message: str = "", *, place: str = "", expected: str = "", found: str = "", request_id: str = ""
+        self,
+        message: str = "",
+        *,
+        place: str = "",
+        expected: str = "",
+        found: str = "",
+        request_id: str = "",
+        retry_after_s: float = 0.0,
     ) -> None:
         if not message and expected:
             message = f"{place}: expected {expected}, got {found}"
@@ -37,6 +45,7 @@ class ForwardPassError(Exception):
         self.expected = expected
         self.found = found
         self.request_id = request_id
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(ForwardPassError, ValueError):
@@ -99,6 +108,26 @@ class MessageTooLarge(ForwardPassError):
     sentence = "A message is longer than its limit."
 
 
+class WeightsNotFound(ForwardPassError, LookupError):
+    status = "NOT_FOUND"
+    sentence = "The server does not hold these weights, or no longer."
+
+
+class TensorCorrupted(InvalidRequest):
+    status = "INVALID_ARGUMENT"
+    sentence = "The bytes of a tensor have another hash than was announced."
+
+
+class UploadOutOfStep(ForwardPassError):
+    status = "ABORTED"
+    sentence = "The server does not hold what this upload goes on from: put the weights again."
+
+
+class WeightStoreFull(ForwardPassError):
+    status = "RESOURCE_EXHAUSTED"
+    sentence = "The server has no room for these weights beside those that are in use."
+
+
 class ServerOverloaded(ForwardPassError):
     status = "RESOURCE_EXHAUSTED"
     sentence = "The server has as many calls as it takes."
@@ -149,6 +178,10 @@ CATALOGUE: dict[str, type[ForwardPassError]] = {
         ModelChanged,
         FunctionNotAvailable,
         MessageTooLarge,
+        WeightsNotFound,
+        TensorCorrupted,
+        UploadOutOfStep,
+        WeightStoreFull,
         ServerOverloaded,
         OutOfMemory,
         DeadlineExceeded,
@@ -200,6 +233,7 @@ def encode_detail(error: ForwardPassError) -> bytes:
         expected=_cut(error.expected),
         found=_cut(error.found),
         request_id=error.request_id,
+        retry_after_ms=round(error.retry_after_s * 1000),
     )
     return detail.SerializeToString()
 
@@ -222,6 +256,6 @@ def decode(status: str, message: str, detail: bytes | None) -> ForwardPassError:
         if status == "RESOURCE_EXHAUSTED" and "larger than max" in message:
             cls = MessageTooLarge
         message = f"{cls.sentence} gRPC says {status}: {message}"
-    error = cls(message, request_id=found.request_id)
+    error = cls(message, request_id=found.request_id, retry_after_s=found.retry_after_ms / 1000)
     error.place, error.expected, error.found = found.place, found.expected, found.found
     return error

@@ -8,8 +8,13 @@ Source: the protobuf encoding specification.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
+
+from google.protobuf.message import DecodeError, Message
 
 from forwardpass.wire import errors
+
+MessageT = TypeVar("MessageT", bound=Message)
 
 VARINT = 0
 FIXED64 = 1
@@ -79,6 +84,33 @@ def scan(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int
         position = value_end
     if position < end:
         raise malformed(f"more than {_MAX_FIELDS} fields", position)
+
+
+def without(message_type: type[MessageT], data: bytes, number: int) -> tuple[MessageT, tuple[int, int]]:
+    """A message without length-delimited field `number`, and where in `data` that field's value lies; else (0, 0).
+
+    Raises InvalidRequest where the bytes are no such message, or have the field twice.
+    """
+    span = (0, 0)
+    rest = []
+    for found, wire_type, start, value_start, value_end in scan(data, 0, len(data)):
+        if found != number:
+            rest.append(data[start:value_end])
+        elif wire_type != LENGTH_DELIMITED or span[1]:
+            raise malformed(f"a second field {number}, or one of wire type {wire_type}", start)
+        else:
+            span = (value_start, value_end)
+    return parse(message_type, b"".join(rest)), span
+
+
+def parse(message_type: type[MessageT], data: bytes) -> MessageT:
+    """A message that is small, by protobuf's own parser. Raises InvalidRequest."""
+    message = message_type()
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        raise errors.InvalidRequest(f"malformed message: no {message.DESCRIPTOR.name}") from None
+    return message
 
 
 def read_int64s(data: bytes, wire_type: int, start: int, end: int) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from forwardpass import v1
 from forwardpass.wire import errors, fields, structures, tensors
@@ -97,22 +97,13 @@ def decode(
     """
     parts: dict[str, Structure] = {}
     rest = _decode_fields(_structure_fields(message_type.DESCRIPTOR), data, 0, len(data), parts, limits)
-    decode_header = _decode_cached_header if len(rest) <= _CACHED_BYTES else _decode_header
-    return decode_header(message_type, rest), parts
-
-
-def _decode_header(message_type: type[MessageT], rest: bytes) -> MessageT:
-    header = message_type()
-    try:
-        header.ParseFromString(rest)
-    except DecodeError:
-        raise errors.InvalidRequest(f"malformed message: no {header.DESCRIPTOR.name}") from None
-    return header
+    parse = _parse_cached if len(rest) <= _CACHED_BYTES else fields.parse
+    return parse(message_type, rest), parts
 
 
 # From call to call it is the structures that change. Longer headers are not kept: strangers write them too.
 _CACHED_BYTES = 512
-_decode_cached_header: Any = functools.lru_cache(maxsize=1024)(_decode_header)
+_parse_cached: Any = functools.lru_cache(maxsize=1024)(fields.parse)
 
 
 def _decode_fields(

@@ -1,10 +1,12 @@
-"""The methods of the service, as its descriptor lists them."""
+"""The methods of the services, as their descriptors list them."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from google.protobuf import message_factory
+from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor_pb2 import ServiceDescriptorProto
 from google.protobuf.message import Message
 
 from forwardpass import v1
@@ -12,22 +14,43 @@ from forwardpass import v1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Method:
-    """One RPC. path: what gRPC calls it by."""
+    """One RPC. path: what gRPC calls it by. The flags say whether requests and responses are streams."""
 
     name: str
     path: str
     request: type[Message]
     response: type[Message]
+    streams_requests: bool
+    streams_responses: bool
+
+    @property
+    def is_unary(self) -> bool:
+        return not (self.streams_requests or self.streams_responses)
 
 
-SERVICE = v1.SERVICE_FILE.services_by_name["FunctionalModelService"].full_name
+def _methods(service: ServiceDescriptor) -> dict[str, Method]:
+    definition = ServiceDescriptorProto()
+    service.CopyToProto(definition)
+    return {
+        method.name: Method(
+            method.name,
+            f"/{service.full_name}/{method.name}",
+            message_factory.GetMessageClass(method.input_type),
+            message_factory.GetMessageClass(method.output_type),
+            proto.client_streaming,
+            proto.server_streaming,
+        )
+        for method, proto in zip(service.methods, definition.method, strict=True)
+    }
 
-METHODS: dict[str, Method] = {
-    method.name: Method(
-        method.name,
-        f"/{SERVICE}/{method.name}",
-        message_factory.GetMessageClass(method.input_type),
-        message_factory.GetMessageClass(method.output_type),
-    )
-    for method in v1.SERVICE_FILE.services_by_name["FunctionalModelService"].methods
-}
+
+_MODELS = v1.SERVICE_FILE.services_by_name["FunctionalModelService"]
+_WEIGHTS = v1.WEIGHTS_FILE.services_by_name["WeightsService"]
+
+MODEL_SERVICE: str = _MODELS.full_name
+WEIGHTS_SERVICE: str = _WEIGHTS.full_name
+SERVICES: dict[str, dict[str, Method]] = {service.full_name: _methods(service) for service in (_MODELS, _WEIGHTS)}
+"""The methods of each service, by name."""
+
+METHODS: dict[str, Method] = {name: method for methods in SERVICES.values() for name, method in methods.items()}
+"""The methods of all services: no two have the same name."""

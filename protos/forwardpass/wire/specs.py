@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -110,15 +110,18 @@ def encode(spec: StructureSpec) -> v1.StructureSpec:
     """A spec as its message."""
     message = v1.StructureSpec()
     message.tree.ParseFromString(spec.tree.encoded)
-    for leaf in spec.leaves:
-        shape = [] if leaf.shape is None else [-1 if dim is None else dim for dim in leaf.shape]
-        message.leaves.add(
-            data_type=v1.DataType.ValueType(leaf.data_type.code),
-            shape=shape,
-            unknown_rank=leaf.shape is None,
-            batched=leaf.batched,
-        )
+    message.leaves.extend(map(encode_tensor, spec.leaves))
     return message
+
+
+def encode_tensor(spec: TensorSpec) -> v1.TensorSpec:
+    """The spec of one tensor as its message."""
+    return v1.TensorSpec(
+        data_type=cast(Any, spec.data_type.code),
+        shape=[] if spec.shape is None else [-1 if dim is None else dim for dim in spec.shape],
+        unknown_rank=spec.shape is None,
+        batched=spec.batched,
+    )
 
 
 def decode(message: v1.StructureSpec, place: str = "spec") -> StructureSpec:
@@ -128,13 +131,15 @@ def decode(message: v1.StructureSpec, place: str = "spec") -> StructureSpec:
         raise errors.StructureMismatch(
             place=place, expected=f"{tree.num_leaves} leaves", found=f"{len(message.leaves)}"
         )
-    leaves = []
-    for leaf, path in zip(message.leaves, tree.paths(place), strict=True):
-        dtype = dtypes.BY_CODE.get(leaf.data_type)
-        if dtype is None:
-            raise errors.DTypeMismatch(
-                place=path, expected="a data type of the protocol", found=f"number {leaf.data_type}"
-            )
-        shape = None if leaf.unknown_rank else tuple(None if dim < 0 else dim for dim in leaf.shape)
-        leaves.append(TensorSpec(shape, dtype, leaf.batched))
-    return StructureSpec(tree, tuple(leaves))
+    return StructureSpec(tree, tuple(map(decode_tensor, message.leaves, tree.paths(place))))
+
+
+def decode_tensor(message: v1.TensorSpec, place: str = "spec") -> TensorSpec:
+    """The spec of one tensor that a message holds. Raises DTypeMismatch for a type that the protocol lacks."""
+    dtype = dtypes.BY_CODE.get(message.data_type)
+    if dtype is None:
+        raise errors.DTypeMismatch(
+            place=place, expected="a data type of the protocol", found=f"number {message.data_type}"
+        )
+    shape = None if message.unknown_rank else tuple(None if dim < 0 else dim for dim in message.shape)
+    return TensorSpec(shape, dtype, message.batched)

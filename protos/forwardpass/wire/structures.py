@@ -69,7 +69,7 @@ def decode(data: bytes, start: int, end: int, place: str = "structure", limits: 
         elif number == _TREE and wire_type == fields.LENGTH_DELIMITED:
             if tree is not None:
                 raise errors.InvalidRequest("malformed structure: a second tree", place=place)
-            tree = trees.decode(data[value_start:value_end], place, limits)
+            tree = trees.decode(bytes(data[value_start:value_end]), place, limits)
         elif number in (_TREE, _LEAVES):
             raise errors.InvalidRequest(f"malformed structure: wire type {wire_type}", place=place)
     if tree is None:

@@ -6,6 +6,7 @@ import functools
 import math
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,7 @@ Buffer = bytes | memoryview | Array
 
 _DATA_TYPE, _SHAPE, _DATA = 1, 2, 3
 _LENGTH = struct.Struct("<I")
+STRING_LENGTH_BYTES = _LENGTH.size
 
 
 def encode(array: Array, dtype: dtypes.DType | None = None, place: str = "array") -> tuple[list[Buffer], int]:
@@ -28,19 +30,29 @@ def encode(array: Array, dtype: dtypes.DType | None = None, place: str = "array"
     Raises DTypeMismatch for an array whose dtype the wire lacks.
     """
     dtype = dtype or dtypes.of(array, place)
-    data: Buffer
-    if dtype is dtypes.STRING:
-        data = _encode_strings(array, place)
-        data_bytes = len(data)
-    else:
-        elements = array if array.dtype == dtype.numpy else array.astype(dtype.numpy)
-        if dtype is dtypes.BFLOAT16:
-            # The buffer protocol has no bfloat16.
-            elements = elements.view(np.uint16) if dtypes.HAS_NATIVE_BFLOAT16 else dtypes.bfloat16_bits(elements)
-        data = elements if elements.flags.c_contiguous else np.ascontiguousarray(elements)
-        data_bytes = data.nbytes
+    data, data_bytes = elements(array, dtype, place)
     header = _header(dtype.code, array.shape) + fields.varint(data_bytes)
     return [header, data], len(header) + data_bytes
+
+
+def elements(array: Array, dtype: dtypes.DType, place: str = "array") -> tuple[Buffer, int]:
+    """The elements of an array as they lie on the wire, and their length in bytes. Copied only where they must be."""
+    if dtype is dtypes.STRING:
+        strings = _encode_strings(array, place)
+        return strings, len(strings)
+    data = array if array.dtype == dtype.numpy else array.astype(dtype.numpy)
+    if dtype is dtypes.BFLOAT16:
+        # The buffer protocol has no bfloat16.
+        data = data.view(np.uint16) if dtypes.HAS_NATIVE_BFLOAT16 else dtypes.bfloat16_bits(data)
+    if not data.flags.c_contiguous:
+        data = np.ascontiguousarray(data)
+    return data, data.nbytes
+
+
+def element_bytes(array: Array, dtype: dtypes.DType | None = None, place: str = "array") -> memoryview:
+    """The elements of an array as they lie on the wire, in one dimension of bytes. Arguments as of `encode`."""
+    data, _ = elements(array, dtype or dtypes.of(array, place), place)
+    return data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else memoryview(data)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -63,14 +75,25 @@ def decode(data: bytes, start: int, end: int, place: str = "tensor", limits: Lim
     header_end = _canonical_header_end(data, start, end)
     if header_end:
         length, data_start = fields.read_varint(data, header_end + 1, end)
-        header = _decode_header(data[start:header_end]) if data_start + length == end and limits is DEFAULT else None
+        header = (
+            _decode_header(bytes(data[start:header_end])) if data_start + length == end and limits is DEFAULT else None
+        )
         if header is not None:
             return _array(data, data_start, end, *header, place)
     code, shape, data_start, data_end = _scan(data, start, end, place, limits)
     dtype = dtypes.BY_CODE.get(code)
     if dtype is None:
         raise errors.DTypeMismatch(place=place, expected="a data type of the protocol", found=f"number {code}")
-    return _array(data, data_start, data_end, dtype, shape, _element_count(shape, dtype, place, limits), place)
+    return _array(data, data_start, data_end, dtype, shape, element_count(shape, dtype, place, limits), place)
+
+
+def decode_elements(data: Any, dtype: dtypes.DType, shape: Sequence[int], place: str) -> Array:
+    """The array whose elements fill the buffer `data`; it shares the memory.
+
+    data: bytes, or whatever has the buffer protocol, in one dimension of bytes. Errors as of `decode`.
+    """
+    count = element_count(shape, dtype, place, DEFAULT)
+    return _read_only(_array(data, 0, len(data), dtype, shape, count, place))
 
 
 def _canonical_header_end(data: bytes, start: int, end: int) -> int:
@@ -92,7 +115,7 @@ def _decode_header(header: bytes) -> tuple[dtypes.DType, Sequence[int], int] | N
     try:
         code, shape, _, _ = _scan(header, 0, len(header), "", DEFAULT)
         dtype = dtypes.BY_CODE[code]
-        return dtype, shape, _element_count(shape, dtype, "", DEFAULT)
+        return dtype, shape, element_count(shape, dtype, "", DEFAULT)
     except (errors.InvalidRequest, KeyError):
         return None  # The long way says what is wrong, and where.
 
@@ -148,7 +171,8 @@ def _expect(wire_type: int, expected: int, place: str) -> None:
         raise errors.InvalidRequest(f"malformed tensor: wire type {wire_type}", place=place)
 
 
-def _element_count(shape: Sequence[int], dtype: dtypes.DType, place: str, limits: Limits) -> int:
+def element_count(shape: Sequence[int], dtype: dtypes.DType, place: str, limits: Limits) -> int:
+    """The product of the dimensions. Raises ShapeMismatch for a shape that no array may have."""
     count = 1
     for dim in shape:
         if dim < 0:
@@ -202,7 +226,7 @@ def _decode_strings(data: bytes, start: int, end: int, count: int, shape: Sequen
         position += _LENGTH.size
         if length > end - position:
             raise errors.InvalidRequest("malformed tensor: a string longer than its tensor", place=place)
-        strings[index] = data[position : position + length]
+        strings[index] = bytes(data[position : position + length])
         position += length
     if position != end:
         raise errors.InvalidRequest(f"malformed tensor: {end - position} bytes after the last string", place=place)

@@ -1,0 +1,269 @@
+"""Calls and answers on a stream: numbered, several to a message, long ones in pieces."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+
+from forwardpass import v1
+from forwardpass.wire import errors, fields
+from forwardpass.wire.chunks import CHUNK_BYTES
+
+_FRAMES = v1.PipelineRequest.DESCRIPTOR.fields_by_name["frames"].number
+_CALL = 1
+_METHOD, _TIMEOUT, _REQUEST_SIZE, _REQUEST = 2, 3, 4, 5
+_STATUS, _MESSAGE, _DETAIL, _RESPONSE_SIZE, _RESPONSE = 2, 3, 4, 5, 6
+
+# gRPC's status codes, each at the place of its number.
+STATUSES = (
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+)
+
+_DOUBLE = struct.Struct("<d")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Frame:
+    """One piece of a call or of an answer. data: a view of the message.
+
+    Of a call, in its first piece: method, timeout_s (0 for no limit), size_bytes of the whole.
+    Of an answer, in its first piece: status (0 for success), message, detail, size_bytes of the whole.
+    """
+
+    call: int
+    data: memoryview
+    size_bytes: int = 0
+    method: str = ""
+    timeout_s: float = 0.0
+    status: int = 0
+    message: str = ""
+    detail: bytes = b""
+
+
+def encode_call(method: str, timeout_s: float | None, size_bytes: int) -> bytes:
+    """What the first piece of a call says besides its number and data."""
+    name = method.encode()
+    encoded = fields.prefix(_METHOD, len(name)) + name
+    if timeout_s is not None:
+        encoded += fields.varint(_TIMEOUT << 3 | fields.FIXED64) + _DOUBLE.pack(timeout_s)
+    return encoded + _integer(_REQUEST_SIZE, size_bytes)
+
+
+def encode_answer(size_bytes: int) -> bytes:
+    """What the first piece of an answer says besides its number and data."""
+    return _integer(_RESPONSE_SIZE, size_bytes)
+
+
+def encode_error(error: errors.ForwardPassError) -> bytes:
+    """What the answer of a call that failed says."""
+    text = errors.encode_message(error).encode(errors="replace")
+    detail = errors.encode_detail(error)
+    return (
+        _integer(_STATUS, STATUSES.index(error.status))
+        + fields.prefix(_MESSAGE, len(text))
+        + text
+        + fields.prefix(_DETAIL, len(detail))
+        + detail
+    )
+
+
+def _integer(number: int, value: int) -> bytes:
+    return fields.varint(number << 3 | fields.VARINT) + fields.varint(value)
+
+
+def decode_calls(message: bytes) -> Iterator[Frame]:
+    """The frames of a PipelineRequest. Raises InvalidRequest."""
+    view = memoryview(message)
+    for start, end in _frames(message):
+        call, size_bytes, timeout_s, method = 0, 0, 0.0, ""
+        data = view[0:0]
+        for number, wire_type, _, value_start, value_end in fields.scan(message, start, end):
+            if number == _REQUEST and wire_type == fields.LENGTH_DELIMITED:
+                data = view[value_start:value_end]
+            elif number == _CALL and wire_type == fields.VARINT:
+                call, _ = fields.read_varint(message, value_start, value_end)
+            elif number == _METHOD and wire_type == fields.LENGTH_DELIMITED:
+                method = _text(message[value_start:value_end])
+            elif number == _TIMEOUT and wire_type == fields.FIXED64:
+                (timeout_s,) = _DOUBLE.unpack_from(message, value_start)
+            elif number == _REQUEST_SIZE and wire_type == fields.VARINT:
+                size_bytes, _ = fields.read_varint(message, value_start, value_end)
+        yield Frame(call, data, size_bytes, method, timeout_s)
+
+
+def decode_answers(message: bytes) -> Iterator[Frame]:
+    """The frames of a PipelineResponse. Raises InvalidRequest."""
+    view = memoryview(message)
+    for start, end in _frames(message):
+        call, size_bytes, status, text, detail = 0, 0, 0, "", b""
+        data = view[0:0]
+        for number, wire_type, _, value_start, value_end in fields.scan(message, start, end):
+            if number == _RESPONSE and wire_type == fields.LENGTH_DELIMITED:
+                data = view[value_start:value_end]
+            elif number == _CALL and wire_type == fields.VARINT:
+                call, _ = fields.read_varint(message, value_start, value_end)
+            elif number == _STATUS and wire_type == fields.VARINT:
+                status, _ = fields.read_varint(message, value_start, value_end)
+            elif number == _MESSAGE and wire_type == fields.LENGTH_DELIMITED:
+                text = _text(message[value_start:value_end])
+            elif number == _DETAIL and wire_type == fields.LENGTH_DELIMITED:
+                detail = message[value_start:value_end]
+            elif number == _RESPONSE_SIZE and wire_type == fields.VARINT:
+                size_bytes, _ = fields.read_varint(message, value_start, value_end)
+        yield Frame(call, data, size_bytes, status=status, message=text, detail=detail)
+
+
+def check(frame: Frame) -> None:
+    """Raises the error that an answer stands for, where it is one."""
+    if frame.status:
+        name = STATUSES[frame.status] if frame.status < len(STATUSES) else "UNKNOWN"
+        raise errors.decode(name, frame.message, frame.detail)
+
+
+def _frames(message: bytes) -> Iterator[tuple[int, int]]:
+    for number, wire_type, _, start, end in fields.scan(message, 0, len(message)):
+        if number == _FRAMES and wire_type == fields.LENGTH_DELIMITED:
+            yield start, end
+
+
+def _text(data: bytes) -> str:
+    return data.decode(errors="replace")
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Leaving:
+    """A call or an answer on its way out. head: for its first piece."""
+
+    call: int
+    head: bytes
+    data: memoryview
+    position: int = 0
+
+
+class Outbox:
+    """Calls, or answers, that wait to be sent: put together to messages of about `CHUNK_BYTES`.
+
+    A long one leaves piece by piece, and lets others go between.
+    """
+
+    def __init__(self, *, answers: bool) -> None:
+        self._data = _RESPONSE if answers else _REQUEST
+        self._leaving: collections.deque[_Leaving] = collections.deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._leaving)
+
+    def put(self, call: int, head: bytes, data: bytes | memoryview = b"") -> None:
+        """head: of `encode_call`, `encode_answer` or `encode_error`."""
+        self._leaving.append(_Leaving(call, head, memoryview(data)))
+
+    def clear(self) -> None:
+        self._leaving.clear()
+
+    def next_message(self) -> bytes:
+        """The next message; there must be one."""
+        pieces: list[bytes | memoryview] = []
+        room = CHUNK_BYTES
+        for _ in range(len(self._leaving)):
+            if room <= 0:
+                break
+            one = self._leaving.popleft()
+            part = one.data[one.position : one.position + room]
+            head = _integer(_CALL, one.call) + one.head
+            if part:
+                head += fields.prefix(self._data, len(part))
+            pieces.append(fields.prefix(_FRAMES, len(head) + len(part)) + head)
+            pieces.append(part)
+            one.position += len(part)
+            one.head = b""
+            room -= len(part) + len(head)
+            if one.position < len(one.data):
+                self._leaving.append(one)
+        return b"".join(pieces)
+
+
+class Inbox:
+    """Puts pieces together. max_bytes: of one call or answer; total_bytes: of all that are not whole yet."""
+
+    def __init__(self, max_bytes: int, total_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._total_bytes = total_bytes
+        self._arriving: dict[int, _Arriving] = {}
+        self._size_bytes = 0
+
+    def take(self, frame: Frame) -> tuple[Frame, bytes | memoryview] | None:
+        """The first piece of a call or an answer, and all of its data, once it is whole; None before.
+
+        Raises MessageTooLarge, ServerOverloaded or InvalidRequest; what came of the call is then forgotten.
+        """
+        arriving = self._arriving.get(frame.call)
+        if arriving is None:
+            if len(frame.data) == frame.size_bytes:
+                return frame, bytes(frame.data)
+            self._check(frame)
+            arriving = self._arriving[frame.call] = _Arriving(frame)
+            self._size_bytes += frame.size_bytes
+        end = arriving.received + len(frame.data)
+        if end > len(arriving.buffer):
+            self.drop(frame.call)
+            raise errors.InvalidRequest(
+                place=f"call {frame.call}", expected=f"{len(arriving.buffer)} bytes", found=f"{end} or more"
+            )
+        arriving.buffer[arriving.received : end] = np.frombuffer(frame.data, np.uint8)
+        arriving.received = end
+        if end < len(arriving.buffer):
+            return None
+        self.drop(frame.call)
+        return arriving.first, arriving.buffer.data.toreadonly()
+
+    def drop(self, call: int) -> None:
+        """Forgets a call that is not whole."""
+        arriving = self._arriving.pop(call, None)
+        if arriving is not None:
+            self._size_bytes -= len(arriving.buffer)
+
+    def clear(self) -> None:
+        for call in list(self._arriving):
+            self.drop(call)
+
+    def _check(self, frame: Frame) -> None:
+        if frame.size_bytes > self._max_bytes:
+            raise errors.MessageTooLarge(
+                place=f"call {frame.call}", expected=f"at most {self._max_bytes} bytes", found=f"{frame.size_bytes}"
+            )
+        if self._size_bytes + frame.size_bytes > self._total_bytes:
+            raise errors.ServerOverloaded(
+                f"{self._size_bytes} bytes of calls are on their way, and no more than {self._total_bytes} are taken",
+                retry_after_s=0.1,
+            )
+        if frame.size_bytes < len(frame.data):
+            raise errors.InvalidRequest(
+                place=f"call {frame.call}", expected=f"{frame.size_bytes} bytes", found=f"{len(frame.data)} or more"
+            )
+
+
+class _Arriving:
+    def __init__(self, first: Frame) -> None:
+        self.first = dataclasses.replace(first, data=memoryview(b""))
+        self.buffer = np.empty(first.size_bytes, np.uint8)
+        self.received = 0
