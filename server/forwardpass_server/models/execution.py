@@ -18,11 +18,11 @@ import tensorflow as tf
 from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
-from forwardpass_server.models import graphs
+from forwardpass_server.models import graphs, placement
 from forwardpass_server.models.tracing import Key
+from forwardpass_server.serving.models import Leaf
 
 _call: Any = tf.raw_ops.StatefulPartitionedCall
-_CPU = "/device:CPU:0"
 
 
 class Execution:
@@ -36,8 +36,8 @@ class Execution:
         """See `serving.models.LoadedModel.has_loops`."""
         return (function, training) in self._with_loops
 
-    def run(self, function: Function, training: bool, leaves: Sequence[Array]) -> list[Array]:
-        """One call: see `serving.models.LoadedModel.run`."""
+    def run(self, function: Function, training: bool, leaves: Sequence[Leaf]) -> list[Array]:
+        """One call: see `serving.models.LoadedModel.run`. Placed leaves are eager tensors."""
         try:
             return self._runners[function, training](leaves)
         except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError) as error:
@@ -49,27 +49,24 @@ class Execution:
             raise errors.OutOfMemory() from None
 
 
-def _runner(concrete: Any, device: str) -> Callable[[Sequence[Array]], list[Array]]:
+def _runner(concrete: Any, device: str) -> Callable[[Sequence[Leaf]], list[Array]]:
     captured = list(concrete.captured_inputs)
     arguments = [
-        # No other device holds strings.
-        (tensor.dtype.as_datatype_enum, _CPU if tensor.dtype == tf.string else device)
+        (tensor.dtype.as_datatype_enum, placement.device_of(tensor.dtype, device))
         for tensor in concrete.inputs[: -len(captured) or None]
     ]
-    # Makes a tensor of an array. Where the data is aligned to 64 bytes it shares the array's memory, and keeps the
-    # array alive; else it copies once. tf.constant always copies. Not to be had without starting TensorFlow, and that
-    # is for whoever chooses the device: hence not at import.
-    eager_tensor: Any = type(tf.constant(0))
+    eager_tensor = placement.eager_tensor_class()
     result_types = [tensor.dtype for tensor in concrete.outputs]
 
     # TensorFlow's own choice needs no telling, which costs as much as a small kernel.
-    is_default = device == _CPU and not tf.config.list_logical_devices("GPU")
-    placement = contextlib.nullcontext if is_default else functools.partial(tf.device, device)
+    is_default = device == placement.CPU and not tf.config.list_logical_devices("GPU")
+    on_device = contextlib.nullcontext if is_default else functools.partial(tf.device, device)
 
-    def run(leaves: Sequence[Array]) -> list[Array]:
-        with placement():
+    def run(leaves: Sequence[Leaf]) -> list[Array]:
+        with on_device():
             tensors = [
-                eager_tensor(leaf, place, data_type) for leaf, (data_type, place) in zip(leaves, arguments, strict=True)
+                leaf if type(leaf) is eager_tensor else eager_tensor(leaf, place, data_type)
+                for leaf, (data_type, place) in zip(leaves, arguments, strict=True)
             ]
             results = _call(args=tensors + captured, Tout=result_types, f=concrete)
         # np.asarray shares the tensor's buffer, .numpy() copies it (53 us at 1 MB). On a GPU both copy, to the host.

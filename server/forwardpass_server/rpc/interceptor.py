@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import secrets
+import contextlib
+import functools
 import time
-import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
 
 from forwardpass.wire import errors
+from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.telemetry.metrics import Metrics
-
-_LOGGER = logging.getLogger(__name__)
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
@@ -40,29 +38,29 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _wrap(self, handler: Any, path: str) -> Any:
         """The handler with `_guard` around it, of the same kind; requests reach it as bytes."""
         read = handler.request_deserializer or (lambda data: data)
+        read_requests = functools.partial(_read_all if handler.request_streaming else _read, read)
+        method = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         answer: Callable[[Any, Any], Awaitable[Any]]
-        if handler.request_streaming:
-            make, kind = grpc.stream_stream_rpc_method_handler, "bidi_stream"
+        if handler.response_streaming:
 
-            async def answer_stream(requests: AsyncIterator[bytes], context: Any) -> None:
-                async for response in handler.stream_stream(_read_all(requests, read), context):
-                    await context.write(response)
-
-            answer = answer_stream
-        elif handler.response_streaming:
-            make, kind = grpc.unary_stream_rpc_method_handler, "server_stream"
-
-            async def answer_with_stream(request: bytes, context: Any) -> None:
-                await handler.unary_stream(_read(request, read), context)
+            async def answer_with_stream(request: Any, context: Any) -> None:
+                responses = method(read_requests(request), context)
+                # Some write to the context themselves.
+                if not hasattr(responses, "__aiter__"):
+                    await responses
+                    return
+                async with contextlib.aclosing(responses):
+                    async for response in responses:
+                        await context.write(response)
 
             answer = answer_with_stream
         else:
-            make, kind = grpc.unary_unary_rpc_method_handler, "unary"
 
-            async def answer_unary(request: bytes, context: Any) -> Any:
-                return await handler.unary_unary(_read(request, read), context)
+            async def answer_once(request: Any, context: Any) -> Any:
+                return await method(read_requests(request), context)
 
-            answer = answer_unary
+            answer = answer_once
+        make, kind = _KINDS[handler.request_streaming, handler.response_streaming]
         return make(self._guard(answer, kind, path), None, handler.response_serializer)
 
     def _guard(self, answer: Callable[..., Awaitable[Any]], kind: str, path: str) -> Callable[..., Awaitable[Any]]:
@@ -76,9 +74,6 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             code = grpc.StatusCode.OK
             try:
                 return await answer(request, context)
-            except errors.ForwardPassError as error:
-                code = grpc.StatusCode[error.status]
-                await _abort(context, error)
             except grpc.aio.AbortError:
                 code = context.code()
                 raise
@@ -88,17 +83,13 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
                 raise
             except Exception as error:
-                code = grpc.StatusCode.INTERNAL
-                request_id = secrets.token_hex(8)
-                # Its message may hold an example or a weight: where it happened must do.
-                places = "".join(traceback.format_tb(error.__traceback__))
-                _LOGGER.error("request %s: %s failed: %s\n%s", request_id, path, type(error).__name__, places)
-                await _abort(
-                    context, errors.InternalError(f"the server failed; request {request_id}", request_id=request_id)
-                )
+                failure = failure_of(error, path)
+                code = grpc.StatusCode[failure.status]
             finally:
+                # Before the caller hears of it, who may look at once.
                 metrics.handled(_GO_NAMES[code]).inc()
                 metrics.seconds.observe(time.perf_counter() - started)
+            return await _abort(context, failure)
 
         return guarded
 
@@ -111,7 +102,16 @@ async def _abort(context: Any, error: errors.ForwardPassError) -> None:
     )
 
 
-def _read(request: bytes, read: Callable[[bytes], Any]) -> Any:
+# By whether requests and responses are streams; the words are those of go-grpc-prometheus.
+_KINDS = {
+    (False, False): (grpc.unary_unary_rpc_method_handler, "unary"),
+    (False, True): (grpc.unary_stream_rpc_method_handler, "server_stream"),
+    (True, False): (grpc.stream_unary_rpc_method_handler, "client_stream"),
+    (True, True): (grpc.stream_stream_rpc_method_handler, "bidi_stream"),
+}
+
+
+def _read(read: Callable[[bytes], Any], request: bytes) -> Any:
     """gRPC would answer bytes that it cannot read with UNKNOWN and the exception's text."""
     try:
         return read(request)
@@ -121,9 +121,9 @@ def _read(request: bytes, read: Callable[[bytes], Any]) -> Any:
         raise errors.InvalidRequest() from None
 
 
-async def _read_all(requests: AsyncIterator[bytes], read: Callable[[bytes], Any]) -> AsyncIterator[Any]:
+async def _read_all(read: Callable[[bytes], Any], requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
     async for request in requests:
-        yield _read(request, read)
+        yield _read(read, request)
 
 
 # As Go's codes print, in whose words dashboards for gRPC are written.

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from forwardpass.wire.description import Function, ModelDescription
 from forwardpass.wire.dtypes import Array
+
+Leaf = Any
+"""An array, or one that is placed on the device already."""
 
 
 class LoadedModel(Protocol):
@@ -24,7 +27,7 @@ class LoadedModel(Protocol):
     def has_loops(self, function: Function, training: bool) -> bool:
         """Whether a function may go on for as long as its arguments' values say. False for one that is not there."""
 
-    def run(self, function: Function, training: bool, leaves: Sequence[Array]) -> list[Array]:
+    def run(self, function: Function, training: bool, leaves: Sequence[Leaf]) -> list[Array]:
         """Runs one function.
 
         training: False for functions that make no difference.

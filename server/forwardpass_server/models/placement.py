@@ -1,0 +1,85 @@
+"""Arrays as tensors on a device."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from forwardpass.wire.dtypes import Array
+
+_LOGGER = logging.getLogger(__name__)
+
+CPU = "/device:CPU:0"
+
+# Of the host's memory, which models, messages and everybody else on the machine need too; a GPU is the server's own.
+_HOST_SHARE = 0.25
+_GPU_SHARE = 0.5
+_UNKNOWN_GPU_BYTES = 8 * 2**30
+
+
+@functools.cache
+def eager_tensor_class() -> Any:
+    """Makes a tensor of (array, device, data type's number).
+
+    Where the array's data is aligned to 64 bytes and stays on the host, the tensor shares its memory and keeps it
+    alive; else it copies once. tf.constant always copies. Not to be had without starting TensorFlow, and that is for
+    whoever chooses the device: hence a function.
+    """
+    return type(tf.constant(0))
+
+
+def device_of(dtype: tf.DType, device: str) -> str:
+    """Where tensors of a type are kept: no device but the CPU holds strings."""
+    return CPU if dtype == tf.string else device
+
+
+class TensorFlowDevice:
+    """A device that tensors are kept on: see `serving.weights.Device`."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def place(self, array: Array) -> Any:
+        dtype = tf.dtypes.as_dtype(array.dtype)
+        return eager_tensor_class()(array, device_of(dtype, self._name), dtype.as_datatype_enum)
+
+    def fetch(self, placed: Any) -> Array:
+        return np.asarray(placed)
+
+    def default_budget_bytes(self) -> int:
+        """The share of the device's memory that weights may take unless somebody says otherwise."""
+        if self._name.startswith("/device:GPU"):
+            return int(_gpu_memory_bytes() * _GPU_SHARE)
+        return int(_host_memory_bytes() * _HOST_SHARE)
+
+
+def _gpu_memory_bytes() -> int:
+    """The memory of the smallest GPU. TensorFlow knows it, and does not tell."""
+    try:
+        import pynvml
+    except ImportError:
+        _LOGGER.warning("without the package nvidia-ml-py the GPU is taken to have %d bytes", _UNKNOWN_GPU_BYTES)
+        return _UNKNOWN_GPU_BYTES
+    pynvml.nvmlInit()
+    try:
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        return min(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _host_memory_bytes() -> int:
+    """The memory that this process may take: the machine's, or less where a control group says so."""
+    limits = []
+    with open("/proc/meminfo") as file:
+        limits.append(next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemTotal:")))
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        # Not there, or "max".
+        with contextlib.suppress(OSError, ValueError), open(path) as file:
+            limits.append(int(file.read()))
+    return min(limits)

@@ -1,0 +1,61 @@
+"""The methods of WeightsService."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+from forwardpass import v1
+from forwardpass.wire import chunks, errors, fields, manifests
+from forwardpass_server.serving.weights import WeightStore
+
+# Nobody has to say who they are.
+_PRINCIPAL = ""
+
+_LEASE_ID_BYTES = 16
+
+
+class WeightsServicer:
+    """Each method has the name of its RPC, takes and returns bytes, or asynchronous iterators of them."""
+
+    def __init__(self, store: WeightStore) -> None:
+        self._store = store
+
+    async def PutWeights(self, data: bytes, context: object) -> bytes:
+        manifest = manifests.decode(fields.parse(v1.PutWeightsRequest, data).manifest)
+        missing = await self._store.put(_PRINCIPAL, manifest)
+        response = v1.PutWeightsResponse(weights_id=manifest.weights_id)
+        for digest, received in missing:
+            response.missing.add(digest=digest, received_bytes=received)
+        return response.SerializeToString()
+
+    async def UploadTensors(self, requests: AsyncIterator[bytes], context: object) -> bytes:
+        async for data in requests:
+            header, chunk = chunks.decode(v1.UploadTensorsRequest, data)
+            await self._store.upload(_PRINCIPAL, header.digest, header.offset, chunk)
+        return b""
+
+    async def DescribeWeights(self, data: bytes, context: object) -> bytes:
+        request = fields.parse(v1.DescribeWeightsRequest, data)
+        async with self._store.use(_PRINCIPAL, request.weights_id) as weights:
+            return v1.DescribeWeightsResponse(manifest=manifests.encode(weights.manifest)).SerializeToString()
+
+    async def DownloadTensor(self, data: bytes, context: object) -> AsyncIterator[bytes]:
+        request = fields.parse(v1.DownloadTensorRequest, data)
+        header = v1.DownloadTensorResponse()
+        async with self._store.use(_PRINCIPAL, request.weights_id) as weights:
+            async for chunk in self._store.read(weights, request.leaf, request.offset):
+                yield chunks.encode(header, chunk)
+
+    async def LeaseWeights(self, data: bytes, context: object) -> bytes:
+        request = fields.parse(v1.LeaseWeightsRequest, data)
+        if len(request.lease_id) != _LEASE_ID_BYTES:
+            raise errors.InvalidRequest(
+                place="lease_id", expected=f"{_LEASE_ID_BYTES} bytes", found=f"{len(request.lease_id)}"
+            )
+        await self._store.lease(_PRINCIPAL, request.weights_id, request.lease_id, request.ttl_s)
+        return b""
+
+    async def DeleteWeights(self, data: bytes, context: object) -> bytes:
+        request = fields.parse(v1.DeleteWeightsRequest, data)
+        await self._store.delete(_PRINCIPAL, request.weights_id)
+        return b""

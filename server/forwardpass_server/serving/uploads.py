@@ -1,0 +1,165 @@
+"""Tensors on their way to the store: announced, received chunk by chunk, verified by their hash."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from forwardpass.wire import errors, manifests
+from forwardpass.wire.dtypes import Array
+from forwardpass.wire.manifests import TensorManifest
+
+# TensorFlow shares the memory of an array that is aligned so; any other it copies.
+_ALIGNMENT = 64
+
+# An announcement without a byte of data takes some hundred bytes itself.
+_MAX_ANNOUNCED = 2**17
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Upload:
+    """One tensor on its way. buffer: allocated with the first chunk. placed: once it is whole and verified."""
+
+    manifest: TensorManifest
+    hasher: hashlib._Hash
+    touched: float
+    buffer: Array | None = None
+    received: int = 0
+    placed: Any = None
+    is_finished: bool = False
+    lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
+
+
+class Uploads:
+    """The uploads of all principals. Several callers may send the same tensor: whoever is ahead brings it forward.
+
+    reserve: makes room for so many bytes, or raises. place: puts a whole tensor, by its digest, on the device; called
+    on a thread. expiry_s: after which an upload that stands still is dropped.
+    """
+
+    def __init__(self, reserve: Callable[[int], None], place: Callable[[bytes, Array], Any], expiry_s: float) -> None:
+        self._reserve = reserve
+        self._place = place
+        self._expiry_s = expiry_s
+        self._uploads: dict[tuple[str, bytes], _Upload] = {}
+        self.size_bytes = 0
+
+    def announce(self, principal: str, wanted: Iterable[TensorManifest]) -> list[tuple[bytes, int]]:
+        """Expects tensors. Returns those that are not whole yet, each with how many of its bytes are there."""
+        unfinished = []
+        for tensor in wanted:
+            upload = self._uploads.get((principal, tensor.digest))
+            if upload is None:
+                if len(self._uploads) >= _MAX_ANNOUNCED:
+                    raise errors.WeightStoreFull("too many tensors are announced and not sent", retry_after_s=1.0)
+                upload = _Upload(tensor, manifests.hasher_of(tensor.spec), time.monotonic())
+                self._uploads[principal, tensor.digest] = upload
+            upload.touched = time.monotonic()
+            if not upload.is_finished:
+                unfinished.append((tensor.digest, upload.received))
+        return unfinished
+
+    async def write(self, principal: str, digest: bytes, offset: int, data: memoryview) -> None:
+        """Takes a chunk. What has come already is passed over.
+
+        Raises UploadOutOfStep, InvalidRequest for a chunk beyond the end, TensorCorrupted, and what `reserve` raises.
+        """
+        # A caller that goes away must not leave a chunk half taken.
+        await asyncio.shield(asyncio.ensure_future(self._write(principal, digest, offset, data)))
+
+    async def _write(self, principal: str, digest: bytes, offset: int, data: memoryview) -> None:
+        upload = self._uploads.get((principal, digest))
+        if upload is None:
+            raise errors.UploadOutOfStep(f"tensor {digest.hex()} was not announced, or too long ago")
+        async with upload.lock:
+            if upload.is_finished:
+                return
+            try:
+                await self._append(upload, offset, data)
+                if upload.received == upload.manifest.size_bytes:
+                    await self._finish(upload)
+            except errors.UploadOutOfStep:
+                raise
+            except Exception:
+                self.drop(principal, [digest])
+                raise
+
+    async def _append(self, upload: _Upload, offset: int, data: memoryview) -> None:
+        size_bytes = upload.manifest.size_bytes
+        if offset > upload.received:
+            raise errors.UploadOutOfStep(place="offset", expected=f"{upload.received}", found=f"{offset}")
+        if offset < 0 or offset + len(data) > size_bytes:
+            raise errors.InvalidRequest(
+                place="data",
+                expected=f"a tensor of {size_bytes} bytes",
+                found=f"bytes {offset} to {offset + len(data)}",
+            )
+        if upload.buffer is None:
+            self._reserve(size_bytes)
+            upload.buffer = aligned_buffer(size_bytes)
+            self.size_bytes += size_bytes
+        # Another caller may be further than this one.
+        data = data[upload.received - offset :]
+        if data:
+            await asyncio.to_thread(_take, upload, data)
+        upload.touched = time.monotonic()
+
+    async def _finish(self, upload: _Upload) -> None:
+        digest = upload.manifest.digest
+        if upload.hasher.digest() != digest:
+            raise errors.TensorCorrupted(
+                place="tensor", expected=f"the hash {digest.hex()}", found=upload.hasher.hexdigest()
+            )
+        array = upload.manifest.decode(upload.buffer, f"tensor {digest.hex()}")
+        upload.placed = await asyncio.to_thread(self._place, digest, array)
+        upload.is_finished = True
+        # On a GPU it is there now; on a CPU the placed tensor holds the memory.
+        upload.buffer = None
+
+    def finished(self, principal: str, digest: bytes) -> Any:
+        """A whole tensor, where it was placed."""
+        return self._uploads[principal, digest].placed
+
+    def drop(self, principal: str, digests: Iterable[bytes]) -> None:
+        """Forgets uploads: published, broken, or given up."""
+        for digest in digests:
+            upload = self._uploads.pop((principal, digest), None)
+            if upload is not None and (upload.buffer is not None or upload.is_finished):
+                self.size_bytes -= upload.manifest.size_bytes
+
+    def sweep(self) -> None:
+        """Drops uploads that have stood still for too long."""
+        limit = time.monotonic() - self._expiry_s
+        for principal, digest in [key for key, upload in self._uploads.items() if upload.touched < limit]:
+            self.drop(principal, [digest])
+
+    @contextlib.contextmanager
+    def reserved(self, size_bytes: int) -> Iterator[None]:
+        """Counts bytes that are on their way from elsewhere."""
+        self.size_bytes += size_bytes
+        try:
+            yield
+        finally:
+            self.size_bytes -= size_bytes
+
+
+def _take(upload: _Upload, data: memoryview) -> None:
+    assert upload.buffer is not None
+    end = upload.received + len(data)
+    upload.buffer[upload.received : end] = np.frombuffer(data, np.uint8)
+    upload.hasher.update(data)
+    upload.received = end
+
+
+def aligned_buffer(size_bytes: int) -> Array:
+    """Bytes whose memory a tensor can share."""
+    raw = np.empty(size_bytes + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size_bytes]

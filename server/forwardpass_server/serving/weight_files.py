@@ -1,0 +1,161 @@
+"""Sets of weights in a folder: what the device has no room for, and what outlives the process."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pathlib
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterable
+
+from forwardpass import v1
+from forwardpass.wire import errors, fields, manifests, tensors
+from forwardpass.wire.dtypes import Array
+from forwardpass.wire.manifests import TensorManifest, WeightsManifest
+from forwardpass_server.serving.uploads import aligned_buffer
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class WeightFiles:
+    """A folder of sets, for one server process. Any number of threads may call at once.
+
+    tensors/DIGEST holds a tensor's elements, once for all sets; sets/PRINCIPAL/ID a serialized WeightsManifest, with
+    the SHA-256 of the principal's name for PRINCIPAL. Every file is written elsewhere and renamed: there are none in
+    part. What a power cut leaves of a file shows in its hash.
+    max_bytes: of tensors; the sets that were used least recently are deleted to stay below.
+    Raises OSError wherever the disk does.
+    """
+
+    def __init__(self, folder: pathlib.Path, max_bytes: int) -> None:
+        self._tensors = folder / "tensors"
+        self._sets = folder / "sets"
+        self._new = folder / "new"
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        # Sets by when they were used, the oldest first; and in how many of them each tensor stands.
+        self._manifests: dict[pathlib.Path, WeightsManifest] = {}
+        self._users: dict[bytes, int] = {}
+        self._size_bytes = 0
+        shutil.rmtree(self._new, ignore_errors=True)
+        for path in (self._tensors, self._sets, self._new):
+            path.mkdir(parents=True, exist_ok=True)
+        self._scan()
+
+    @property
+    def size_bytes(self) -> int:
+        """What the tensors take."""
+        return self._size_bytes
+
+    def has(self, principal: str, weights_id: bytes) -> bool:
+        return self._path(principal, weights_id) in self._manifests
+
+    def save(self, principal: str, manifest: WeightsManifest, arrays: Iterable[tuple[TensorManifest, Array]]) -> None:
+        """Keeps a set. arrays: each distinct tensor of it with its elements."""
+        with self._lock:
+            path = self._path(principal, manifest.weights_id)
+            if path in self._manifests:
+                return
+            self._make_room(manifest)
+            for tensor, array in arrays:
+                target = self._tensor_path(tensor.digest)
+                if not target.exists():
+                    self._write(target, tensors.element_bytes(array, tensor.spec.data_type))
+            path.parent.mkdir(exist_ok=True)
+            self._write(path, manifests.encode(manifest).SerializeToString(deterministic=True))
+            self._add(path, manifest)
+
+    def manifest(self, principal: str, weights_id: bytes) -> WeightsManifest:
+        """What a set is made of; it counts as used now. Raises FileNotFoundError."""
+        with self._lock:
+            path = self._path(principal, weights_id)
+            manifest = self._manifests.pop(path, None)
+            if manifest is None:
+                raise FileNotFoundError(path)
+            self._manifests[path] = manifest
+            os.utime(path)
+            return manifest
+
+    def tensor(self, manifest: TensorManifest) -> Array:
+        """A tensor's elements. Raises TensorCorrupted, and deletes the file, where they have another hash."""
+        path = self._tensor_path(manifest.digest)
+        data = aligned_buffer(manifest.size_bytes)
+        with path.open("rb") as file:
+            file.readinto(data.data)
+        hasher = manifests.hasher_of(manifest.spec)
+        hasher.update(data.data)
+        if hasher.digest() != manifest.digest:
+            path.unlink(missing_ok=True)
+            raise errors.TensorCorrupted(
+                place=str(path), expected=f"the hash {manifest.digest.hex()}", found=hasher.hexdigest()
+            )
+        return manifest.decode(data, "tensor")
+
+    def delete(self, principal: str, weights_id: bytes) -> None:
+        """Deletes a set, and the tensors that stand in no other."""
+        with self._lock:
+            self._delete(self._path(principal, weights_id))
+
+    def _path(self, principal: str, weights_id: bytes) -> pathlib.Path:
+        return self._sets / hashlib.sha256(principal.encode()).hexdigest() / weights_id.hex()
+
+    def _tensor_path(self, digest: bytes) -> pathlib.Path:
+        return self._tensors / digest.hex()
+
+    def _write(self, path: pathlib.Path, data: bytes | memoryview) -> None:
+        handle, temporary = tempfile.mkstemp(dir=self._new)
+        try:
+            with open(handle, "wb") as file:
+                file.write(data)
+            os.replace(temporary, path)
+        except OSError:
+            pathlib.Path(temporary).unlink(missing_ok=True)
+            raise
+
+    def _scan(self) -> None:
+        """Takes up what an earlier process left. What cannot be read is deleted, and tensors that stand in no set."""
+        for path in sorted(self._sets.glob("*/*"), key=lambda path: path.stat().st_mtime):
+            try:
+                manifest = manifests.decode(fields.parse(v1.WeightsManifest, path.read_bytes()))
+                if manifest.weights_id.hex() != path.name:
+                    raise errors.InvalidRequest(place=str(path), expected=path.name, found=manifest.weights_id.hex())
+                for tensor in manifest.distinct.values():
+                    if self._tensor_path(tensor.digest).stat().st_size != tensor.size_bytes:
+                        raise FileNotFoundError(tensor.digest.hex())
+            except (OSError, errors.InvalidRequest) as error:
+                _LOGGER.warning("weights on disk: %s is left out: %s", path.name, error)
+                path.unlink(missing_ok=True)
+            else:
+                self._add(path, manifest)
+        for path in self._tensors.iterdir():
+            if path.name not in {digest.hex() for digest in self._users}:
+                path.unlink()
+
+    def _add(self, path: pathlib.Path, manifest: WeightsManifest) -> None:
+        self._manifests[path] = manifest
+        for digest, tensor in manifest.distinct.items():
+            if digest not in self._users:
+                self._size_bytes += tensor.size_bytes
+            self._users[digest] = self._users.get(digest, 0) + 1
+
+    def _delete(self, path: pathlib.Path) -> None:
+        manifest = self._manifests.pop(path, None)
+        if manifest is None:
+            return
+        path.unlink(missing_ok=True)
+        for digest, tensor in manifest.distinct.items():
+            self._users[digest] -= 1
+            if not self._users[digest]:
+                del self._users[digest]
+                self._size_bytes -= tensor.size_bytes
+                self._tensor_path(digest).unlink(missing_ok=True)
+
+    def _make_room(self, manifest: WeightsManifest) -> None:
+        new_bytes = sum(one.size_bytes for digest, one in manifest.distinct.items() if digest not in self._users)
+        if new_bytes > self._max_bytes:
+            raise OSError(f"{new_bytes} bytes are more than the folder may hold, {self._max_bytes}")
+        while self._size_bytes + new_bytes > self._max_bytes:
+            self._delete(next(iter(self._manifests)))

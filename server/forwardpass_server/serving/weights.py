@@ -1,0 +1,369 @@
+"""The weight store: sets of weights on the device, by the hash of what they hold."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from forwardpass.wire import chunks, conform, errors, manifests, tensors
+from forwardpass.wire.dtypes import Array
+from forwardpass.wire.manifests import TensorManifest, WeightsManifest
+from forwardpass.wire.specs import StructureSpec
+from forwardpass.wire.structures import Structure
+from forwardpass_server.serving.uploads import Uploads
+from forwardpass_server.serving.weight_files import WeightFiles
+
+_LOGGER = logging.getLogger(__name__)
+
+Key = tuple[str, bytes]
+"""A principal and a weights id, or the digest of a tensor: what one principal put, another cannot see by its hash."""
+
+
+class Device(Protocol):
+    """Where tensors are kept."""
+
+    def place(self, array: Array) -> Any:
+        """The array on the device. It may share the array's memory. Raises OutOfMemory."""
+
+    def fetch(self, placed: Any) -> Array:
+        """A placed array in the host's memory, read-only."""
+
+
+class StoreObserver(Protocol):
+    """Is told what happens in the store."""
+
+    def weights_hit(self) -> None: ...
+
+    def weights_missed(self) -> None: ...
+
+    def weights_evicted(self) -> None: ...
+
+    def weights_spill_failed(self) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """budget_bytes: of tensors and of uploads under way. upload_expiry_s: for an upload of which nothing comes."""
+
+    budget_bytes: int
+    upload_expiry_s: float = 60.0
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Tensor:
+    """One tensor, stored once however many sets it stands in. sets: how many."""
+
+    manifest: TensorManifest
+    placed: Any
+    sets: int = 0
+
+
+class WeightSet:
+    """A set of weights on the device."""
+
+    def __init__(self, manifest: WeightsManifest, leaves: Sequence[Any]) -> None:
+        self.manifest = manifest
+        self._leaves = leaves
+        self._fitted: dict[bytes, Sequence[Any]] = {}
+        self.pins = 0
+        self.leases: dict[bytes, float] = {}
+
+    def leaves(self, content_hash: bytes, spec: StructureSpec) -> Sequence[Any]:
+        """The placed tensors in the order of a model's weights.
+
+        content_hash: the model's, under which the answer is kept. spec: of its weights.
+        Raises StructureMismatch, DTypeMismatch or ShapeMismatch where they are weights of another kind of model.
+        """
+        fitted = self._fitted.get(content_hash)
+        if fitted is None:
+            fitted = self._fitted[content_hash] = self._fit(spec)
+        return fitted
+
+    def leaf(self, index: int) -> Any:
+        return self._leaves[index]
+
+    def _fit(self, spec: StructureSpec) -> Sequence[Any]:
+        place = "model_weights"
+        # Arrays that look like the tensors and take no memory.
+        likenesses = [
+            np.broadcast_to(np.zeros((), tensor.spec.dtype), tensor.shape) for tensor in self.manifest.tensors
+        ]
+        conform.check(Structure(self.manifest.tree, likenesses), spec, place)
+        return [self._leaves[index] for index in conform.order(self.manifest.tree, spec, place)]
+
+
+class WeightStore:
+    """Sets of weights under a byte budget, least recently used out first. Used on one event loop alone.
+
+    files: where sets are kept beyond this process; None for nowhere.
+    """
+
+    def __init__(
+        self, options: StoreOptions, device: Device, observer: StoreObserver, files: WeightFiles | None = None
+    ) -> None:
+        self._options = options
+        self._device = device
+        self._observer = observer
+        self._files = files
+        self._sets: collections.OrderedDict[Key, WeightSet] = collections.OrderedDict()
+        self._tensors: dict[bytes, _Tensor] = {}
+        self._tensor_bytes = 0
+        # For each principal the tensors that it may build on, and in how many of its sets each stands.
+        self._held: dict[Key, int] = {}
+        # Sets that are in use or under a lease: few, where the others may be many.
+        self._kept: set[Key] = set()
+        self._uploads = Uploads(self._reserve, self._place, options.upload_expiry_s)
+        self._restoring: dict[Key, asyncio.Future[None]] = {}
+
+    @property
+    def used_bytes(self) -> int:
+        """What tensors and uploads under way take."""
+        return self._tensor_bytes + self._uploads.size_bytes
+
+    @property
+    def set_count(self) -> int:
+        return len(self._sets)
+
+    @property
+    def tensor_count(self) -> int:
+        return len(self._tensors)
+
+    async def put(self, principal: str, manifest: WeightsManifest) -> list[tuple[bytes, int]]:
+        """Announces a set. Returns the digests that are missing, each with how many of its bytes are there already.
+
+        Where none is missing the set is published, under `manifest.weights_id`.
+        Raises WeightStoreFull for a set that the store has no room for.
+        """
+        key = principal, manifest.weights_id
+        if key in self._sets or (self._files is not None and await self._find_on_disk(key)):
+            if key in self._sets:
+                self._sets.move_to_end(key)
+            return []
+        if manifest.size_bytes > self._options.budget_bytes:
+            raise errors.WeightStoreFull(
+                place="manifest", expected=f"at most {self._options.budget_bytes} bytes", found=f"{manifest.size_bytes}"
+            )
+        missing = [tensor for digest, tensor in manifest.distinct.items() if not self._held.get((principal, digest))]
+        unfinished = self._uploads.announce(principal, missing)
+        if unfinished:
+            return unfinished
+        uploaded = {tensor.digest: self._uploads.finished(principal, tensor.digest) for tensor in missing}
+        placed = {
+            digest: uploaded[digest] if digest in uploaded else self._tensors[digest].placed
+            for digest in manifest.distinct
+        }
+        if self._files is not None:
+            await self._save(principal, manifest, placed)
+        if key not in self._sets:
+            # While the set was saved, others that it shares tensors with may have been dropped.
+            self._reserve(
+                sum(
+                    tensor.size_bytes
+                    for digest, tensor in manifest.distinct.items()
+                    if digest not in self._tensors and digest not in uploaded
+                )
+            )
+            self._publish(key, manifest, placed)
+        self._uploads.drop(principal, uploaded)
+        return []
+
+    async def upload(self, principal: str, digest: bytes, offset: int, data: memoryview) -> None:
+        """Takes the next chunk of an announced tensor. What the store has already is passed over.
+
+        Raises UploadOutOfStep, InvalidRequest for a chunk beyond the end, TensorCorrupted, WeightStoreFull.
+        """
+        if not self._held.get((principal, digest)):
+            await self._uploads.write(principal, digest, offset, data)
+
+    def _place(self, digest: bytes, array: Array) -> Any:
+        # Another principal may have it: that this one may use it too was shown by its hash.
+        stored = self._tensors.get(digest)
+        return stored.placed if stored else self._device.place(array)
+
+    @contextlib.asynccontextmanager
+    async def use(self, principal: str, weights_id: bytes) -> AsyncIterator[WeightSet]:
+        """A set, kept while it is in use. Raises WeightsNotFound."""
+        weights = self.acquire(principal, weights_id) or await self.restore(principal, weights_id)
+        try:
+            yield weights
+        finally:
+            self.release(principal, weights_id, weights)
+
+    def acquire(self, principal: str, weights_id: bytes) -> WeightSet | None:
+        """A set that is on the device, kept until `release`; None for any other."""
+        key = principal, weights_id
+        weights = self._sets.get(key)
+        if weights is None:
+            return None
+        self._observer.weights_hit()
+        return self._pin(key, weights)
+
+    def _pin(self, key: Key, weights: WeightSet) -> WeightSet:
+        self._sets.move_to_end(key)
+        weights.pins += 1
+        self._kept.add(key)
+        return weights
+
+    def release(self, principal: str, weights_id: bytes, weights: WeightSet) -> None:
+        """Ends what `acquire` or `restore` began."""
+        weights.pins -= 1
+        self._let_go((principal, weights_id), weights)
+
+    async def restore(self, principal: str, weights_id: bytes) -> WeightSet:
+        """A set that may have to be read from disk, kept until `release`. Raises WeightsNotFound, WeightStoreFull."""
+        key = principal, weights_id
+        self._observer.weights_missed()
+        manifests.check_digest(weights_id, "weights_id")
+        if self._files is not None and await self._find_on_disk(key):
+            await self._read(key)
+        weights = self._sets.get(key)
+        if weights is None:
+            raise errors.WeightsNotFound(f"the server does not hold weights {weights_id.hex()}, or no longer")
+        return self._pin(key, weights)
+
+    async def lease(self, principal: str, weights_id: bytes, lease_id: bytes, ttl_s: float) -> None:
+        """Keeps a set for so many seconds from now; 0 ends the lease. Raises WeightsNotFound."""
+        key = principal, weights_id
+        if ttl_s <= 0:
+            weights = self._sets.get(key)
+            if weights is not None:
+                weights.leases.pop(lease_id, None)
+                self._let_go(key, weights)
+            return
+        async with self.use(principal, weights_id) as weights:
+            weights.leases[lease_id] = time.monotonic() + ttl_s
+
+    async def delete(self, principal: str, weights_id: bytes) -> None:
+        """Drops a set, here and on disk. Calls that use it go on."""
+        key = principal, weights_id
+        if key in self._sets:
+            self._drop(key)
+        if self._files is not None:
+            await asyncio.to_thread(self._files.delete, principal, weights_id)
+
+    async def read(self, weights: WeightSet, leaf: int, offset: int) -> AsyncIterator[list[memoryview]]:
+        """The elements of one leaf from a byte on, in chunks. Raises InvalidRequest for a leaf that is not there."""
+        if not 0 <= leaf < len(weights.manifest.tensors):
+            raise errors.InvalidRequest(
+                place="leaf", expected=f"0 to {len(weights.manifest.tensors) - 1}", found=f"{leaf}"
+            )
+        tensor = weights.manifest.tensors[leaf]
+        if not 0 <= offset <= tensor.size_bytes:
+            raise errors.InvalidRequest(place="offset", expected=f"0 to {tensor.size_bytes}", found=f"{offset}")
+        array = await asyncio.to_thread(self._device.fetch, weights.leaf(leaf))
+        for chunk in chunks.split([tensors.element_bytes(array, tensor.spec.data_type)[offset:]]):
+            yield chunk
+
+    def sweep(self) -> None:
+        """Drops uploads of which nothing has come for a while, and leases that are over."""
+        self._uploads.sweep()
+        for key in list(self._kept):
+            self._let_go(key, self._sets[key])
+
+    def _publish(self, key: Key, manifest: WeightsManifest, placed: dict[bytes, Any]) -> None:
+        principal, _ = key
+        for digest, tensor in manifest.distinct.items():
+            stored = self._tensors.get(digest)
+            if stored is None:
+                stored = self._tensors[digest] = _Tensor(tensor, placed[digest])
+                self._tensor_bytes += tensor.size_bytes
+            stored.sets += 1
+            self._held[principal, digest] = self._held.get((principal, digest), 0) + 1
+        leaves = [self._tensors[tensor.digest].placed for tensor in manifest.tensors]
+        self._sets[key] = WeightSet(manifest, leaves)
+
+    def _drop(self, key: Key) -> None:
+        principal, _ = key
+        weights = self._sets.pop(key)
+        self._kept.discard(key)
+        for digest in weights.manifest.distinct:
+            stored = self._tensors[digest]
+            stored.sets -= 1
+            if not stored.sets:
+                del self._tensors[digest]
+                self._tensor_bytes -= stored.manifest.size_bytes
+            self._held[principal, digest] -= 1
+            if not self._held[principal, digest]:
+                del self._held[principal, digest]
+
+    def _let_go(self, key: Key, weights: WeightSet) -> None:
+        """Forgets that a set must be kept, if nothing says so any more."""
+        if weights.leases:
+            now = time.monotonic()
+            weights.leases = {lease: end for lease, end in weights.leases.items() if end > now}
+        if not weights.pins and not weights.leases and self._sets.get(key) is weights:
+            self._kept.discard(key)
+
+    def _reserve(self, size_bytes: int) -> None:
+        """Makes room, dropping the sets that were used least recently. Raises WeightStoreFull, and drops none then."""
+        missing = self.used_bytes + size_bytes - self._options.budget_bytes
+        if missing <= 0:
+            return
+        for key in list(self._kept):
+            self._let_go(key, self._sets[key])
+        kept: dict[bytes, int] = {}
+        for key in self._kept:
+            kept.update((digest, one.size_bytes) for digest, one in self._sets[key].manifest.distinct.items())
+        if self._tensor_bytes - sum(kept.values()) < missing:
+            raise errors.WeightStoreFull(
+                f"no room for {size_bytes} bytes: of {self._options.budget_bytes}, {sum(kept.values())} are in use or "
+                f"under a lease and {self._uploads.size_bytes} are being uploaded",
+                retry_after_s=1.0,
+            )
+        for key in [key for key in self._sets if key not in self._kept]:
+            if self.used_bytes + size_bytes <= self._options.budget_bytes:
+                return
+            self._drop(key)
+            self._observer.weights_evicted()
+
+    async def _find_on_disk(self, key: Key) -> bool:
+        assert self._files is not None
+        return await asyncio.to_thread(self._files.has, *key)
+
+    async def _read(self, key: Key) -> None:
+        """Reads a set from disk and publishes it; callers that want it meanwhile wait for the same reading."""
+        reading = self._restoring.get(key)
+        if reading is None:
+            reading = self._restoring[key] = asyncio.ensure_future(self._read_once(key))
+            reading.add_done_callback(lambda _: self._restoring.pop(key))
+        await asyncio.shield(reading)
+
+    async def _read_once(self, key: Key) -> None:
+        assert self._files is not None
+        try:
+            manifest = await asyncio.to_thread(self._files.manifest, *key)
+            wanted = [tensor for digest, tensor in manifest.distinct.items() if digest not in self._tensors]
+            size_bytes = sum(tensor.size_bytes for tensor in wanted)
+            self._reserve(size_bytes)
+            with self._uploads.reserved(size_bytes):
+                placed = await asyncio.to_thread(self._place_from_disk, wanted)
+        except (OSError, errors.InvalidRequest) as error:
+            _LOGGER.error("weights %s cannot be read from disk: %s", key[1].hex(), error)
+            return
+        if any(digest not in self._tensors and digest not in placed for digest in manifest.distinct):
+            # A set that shared them was dropped meanwhile.
+            await self._read_once(key)
+        elif key not in self._sets:
+            self._publish(key, manifest, placed)
+
+    def _place_from_disk(self, wanted: Iterable[TensorManifest]) -> dict[bytes, Any]:
+        assert self._files is not None
+        return {tensor.digest: self._device.place(self._files.tensor(tensor)) for tensor in wanted}
+
+    async def _save(self, principal: str, manifest: WeightsManifest, placed: dict[bytes, Any]) -> None:
+        assert self._files is not None
+        arrays = ((tensor, self._device.fetch(placed[digest])) for digest, tensor in manifest.distinct.items())
+        try:
+            await asyncio.to_thread(self._files.save, principal, manifest, arrays)
+        except OSError as error:
+            # The set is served all the same, as long as this process lives and has room.
+            self._observer.weights_spill_failed()
+            _LOGGER.error("weights %s are not on disk: %s", manifest.weights_id.hex(), error)
