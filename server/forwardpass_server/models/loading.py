@@ -10,9 +10,10 @@ from forwardpass.wire import description
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
 from forwardpass_server.models import device as devices
-from forwardpass_server.models import formats, graphs, hashing, tracing, warming
+from forwardpass_server.models import formats, graphs, hashing, model_config, separability, tracing, warming
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
+from forwardpass_server.models.tracing import TracedModel
 from forwardpass_server.serving.errors import ModelLoadError
 from forwardpass_server.serving.models import ModelSource
 
@@ -38,11 +39,15 @@ class TensorFlowLoader:
     """Loads models onto one device: see `serving.models.ModelLoader`.
 
     device: as `device.choose` takes it. on_trace: called for each graph that Python builds.
+    batching: whether models may be batched where they show that they can.
     """
 
-    def __init__(self, device: str = "auto", on_trace: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, device: str = "auto", on_trace: Callable[[], None] = lambda: None, batching: bool = True
+    ) -> None:
         self.device = devices.choose(device)
         self._on_trace = on_trace
+        self._batching = batching
 
     def load(self, source: ModelSource) -> TensorFlowModel:
         if source.folder is not None:
@@ -63,10 +68,20 @@ class TensorFlowLoader:
             ModelIdentity(source.name, source.version, content_hash),
             format_name,
             warming.with_batched_leaves(execution, traced.spec),
+            self._unbatchable_reason(source, traced, execution),
         )
         # A client must be able to read it: what it could not, fails here.
         description.decode(description.encode(described))
         return TensorFlowModel(described, traced.initial_weights, execution)
+
+    def _unbatchable_reason(self, source: ModelSource, traced: TracedModel, execution: Execution) -> str:
+        folder = source.folder
+        if not self._batching or (
+            folder is not None and model_config.read(folder / model_config.FILE_NAME).batching is False
+        ):
+            return "the operator forbids it"
+        predict = traced.functions[Function.PREDICT_ON_BATCH, False]
+        return separability.reason_against(execution, predict, traced.spec, traced.initial_weights)
 
 
 def from_factory(factory: str) -> FunctionalModel:

@@ -22,12 +22,15 @@ class ModelConfig:
     input_spec: a pair (x, y) of structures of tf.TensorSpec.
     loss, metrics: as `functional_model_from_keras` takes them: names or Keras configurations.
     sample_weight_spec: a tf.TensorSpec.
+    batching: False where concurrent calls are not to be run as one batch. True changes nothing: whether they can be is
+      for the model to show.
     """
 
     input_spec: Any = None
     loss: Any = None
     metrics: Any = None
     sample_weight_spec: Any = None
+    batching: bool | None = None
 
 
 def read(path: pathlib.Path) -> ModelConfig:
@@ -50,11 +53,15 @@ def read(path: pathlib.Path) -> ModelConfig:
         if not isinstance(input_spec, dict) or set(input_spec) != {"x", "y"}:
             raise ModelLoadError(f"{FILE_NAME}: input_spec: expected an object with keys x and y")
         input_spec = tuple(_spec(input_spec[name], f"input_spec.{name}") for name in ("x", "y"))
+    batching = content.get("batching")
+    if batching is not None and not isinstance(batching, bool):
+        raise ModelLoadError(f"{FILE_NAME}: batching: expected true or false, got {batching!r}")
     sample_weight = content.get("sample_weight_spec")
     return ModelConfig(
         input_spec=input_spec,
         loss=content.get("loss"),
         metrics=content.get("metrics"),
+        batching=batching,
         sample_weight_spec=None if sample_weight is None else _spec(sample_weight, "sample_weight_spec"),
     )
 

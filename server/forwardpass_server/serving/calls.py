@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Protocol
+
+import numpy as np
 
 from forwardpass.wire import errors
 from forwardpass.wire.description import Function
+from forwardpass.wire.dtypes import Array
 from forwardpass.wire.structures import Structure
-from forwardpass_server.serving.plans import Servable
+from forwardpass_server.serving.batching import Batcher
+from forwardpass_server.serving.models import Leaf
+from forwardpass_server.serving.plans import Plan, Servable
 from forwardpass_server.serving.registry import Registry
 from forwardpass_server.serving.scheduling import Scheduler
+from forwardpass_server.serving.weights import WeightStore
+
+# Time for some calls to end, and too short to matter to a caller who was refused.
+_RETRY_AFTER_S = 0.1
 
 
 class CallObserver(Protocol):
@@ -19,45 +29,109 @@ class CallObserver(Protocol):
     def batch(self, model: str, function: Function, examples: int) -> None: ...
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """What a caller asks of a function of a model.
+
+    version: 0 for the highest that is available. parts: its structures, named as in `spec.arguments`.
+    size_bytes: its length, by which calls are told to take longer or shorter.
+    weights_id: of weights that the store holds; b"" where they are among the parts, or not needed.
+    principal: who asks; "" where nobody has to say so.
+    """
+
+    name: str
+    version: int
+    function: Function
+    parts: Mapping[str, Structure]
+    size_bytes: int
+    training: bool = False
+    weights_id: bytes = b""
+    principal: str = ""
+
+
 class Caller:
-    """Calls models. max_concurrent_calls: beyond it calls are refused at once."""
+    """Calls models. Beyond so many calls, or bytes of them, at once, further ones are refused."""
 
     def __init__(
-        self, registry: Registry, scheduler: Scheduler, observer: CallObserver, max_concurrent_calls: int
+        self,
+        registry: Registry,
+        weights: WeightStore,
+        scheduler: Scheduler,
+        batcher: Batcher,
+        observer: CallObserver,
+        max_concurrent_calls: int,
+        max_concurrent_bytes: int,
     ) -> None:
         self._registry = registry
+        self._weights = weights
         self._scheduler = scheduler
+        self._batcher = batcher
         self._observer = observer
         self._max_concurrent_calls = max_concurrent_calls
+        self._max_concurrent_bytes = max_concurrent_bytes
         self._running = 0
+        self._running_bytes = 0
 
-    async def call(
-        self,
-        name: str,
-        version: int,
-        function: Function,
-        parts: Mapping[str, Structure],
-        size_bytes: int,
-        training: bool = False,
-    ) -> tuple[Servable, dict[str, Structure]]:
-        """Runs a function of a model on the structures of a request, named as in `spec.arguments`.
+    async def call(self, request: Request) -> tuple[Servable, dict[str, Structure]]:
+        """Returns the model that answered and its results, named as in `spec.results`.
 
-        size_bytes: the length of the request, by which calls are told to take longer or shorter.
-        Returns the model that answered and its results, named as in `spec.results`.
         Raises what `Registry.get` raises, FunctionNotAvailable, StructureMismatch, DTypeMismatch, ShapeMismatch,
-        ServerOverloaded, and what the model raises.
+        WeightsNotFound, ServerOverloaded, and what the model raises.
         """
-        servable = self._registry.get(name, version)
-        plan = servable.plan(function, training)
-        leaves = plan.flatten(parts)
-        if self._running >= self._max_concurrent_calls:
-            raise errors.ServerOverloaded(f"the server runs {self._running} calls, as many as it takes")
-        x = parts.get("x") or parts.get("batch_input.x")
-        if x is not None and x.leaves and x.leaves[0].ndim:
-            self._observer.batch(name, function, x.leaves[0].shape[0])
-        self._running += 1
+        servable = self._registry.get(request.name, request.version)
+        plan = servable.plan(request.function, request.training)
+        self._admit(request.size_bytes)
         try:
-            results = await self._scheduler.run(plan.run, leaves, plan.estimates, size_bytes)
+            if not request.weights_id:
+                results = await self._run(request, plan, plan.flatten(request.parts))
+            else:
+                async with self._weights.use(request.principal, request.weights_id) as weights:
+                    placed = weights.leaves(servable.identity.content_hash, servable.spec.weights)
+                    leaves = plan.flatten(request.parts, placed)
+                    if servable.is_batchable and plan.is_prediction and not request.training:
+                        results = await self._run_batched(request, servable, placed, leaves[len(placed) :])
+                    else:
+                        results = await self._run(request, plan, leaves)
         finally:
             self._running -= 1
+            self._running_bytes -= request.size_bytes
         return servable, plan.unflatten(results)
+
+    def _admit(self, size_bytes: int) -> None:
+        if self._running >= self._max_concurrent_calls:
+            raise errors.ServerOverloaded(
+                f"the server runs {self._running} calls, as many as it takes", retry_after_s=_RETRY_AFTER_S
+            )
+        # One call alone is always taken: its message has a limit of its own.
+        if self._running and self._running_bytes + size_bytes > self._max_concurrent_bytes:
+            raise errors.ServerOverloaded(
+                f"the server runs calls of {self._running_bytes} bytes, and takes {self._max_concurrent_bytes}",
+                retry_after_s=_RETRY_AFTER_S,
+            )
+        self._running += 1
+        self._running_bytes += size_bytes
+
+    async def _run_batched(
+        self, request: Request, servable: Servable, weights: Sequence[Leaf], leaves: Sequence[Array]
+    ) -> list[Array]:
+        """The predictions with those of other calls; the loss, where it is wanted, for each call by itself."""
+        self._observe(request)
+        inputs = len(servable.spec.x.leaves)
+        x, y = leaves[:inputs], leaves[inputs:]
+        predict = servable.plan(Function.PREDICT_ON_BATCH)
+        predictions = await self._batcher.predict(predict, weights, x, request.size_bytes)
+        if request.function is Function.PREDICT_ON_BATCH:
+            return predictions
+        loss = servable.plan(Function.LOSS)
+        results = await self._scheduler.run(loss.run, [*predictions, *y], loss.estimates, request.size_bytes)
+        (num_examples,) = servable.spec.batch_output.named_child("num_examples").leaves
+        return [*results, *predictions, np.array(predictions[0].shape[0], num_examples.dtype)]
+
+    def _observe(self, request: Request) -> None:
+        x = request.parts.get("x") or request.parts.get("batch_input.x")
+        if x is not None and x.leaves and x.leaves[0].ndim:
+            self._observer.batch(request.name, request.function, x.leaves[0].shape[0])
+
+    async def _run(self, request: Request, plan: Plan, leaves: Sequence[Leaf]) -> list[Array]:
+        self._observe(request)
+        return await self._scheduler.run(plan.run, leaves, plan.estimates, request.size_bytes)

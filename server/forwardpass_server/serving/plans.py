@@ -15,7 +15,7 @@ from forwardpass.wire.dtypes import Array
 from forwardpass.wire.specs import StructureSpec
 from forwardpass.wire.structures import Structure
 from forwardpass.wire.trees import Kind
-from forwardpass_server.serving.models import LoadedModel
+from forwardpass_server.serving.models import Leaf, LoadedModel
 from forwardpass_server.serving.scheduling import Estimates
 
 MessageT = TypeVar("MessageT", bound=Message)
@@ -35,6 +35,8 @@ class Plan:
     """How one function of one model is called.
 
     unavailable: why the model lacks the function; "" where it has it.
+    weights: how many of the arguments, the first ones, are the model's weights.
+    is_prediction: the function is predict_on_batch, or a forward pass that is made of it and the loss.
     shares_batch: several arguments must agree in the batch dimension.
     run: flat leaves in, flat leaves out; only for a function that the model has.
     estimates: how long it takes.
@@ -43,21 +45,28 @@ class Plan:
     function: Function
     unavailable: str
     arguments: tuple[Argument, ...]
+    weights: int
     results: tuple[tuple[str, StructureSpec], ...]
+    is_prediction: bool
     shares_batch: bool
-    run: Callable[[Sequence[Array]], list[Array]]
+    run: Callable[[Sequence[Leaf]], list[Array]]
     estimates: Estimates
 
-    def flatten(self, parts: Mapping[str, Structure]) -> list[Array]:
+    def flatten(self, parts: Mapping[str, Structure], weights: Sequence[Leaf] | None = None) -> list[Leaf]:
         """The flat arguments from the structures of a request.
 
+        weights: the model's weights, where they are not among the structures.
         Raises FunctionNotAvailable, StructureMismatch, DTypeMismatch or ShapeMismatch.
         """
         if self.unavailable:
             raise errors.FunctionNotAvailable(f"{self.function.title} is not available: {self.unavailable}")
-        flat: list[Array] = []
+        flat: list[Leaf] = []
+        arguments = self.arguments
+        if weights is not None:
+            flat += weights
+            arguments = arguments[self.weights :]
         checked = []
-        for argument in self.arguments:
+        for argument in arguments:
             part = parts.get(argument.place)
             if part is not None and part.tree.kind is not Kind.NONE:
                 leaves = conform.check(part, argument.spec, argument.place)
@@ -88,6 +97,9 @@ class Servable:
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
         self.identity = model.description.identity
+        self.spec = model.description.spec
+        # Calls with the same weights may share a batch.
+        self.is_batchable = not model.description.unbatchable_reason
         self._headers: dict[type[Message], Message] = {}
         self._plans = {
             (function, training): _plan(model, function, training)
@@ -116,7 +128,10 @@ def _plan(model: LoadedModel, function: Function, training: bool) -> Plan:
         function=function,
         unavailable=spec.unavailable.get(function, ""),
         arguments=arguments,
+        weights=sum(argument.place in spec.weights_places for argument in arguments),
         results=tuple(spec.results[function].items()),
+        is_prediction=function is Function.PREDICT_ON_BATCH
+        or (function is Function.FORWARD_PASS and not spec.has_own_forward_pass),
         shares_batch=batched > 1,
         run=functools.partial(model.run, function, training),
         estimates=Estimates(model.has_loops(function, training)),

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from forwardpass.wire.dtypes import Array
+from forwardpass_server.serving.models import Leaf
 
 ResultT = TypeVar("ResultT")
 
@@ -68,8 +68,8 @@ class Scheduler:
 
     async def run(
         self,
-        compute: Callable[[Sequence[Array]], ResultT],
-        leaves: Sequence[Array],
+        compute: Callable[[Sequence[Leaf]], ResultT],
+        leaves: Sequence[Leaf],
         estimates: Estimates,
         size_bytes: int,
     ) -> ResultT:
@@ -96,8 +96,8 @@ class Scheduler:
 
 
 def _timed(
-    compute: Callable[[Sequence[Array]], ResultT],
-    leaves: Sequence[Array],
+    compute: Callable[[Sequence[Leaf]], ResultT],
+    leaves: Sequence[Leaf],
     note: Callable[[int, float], None],
     bucket: int,
 ) -> ResultT:
