@@ -106,6 +106,60 @@ def main() -> None:
     help="Calls at once; further ones are refused with RESOURCE_EXHAUSTED.",
 )
 @click.option(
+    "--max-concurrent-mib",
+    default=Settings.max_concurrent_bytes // 2**20,
+    show_default=True,
+    envvar="FORWARDPASS_MAX_CONCURRENT_MIB",
+    show_envvar=True,
+    help="MiB of requests at once; further ones are refused with RESOURCE_EXHAUSTED.",
+)
+@click.option(
+    "--batching/--no-batching",
+    default=Settings.batching,
+    show_default=True,
+    envvar="FORWARDPASS_BATCHING",
+    show_envvar=True,
+    help="Run concurrent calls with the same weights as one batch, where a model shows that its rows are independent.",
+)
+@click.option(
+    "--max-batch-examples",
+    default=Settings.max_batch_examples,
+    show_default=True,
+    envvar="FORWARDPASS_MAX_BATCH_EXAMPLES",
+    show_envvar=True,
+    help="Examples in a batch made of several calls.",
+)
+@click.option(
+    "--weights-mib",
+    type=int,
+    envvar="FORWARDPASS_WEIGHTS_MIB",
+    show_envvar=True,
+    help="MiB of weights that callers put on the device.  [default: half of a GPU's memory, a quarter of the host's]",
+)
+@click.option(
+    "--weights-folder",
+    type=click.Path(file_okay=False, path_type=pathlib.Path),
+    envvar="FORWARDPASS_WEIGHTS_FOLDER",
+    show_envvar=True,
+    help="Keep the weights that callers put in this folder too, so that they outlive a restart.",
+)
+@click.option(
+    "--weights-disk-mib",
+    default=Settings.weights_disk_bytes // 2**20,
+    show_default=True,
+    envvar="FORWARDPASS_WEIGHTS_DISK_MIB",
+    show_envvar=True,
+    help="MiB of weights in that folder; beyond, those used least recently are deleted.",
+)
+@click.option(
+    "--upload-expiry",
+    default=Settings.upload_expiry_s,
+    show_default=True,
+    envvar="FORWARDPASS_UPLOAD_EXPIRY",
+    show_envvar=True,
+    help="Seconds after which an upload of which nothing comes is dropped.",
+)
+@click.option(
     "--drain-delay",
     default=Settings.drain_delay_s,
     show_default=True,
@@ -140,6 +194,13 @@ def serve(
     max_message_mib: int,
     execution_threads: int | None,
     max_concurrent_calls: int,
+    max_concurrent_mib: int,
+    batching: bool,
+    max_batch_examples: int,
+    weights_mib: int | None,
+    weights_folder: pathlib.Path | None,
+    weights_disk_mib: int,
+    upload_expiry: float,
     drain_delay: float,
     drain_timeout: float,
     log_level: str,
@@ -160,6 +221,13 @@ def serve(
             max_message_bytes=max_message_mib * 2**20,
             **({} if execution_threads is None else {"execution_threads": execution_threads}),
             max_concurrent_calls=max_concurrent_calls,
+            max_concurrent_bytes=max_concurrent_mib * 2**20,
+            batching=batching,
+            max_batch_examples=max_batch_examples,
+            weights_bytes=None if weights_mib is None else weights_mib * 2**20,
+            weights_folder=weights_folder,
+            weights_disk_bytes=weights_disk_mib * 2**20,
+            upload_expiry_s=upload_expiry,
             drain_delay_s=drain_delay,
             drain_timeout_s=drain_timeout,
         )

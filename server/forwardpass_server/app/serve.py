@@ -12,31 +12,38 @@ from collections.abc import Callable
 
 import prometheus_client
 
-from forwardpass.wire.methods import SERVICE
+from forwardpass.wire.methods import MODEL_SERVICE, WEIGHTS_SERVICE
 from forwardpass_server.app import allocator
 from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.models.loading import TensorFlowLoader
+from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.rpc.server import MODEL_HEALTH_PREFIX, Server, ServerOptions, join_address
 from forwardpass_server.rpc.servicer import FunctionalModelServicer
+from forwardpass_server.rpc.weights_servicer import WeightsServicer
 from forwardpass_server.serving import repository
+from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller
 from forwardpass_server.serving.registry import Registry, State
 from forwardpass_server.serving.scheduling import Scheduler
+from forwardpass_server.serving.weight_files import WeightFiles
+from forwardpass_server.serving.weights import StoreOptions, WeightStore
 from forwardpass_server.telemetry.metrics import Metrics
 
 _LOGGER = logging.getLogger(__name__)
+
+_SWEEP_S = 1.0
 
 
 async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     """Serves until SIGTERM or SIGINT.
 
-    announce: is told, once each, where the server listens and when the models are loaded.
+    announce: is told, once each, where the server listens, what weights may take, and when the models are loaded.
     Returns whether everything has ended: otherwise a model still computes or loads, and only the end of the process
     can end it. Raises DeviceNotFound, SettingsError, or OSError where a port is taken.
     """
     allocator.keep_freed_memory()
     metrics = Metrics()
-    loader = TensorFlowLoader(settings.device, metrics.trace)
+    loader = TensorFlowLoader(settings.device, metrics.trace, settings.batching)
     sources = repository.from_factories(settings.factories)
     if settings.model_repository is not None:
         found = repository.scan(settings.model_repository)
@@ -47,7 +54,13 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     for state in State:
         metrics.models_in_state(state.value, functools.partial(registry.count, state))
     scheduler = Scheduler(settings.execution_threads)
-    caller = Caller(registry, scheduler, metrics, settings.max_concurrent_calls)
+    device = TensorFlowDevice(loader.device)
+    weights_bytes = settings.weights_bytes or device.default_budget_bytes()
+    store = _weight_store(settings, device, weights_bytes, metrics)
+    batcher = Batcher(scheduler, metrics, settings.max_batch_examples)
+    caller = Caller(
+        registry, store, scheduler, batcher, metrics, settings.max_concurrent_calls, settings.max_concurrent_bytes
+    )
     server = Server(
         ServerOptions(
             host=settings.host,
@@ -56,7 +69,12 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
             drain_delay_s=settings.drain_delay_s,
             drain_timeout_s=settings.drain_timeout_s,
         ),
-        FunctionalModelServicer(registry, caller, settings.max_message_bytes),
+        {
+            MODEL_SERVICE: FunctionalModelServicer(
+                registry, caller, settings.max_message_bytes, settings.max_concurrent_bytes
+            ),
+            WEIGHTS_SERVICE: WeightsServicer(store),
+        },
         metrics,
     )
     stop = asyncio.Event()
@@ -74,10 +92,16 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         announce(f"metrics on http://{join_address(settings.host, exporter.server_port)}/metrics")
     port = await server.start()
     announce(f"listening on {join_address(settings.host, port)}")
+    announce(
+        f"weights: up to {weights_bytes / 2**20:,.0f} MiB on {loader.device.removeprefix('/device:')}"
+        + (f", kept in {settings.weights_folder}" if settings.weights_folder else "")
+    )
     loading = asyncio.create_task(_load(registry, loader, server, announce))
     # What goes wrong in it otherwise than with one model must not leave a server that is never ready.
     loading.add_done_callback(lambda task: None if task.cancelled() or task.exception() is None else stop.set())
+    sweeping = asyncio.create_task(_sweep(store))
     await stop.wait()
+    sweeping.cancel()
     is_loading = not loading.done()
     loading.cancel()
     began = time.monotonic()
@@ -91,6 +115,22 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     if not is_loading:
         loading.result()
     return has_ended and not is_loading
+
+
+def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: int, metrics: Metrics) -> WeightStore:
+    files = None
+    if settings.weights_folder is not None:
+        files = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+    options = StoreOptions(budget_bytes=budget_bytes, upload_expiry_s=settings.upload_expiry_s)
+    store = WeightStore(options, device, metrics, files)
+    metrics.weight_store(lambda: store.used_bytes, budget_bytes, lambda: store.set_count, lambda: store.tensor_count)
+    return store
+
+
+async def _sweep(store: WeightStore) -> None:
+    while True:
+        await asyncio.sleep(_SWEEP_S)
+        store.sweep()
 
 
 def _stop(stop: asyncio.Event, number: int) -> None:
@@ -112,8 +152,7 @@ async def _load(registry: Registry, loader: TensorFlowLoader, server: Server, an
     entries = registry.entries()
     # A server of which no model can be called is of use to nobody.
     is_useful = any(entry.state is State.AVAILABLE for entry in entries) or not entries
-    await server.set_serving(SERVICE, is_useful)
-    await server.set_serving("", is_useful)
+    await server.set_all_serving(is_useful)
     failed = [str(entry.source) for entry in entries if entry.state is State.FAILED]
     announce(
         f"ready on {loader.device.removeprefix('/device:')}: {len(entries) - len(failed)} of {len(entries)} models"

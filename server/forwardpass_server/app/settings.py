@@ -7,6 +7,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
+from forwardpass.wire.chunks import CHUNK_BYTES
 from forwardpass_server.serving.repository import MODEL_NAME
 
 
@@ -37,6 +38,21 @@ class Settings:
     execution_threads: int = dataclasses.field(default_factory=lambda: max(2, os.cpu_count() or 1))
     # A call that waits holds its message: a thousand of a megabyte each are a gigabyte.
     max_concurrent_calls: int = 1024
+    # Of requests that wait or run, beyond the longest: four of them.
+    max_concurrent_bytes: int = 2**30
+    # Whether concurrent calls with the same weights are run as one batch, where a model shows that it can be.
+    batching: bool = True
+    # Of a batch made of several calls: enough that the cost of a call of TensorFlow is nothing beside its work.
+    max_batch_examples: int = 1024
+    # Of weights that callers put, on the device; None for a share of its memory: half of a GPU's, a quarter of the
+    # host's, which holds models and messages too.
+    weights_bytes: int | None = None
+    # Where weights are kept beyond the process and the device's memory; None for nowhere.
+    weights_folder: pathlib.Path | None = None
+    # Of weights in that folder.
+    weights_disk_bytes: int = 64 * 2**30
+    # Time for a client to come back to an upload whose connection broke, with all its retries.
+    upload_expiry_s: float = 60.0
     # Measured: clients that watch health or retry lose no call where the server waits half a second before it stops.
     drain_delay_s: float = 1.0
     # Kubernetes kills 30 s after SIGTERM: be done before.
@@ -55,16 +71,27 @@ class Settings:
         for flag, port in (("--port", self.port), ("--metrics-port", self.metrics_port)):
             if port is not None and not 0 <= port <= 65535:
                 raise SettingsError(f"{flag}: expected 0 to 65535, got {port}")
-        # gRPC cannot take longer messages than an int32 counts.
-        if not 2**10 <= self.max_message_bytes < 2**31:
-            raise SettingsError(f"--max-message-mib: expected 1 to 2047, got {self.max_message_bytes / 2**20:g}")
+        # Chunks of weights have to fit, and gRPC cannot take longer messages than an int32 counts.
+        if not 2 * CHUNK_BYTES <= self.max_message_bytes < 2**31:
+            raise SettingsError(
+                f"--max-message-mib: expected {2 * CHUNK_BYTES // 2**20} to 2047, "
+                f"got {self.max_message_bytes / 2**20:g}"
+            )
         for flag, number in (
             ("--execution-threads", self.execution_threads),
             ("--max-concurrent-calls", self.max_concurrent_calls),
+            ("--max-concurrent-mib", self.max_concurrent_bytes),
+            ("--max-batch-examples", self.max_batch_examples),
+            ("--weights-mib", 1 if self.weights_bytes is None else self.weights_bytes),
+            ("--weights-disk-mib", self.weights_disk_bytes),
         ):
             if number < 1:
                 raise SettingsError(f"{flag}: expected at least 1, got {number}")
-        for flag, seconds in (("--drain-delay", self.drain_delay_s), ("--drain-timeout", self.drain_timeout_s)):
+        for flag, seconds in (
+            ("--drain-delay", self.drain_delay_s),
+            ("--drain-timeout", self.drain_timeout_s),
+            ("--upload-expiry", self.upload_expiry_s),
+        ):
             if not 0 <= seconds < float("inf"):
                 raise SettingsError(f"{flag}: expected seconds >= 0, got {seconds:g}")
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+from collections.abc import Mapping
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from forwardpass.wire.methods import SERVICE
+from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.health import HealthServicer
 from forwardpass_server.rpc.interceptor import Interceptor
-from forwardpass_server.rpc.servicer import FunctionalModelServicer, handlers
 from forwardpass_server.telemetry.metrics import Metrics
 
 _LOGGER = logging.getLogger(__name__)
@@ -41,7 +41,8 @@ def join_address(host: str, port: int) -> str:
 class Server:
     """One gRPC server on an event loop."""
 
-    def __init__(self, options: ServerOptions, servicer: FunctionalModelServicer, metrics: Metrics) -> None:
+    def __init__(self, options: ServerOptions, servicers: Mapping[str, object], metrics: Metrics) -> None:
+        """servicers: by the full names of their services."""
         self._options = options
         self._health = HealthServicer()
         self._server = grpc.aio.server(
@@ -61,14 +62,14 @@ class Server:
                 ("grpc.server_handshake_timeout_ms", 10_000),
             ],
         )
-        self._server.add_generic_rpc_handlers((handlers(servicer),))
+        self._servicers = servicers
+        self._server.add_generic_rpc_handlers([handlers.of(*item) for item in servicers.items()])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
-        reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
+        reflection.enable_server_reflection((*servicers, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self) -> int:
         """Listens and answers; health says NOT_SERVING. Returns the port. Raises OSError where it is taken."""
-        await self.set_serving("", False)
-        await self.set_serving(SERVICE, False)
+        await self.set_all_serving(False)
         address = join_address(self._options.host, self._options.port)
         try:
             port: int = self._server.add_insecure_port(address)
@@ -81,6 +82,11 @@ class Server:
         """What grpc.health.v1 answers for a service; "" is the server as a whole."""
         status = health_pb2.HealthCheckResponse
         await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
+
+    async def set_all_serving(self, serving: bool) -> None:
+        """What is answered for the server as a whole and for each of its services."""
+        for service in ("", *self._servicers):
+            await self.set_serving(service, serving)
 
     async def drain(self) -> None:
         """Says NOT_SERVING, waits for clients to see it, takes no more calls, and waits for those that run."""

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
+from collections.abc import AsyncIterator, Mapping
+from typing import Any, TypeVar
 
-import grpc
 from google.protobuf.message import Message
 
 from forwardpass import v1
 from forwardpass.wire import description, messages
 from forwardpass.wire.description import Function
-from forwardpass.wire.methods import METHODS, SERVICE
+from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
 from forwardpass.wire.structures import Structure
-from forwardpass_server.serving.calls import Caller
+from forwardpass_server.rpc.pipeline import Pipeline
+from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.registry import Entry, Registry, State
 
 MessageT = TypeVar("MessageT", bound=Message)
@@ -28,43 +28,42 @@ _STATES = {
 class FunctionalModelServicer:
     """Each method has the name of its RPC, takes the request's bytes and returns the response's."""
 
-    def __init__(self, registry: Registry, caller: Caller, max_message_bytes: int) -> None:
+    def __init__(self, registry: Registry, caller: Caller, max_message_bytes: int, max_concurrent_bytes: int) -> None:
         self._registry = registry
         self._caller = caller
         self._max_message_bytes = max_message_bytes
+        self._max_concurrent_bytes = max_concurrent_bytes
+        self._unary = {name: getattr(self, name) for name, method in SERVICES[MODEL_SERVICE].items() if method.is_unary}
 
     async def ForwardPass(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.ForwardPassRequest, data)
-        return await self._call(
-            v1.ForwardPassResponse, header.model, Function.FORWARD_PASS, parts, len(data), header.training
-        )
+        return await self._call_with_weights(v1.ForwardPassResponse, header, Function.FORWARD_PASS, parts, len(data))
 
     async def PredictOnBatch(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.PredictOnBatchRequest, data)
-        return await self._call(
-            v1.PredictOnBatchResponse, header.model, Function.PREDICT_ON_BATCH, parts, len(data), header.training
+        return await self._call_with_weights(
+            v1.PredictOnBatchResponse, header, Function.PREDICT_ON_BATCH, parts, len(data)
         )
 
     async def Loss(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.LossRequest, data)
         function = Function.WEIGHTED_LOSS if "sample_weight" in parts else Function.LOSS
-        return await self._call(v1.LossResponse, header.model, function, parts, len(data))
+        return await self._call(v1.LossResponse, header, function, parts, len(data))
 
     async def InitializeMetricsState(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.InitializeMetricsStateRequest, data)
-        return await self._call(
-            v1.InitializeMetricsStateResponse, header.model, Function.INITIALIZE_METRICS_STATE, parts, len(data)
-        )
+        function = Function.INITIALIZE_METRICS_STATE
+        return await self._call(v1.InitializeMetricsStateResponse, header, function, parts, len(data))
 
     async def UpdateMetricsState(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.UpdateMetricsStateRequest, data)
         weighted = "sample_weight" in parts
         function = Function.WEIGHTED_UPDATE_METRICS_STATE if weighted else Function.UPDATE_METRICS_STATE
-        return await self._call(v1.UpdateMetricsStateResponse, header.model, function, parts, len(data))
+        return await self._call(v1.UpdateMetricsStateResponse, header, function, parts, len(data))
 
     async def FinalizeMetrics(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.FinalizeMetricsRequest, data)
-        return await self._call(v1.FinalizeMetricsResponse, header.model, Function.FINALIZE_METRICS, parts, len(data))
+        return await self._call(v1.FinalizeMetricsResponse, header, Function.FINALIZE_METRICS, parts, len(data))
 
     async def GetModel(self, data: bytes, context: object) -> bytes:
         header, _ = messages.decode(v1.GetModelRequest, data)
@@ -84,21 +83,40 @@ class FunctionalModelServicer:
     async def GetInitialWeights(self, data: bytes, context: object) -> bytes:
         header, _ = messages.decode(v1.GetInitialWeightsRequest, data)
         model = self._registry.get(header.model.name, header.model.version).model
-        parts = model.description.spec.weights_parts(model.initial_weights)
+        spec = model.description.spec
+        parts = spec.weights_parts(Structure(spec.weights.tree, model.initial_weights))
         return messages.encode(v1.GetInitialWeightsResponse(model=model.description.identity.message()), parts)
+
+    def Pipeline(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
+        return Pipeline(self._unary, self._max_message_bytes, self._max_concurrent_bytes).run(requests, context)
 
     async def _call(
         self,
         response_type: type[MessageT],
-        selector: v1.ModelSelector,
+        header: Any,
         function: Function,
         parts: Mapping[str, Structure],
         size_bytes: int,
-        training: bool = False,
     ) -> bytes:
-        servable, results = await self._caller.call(
-            selector.name, selector.version, function, parts, size_bytes, training
+        selector = header.model
+        return await self._answer(response_type, Request(selector.name, selector.version, function, parts, size_bytes))
+
+    async def _call_with_weights(
+        self,
+        response_type: type[MessageT],
+        header: Any,
+        function: Function,
+        parts: Mapping[str, Structure],
+        size_bytes: int,
+    ) -> bytes:
+        selector = header.model
+        request = Request(
+            selector.name, selector.version, function, parts, size_bytes, header.training, header.weights_id
         )
+        return await self._answer(response_type, request)
+
+    async def _answer(self, response_type: type[MessageT], request: Request) -> bytes:
+        servable, results = await self._caller.call(request)
         return messages.encode(servable.response_header(response_type), results, self._max_message_bytes)
 
 
@@ -109,11 +127,4 @@ def _status(entry: Entry) -> v1.ModelVersionStatus:
         state=_STATES[entry.state],
         error=entry.error,
         content_hash=entry.servable.identity.content_hash if entry.servable else b"",
-    )
-
-
-def handlers(servicer: FunctionalModelServicer) -> grpc.GenericRpcHandler:
-    """The servicer's methods as gRPC wants them, bytes in and out."""
-    return grpc.method_handlers_generic_handler(
-        SERVICE, {name: grpc.unary_unary_rpc_method_handler(getattr(servicer, name)) for name in METHODS}
     )

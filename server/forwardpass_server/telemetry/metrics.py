@@ -12,6 +12,7 @@ from forwardpass.wire.description import Function
 
 # 100 us is less than gRPC itself needs, a minute more than a sensible deadline.
 _SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
+_CALLS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _EXAMPLES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
 
 # Looking a labelled child up costs three times what counting in it does.
@@ -56,6 +57,12 @@ class Metrics:
             buckets=_EXAMPLES,
             registry=self.registry,
         )
+        self._batched_calls = prometheus.Histogram(
+            "forwardpass_batched_calls",
+            "Calls run as one batch, where a model lets them be.",
+            buckets=_CALLS,
+            registry=self.registry,
+        )
         self._models = prometheus.Gauge(
             "forwardpass_models", "Model versions by state.", ("state",), registry=self.registry
         )
@@ -63,6 +70,34 @@ class Metrics:
             "forwardpass_traces_total",
             "Graphs traced from Python: only loading a model makes them.",
             registry=self.registry,
+        )
+        self._weights_bytes = prometheus.Gauge(
+            "forwardpass_weights_bytes",
+            "Weights that callers put, uploads under way included, on the device.",
+            registry=self.registry,
+        )
+        self._weights_budget = prometheus.Gauge(
+            "forwardpass_weights_budget_bytes", "What they may take.", registry=self.registry
+        )
+        self._weights_sets = prometheus.Gauge(
+            "forwardpass_weights_sets", "Sets of weights on the device.", registry=self.registry
+        )
+        self._weights_tensors = prometheus.Gauge(
+            "forwardpass_weights_tensors", "Tensors that they share.", registry=self.registry
+        )
+        self._weights_lookups = prometheus.Counter(
+            "forwardpass_weights_lookups_total",
+            "Uses of weights by their id: a hit finds them on the device.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self._weights_hits = self._weights_lookups.labels("hit")
+        self._weights_misses = self._weights_lookups.labels("miss")
+        self._weights_evictions = prometheus.Counter(
+            "forwardpass_weights_evictions_total", "Sets dropped to make room for others.", registry=self.registry
+        )
+        self._weights_spill_failures = prometheus.Counter(
+            "forwardpass_weights_spill_failures_total", "Sets that could not be kept on disk.", registry=self.registry
         )
         self._batch_child = functools.lru_cache(_CACHED_CHILDREN)(
             lambda model, function: self._batch_examples.labels(model, function.name.lower())
@@ -82,6 +117,30 @@ class Metrics:
 
     def trace(self) -> None:
         self._traces.inc()
+
+    def batched_calls(self, calls: int) -> None:
+        self._batched_calls.observe(calls)
+
+    def weights_hit(self) -> None:
+        self._weights_hits.inc()
+
+    def weights_missed(self) -> None:
+        self._weights_misses.inc()
+
+    def weights_evicted(self) -> None:
+        self._weights_evictions.inc()
+
+    def weights_spill_failed(self) -> None:
+        self._weights_spill_failures.inc()
+
+    def weight_store(
+        self, used_bytes: Callable[[], int], budget_bytes: int, sets: Callable[[], int], tensors: Callable[[], int]
+    ) -> None:
+        """Shows what the weight store holds."""
+        self._weights_bytes.set_function(used_bytes)
+        self._weights_budget.set(budget_bytes)
+        self._weights_sets.set_function(sets)
+        self._weights_tensors.set_function(tensors)
 
     def models_in_state(self, state: str, count: Callable[[], int]) -> None:
         """Shows count() as the number of model versions in this state."""

@@ -1,0 +1,108 @@
+"""Calls over one stream: each answered as soon as it is done."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+from forwardpass.wire import errors, frames
+from forwardpass.wire.frames import Frame, Inbox, Outbox
+from forwardpass_server.rpc.failures import failure_of
+
+Method = Callable[[Any, object], Awaitable[bytes]]
+
+# Of one stream at once; beyond it no more is read of it, and its caller has to wait.
+_MAX_CALLS = 1024
+
+
+class Pipeline:
+    """The calls of one stream.
+
+    methods: what may be called, by the name of its RPC. max_message_bytes: of one call. max_bytes: of all that are
+    arriving.
+    """
+
+    def __init__(self, methods: Mapping[str, Method], max_message_bytes: int, max_bytes: int) -> None:
+        self._methods = methods
+        self._inbox = Inbox(max_message_bytes, max_bytes)
+        self._outbox = Outbox(answers=True)
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+
+    async def run(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
+        """The stream's responses, until its requests have ended and every call is answered."""
+        reading = asyncio.ensure_future(self._read(requests, context))
+        reading.add_done_callback(lambda _: self._changed.set())
+        try:
+            while not reading.done() or self._tasks or self._outbox:
+                while self._outbox:
+                    yield self._outbox.next_message()
+                if not reading.done() or self._tasks:
+                    await self._changed.wait()
+                    self._changed.clear()
+            # What was wrong with the requests is wrong with the stream.
+            await reading
+        finally:
+            running = [reading, *self._tasks.values()]
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    async def _read(self, requests: AsyncIterator[bytes], context: object) -> None:
+        async for message in requests:
+            for frame in frames.decode_calls(message):
+                self._take(frame, context)
+            if len(self._tasks) >= _MAX_CALLS:
+                self._room.clear()
+                await self._room.wait()
+
+    def _take(self, frame: Frame, context: object) -> None:
+        try:
+            whole = self._inbox.take(frame)
+            if whole is None:
+                return
+            first, data = whole
+            method = self._methods.get(first.method)
+            if method is None:
+                raise errors.MethodNotSupported(
+                    place=f"method of call {first.call}",
+                    expected=f"one of {', '.join(self._methods)}",
+                    found=first.method,
+                )
+            if first.call in self._tasks:
+                raise errors.InvalidRequest(place=f"call {first.call}", expected="another number", found="one in use")
+        except errors.ForwardPassError as error:
+            self._fail(frame.call, error)
+            return
+        task = asyncio.ensure_future(self._answer(first, method, data, context))
+        self._tasks[first.call] = task
+        if first.timeout_s > 0:
+            timer = asyncio.get_running_loop().call_later(first.timeout_s, self._expire, first.call, task)
+            task.add_done_callback(lambda _: timer.cancel())
+        task.add_done_callback(lambda _: self._end(first.call))
+
+    async def _answer(self, first: Frame, method: Method, data: bytes | memoryview, context: object) -> None:
+        try:
+            response = await method(data, context)
+        except Exception as error:
+            self._fail(first.call, failure_of(error, f"call {first.method} of a pipeline"))
+        else:
+            self._outbox.put(first.call, frames.encode_answer(len(response)), response)
+            self._changed.set()
+
+    def _expire(self, call: int, task: asyncio.Task[None]) -> None:
+        if task.cancel():
+            self._fail(call, errors.DeadlineExceeded())
+
+    def _fail(self, call: int, error: errors.ForwardPassError) -> None:
+        self._outbox.put(call, frames.encode_error(error))
+        self._changed.set()
+
+    def _end(self, call: int) -> None:
+        del self._tasks[call]
+        self._room.set()
+        if not self._tasks:
+            self._changed.set()
