@@ -11,15 +11,18 @@ from forwardpass.wire.specs import TensorSpec
 from forwardpass_client.calls import ModelVersion
 from forwardpass_client.client import AsyncClient, Client, connect, connect_async
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
+from forwardpass_client.weights import AsyncWeightsHandle, WeightsHandle
 
 __all__ = [
     "AsyncClient",
     "AsyncRemoteFunctionalModel",
+    "AsyncWeightsHandle",
     "BatchOutput",
     "Client",
     "ModelVersion",
     "RemoteFunctionalModel",
     "TensorSpec",
+    "WeightsHandle",
     "connect",
     "connect_async",
     "errors",

@@ -13,17 +13,23 @@ from forwardpass.wire.dtypes import Array
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.specs import StructureSpec
 from forwardpass.wire.structures import Structure
+from forwardpass_client.reuse import Reuse
+from forwardpass_client.weights import HeldWeights, WeightsHandleApi
 
 ResultT = TypeVar("ResultT")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Call(Generic[ResultT]):
-    """One call: where it goes, what is sent, and how the answer is read."""
+    """One call: where it goes, what is sent, and how the answer is read.
+
+    held: weights that the request names, in place of carrying them.
+    """
 
     path: str
     request: bytes
     read: Callable[[bytes], ResultT]
+    held: HeldWeights | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -103,12 +109,14 @@ class ModelCalls:
     Every method checks its arguments against the model's spec and raises before anything is sent: StructureMismatch,
     DTypeMismatch or ShapeMismatch, naming the leaf; FunctionNotAvailable; MessageTooLarge.
     max_request_bytes: the longest request that both ends take.
+    reuse: recognises weights that are passed again; None for sending them each time.
     """
 
-    def __init__(self, model: ModelDescription, max_request_bytes: int) -> None:
+    def __init__(self, model: ModelDescription, max_request_bytes: int, reuse: Reuse | None) -> None:
         self.model = model
         self._spec = model.spec
         self._max_request_bytes = max_request_bytes
+        self._reuse = reuse
         self._selector = v1.ModelSelector(name=model.identity.name, version=model.identity.version)
         self._identity = model.identity.message()
 
@@ -124,24 +132,25 @@ class ModelCalls:
 
     def predict_on_batch(self, model_weights: Any, x: Any, training: bool) -> Call[Any]:
         request = v1.PredictOnBatchRequest(model=self._selector, training=bool(training))
-        values = {**self._weights(model_weights), "x": x}
-        return self._call(
+        return self._call_with_weights(
+            Function.PREDICT_ON_BATCH,
             "PredictOnBatch",
             request,
-            self._conform(Function.PREDICT_ON_BATCH, values),
+            model_weights,
+            {"x": x},
             lambda data: _nested(self._read(v1.PredictOnBatchResponse, data), "predictions"),
         )
 
     def forward_pass(self, model_weights: Any, batch_input: Any, training: bool) -> Call[BatchOutput]:
         request = v1.ForwardPassRequest(model=self._selector, training=bool(training))
         x, y = _x_and_y(batch_input)
-        values = {**self._weights(model_weights), "batch_input.x": x, "batch_input.y": y}
+        values = {"batch_input.x": x, "batch_input.y": y}
 
         def read(data: bytes) -> BatchOutput:
             parts = self._read(v1.ForwardPassResponse, data)
             return BatchOutput(*(_nested(parts, f"batch_output.{name}") for name in BatchOutput._fields))
 
-        return self._call("ForwardPass", request, self._conform(Function.FORWARD_PASS, values), read)
+        return self._call_with_weights(Function.FORWARD_PASS, "ForwardPass", request, model_weights, values, read)
 
     def loss(self, output: Any, label: Any, sample_weight: Any) -> Call[Any]:
         values = {"output": output, "label": label, "sample_weight": sample_weight}
@@ -179,13 +188,44 @@ class ModelCalls:
             lambda data: _nested(self._read(v1.FinalizeMetricsResponse, data), "metrics"),
         )
 
-    def _weights(self, model_weights: Any) -> dict[str, Any]:
-        """The parts of a request that carry the weights."""
-        trainable, non_trainable = conform.items(model_weights, self._spec.weights.tree, "model_weights")
-        return {"model_weights.trainable": trainable, "model_weights.non_trainable": non_trainable}
+    def hold(self, model_weights: Any) -> HeldWeights:
+        """Weights for `put_weights`. Raises as `conform.conform` does."""
+        structure = self._weights(model_weights)
+        return HeldWeights.of(structure)
+
+    def _weights(self, model_weights: Any) -> Structure:
+        """Weights as the structure that the model takes."""
+        leaves: list[Array] = []
+        items = conform.items(model_weights, self._spec.weights.tree, "model_weights")
+        for item, (place, spec) in zip(items, self._spec.weights_places.items(), strict=True):
+            leaves += conform.conform(item, spec, place).leaves
+        return Structure(self._spec.weights.tree, leaves, [leaf.data_type for leaf in self._spec.weights.leaves])
+
+    def _call_with_weights(
+        self,
+        function: Function,
+        method: str,
+        header: Any,
+        model_weights: Any,
+        values: Mapping[str, Any],
+        read: Callable[[bytes], ResultT],
+    ) -> Call[ResultT]:
+        """A call with the weights by value or by id."""
+        parts = self._conform(function, values)
+        held = None
+        if isinstance(model_weights, WeightsHandleApi):
+            held = model_weights.held
+        else:
+            structure = self._weights(model_weights)
+            held = None if self._reuse is None else self._reuse.recognise(structure)
+            if held is None:
+                parts = {**self._spec.weights_parts(structure), **parts}
+        if held is not None:
+            header.weights_id = held.weights_id
+        return dataclasses.replace(self._call(method, header, parts, read), held=held)
 
     def _conform(self, function: Function, values: Mapping[str, Any]) -> dict[str, Structure]:
-        """The values as the structures that the function takes."""
+        """The values as the structures that the function takes, weights apart."""
         reason = self._spec.unavailable.get(function)
         if reason is not None:
             raise errors.FunctionNotAvailable(
@@ -194,6 +234,8 @@ class ModelCalls:
         parts: dict[str, Structure] = {}
         checked: list[tuple[str, Any, StructureSpec]] = []
         for place, spec in self._spec.arguments[function].items():
+            if place in self._spec.weights_places:
+                continue
             value = values[place]
             if value is None and self._spec.may_be_none(place):
                 continue

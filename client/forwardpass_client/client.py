@@ -13,6 +13,7 @@ from forwardpass.wire import errors
 from forwardpass_client import calls
 from forwardpass_client.calls import Call, FoundModel, ModelVersion
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
+from forwardpass_client.options import Options
 from forwardpass_client.transport import AsyncTransport, Transport
 
 ResultT = TypeVar("ResultT")
@@ -27,14 +28,18 @@ def connect(
     *,
     timeout_s: float | None = DEFAULT_TIMEOUT_S,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    reuse_weights: bool = True,
 ) -> Client:
     """A client of the server at `target`, "host:port" or any other gRPC target. Nothing is sent yet.
 
     timeout_s: seconds that each call may take, retries included; None for no limit.
-    max_message_bytes: the longest request and response. The server has a limit of its own.
+    max_message_bytes: the longest request and response. The server has a limit of its own. Weights are put and fetched
+      in messages of 2 MiB, whatever they take.
+    reuse_weights: weights of 1 MiB and more that are passed as the same arrays again are put on the server and named
+      from then on. They may be changed in place: each call hashes them.
     Calls that meet a server that is gone or stopping are sent again, up to four times within some seconds.
     """
-    return Client(target, timeout_s, max_message_bytes)
+    return Client(target, _options(timeout_s, max_message_bytes, reuse_weights))
 
 
 def connect_async(
@@ -42,9 +47,14 @@ def connect_async(
     *,
     timeout_s: float | None = DEFAULT_TIMEOUT_S,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    reuse_weights: bool = True,
 ) -> AsyncClient:
     """`connect` for asyncio. Call it, and use the client, on one event loop."""
-    return AsyncClient(target, timeout_s, max_message_bytes)
+    return AsyncClient(target, _options(timeout_s, max_message_bytes, reuse_weights))
+
+
+def _options(timeout_s: float | None, max_message_bytes: int, reuse_weights: bool) -> Options:
+    return Options(timeout_s=timeout_s, max_message_bytes=max_message_bytes, reuse_weights=reuse_weights)
 
 
 class ClientApi(abc.ABC):
@@ -53,9 +63,8 @@ class ClientApi(abc.ABC):
     timeout_s: seconds that one call may take; None for the client's own.
     """
 
-    def __init__(self, timeout_s: float | None, max_message_bytes: int) -> None:
-        self._timeout_s = timeout_s
-        self._max_message_bytes = max_message_bytes
+    def __init__(self, options: Options) -> None:
+        self._options = options
 
     def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Any:
         """A model of the server; without a version, the highest that is available now, and that one from then on.
@@ -82,15 +91,15 @@ class ClientApi(abc.ABC):
         """Makes the call: returns its result, or what to await for it."""
 
     def _deadline(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s
+        return self._options.timeout_s if timeout_s is None else timeout_s
 
 
 class Client(ClientApi):
     """One connection, for any number of threads. A context manager: leaving it closes the connection."""
 
-    def __init__(self, target: str, timeout_s: float | None, max_message_bytes: int) -> None:
-        super().__init__(timeout_s, max_message_bytes)
-        self._transport = Transport(target, max_message_bytes)
+    def __init__(self, target: str, options: Options) -> None:
+        super().__init__(options)
+        self._transport = Transport(target, options.max_message_bytes)
 
     def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> RemoteFunctionalModel:
         model: RemoteFunctionalModel = super().model(name, version, timeout_s=timeout_s)
@@ -117,7 +126,7 @@ class Client(ClientApi):
         self._transport.close()
 
     def _model(self, found: FoundModel) -> RemoteFunctionalModel:
-        return RemoteFunctionalModel(self._transport, found, self._max_message_bytes, self._timeout_s)
+        return RemoteFunctionalModel(self._transport, found, self._options)
 
     def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
         return call.read(self._transport.call(call.path, call.request, self._deadline(timeout_s)))
@@ -134,9 +143,9 @@ class Client(ClientApi):
 class AsyncClient(ClientApi):
     """`Client` for asyncio: the same methods, whose results are to be awaited."""
 
-    def __init__(self, target: str, timeout_s: float | None, max_message_bytes: int) -> None:
-        super().__init__(timeout_s, max_message_bytes)
-        self._transport = AsyncTransport(target, max_message_bytes)
+    def __init__(self, target: str, options: Options) -> None:
+        super().__init__(options)
+        self._transport = AsyncTransport(target, options.max_message_bytes)
 
     async def model(
         self, name: str, version: int | None = None, *, timeout_s: float | None = None
@@ -167,7 +176,7 @@ class AsyncClient(ClientApi):
         await self._transport.close()
 
     def _model(self, found: FoundModel) -> AsyncRemoteFunctionalModel:
-        return AsyncRemoteFunctionalModel(self._transport, found, self._max_message_bytes, self._timeout_s)
+        return AsyncRemoteFunctionalModel(self._transport, found, self._options)
 
     async def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
         return call.read(await self._transport.call(call.path, call.request, self._deadline(timeout_s)))

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 import abc
+import asyncio
+import collections
+import concurrent.futures
 import threading
+from collections.abc import AsyncIterator, Iterable, Iterator
 from typing import Any
 
 from forwardpass.wire.description import ModelDescription
+from forwardpass_client import transfers
 from forwardpass_client.calls import Call, FoundModel, ModelCalls, ModelVersion, ResultT
+from forwardpass_client.options import Options
+from forwardpass_client.pipeline import MAX_CALLS, AsyncPipeline, Pipeline
+from forwardpass_client.reuse import Reuse
+from forwardpass_client.transfers import Progress, Steps, Unary
 from forwardpass_client.transport import AsyncTransport, Transport
+from forwardpass_client.weights import (
+    AsyncWeightsHandle,
+    HeldWeights,
+    WeightsHandle,
+    WeightsHandleApi,
+    parse_id,
+    with_weights,
+)
 
 
 class FunctionalModelApi(abc.ABC):
@@ -25,10 +42,15 @@ class FunctionalModelApi(abc.ABC):
     Source: tff.learning.models.FunctionalModel.
     """
 
-    def __init__(self, found: FoundModel, max_message_bytes: int, timeout_s: float | None) -> None:
+    def __init__(self, found: FoundModel, options: Options) -> None:
         self._found = found
-        self._calls = ModelCalls(found.description, min(found.max_request_bytes, max_message_bytes))
-        self._timeout_s = timeout_s
+        self._calls = ModelCalls(
+            found.description,
+            min(found.max_request_bytes, options.max_message_bytes),
+            Reuse() if options.reuse_weights else None,
+        )
+        self._options = options
+        self._timeout_s = options.timeout_s
         self._input_spec = found.description.spec.input.nested()
 
     @property
@@ -76,7 +98,7 @@ class FunctionalModelApi(abc.ABC):
     ) -> Any:
         """BatchOutput: loss, predictions and number of examples of one batch under these weights.
 
-        model_weights: (trainable, non_trainable) like `initial_weights`.
+        model_weights: (trainable, non_trainable) like `initial_weights`, or a handle of `put_weights`.
         batch_input: (x, y), or a mapping with keys x and y, like `input_spec`, leaves of shape [B, ...]; B may differ
           from call to call.
         training: whether layers such as dropout and batch normalisation act as in training.
@@ -121,9 +143,44 @@ class FunctionalModelApi(abc.ABC):
         """The metrics of a state, in the model's order."""
         return self._run(self._calls.finalize_metrics(state), timeout_s)
 
+    def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> Any:
+        """Sends weights once: a handle that can be passed wherever `model_weights` is.
+
+        Only the tensors that the server lacks are sent, and what had arrived before a connection broke is not sent
+        again. Weights of any size: there is no limit as for messages.
+        progress: called with (bytes done, bytes in all), from another thread.
+        Raises StructureMismatch, DTypeMismatch, ShapeMismatch, WeightStoreFull, ServerUnavailable.
+        """
+        held = self._calls.hold(model_weights)
+        return self._handle_after(held, held.put(progress))
+
+    def weights_handle(self, weights_id: str) -> Any:
+        """A handle of weights that somebody has put, by their id. Nothing is sent. Raises ValueError for no id."""
+        return self._handle(HeldWeights(parse_id(weights_id)))
+
+    def get_weights(self, handle: WeightsHandleApi, *, progress: Progress | None = None) -> Any:
+        """The weights that the server holds: (trainable, non_trainable) of read-only arrays, in the containers they
+        were put in.
+
+        progress: called with (bytes done, bytes in all). Raises WeightsNotFound, ServerUnavailable.
+        """
+        return self._run_steps(transfers.get(handle.held.weights_id, progress))
+
     @abc.abstractmethod
     def _run(self, call: Call[Any], timeout_s: float | None) -> Any:
         """Makes the call: returns its result, or what to await for it."""
+
+    @abc.abstractmethod
+    def _run_steps(self, steps: Steps) -> Any:
+        """Makes the calls: returns their result, or what to await for it."""
+
+    @abc.abstractmethod
+    def _handle(self, held: HeldWeights) -> Any:
+        """A handle of weights."""
+
+    @abc.abstractmethod
+    def _handle_after(self, held: HeldWeights, steps: Steps) -> Any:
+        """A handle of weights once the calls are made, or what to await for it."""
 
     def _deadline(self, timeout_s: float | None) -> float | None:
         return self._timeout_s if timeout_s is None else timeout_s
@@ -132,10 +189,8 @@ class FunctionalModelApi(abc.ABC):
 class RemoteFunctionalModel(FunctionalModelApi):
     """A functional model on a server, called as if it were local. Any number of threads may call at once."""
 
-    def __init__(
-        self, transport: Transport, found: FoundModel, max_message_bytes: int, timeout_s: float | None
-    ) -> None:
-        super().__init__(found, max_message_bytes, timeout_s)
+    def __init__(self, transport: Transport, found: FoundModel, options: Options) -> None:
+        super().__init__(found, options)
         self._transport = transport
         self._initial_weights: Any = None
         self._fetching = threading.Lock()
@@ -148,19 +203,58 @@ class RemoteFunctionalModel(FunctionalModelApi):
             return self._initial_weights
 
     def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
-        return call.read(self._transport.call(call.path, call.request, self._deadline(timeout_s)))
+        deadline = self._deadline(timeout_s)
+        if call.held is not None:
+            return call.read(self._transport.run(with_weights(call.held, Unary(call.path, call.request)), deadline))
+        return call.read(self._transport.call(call.path, call.request, deadline))
+
+    def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> WeightsHandle:
+        handle: WeightsHandle = super().put_weights(model_weights, progress=progress)
+        return handle
+
+    def weights_handle(self, weights_id: str) -> WeightsHandle:
+        handle: WeightsHandle = super().weights_handle(weights_id)
+        return handle
+
+    def pipeline(self, model_weights: Any) -> Pipeline:
+        """Calls with these weights over one stream, each a future, many in flight at once. A context manager.
+
+        model_weights: a handle of `put_weights`, or weights, which are put first.
+        """
+        if not isinstance(model_weights, WeightsHandleApi):
+            model_weights = self.put_weights(model_weights)
+        return Pipeline(self._transport, self._calls, model_weights, self._timeout_s, self._options.max_message_bytes)
+
+    def predict_many(self, model_weights: Any, batches: Iterable[Any], training: bool = True) -> Iterator[Any]:
+        """The predictions for each batch, in order, with many in flight at once. Arguments as of `predict_on_batch`."""
+        with self.pipeline(model_weights) as pipeline:
+            futures: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+            for x in batches:
+                futures.append(pipeline.predict_on_batch(x, training))
+                while len(futures) >= MAX_CALLS or (futures and futures[0].done()):
+                    yield futures.popleft().result()
+            while futures:
+                yield futures.popleft().result()
+
+    def _run_steps(self, steps: Steps) -> Any:
+        return self._transport.run(steps, self._timeout_s)
+
+    def _handle(self, held: HeldWeights) -> WeightsHandle:
+        return WeightsHandle(held, self._transport, self._timeout_s)
+
+    def _handle_after(self, held: HeldWeights, steps: Steps) -> WeightsHandle:
+        self._run_steps(steps)
+        return self._handle(held)
 
 
 class AsyncRemoteFunctionalModel(FunctionalModelApi):
     """`RemoteFunctionalModel` for asyncio: the same methods, whose results are to be awaited.
 
-    Errors about arguments are raised by the call itself, before anything is awaited.
+    Errors about arguments are raised by the call itself, before anything is awaited. `weights_handle` needs no await.
     """
 
-    def __init__(
-        self, transport: AsyncTransport, found: FoundModel, max_message_bytes: int, timeout_s: float | None
-    ) -> None:
-        super().__init__(found, max_message_bytes, timeout_s)
+    def __init__(self, transport: AsyncTransport, found: FoundModel, options: Options) -> None:
+        super().__init__(found, options)
         self._transport = transport
         self._initial_weights: Any = None
 
@@ -171,4 +265,47 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         return self._initial_weights
 
     async def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
-        return call.read(await self._transport.call(call.path, call.request, self._deadline(timeout_s)))
+        deadline = self._deadline(timeout_s)
+        if call.held is not None:
+            steps = with_weights(call.held, Unary(call.path, call.request))
+            return call.read(await self._transport.run(steps, deadline))
+        return call.read(await self._transport.call(call.path, call.request, deadline))
+
+    async def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> AsyncWeightsHandle:
+        handle: AsyncWeightsHandle = await super().put_weights(model_weights, progress=progress)
+        return handle
+
+    def weights_handle(self, weights_id: str) -> AsyncWeightsHandle:
+        handle: AsyncWeightsHandle = super().weights_handle(weights_id)
+        return handle
+
+    async def pipeline(self, model_weights: Any) -> AsyncPipeline:
+        """See `RemoteFunctionalModel.pipeline`: `async with await model.pipeline(weights) as pipeline`."""
+        if not isinstance(model_weights, WeightsHandleApi):
+            model_weights = await self.put_weights(model_weights)
+        return AsyncPipeline(
+            self._transport, self._calls, model_weights, self._timeout_s, self._options.max_message_bytes
+        )
+
+    async def predict_many(
+        self, model_weights: Any, batches: Iterable[Any], training: bool = True
+    ) -> AsyncIterator[Any]:
+        """See `RemoteFunctionalModel.predict_many`."""
+        async with await self.pipeline(model_weights) as pipeline:
+            futures: collections.deque[asyncio.Future[Any]] = collections.deque()
+            for x in batches:
+                futures.append(pipeline.predict_on_batch(x, training))
+                while len(futures) >= MAX_CALLS or (futures and futures[0].done()):
+                    yield await futures.popleft()
+            while futures:
+                yield await futures.popleft()
+
+    async def _run_steps(self, steps: Steps) -> Any:
+        return await self._transport.run(steps, self._timeout_s)
+
+    def _handle(self, held: HeldWeights) -> AsyncWeightsHandle:
+        return AsyncWeightsHandle(held, self._transport, self._timeout_s)
+
+    async def _handle_after(self, held: HeldWeights, steps: Steps) -> AsyncWeightsHandle:
+        await self._run_steps(steps)
+        return self._handle(held)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from typing import Any
 
 import grpc
 
 from forwardpass.wire import errors
-from forwardpass.wire.methods import SERVICE
+from forwardpass.wire.methods import METHODS, MODEL_SERVICE, SERVICES, WEIGHTS_SERVICE
+from forwardpass_client import long_calls
+from forwardpass_client.long_calls import LongCall
+from forwardpass_client.transfers import Pause, Receive, Send, Steps, Unary
 
 # Every method is a pure function of its request: a call that a server dropped, or never got, may be sent again.
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [{"service": SERVICE}],
+            "name": [{"service": MODEL_SERVICE}, {"service": WEIGHTS_SERVICE}],
             "retryPolicy": {
                 # gRPC allows no more than 5. Together they span some 3 s, the restart of a process.
                 "maxAttempts": 5,
@@ -24,12 +31,26 @@ _SERVICE_CONFIG = {
                 # A server that stops answers CANCELLED to calls that it had begun.
                 "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
             },
-        }
+        },
+        {
+            # Streams are taken up where they broke: gRPC would have to keep all that was sent.
+            "name": [
+                {"service": service, "method": name}
+                for service, methods in SERVICES.items()
+                for name, method in methods.items()
+                if not method.is_unary
+            ]
+        },
     ]
 }
 
 
 _CLOSED = "the client is closed"
+
+_PIPELINE = METHODS["Pipeline"].path
+_RETRYABLE = (errors.ServerUnavailable, errors.CallCancelled, errors.ModelLoading)
+# As the policy above has it.
+_LONG_CALL_PAUSES_S = (0.2, 0.4, 0.8, 1.6)
 
 
 def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
@@ -51,23 +72,82 @@ class Transport:
 
     def __init__(self, target: str, max_message_bytes: int) -> None:
         self._channel = grpc.insecure_channel(target, _options(max_message_bytes))
+        self._max_message_bytes = max_message_bytes
         self._is_closed = False
         self._methods: dict[str, Any] = {}
 
     def call(self, path: str, request: bytes, timeout_s: float | None) -> bytes:
         """One unary call. Raises the error that its status stands for."""
-        method = self._methods.get(path)
-        if method is None:
-            method = self._methods[path] = self._channel.unary_unary(path)
-        try:
+        if len(request) >= long_calls.MIN_BYTES:
+            return self._call_long(path, request, timeout_s)
+        method = self._methods.get(path) or self._methods.setdefault(path, self._channel.unary_unary(path))
+        with self._errors():
             response: bytes = method(request, timeout=timeout_s)
+        return response
+
+    def _call_long(self, path: str, request: bytes, timeout_s: float | None) -> bytes:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        for pause_s in (*_LONG_CALL_PAUSES_S, None):
+            remaining_s = None if deadline is None else max(deadline - time.monotonic(), 0)
+            call = LongCall(path, request, remaining_s, self._max_message_bytes)
+            try:
+                for message in self.stream(_PIPELINE, call.requests(), remaining_s):
+                    answer = call.take(message)
+                    if answer is not None:
+                        return answer
+                raise long_calls.no_answer()
+            except _RETRYABLE:
+                if pause_s is None:
+                    raise
+                time.sleep(pause_s)
+        raise AssertionError("the last attempt returns or raises")
+
+    def run(self, steps: Steps, timeout_s: float | None) -> Any:
+        """Makes the calls that `steps` asks for, and returns what it returns. timeout_s: for each unary call."""
+        answer = _Answer(steps)
+        while not answer.is_done:
+            try:
+                answer.give(self._perform(answer.step, timeout_s))
+            except errors.ForwardPassError as error:
+                answer.fail(error)
+        return answer.result
+
+    def _perform(self, step: Any, timeout_s: float | None) -> Any:
+        if isinstance(step, Unary):
+            return self.call(step.path, step.request, timeout_s)
+        if isinstance(step, Pause):
+            return time.sleep(step.seconds)
+        with self._errors():
+            if isinstance(step, Send):
+                return self._channel.stream_unary(step.path)(iter(step.requests), timeout=step.timeout_s)
+            assert isinstance(step, Receive)
+            responses = self._channel.unary_stream(step.path)(step.request, timeout=step.timeout_s)
+            try:
+                for response in responses:
+                    step.take(response)
+            finally:
+                responses.cancel()
+
+    def stream(self, path: str, requests: Iterator[bytes], timeout_s: float | None = None) -> Iterator[bytes]:
+        """The responses of a stream. gRPC asks for the requests on a thread of its own."""
+        with self._errors():
+            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s)
+            try:
+                yield from responses
+            finally:
+                responses.cancel()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raises the errors that statuses stand for."""
+        try:
+            yield
         except grpc.RpcError as error:
             raise _decode(error) from None
         except ValueError:
             if self._is_closed:
                 raise errors.CallCancelled(_CLOSED) from None
             raise
-        return response
 
     def close(self) -> None:
         self._is_closed = True
@@ -79,27 +159,117 @@ class AsyncTransport:
 
     def __init__(self, target: str, max_message_bytes: int) -> None:
         self._channel = grpc.aio.insecure_channel(target, _options(max_message_bytes))
+        self._max_message_bytes = max_message_bytes
         self._is_closed = False
         self._methods: dict[str, Any] = {}
 
     async def call(self, path: str, request: bytes, timeout_s: float | None) -> bytes:
         """One unary call. Raises the error that its status stands for."""
-        method = self._methods.get(path)
-        if method is None:
-            method = self._methods[path] = self._channel.unary_unary(path)
-        try:
+        if len(request) >= long_calls.MIN_BYTES:
+            return await self._call_long(path, request, timeout_s)
+        method = self._methods.get(path) or self._methods.setdefault(path, self._channel.unary_unary(path))
+        with self._errors():
             response: bytes = await method(request, timeout=timeout_s)
+        return response
+
+    async def _call_long(self, path: str, request: bytes, timeout_s: float | None) -> bytes:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        for pause_s in (*_LONG_CALL_PAUSES_S, None):
+            remaining_s = None if deadline is None else max(deadline - time.monotonic(), 0)
+            call = LongCall(path, request, remaining_s, self._max_message_bytes)
+            try:
+                async with contextlib.aclosing(self.stream(_PIPELINE, call.requests(), remaining_s)) as responses:
+                    async for message in responses:
+                        answer = call.take(message)
+                        if answer is not None:
+                            return answer
+                raise long_calls.no_answer()
+            except _RETRYABLE:
+                if pause_s is None:
+                    raise
+                await asyncio.sleep(pause_s)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def run(self, steps: Steps, timeout_s: float | None) -> Any:
+        """See `Transport.run`."""
+        answer = _Answer(steps)
+        while not answer.is_done:
+            try:
+                answer.give(await self._perform(answer.step, timeout_s))
+            except errors.ForwardPassError as error:
+                answer.fail(error)
+        return answer.result
+
+    async def _perform(self, step: Any, timeout_s: float | None) -> Any:
+        if isinstance(step, Unary):
+            return await self.call(step.path, step.request, timeout_s)
+        if isinstance(step, Pause):
+            return await asyncio.sleep(step.seconds)
+        with self._errors():
+            if isinstance(step, Send):
+                return await self._channel.stream_unary(step.path)(step.requests, timeout=step.timeout_s)
+            assert isinstance(step, Receive)
+            responses = self._channel.unary_stream(step.path)(step.request, timeout=step.timeout_s)
+            try:
+                async for response in responses:
+                    step.take(response)
+            finally:
+                responses.cancel()
+
+    async def stream(
+        self, path: str, requests: AsyncIterator[bytes] | Iterator[bytes], timeout_s: float | None = None
+    ) -> AsyncGenerator[bytes, None]:
+        """The responses of a stream."""
+        with self._errors():
+            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s)
+            try:
+                async for response in responses:
+                    yield response
+            finally:
+                responses.cancel()
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Raises the errors that statuses stand for."""
+        try:
+            yield
         except grpc.RpcError as error:
             raise _decode(error) from None
+        except errors.ForwardPassError:
+            raise
         except Exception:  # Of a class that grpc does not export.
             if self._is_closed:
                 raise errors.CallCancelled(_CLOSED) from None
             raise
-        return response
 
     async def close(self) -> None:
         self._is_closed = True
         await self._channel.close()
+
+
+class _Answer:
+    """Steps on their way: the one to take now, or what has come of them all."""
+
+    def __init__(self, steps: Steps) -> None:
+        self._steps = steps
+        self.step: Any = None
+        self.result: Any = None
+        self.is_done = False
+        self.give(None)
+
+    def give(self, result: Any) -> None:
+        """Hands a step's result over."""
+        self._advance(lambda: self._steps.send(result))
+
+    def fail(self, error: errors.ForwardPassError) -> None:
+        """Hands a step's error over. Raises it, or what comes of it, where it is not dealt with."""
+        self._advance(lambda: self._steps.throw(error))
+
+    def _advance(self, advance: Callable[[], Any]) -> None:
+        try:
+            self.step = advance()
+        except StopIteration as stop:
+            self.is_done, self.result = True, stop.value
 
 
 def _decode(error: Any) -> errors.ForwardPassError:

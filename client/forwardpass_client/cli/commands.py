@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +29,7 @@ from forwardpass.wire import errors, trees
 from forwardpass.wire.description import Function
 from forwardpass_client.cli import npz
 from forwardpass_client.model import RemoteFunctionalModel
+from forwardpass_client.weights import WeightsHandle
 
 _OUT = Console()
 _ERR = Console(stderr=True)
@@ -27,8 +37,9 @@ _ERR = Console(stderr=True)
 _version_option = click.option("--version", type=click.IntRange(min=1), help="Version.  [default: the highest]")
 _weights_option = click.option(
     "--weights",
-    type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
-    help="Weights as `forwardpass weights` writes them.  [default: those that the model was saved with]",
+    metavar="FILE|ID",
+    help="An .npz file as `forwardpass weights` writes it, or the id that `forwardpass put-weights` printed."
+    "  [default: the weights that the model was saved with]",
 )
 _data_option = click.option(
     "--data",
@@ -87,6 +98,7 @@ def describe(host: str, model: str, version: int | None) -> None:
         ("predictions", str(spec.predictions)),
         ("forward_pass", "the model's own" if spec.has_own_forward_pass else "predict_on_batch and loss"),
         ("metrics", str(spec.metrics)),
+        ("batching", f"no: {description.unbatchable_reason}" if description.unbatchable_reason else "yes"),
     ):
         facts.add_row(name, Text(value))
     _OUT.print(facts)
@@ -107,15 +119,49 @@ def _summary(spec: Any) -> str:
 @click.argument("host")
 @click.argument("model")
 @click.option("--output", "-o", required=True, type=click.Path(dir_okay=False, path_type=pathlib.Path))
+@click.option("--id", "weights_id", help="Those under this id.  [default: those that the model was saved with]")
 @_version_option
-def weights(host: str, model: str, output: pathlib.Path, version: int | None) -> None:
-    """Write the weights that a model was saved with into an .npz file: trainable/0, non_trainable/0 and so on."""
+def weights(host: str, model: str, output: pathlib.Path, weights_id: str | None, version: int | None) -> None:
+    """Write weights of a model into an .npz file: trainable/0, non_trainable/0 and so on."""
     with _model(host, model, version) as remote:
+        if weights_id is None:
+            found = remote.initial_weights
+        else:
+            with _transfer("fetching") as progress:
+                found = remote.get_weights(remote.weights_handle(weights_id), progress=progress)
         arrays: dict[str, Any] = {}
-        for name, part in zip(("trainable", "non_trainable"), remote.initial_weights, strict=True):
+        for name, part in zip(("trainable", "non_trainable"), found, strict=True):
             npz.put(arrays, name, part)
-    npz.save(output, arrays)
+        npz.save(output, arrays)
     _ERR.print(f"wrote {len(arrays)} arrays to {output}")
+
+
+@forwardpass.command("put-weights")
+@click.argument("host")
+@click.argument("model")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
+@click.option("--lease", type=click.FloatRange(min=0), help="Keep them on the server for so many seconds.")
+@_version_option
+def put_weights(host: str, model: str, file: pathlib.Path, lease: float | None, version: int | None) -> None:
+    """Send the weights in an .npz file once, and print the id by which they can be named from then on.
+
+    The server keeps them until it needs the room, or the lease ends.
+    """
+    with _model(host, model, version) as remote:
+        handle = _put(remote, _read_weights(remote, file))
+        if lease is not None:
+            handle.lease(lease)
+    click.echo(handle.id)
+
+
+@forwardpass.command("delete-weights")
+@click.argument("host")
+@click.argument("model")
+@click.argument("weights_id", metavar="ID")
+def delete_weights(host: str, model: str, weights_id: str) -> None:
+    """Drop weights that were put."""
+    with _model(host, model, None) as remote:
+        remote.weights_handle(weights_id).delete()
 
 
 @forwardpass.command()
@@ -137,7 +183,7 @@ def predict(
     model: str,
     data: pathlib.Path,
     output: pathlib.Path,
-    weights: pathlib.Path | None,
+    weights: str | None,
     batch_size: int,
     version: int | None,
 ) -> None:
@@ -163,7 +209,7 @@ def predict(
 @_batch_size_option
 @_version_option
 def evaluate(
-    host: str, model: str, data: pathlib.Path, weights: pathlib.Path | None, batch_size: int, version: int | None
+    host: str, model: str, data: pathlib.Path, weights: str | None, batch_size: int, version: int | None
 ) -> None:
     """Evaluate a model on the examples in an .npz file (in inference mode) and show its metrics."""
     with _model(host, model, version) as remote:
@@ -205,11 +251,32 @@ def _model(host: str, name: str, version: int | None) -> Iterator[RemoteFunction
         yield client.model(name, version)
 
 
-def _weights(model: RemoteFunctionalModel, path: pathlib.Path | None) -> Any:
-    if path is None:
-        return model.initial_weights
+def _weights(model: RemoteFunctionalModel, file_or_id: str | None) -> WeightsHandle:
+    """Weights on the server: named by their id, or put there."""
+    if file_or_id is None:
+        return _put(model, model.initial_weights)
+    if not pathlib.Path(file_or_id).exists() and re.fullmatch("[0-9a-f]{64}", file_or_id):
+        return model.weights_handle(file_or_id)
+    return _put(model, _read_weights(model, pathlib.Path(file_or_id)))
+
+
+def _read_weights(model: RemoteFunctionalModel, path: pathlib.Path) -> Any:
     spec, arrays = model.description.spec.weights, npz.load(path)
     return tuple(npz.take(arrays, name, spec.child(index)) for index, name in enumerate(("trainable", "non_trainable")))
+
+
+def _put(model: RemoteFunctionalModel, model_weights: Any) -> WeightsHandle:
+    with _transfer("sending weights") as progress:
+        return model.put_weights(model_weights, progress=progress)
+
+
+@contextlib.contextmanager
+def _transfer(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar for bytes on their way."""
+    columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_ERR, transient=True) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 def _batches(data: Any, batch_size: int, title: str) -> Iterator[Any]:

@@ -1,0 +1,45 @@
+"""One long call over a stream of its own, in pieces: large messages cost gRPC more than their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast
+
+from forwardpass.wire import errors, frames
+from forwardpass.wire.frames import Inbox, Outbox
+
+# Measured, with an answer as long as the request: in pieces 4 MiB take a fifth longer and 16 MiB half the time, for
+# gRPC takes fresh memory for each message of such a length.
+MIN_BYTES = 8 * 2**20
+
+_CALL = 1
+
+
+class LongCall:
+    """A call on its way in pieces."""
+
+    def __init__(self, path: str, request: bytes, timeout_s: float | None, max_message_bytes: int) -> None:
+        self._outbox = Outbox(answers=False)
+        method = path.rpartition("/")[2]
+        self._outbox.put(_CALL, frames.encode_call(method, timeout_s, len(request)), request)
+        self._inbox = Inbox(max_message_bytes, max_message_bytes)
+
+    def requests(self) -> Iterator[bytes]:
+        """The messages of the stream."""
+        while self._outbox:
+            yield self._outbox.next_message()
+
+    def take(self, message: bytes) -> bytes | None:
+        """Takes a response of the stream: the whole answer once it is there. Raises the error that it stands for."""
+        for frame in frames.decode_answers(message):
+            frames.check(frame)
+            whole = self._inbox.take(frame)
+            if whole is not None:
+                # A view of what was put together is read like bytes.
+                return cast(bytes, whole[1])
+        return None
+
+
+def no_answer() -> errors.ForwardPassError:
+    """What a stream means that ends without an answer."""
+    return errors.ServerUnavailable("the server ended the stream without an answer")

@@ -1,0 +1,14 @@
+"""What a user sets of a client."""
+
+from __future__ import annotations
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """See `client.connect`."""
+
+    timeout_s: float | None
+    max_message_bytes: int
+    reuse_weights: bool

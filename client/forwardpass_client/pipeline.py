@@ -1,0 +1,360 @@
+"""Many calls over one stream: sent without waiting for the answers of those before."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import concurrent.futures
+import contextlib
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from types import TracebackType
+from typing import Any
+
+from forwardpass.wire import errors
+from forwardpass.wire.methods import METHODS
+from forwardpass_client.calls import Call, ModelCalls
+from forwardpass_client.calls_in_flight import CallsInFlight
+from forwardpass_client.transport import AsyncTransport, Transport
+from forwardpass_client.weights import HeldWeights
+
+MAX_CALLS = 256
+"""In flight at once."""
+
+MAX_BYTES = 64 * 2**20
+"""In flight at once, unless one call alone has more."""
+
+_PATH = METHODS["Pipeline"].path
+
+# A stream that breaks is opened again: so often without an answer in between.
+_ATTEMPTS = 6
+_FIRST_PAUSE_S = 0.1
+
+# What a broken connection looks like: every other error would come again.
+_BROKEN = (errors.ServerUnavailable, errors.CallCancelled)
+
+
+class PipelineApi(abc.ABC):
+    """Calls with the same weights over one stream, answered as they finish, in any order.
+
+    Each method takes what the model's method of the same name takes but for the weights, and returns a future.
+    Errors about arguments are raised at once. On a broken stream it connects again and sends what is unanswered.
+    """
+
+    def __init__(self, calls: ModelCalls, model_weights: Any, timeout_s: float | None) -> None:
+        self._calls = calls
+        self._weights = model_weights
+        self._timeout_s = timeout_s
+
+    def predict_on_batch(self, x: Any, training: bool = True, *, timeout_s: float | None = None) -> Any:
+        """A future of the predictions for one batch."""
+        return self._submit(self._calls.predict_on_batch(self._weights, x, training), self._deadline(timeout_s))
+
+    def forward_pass(self, batch_input: Any, training: bool = True, *, timeout_s: float | None = None) -> Any:
+        """A future of the BatchOutput of one batch."""
+        return self._submit(self._calls.forward_pass(self._weights, batch_input, training), self._deadline(timeout_s))
+
+    def _deadline(self, timeout_s: float | None) -> float | None:
+        return self._timeout_s if timeout_s is None else timeout_s
+
+    @abc.abstractmethod
+    def _submit(self, call: Call[Any], timeout_s: float | None) -> Any:
+        """Sends a call: returns its future."""
+
+
+class _Attempts:
+    """How often a stream was opened without an answer."""
+
+    def __init__(self) -> None:
+        self._failed = 0
+
+    def succeeded(self) -> None:
+        self._failed = 0
+
+    def pause_s(self, error: Exception) -> float | None:
+        """How long to wait before the next; None where it is no use."""
+        self._failed += 1
+        if not isinstance(error, _BROKEN) or self._failed >= _ATTEMPTS:
+            return None
+        return float(_FIRST_PAUSE_S * 2 ** (self._failed - 1))
+
+
+class Pipeline(PipelineApi):
+    """See PipelineApi. A context manager: leaving it waits for every answer. Any number of threads may call at once.
+
+    Its futures are concurrent.futures.Future. Where as many calls are in flight as may be, a call waits.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        calls: ModelCalls,
+        model_weights: Any,
+        timeout_s: float | None,
+        max_message_bytes: int,
+    ) -> None:
+        super().__init__(calls, model_weights, timeout_s)
+        self._transport = transport
+        self._changed = threading.Condition()
+        self._flying = CallsInFlight(max_message_bytes, self._put_weights)
+        self._is_closing = False
+        self._error: Exception | None = None
+        self._stream = 0
+        self._threads = [
+            threading.Thread(target=target, name=f"forwardpass-pipeline-{target.__name__}", daemon=True)
+            for target in (self._receive, self._keep_time)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def _submit(self, call: Call[Any], timeout_s: float | None) -> concurrent.futures.Future[Any]:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        with self._changed:
+            self._changed.wait_for(lambda: self._error is not None or self._is_closing or self._has_room(call))
+            if self._error is not None:
+                raise self._error
+            if self._is_closing:
+                raise errors.CallCancelled("the pipeline is closed")
+            self._flying.add(call, future, timeout_s)
+            self._changed.notify_all()
+        return future
+
+    def _has_room(self, call: Call[Any]) -> bool:
+        flying = self._flying
+        return not len(flying) or (len(flying) < MAX_CALLS and flying.size_bytes + len(call.request) <= MAX_BYTES)
+
+    def _requests(self, stream: int) -> Iterator[bytes]:
+        """The messages of one stream, until the pipeline is closed or another stream has taken its place."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._flying.outbox or self._stream != stream or self._is_over())
+                if self._stream != stream or (self._is_over() and not self._flying.outbox):
+                    return
+                message = self._flying.outbox.next_message()
+            yield message
+
+    def _is_over(self) -> bool:
+        return self._error is not None or (self._is_closing and not len(self._flying))
+
+    def _receive(self) -> None:
+        attempts = _Attempts()
+        while True:
+            with self._changed:
+                # No stream before there is something to send.
+                self._changed.wait_for(lambda: len(self._flying) or self._is_over())
+                if self._is_over():
+                    return
+                self._stream += 1
+                stream = self._stream
+                self._flying.resend()
+            try:
+                for message in self._transport.stream(_PATH, self._requests(stream)):
+                    attempts.succeeded()
+                    with self._changed:
+                        self._flying.take(message)
+                        self._changed.notify_all()
+                with self._changed:
+                    if self._is_over():
+                        return
+                error: Exception = errors.ServerUnavailable("the server ended the stream")
+            except Exception as failure:
+                error = failure
+            pause_s = attempts.pause_s(error)
+            with self._changed:
+                if pause_s is None:
+                    self._error = error
+                    self._flying.fail_all(error)
+                self._stream += 1
+                self._changed.notify_all()
+            if pause_s is None:
+                return
+            time.sleep(pause_s)
+
+    def _keep_time(self) -> None:
+        with self._changed:
+            while not self._is_over():
+                event = self._flying.next_event()
+                self._changed.wait(None if event is None else max(event - time.monotonic(), 0))
+                self._flying.advance()
+                self._changed.notify_all()
+
+    def _put_weights(self, held: HeldWeights) -> None:
+        def put() -> None:
+            error: Exception | None = None
+            try:
+                self._transport.run(held.put(), self._timeout_s)
+            except Exception as failure:
+                error = failure
+            with self._changed:
+                self._flying.weights_put(held, error)
+                self._changed.notify_all()
+
+        threading.Thread(target=put, name="forwardpass-pipeline-put", daemon=True).start()
+
+    def close(self) -> None:
+        """Waits for every answer, and ends the stream."""
+        with self._changed:
+            self._is_closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            with self._changed:
+                self._flying.fail_all(errors.CallCancelled("the pipeline was left by an error"))
+        self.close()
+
+
+class AsyncPipeline(PipelineApi):
+    """`Pipeline` for asyncio, as an asynchronous context manager. Its futures are asyncio's.
+
+    A call that finds as many in flight as may be is sent later: its future is there at once.
+    """
+
+    def __init__(
+        self,
+        transport: AsyncTransport,
+        calls: ModelCalls,
+        model_weights: Any,
+        timeout_s: float | None,
+        max_message_bytes: int,
+    ) -> None:
+        super().__init__(calls, model_weights, timeout_s)
+        self._transport = transport
+        self._flying = CallsInFlight(max_message_bytes, self._put_weights)
+        self._held_back: list[tuple[Call[Any], asyncio.Future[Any], float | None]] = []
+        self._changed = asyncio.Event()
+        self._error: Exception | None = None
+        self._is_closing = False
+        self._stream = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timed = 0.0
+        self._receiving = asyncio.ensure_future(self._receive())
+
+    def _submit(self, call: Call[Any], timeout_s: float | None) -> asyncio.Future[Any]:
+        if self._error is not None:
+            raise self._error
+        if self._is_closing:
+            raise errors.CallCancelled("the pipeline is closed")
+        future = asyncio.get_running_loop().create_future()
+        self._held_back.append((call, future, timeout_s))
+        self._advance()
+        return future
+
+    def _advance(self) -> None:
+        """Sends what there is room for, and sets the clock."""
+        sent = 0
+        for call, future, timeout_s in self._held_back:
+            flying = self._flying
+            if len(flying) and (len(flying) >= MAX_CALLS or flying.size_bytes + len(call.request) > MAX_BYTES):
+                break
+            sent += 1
+            if not future.done():
+                flying.add(call, future, timeout_s)
+        del self._held_back[:sent]
+        event = self._flying.next_event()
+        if event is not None and (self._timer is None or event < self._timed):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timed = event
+            wait_s = max(event - time.monotonic(), 0)
+            self._timer = asyncio.get_running_loop().call_later(wait_s, self._keep_time)
+        self._changed.set()
+
+    def _keep_time(self) -> None:
+        self._timer = None
+        self._flying.advance()
+        self._advance()
+
+    def _is_over(self) -> bool:
+        return self._error is not None or (self._is_closing and not len(self._flying) and not self._held_back)
+
+    async def _requests(self, stream: int) -> AsyncIterator[bytes]:
+        """The messages of one stream, until the pipeline is closed or another stream has taken its place."""
+        while self._stream == stream:
+            if self._flying.outbox:
+                yield self._flying.outbox.next_message()
+                continue
+            if self._is_over():
+                return
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def _receive(self) -> None:
+        attempts = _Attempts()
+        while True:
+            while not len(self._flying) and not self._is_over():
+                self._changed.clear()
+                await self._changed.wait()
+            if self._is_over():
+                return
+            self._stream += 1
+            self._flying.resend()
+            error: Exception = errors.ServerUnavailable("the server ended the stream")
+            try:
+                async for message in self._transport.stream(_PATH, self._requests(self._stream)):
+                    attempts.succeeded()
+                    self._flying.take(message)
+                    self._advance()
+                if self._is_over():
+                    return
+            except Exception as failure:
+                error = failure
+            self._stream += 1
+            self._changed.set()
+            pause_s = attempts.pause_s(error)
+            if pause_s is None:
+                self._give_up(error)
+                return
+            await asyncio.sleep(pause_s)
+
+    def _give_up(self, error: Exception) -> None:
+        self._error = error
+        self._flying.fail_all(error)
+        for _, future, _ in self._held_back:
+            if not future.done():
+                future.set_exception(error)
+        self._held_back.clear()
+        self._changed.set()
+
+    def _put_weights(self, held: HeldWeights) -> None:
+        async def put() -> None:
+            error: Exception | None = None
+            try:
+                await self._transport.run(held.put(), self._timeout_s)
+            except Exception as failure:
+                error = failure
+            self._flying.weights_put(held, error)
+            self._advance()
+
+        task = asyncio.ensure_future(put())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Waits for every answer, and ends the stream."""
+        self._is_closing = True
+        self._changed.set()
+        await self._receiving
+        if self._timer is not None:
+            self._timer.cancel()
+
+    async def __aenter__(self) -> AsyncPipeline:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._give_up(errors.CallCancelled("the pipeline was left by an error"))
+            self._receiving.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self.close()
