@@ -73,6 +73,28 @@ def test_no_examples_have_no_predictions_in_a_file_of_exactly_that_name(run, tmp
     assert np.load(tmp_path / "out")["predictions"].shape == (0, 5)
 
 
+def test_weights_are_put_named_fetched_and_deleted(run, client, tmp_path):
+    model = client.model("keras_cnn")
+    weights = tmp_path / "weights.npz"
+    run("weights", "keras_cnn", "-o", weights)
+    (weights_id,) = [
+        line for line in run("put-weights", "keras_cnn", weights, "--lease", 60).split() if len(line) == 64
+    ]
+    assert weights_id == model.put_weights(model.initial_weights).id
+    x, y = zoo.keras_batch(20)
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    run("predict", "keras_cnn", "--data", tmp_path / "data.npz", "-o", tmp_path / "out", "--weights", weights_id)
+    expected = model.predict_on_batch(model.initial_weights, x, training=False)
+    assert np.allclose(np.load(tmp_path / "out")["predictions"], expected, rtol=0, atol=1e-6)
+    run("weights", "keras_cnn", "-o", tmp_path / "again.npz", "--id", weights_id)
+    with np.load(weights) as one, np.load(tmp_path / "again.npz") as other:
+        assert one.files == other.files
+        assert all(np.array_equal(one[name], other[name]) for name in one.files)
+    run("delete-weights", "keras_cnn", weights_id)
+    shown = run("evaluate", "keras_cnn", "--data", tmp_path / "data.npz", "--weights", weights_id, code=1)
+    assert f"does not hold weights {weights_id}" in shown
+
+
 def test_a_string_that_a_file_would_cut_is_refused(tmp_path):
     with pytest.raises(ValueError, match="names: a string that ends in a NUL"):
         npz.save(tmp_path / "out.npz", {"names": np.array([b"a\0"], object)})
@@ -136,6 +158,8 @@ def test_an_evaluation_shows_the_metrics(run, client, tmp_path):
         (("predict", "keras_cnn", "--data", "{}/cut.npz", "-o", "{}/out"), "expected an .npz file"),
         (("predict", "keras_cnn", "--data", "{}/good.npz", "-o", "/dev/full"), "cannot be written"),
         (("describe", "keras_cnn", "--version", "9"), "got 9"),
+        (("predict", "keras_cnn", "--data", "{}/good.npz", "-o", "{}/out", "--weights", "{}/none"), "No such file"),
+        (("delete-weights", "keras_cnn", "12"), "weights_id: expected 64 hexadecimal digits"),
     ],
 )
 def test_what_goes_wrong_is_one_line(run, tmp_path, arguments, message):

@@ -133,7 +133,9 @@ def test_errors_about_arguments_are_raised_by_the_async_call_itself(server):
 
 def test_an_answer_of_another_model_is_refused(client):
     model = client.model("no_metrics")
-    reader = calls.ModelCalls(model.description, 2**20).loss(np.zeros((1, 3), np.float32), np.int32([0]), None).read
+    reader = (
+        calls.ModelCalls(model.description, 2**20, None).loss(np.zeros((1, 3), np.float32), np.int32([0]), None).read
+    )
     other = v1.ModelIdentity(name="no_metrics", version=1, content_hash=b"other")
     with pytest.raises(
         errors.ModelChanged, match=r"expected model no_metrics/1 of content .*, got no_metrics/1 of 6f74686572"

@@ -44,6 +44,15 @@ class Situation:
             trailing = dict(error.trailing_metadata() or ())
             raise errors.decode(error.code().name, error.details(), trailing.get(errors.DETAIL_KEY)) from None
 
+    def upload(self, *requests: Any) -> None:
+        """Chunks, as a client without our checks would send them."""
+        chunks = [one if isinstance(one, bytes) else one.SerializeToString() for one in requests]
+        try:
+            self.channel.stream_unary(METHODS["UploadTensors"].path)(iter(chunks), timeout=30)
+        except grpc.RpcError as error:
+            trailing = dict(error.trailing_metadata() or ())
+            raise errors.decode(error.code().name, error.details(), trailing.get(errors.DETAIL_KEY)) from None
+
     def forward(self, **changes: Any) -> None:
         """A forward pass, some of whose parts are others, sent without our checks."""
         parts = {
@@ -353,6 +362,91 @@ ROWS = [
         ),
     ),
     Row(
+        "weights that nobody has put",
+        errors.WeightsNotFound,
+        "NOT_FOUND",
+        "does not hold weights 0101",
+        sdk=lambda s: s.model.forward_pass(s.model.weights_handle("01" * 32), (s.x, s.y)),
+        wire=lambda s: s.send(
+            "ForwardPass",
+            v1.ForwardPassRequest(model=v1.ModelSelector(name="keras_cnn"), weights_id=b"\1" * 32),
+            {"batch_input.x": s.x, "batch_input.y": s.y},
+        ),
+    ),
+    Row(
+        "a weights id that is none",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "weights_id: expected 32 bytes, got 5",
+        wire=lambda s: s.send(
+            "ForwardPass",
+            v1.ForwardPassRequest(model=v1.ModelSelector(name="keras_cnn"), weights_id=b"short"),
+            {"batch_input.x": s.x, "batch_input.y": s.y},
+        ),
+    ),
+    Row(
+        "weights of another model by their id",
+        errors.StructureMismatch,
+        "INVALID_ARGUMENT",
+        "model_weights[0]: expected 6 items, got 4",
+        sdk=lambda s: s.model.forward_pass(put_other_weights(s), (s.x, s.y)),
+    ),
+    Row(
+        "weights larger than the store",
+        errors.WeightStoreFull,
+        "RESOURCE_EXHAUSTED",
+        "manifest: expected at most ",
+        wire=lambda s: s.send("PutWeights", v1.PutWeightsRequest(manifest=manifest([2**45])), {}),
+    ),
+    Row(
+        "a tensor of another size than its shape's",
+        errors.ShapeMismatch,
+        "INVALID_ARGUMENT",
+        "manifest.tensors[0]: expected the bytes of float32[2], got 9",
+        wire=lambda s: s.send("PutWeights", v1.PutWeightsRequest(manifest=manifest([2], size_bytes=9)), {}),
+    ),
+    Row(
+        "a tensor that nobody announced",
+        errors.UploadOutOfStep,
+        "ABORTED",
+        "was not announced",
+        wire=lambda s: s.upload(v1.UploadTensorsRequest(digest=b"\2" * 32, data=b"x")),
+    ),
+    Row(
+        "a tensor with another hash than announced",
+        errors.TensorCorrupted,
+        "INVALID_ARGUMENT",
+        "tensor: expected the hash 0303",
+        wire=lambda s: (
+            s.send("PutWeights", v1.PutWeightsRequest(manifest=manifest([2], digest=b"\3" * 32)), {}),
+            s.upload(v1.UploadTensorsRequest(digest=b"\3" * 32, data=bytes(8))),
+        ),
+    ),
+    Row(
+        "a chunk beyond the end of its tensor",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "data: expected a tensor of 8 bytes, got bytes 0 to 9",
+        wire=lambda s: (
+            s.send("PutWeights", v1.PutWeightsRequest(manifest=manifest([2], digest=b"\4" * 32)), {}),
+            s.upload(v1.UploadTensorsRequest(digest=b"\4" * 32, data=bytes(9))),
+        ),
+    ),
+    Row(
+        "garbage in place of a chunk",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "malformed message",
+        wire=lambda s: s.upload(b"\xff\xfe"),
+    ),
+    Row(
+        "a lease without a name",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "lease_id: expected 16 bytes, got 0",
+        wire=lambda s: s.send("LeaseWeights", v1.LeaseWeightsRequest(weights_id=b"\1" * 32, ttl_s=1), {}),
+    ),
+    Row(
         "a deadline that passes",
         errors.DeadlineExceeded,
         "DEADLINE_EXCEEDED",
@@ -391,6 +485,19 @@ ROWS = [
 
 # Shown where they can be brought about: a server that starts, changes or is full.
 ELSEWHERE = {"ModelLoading", "ModelChanged", "ServerOverloaded", "OutOfMemory"}
+
+
+def manifest(shape: list[int], digest: bytes = bytes(32), size_bytes: int | None = None) -> v1.WeightsManifest:
+    """Of weights that are one float32 tensor."""
+    spec = v1.TensorSpec(data_type=v1.DataType.DATA_TYPE_FLOAT32, shape=shape)
+    size_bytes = 4 * int(np.prod(shape, dtype=object)) if size_bytes is None else size_bytes
+    tensor = v1.TensorManifest(digest=digest, spec=spec, size_bytes=size_bytes)
+    return v1.WeightsManifest(tree=v1.TreeDef(leaf=v1.TreeDef.Leaf()), tensors=[tensor])
+
+
+def put_other_weights(situation: Situation) -> Any:
+    other = situation.client.model("no_metrics")
+    return other.put_weights(other.initial_weights)
 
 
 def small_client(situation: Situation, use: Callable[[Any], Any]) -> None:

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import forwardpass_client
-from forwardpass.wire.methods import SERVICE
+from forwardpass.wire.methods import MODEL_SERVICE
 from forwardpass_client import errors
 from support import zoo
 from support.servers import ServerProcess
@@ -72,7 +72,7 @@ def test_a_slow_call_beside_quick_ones_of_the_same_size_does_not_hold_up_the_ser
 
 
 def started_calls(method: str) -> str:
-    return f'grpc_server_started_total{{grpc_method="{method}",grpc_service="{SERVICE}",grpc_type="unary"}}'
+    return f'grpc_server_started_total{{grpc_method="{method}",grpc_service="{MODEL_SERVICE}",grpc_type="unary"}}'
 
 
 def wait_until(condition, timeout_s: float = 30) -> None:
@@ -139,7 +139,7 @@ def test_a_caller_that_goes_away_leaves_the_server_serving():
         caller.send_signal(signal.SIGKILL)
         caller.wait()
         caller.stdout.close()
-        labels = f'grpc_method="PredictOnBatch",grpc_service="{SERVICE}",grpc_type="unary"'
+        labels = f'grpc_method="PredictOnBatch",grpc_service="{MODEL_SERVICE}",grpc_type="unary"'
         cancelled = f'grpc_server_handled_total{{grpc_code="Canceled",{labels}}}'
         wait_until(lambda: server.metrics().get(cancelled) == 1)
         assert client.model("slow").predict_on_batch(((), ()), x).tolist() == x
@@ -206,7 +206,7 @@ def health(server: ServerProcess, service: str) -> str:
     "service, status",
     [
         ("", "SERVING"),
-        (SERVICE, "SERVING"),
+        (MODEL_SERVICE, "SERVING"),
         ("model/keras_cnn", "SERVING"),
         ("model/keras_cnn/2", "SERVING"),
         ("model/broken", "NOT_SERVING"),
@@ -232,11 +232,11 @@ def test_reflection_lists_the_services_and_their_methods(server):
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)
         requests = [
             reflection_pb2.ServerReflectionRequest(list_services=""),
-            reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE),
+            reflection_pb2.ServerReflectionRequest(file_containing_symbol=MODEL_SERVICE),
         ]
         listed, described = stub.ServerReflectionInfo(iter(requests))
     names = {service.name for service in listed.list_services_response.service}
-    assert {SERVICE, "grpc.health.v1.Health"} <= names
+    assert {MODEL_SERVICE, "grpc.health.v1.Health"} <= names
     assert any(b"PredictOnBatch" in file for file in described.file_descriptor_response.file_descriptor_proto)
 
 
@@ -294,8 +294,8 @@ def test_a_factory_for_a_model_that_the_repository_has_is_refused(repository):
         (("--factory", "a=b:c", "--factory", "a=d:e"), "--factory: a is given twice"),
         ((*SLOW, "--port", "65536"), "--port: expected 0 to 65535, got 65536"),
         ((*SLOW, "--metrics-port", "99999"), "--metrics-port: expected 0 to 65535, got 99999"),
-        ((*SLOW, "--max-message-mib", "2048"), "--max-message-mib: expected 1 to 2047, got 2048"),
-        ((*SLOW, "--max-message-mib", "0"), "--max-message-mib: expected 1 to 2047, got 0"),
+        ((*SLOW, "--max-message-mib", "2048"), "--max-message-mib: expected 4 to 2047, got 2048"),
+        ((*SLOW, "--max-message-mib", "3"), "--max-message-mib: expected 4 to 2047, got 3"),
         ((*SLOW, "--execution-threads", "0"), "--execution-threads: expected at least 1, got 0"),
         ((*SLOW, "--max-concurrent-calls", "0"), "--max-concurrent-calls: expected at least 1, got 0"),
         ((*SLOW, "--drain-delay", "-1"), "--drain-delay: expected seconds >= 0, got -1"),
@@ -331,7 +331,7 @@ def test_metrics_count_calls_by_method_and_code(server, client):
     def grown(name: str) -> float:
         return after.get(name, 0) - before.get(name, 0)
 
-    labels = f'grpc_method="PredictOnBatch",grpc_service="{SERVICE}",grpc_type="unary"'
+    labels = f'grpc_method="PredictOnBatch",grpc_service="{MODEL_SERVICE}",grpc_type="unary"'
     assert grown(f"grpc_server_started_total{{{labels}}}") == 3
     assert grown(f'grpc_server_handled_total{{grpc_code="OK",{labels}}}') == 3
     assert grown(f"grpc_server_handling_seconds_count{{{labels}}}") == 3

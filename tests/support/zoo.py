@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from forwardpass.wire import trees
 from forwardpass.wire.description import BatchOutput
 from forwardpass_server import FunctionalModel, save_functional_model
 from support import golden
@@ -242,3 +243,100 @@ def write_repository(folder: pathlib.Path) -> None:
     save_functional_model(every_dtype(), folder / "every_dtype" / "1")
     (folder / "broken" / "1").mkdir(parents=True)
     (folder / "broken" / "1" / "notes.txt").write_text("no model")
+
+
+def wide_weights(size_bytes: int, seed: int = 0) -> Any:
+    """Weights for the models below: one vector of so many bytes."""
+    return (np.random.default_rng(seed).standard_normal(size_bytes // 4, np.float32),), ()
+
+
+def wide(size_bytes: int) -> FunctionalModel:
+    """One vector of weights: predicts the sum of a row times the sum of the weights. Large, at no cost in computing."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        return tf.reduce_sum(x, 1) * tf.reduce_sum(model_weights[0][0])
+
+    return FunctionalModel(
+        initial_weights=((np.zeros(size_bytes // 4, np.float32),), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(output - label),
+        input_spec=(tf.TensorSpec([None, 4], tf.float32), tf.TensorSpec([None], tf.float32)),
+    )
+
+
+def wide_4k() -> FunctionalModel:
+    return wide(4096)
+
+
+def wide_1m() -> FunctionalModel:
+    return wide(2**20)
+
+
+def wide_24m() -> FunctionalModel:
+    return wide(24 * 2**20)
+
+
+def wide_128m() -> FunctionalModel:
+    return wide(128 * 2**20)
+
+
+def inputs(model: Any, examples: int) -> Any:
+    """A batch for any model of the repository, made of its input spec."""
+    rng = np.random.default_rng(0)
+    spec = model.description.spec.x
+    arrays = []
+    for leaf in spec.leaves:
+        shape = [examples if index == 0 else dim or 2 for index, dim in enumerate(leaf.shape)]
+        if leaf.data_type.name == "string":
+            arrays.append(np.full(shape, b"s", object))
+        elif leaf.dtype.kind in "biu":
+            arrays.append(rng.integers(0, 2, shape).astype(leaf.dtype))
+        else:
+            arrays.append(rng.standard_normal(shape).astype(leaf.dtype))
+    return spec.tree.unflatten(arrays)
+
+
+def assert_equal(found: Any, expected: Any, atol: float = 0.0) -> None:
+    """The same containers, dtypes and numbers, the numbers up to `atol`."""
+    (found_tree, found_leaves), (expected_tree, expected_leaves) = trees.flatten(found), trees.flatten(expected)
+    assert found_tree == expected_tree
+    for one, other in zip(found_leaves, expected_leaves, strict=True):
+        assert one.dtype == other.dtype
+        if atol and one.dtype.kind in "fc":
+            assert np.allclose(one, other, rtol=0, atol=atol)
+        else:
+            assert np.array_equal(one, other)
+
+
+def patient() -> FunctionalModel:
+    """Looks rows of its weights up by number: one out of range is refused."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        return tf.gather(model_weights[0][0], x)
+
+    return FunctionalModel(
+        initial_weights=((np.arange(100, dtype=np.float32).reshape(50, 2),), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(output),
+        input_spec=(tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.float32)),
+    )
+
+
+def ponder() -> FunctionalModel:
+    """Multiplies large matrices for each row: some tens of milliseconds a row."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        rows = x[:, :1, None] * model_weights[0][0]
+        for _ in range(8):
+            rows = tf.matmul(rows, rows) / 1000.0
+        return rows[:, 0, 0]
+
+    return FunctionalModel(
+        initial_weights=((np.ones((1, 500, 500), np.float32),), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(output),
+        input_spec=(tf.TensorSpec([None, 4], tf.float32), tf.TensorSpec([None], tf.float32)),
+    )

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from forwardpass import v1
 from forwardpass.wire import errors, messages, trees
-from forwardpass.wire.methods import METHODS
+from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
 from forwardpass.wire.structures import Structure
 from support.arrays import same_bits, structures
 
-MESSAGE_TYPES = [kind for method in METHODS.values() for kind in (method.request, method.response)]
+MESSAGE_TYPES = [
+    kind for method in SERVICES[MODEL_SERVICE].values() for kind in (method.request, method.response) if method.is_unary
+]
 
 STRUCTURES = {
     "ForwardPassRequest": ["model_weights.trainable", "model_weights.non_trainable", "batch_input.x", "batch_input.y"],

@@ -12,10 +12,13 @@ from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.models.loading import TensorFlowLoader
-from forwardpass_server.serving.calls import Caller
+from forwardpass_server.models.placement import TensorFlowDevice
+from forwardpass_server.serving.batching import Batcher
+from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Registry
 from forwardpass_server.serving.scheduling import Scheduler
+from forwardpass_server.serving.weights import StoreOptions, WeightStore
 from support import zoo
 
 
@@ -37,7 +40,8 @@ def registry(repository):
 
 def parts_for(registry, x, y):
     model = registry.get("keras_cnn", 1).model
-    parts = model.description.spec.weights_parts(model.initial_weights)
+    spec = model.description.spec
+    parts = spec.weights_parts(Structure(spec.weights.tree, model.initial_weights))
     return {**parts, "batch_input.x": Structure.of(x), "batch_input.y": Structure.of(y)}
 
 
@@ -55,11 +59,13 @@ def test_no_call_builds_a_graph(registry, monkeypatch):
 
     async def run() -> None:
         scheduler = Scheduler(2)
-        caller = Caller(registry, scheduler, observer, 10)
+        store = WeightStore(StoreOptions(budget_bytes=0), TensorFlowDevice("/device:CPU:0"), None)
+        caller = Caller(registry, store, scheduler, Batcher(scheduler, observer, 10), observer, 10, 1000)
         for size in range(200):
             parts = parts_for(registry, *zoo.keras_batch(size))
             for training in (True, False):
-                _, found = await caller.call("keras_cnn", 1, Function.FORWARD_PASS, parts, 100, training)
+                request = Request("keras_cnn", 1, Function.FORWARD_PASS, parts, 100, training)
+                _, found = await caller.call(request)
                 assert found["batch_output.predictions"].leaves[0].shape == (size, 5)
         await scheduler.close(10)
 

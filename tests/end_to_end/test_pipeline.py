@@ -1,0 +1,331 @@
+"""Many calls over one stream."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+
+import forwardpass_client
+from forwardpass import v1
+from forwardpass.wire.methods import METHODS
+from forwardpass_client import errors
+from support import zoo
+from support.servers import ServerProcess
+
+
+@pytest.fixture
+def linear(client):
+    return client.model("linear_regression")
+
+
+def expected(model, x):
+    (kernel, bias), _ = model.initial_weights
+    return (x @ kernel[0] + bias[0])[:, None]
+
+
+def inputs(count: int, examples: int = 2) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [rng.standard_normal((examples, 3)).astype(np.float32) for _ in range(count)]
+
+
+def test_every_call_gets_its_own_answer(linear):
+    xs = inputs(2000)
+    with linear.pipeline(linear.initial_weights) as pipeline:
+        futures = [pipeline.predict_on_batch(x, training=False) for x in xs]
+        for future, x in zip(futures, xs, strict=True):
+            assert np.allclose(future.result(), expected(linear, x), rtol=0, atol=1e-5)
+
+
+def test_a_forward_pass_goes_through_a_pipeline_too(client):
+    model = client.model("keras_cnn")
+    x, y = zoo.keras_batch(5)
+    with model.pipeline(model.put_weights(model.initial_weights)) as pipeline:
+        for training in (True, False):
+            found = pipeline.forward_pass((x, y), training).result()
+            zoo.assert_equal(found, model.forward_pass(model.initial_weights, (x, y), training), atol=2e-6)
+
+
+def test_many_threads_may_share_a_pipeline(linear):
+    with linear.pipeline(linear.initial_weights) as pipeline, concurrent.futures.ThreadPoolExecutor(8) as pool:
+
+        def call(x) -> bool:
+            return bool(np.allclose(pipeline.predict_on_batch(x).result(), expected(linear, x), rtol=0, atol=1e-5))
+
+        assert all(pool.map(call, inputs(500)))
+
+
+def test_the_plain_face_gives_predictions_in_order(linear, server):
+    xs = inputs(700)
+    found = list(linear.predict_many(linear.initial_weights, iter(xs), training=False))
+    assert all(np.allclose(one, expected(linear, x), rtol=0, atol=1e-5) for one, x in zip(found, xs, strict=True))
+
+    async def run() -> None:
+        async with forwardpass_client.connect_async(server.address) as client:
+            model = await client.model("linear_regression")
+            weights = await model.initial_weights
+            found = [one async for one in model.predict_many(weights, xs, training=False)]
+            for one, x in zip(found, xs, strict=True):
+                assert np.allclose(one, expected(linear, x), rtol=0, atol=1e-5)
+
+    asyncio.run(run())
+
+
+def test_batches_are_taken_only_as_answers_come(linear):
+    taken = []
+
+    def batches():
+        for x in inputs(5000):
+            taken.append(1)
+            yield x
+
+    found = linear.predict_many(linear.initial_weights, batches())
+    next(found)
+    assert len(taken) < 1000
+    found.close()
+
+
+def test_the_async_pipeline_answers_many_callers(server):
+    async def run() -> None:
+        async with forwardpass_client.connect_async(server.address) as client:
+            model = await client.model("linear_regression")
+            (kernel, bias), _ = weights = await model.initial_weights
+            async with await model.pipeline(weights) as pipeline:
+
+                async def call(x) -> None:
+                    found = await pipeline.predict_on_batch(x, training=False)
+                    assert np.allclose(found, (x @ kernel[0] + bias[0])[:, None], rtol=0, atol=1e-5)
+
+                await asyncio.gather(*map(call, inputs(2000)))
+
+    asyncio.run(run())
+
+
+def test_errors_come_to_the_call_that_made_them(client):
+    model = client.model("keras_cnn")
+    x, y = zoo.keras_batch(4)
+    with model.pipeline(model.initial_weights) as pipeline:
+        with pytest.raises(errors.ShapeMismatch, match=r"batch_input\.x"):
+            pipeline.forward_pass((x[0], y))
+        good, bad = pipeline.forward_pass((x, y)), pipeline.forward_pass((x, y + 77))
+        with pytest.raises(errors.ModelRefusedInput, match="Received a label value of #"):
+            bad.result()
+        assert good.result().num_examples == 4
+    with pytest.raises(errors.CallCancelled, match="the pipeline is closed"):
+        pipeline.forward_pass((x, y))
+
+
+def test_weights_that_the_server_lacks_are_sent_once_for_all_calls(linear, server):
+    handle = linear.put_weights(([linear.initial_weights[0][0] + 1, linear.initial_weights[0][1]], ()))
+    handle.delete()
+    upload = 'grpc_server_started_total{grpc_method="UploadTensors",'
+    upload += 'grpc_service="forwardpass.v1.WeightsService",grpc_type="client_stream"}'
+    before = server.metrics().get(upload, 0)
+    with linear.pipeline(handle) as pipeline:
+        futures = [pipeline.predict_on_batch(x) for x in inputs(100)]
+        assert all(future.result().shape == (2, 1) for future in futures)
+    assert server.metrics()[upload] - before == 1
+    handle.delete()
+    with linear.pipeline(linear.weights_handle(handle.id)) as pipeline:
+        with pytest.raises(errors.WeightsNotFound):
+            pipeline.predict_on_batch(inputs(1)[0]).result()
+
+
+SLOW = ("--factory", "slow=support.zoo:slow")
+
+
+def test_each_call_has_a_deadline_of_its_own():
+    with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
+        model = client.model("slow")
+        with model.pipeline(((), ())) as pipeline:
+            long = pipeline.predict_on_batch([10**8], timeout_s=0.5)
+            short = pipeline.predict_on_batch([1])
+            assert short.result().tolist() == [1]
+            started = time.monotonic()
+            with pytest.raises(errors.DeadlineExceeded):
+                long.result()
+            assert time.monotonic() - started < 20
+            assert pipeline.predict_on_batch([2]).result().tolist() == [2]
+
+
+def test_a_long_call_does_not_hold_up_those_behind_it():
+    with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
+        model = client.model("slow")
+        with model.pipeline(((), ())) as pipeline:
+            order = []
+            long = pipeline.predict_on_batch([300_000])
+            long.add_done_callback(lambda _: order.append("long"))
+            short = pipeline.predict_on_batch([1])
+            short.add_done_callback(lambda _: order.append("short"))
+            assert (long.result().tolist(), short.result().tolist()) == ([300_000], [1])
+            assert order == ["short", "long"]
+
+
+def test_calls_of_many_megabytes_are_sent_in_pieces(linear):
+    large = np.random.default_rng(0).standard_normal((2_000_000, 3)).astype(np.float32)
+    small = inputs(1)[0]
+    with linear.pipeline(linear.initial_weights) as pipeline:
+        futures = [pipeline.predict_on_batch(x, training=False) for x in (large, small, large[::-1])]
+        for future, x in zip(futures, (large, small, large[::-1]), strict=True):
+            assert np.allclose(future.result(), expected(linear, x), rtol=0, atol=1e-5)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_pipeline_goes_on_when_its_server_dies_and_comes_back(repository, tmp_path, kind):
+    port = free_port()
+    (tmp_path / "linear_regression").symlink_to(repository / "linear_regression")
+    arguments = ("--model-repository", str(tmp_path))
+    first = ServerProcess(*arguments, port=port)
+    second: list[ServerProcess] = []
+    xs = inputs(4000)
+
+    def restart() -> None:
+        first.process.kill()
+        first.process.wait()
+        second.append(ServerProcess(*arguments, port=port))
+
+    restarting = threading.Timer(0.2, restart)
+    try:
+        if kind == "sync":
+            with forwardpass_client.connect(first.address) as client:
+                model = client.model("linear_regression")
+                weights = model.initial_weights
+                restarting.start()
+                found = run_until(lambda: list(model.predict_many(weights, xs)), second)
+        else:
+
+            async def run():
+                async with forwardpass_client.connect_async(first.address) as client:
+                    model = await client.model("linear_regression")
+                    weights = await model.initial_weights
+                    restarting.start()
+                    while True:
+                        found = [one async for one in model.predict_many(weights, xs)]
+                        if second:
+                            return weights, found
+
+            weights, found = asyncio.run(run())
+        (kernel, bias), _ = weights
+        for one, x in zip(found, xs, strict=True):
+            assert np.allclose(one, (x @ kernel[0] + bias[0])[:, None], rtol=0, atol=1e-5)
+    finally:
+        restarting.join()
+        for server in (first, *second):
+            server.__exit__()
+
+
+def run_until(work, done):
+    while True:
+        found = work()
+        if done:
+            return found
+
+
+def test_a_server_that_stays_away_fails_what_is_unanswered():
+    with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
+        model = client.model("slow")
+        with model.pipeline(((), ())) as pipeline:
+            assert pipeline.predict_on_batch([1]).result().tolist() == [1]
+            server.process.kill()
+            server.process.wait()
+            with pytest.raises(errors.ServerUnavailable):
+                pipeline.predict_on_batch([1]).result(60)
+
+
+def test_leaving_by_an_error_gives_up_what_is_unanswered():
+    with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
+        model = client.model("slow")
+        futures = []
+
+        def leave() -> None:
+            with model.pipeline(((), ())) as pipeline:
+                futures.append(pipeline.predict_on_batch([10**8]))
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            leave()
+        with pytest.raises(errors.CallCancelled):
+            futures[0].result(10)
+        # The server has given it up too.
+        assert model.predict_on_batch(((), ()), [1]).tolist() == [1]
+
+
+def test_a_pipeline_that_is_never_used_is_closed_at_once(linear):
+    with linear.pipeline(linear.initial_weights):
+        pass
+
+
+def stream(server, *requests: v1.PipelineRequest) -> list[v1.AnswerFrame]:
+    with grpc.insecure_channel(server.address) as channel:
+        responses = channel.stream_stream(METHODS["Pipeline"].path)(
+            iter([one if isinstance(one, bytes) else one.SerializeToString() for one in requests]), timeout=30
+        )
+        return [frame for one in responses for frame in v1.PipelineResponse.FromString(one).frames]
+
+
+def frame(call: int, method: str = "ListModels", data: bytes = b"", **changes) -> v1.CallFrame:
+    return v1.CallFrame(**{"call": call, "method": method, "size_bytes": len(data), "data": data, **changes})
+
+
+def test_any_protobuf_client_can_use_a_pipeline(server):
+    request = v1.GetModelRequest(model=v1.ModelSelector(name="no_metrics")).SerializeToString()
+    half = len(request) // 2
+    answers = stream(
+        server,
+        v1.PipelineRequest(
+            frames=[
+                frame(1),
+                frame(2, "GetModel", request[:half], size_bytes=len(request)),
+                frame(3, "Nonsense"),
+                frame(4, "Pipeline"),
+                frame(5, "PredictOnBatch", b"\xff"),
+                frame(6, size_bytes=2**40),
+            ]
+        ),
+        v1.PipelineRequest(frames=[frame(2, "", request[half:])]),
+    )
+    found = {answer.call: answer for answer in answers}
+    assert "no_metrics" in {model.name for model in v1.ListModelsResponse.FromString(found[1].data).models}
+    assert v1.GetModelResponse.FromString(found[2].data).model.identity.name == "no_metrics"
+    codes = {call: answer.status for call, answer in found.items()}
+    names = {code.value[0]: code.name for code in grpc.StatusCode}
+    assert {call: names[code] for call, code in codes.items()} == {
+        1: "OK",
+        2: "OK",
+        3: "UNIMPLEMENTED",
+        4: "UNIMPLEMENTED",
+        5: "INVALID_ARGUMENT",
+        6: "RESOURCE_EXHAUSTED",
+    }
+    reasons = {call: v1.ErrorDetail.FromString(answer.error_detail).reason for call, answer in found.items()}
+    assert reasons[3] == "MethodNotSupported"
+    assert reasons[6] == "MessageTooLarge"
+
+
+def test_garbage_on_a_stream_ends_the_stream_with_its_error(server):
+    with pytest.raises(grpc.RpcError) as caught:
+        stream(server, b"\xff\xfe")
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+
+
+def test_a_stream_that_its_caller_leaves_leaves_nothing_behind():
+    with ServerProcess(*SLOW) as server, grpc.insecure_channel(server.address) as channel:
+        responses = channel.stream_stream(METHODS["Pipeline"].path)(
+            iter([v1.PipelineRequest(frames=[frame(1, data=b"x", size_bytes=2**20)]).SerializeToString()])
+        )
+        responses.cancel()
+        with forwardpass_client.connect(server.address) as client:
+            assert client.model("slow").predict_on_batch(((), ()), [1]).tolist() == [1]
+        assert server.terminate() == 0

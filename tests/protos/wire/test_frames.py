@@ -1,0 +1,141 @@
+"""Calls and answers on a stream."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forwardpass import v1
+from forwardpass.wire import errors, frames
+from forwardpass.wire.chunks import CHUNK_BYTES
+from forwardpass.wire.frames import Inbox, Outbox
+
+
+def messages_of(outbox: Outbox) -> list[bytes]:
+    found = []
+    while outbox:
+        found.append(outbox.next_message())
+    return found
+
+
+def received(messages: list[bytes], decode, inbox: Inbox | None = None):
+    inbox = inbox or Inbox(2**30, 2**30)
+    wholes = (inbox.take(frame) for message in messages for frame in decode(message))
+    return {first.call: (first, bytes(data)) for first, data in filter(None, wholes)}
+
+
+SIZES = [0, 1, 3000, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES + 7]
+
+
+@given(st.lists(st.sampled_from(SIZES), max_size=5), st.sampled_from([None, 0.25]))
+@settings(max_examples=40, deadline=None)
+def test_calls_of_any_length_come_back_as_they_were(sizes, timeout_s):
+    outbox = Outbox(answers=False)
+    sent = {}
+    for call, size in enumerate(sizes, 1):
+        data = bytes([call]) * size
+        sent[call] = ("ForwardPass", timeout_s or 0.0, data)
+        outbox.put(call, frames.encode_call("ForwardPass", timeout_s, size), data)
+    messages = messages_of(outbox)
+    assert all(len(message) < CHUNK_BYTES + 1000 for message in messages)
+    found = received(messages, frames.decode_calls)
+    assert {call: (first.method, first.timeout_s, data) for call, (first, data) in found.items()} == sent
+
+
+def test_many_small_calls_share_a_message():
+    outbox = Outbox(answers=False)
+    for call in range(100):
+        outbox.put(call, frames.encode_call("Loss", None, 3), b"abc")
+    (message,) = messages_of(outbox)
+    assert len(received([message], frames.decode_calls)) == 100
+
+
+def test_a_long_call_lets_short_ones_go_before():
+    outbox = Outbox(answers=False)
+    outbox.put(1, frames.encode_call("Loss", None, 5 * CHUNK_BYTES), bytes(5 * CHUNK_BYTES))
+    messages = [outbox.next_message()]
+    outbox.put(2, frames.encode_call("Loss", None, 3), b"abc")
+    messages += messages_of(outbox)
+    assert 2 in received(messages[:3], frames.decode_calls)
+    assert received(messages, frames.decode_calls)[1][1] == bytes(5 * CHUNK_BYTES)
+
+
+def test_answers_and_errors_come_back_as_they_were():
+    outbox = Outbox(answers=True)
+    outbox.put(7, frames.encode_answer(4), b"data")
+    outbox.put(8, frames.encode_error(errors.ShapeMismatch("wrong \u4e2d", place="x")))
+    found = received(messages_of(outbox), frames.decode_answers)
+    assert found[7][1] == b"data"
+    assert found[8][0].status == 3
+    with pytest.raises(errors.ShapeMismatch, match="x: wrong \u4e2d") as caught:
+        frames.check(found[8][0])
+    assert caught.value.place == "x"
+    frames.check(found[7][0])
+
+
+def test_frames_are_messages_like_any_other():
+    outbox = Outbox(answers=False)
+    outbox.put(300, frames.encode_call("Loss", 1.5, 3), b"abc")
+    (message,) = messages_of(outbox)
+    (frame,) = v1.PipelineRequest.FromString(message).frames
+    assert frame == v1.CallFrame(call=300, method="Loss", timeout_s=1.5, size_bytes=3, data=b"abc")
+    answer = v1.PipelineResponse(frames=[v1.AnswerFrame(call=5, size_bytes=2, data=b"ok")]).SerializeToString()
+    assert received([answer], frames.decode_answers)[5][1] == b"ok"
+
+
+def call_frame(**changes) -> v1.CallFrame:
+    return v1.CallFrame(**{"call": 1, "method": "Loss", "size_bytes": 10, "data": b"abc", **changes})
+
+
+@pytest.mark.parametrize(
+    "pieces, error",
+    [
+        ([call_frame(size_bytes=2**20 + 1)], errors.MessageTooLarge),
+        ([call_frame(size_bytes=2)], errors.InvalidRequest),
+        ([call_frame(size_bytes=-1)], errors.MessageTooLarge),
+        ([call_frame(), call_frame(data=bytes(8))], errors.InvalidRequest),
+        ([call_frame(size_bytes=2**19), call_frame(call=2, size_bytes=2**19)], errors.ServerOverloaded),
+    ],
+    ids=["too long", "longer than said", "of negative length", "longer than said in the end", "too much in all"],
+)
+def test_a_call_that_breaks_the_rules_is_refused(pieces, error):
+    inbox = Inbox(2**20, 2**20 - 1)
+    with pytest.raises(error):
+        received([v1.PipelineRequest(frames=pieces).SerializeToString()], frames.decode_calls, inbox)
+
+
+def test_a_call_that_was_dropped_leaves_room_for_others():
+    inbox = Inbox(100, 100)
+    half = v1.PipelineRequest(frames=[call_frame(size_bytes=100)]).SerializeToString()
+    for _ in range(3):
+        assert received([half], frames.decode_calls, inbox) == {}
+        inbox.drop(1)
+    assert received([half], frames.decode_calls, inbox) == {}
+    inbox.clear()
+    rest = [v1.PipelineRequest(frames=[call_frame(data=bytes(10))]).SerializeToString()]
+    assert received(rest, frames.decode_calls, inbox)[1][1] == bytes(10)
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=100), st.integers(0, 100))
+def test_any_bytes_are_read_or_refused(data, at):
+    outbox = Outbox(answers=False)
+    outbox.put(1, frames.encode_call("Loss", 1.0, 30), bytes(30))
+    good = outbox.next_message()
+    for decode, broken in itertools.product((frames.decode_calls, frames.decode_answers), (data, good[:at] + data)):
+        inbox = Inbox(1000, 1000)
+        with contextlib.suppress(errors.ForwardPassError):
+            for frame in decode(broken):
+                inbox.take(frame)
+
+
+def test_statuses_stand_at_their_numbers():
+    import grpc
+
+    assert {name: number for number, name in enumerate(frames.STATUSES)} == {
+        code.name: code.value[0] for code in grpc.StatusCode
+    }

@@ -1,0 +1,166 @@
+"""Calls that wait at the same time, run as one batch."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import types
+
+import numpy as np
+import pytest
+
+from forwardpass.wire import errors
+from forwardpass_server.serving.batching import Batcher
+from forwardpass_server.serving.scheduling import Estimates, Scheduler
+
+WEIGHTS = (np.float32(2),)
+
+
+class Observer:
+    def __init__(self):
+        self.calls = []
+
+    def batched_calls(self, calls):
+        self.calls.append(calls)
+
+
+class Doubling:
+    """A plan that multiplies x by the weight, refuses negative numbers, and may be held up."""
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self.gate.set()
+        self.plan = types.SimpleNamespace(run=self.run, estimates=Estimates())
+
+    def run(self, leaves):
+        self.gate.wait(10)
+        weight, *x = leaves
+        if any((leaf < 0).any() for leaf in x):
+            raise errors.ModelRefusedInput("negative")
+        return [leaf * weight for leaf in x]
+
+
+def run(scenario, max_rows: int = 100):
+    async def main():
+        scheduler, observer, doubling = Scheduler(2), Observer(), Doubling()
+        try:
+            return await scenario(Batcher(scheduler, observer, max_rows), doubling, observer)
+        finally:
+            doubling.gate.set()
+            await scheduler.close(10)
+
+    return asyncio.run(main())
+
+
+def rows(*values) -> list[np.ndarray]:
+    return [np.float32(values)]
+
+
+def predict(batcher, doubling, x, weights=WEIGHTS):
+    return asyncio.ensure_future(batcher.predict(doubling.plan, weights, x, 100))
+
+
+def test_calls_that_wait_together_run_together_and_each_gets_its_own_rows():
+    async def scenario(batcher, doubling, observer):
+        calls = [predict(batcher, doubling, rows(*range(count))) for count in range(6)]
+        found = [(await call)[0].tolist() for call in calls]
+        assert found == [[2 * value for value in range(count)] for count in range(6)]
+        assert observer.calls == [6]
+
+    run(scenario)
+
+
+def test_calls_that_come_while_a_batch_runs_make_the_next():
+    async def scenario(batcher, doubling, observer):
+        doubling.gate.clear()
+        first = predict(batcher, doubling, rows(1))
+        await asyncio.sleep(0.05)
+        others = [predict(batcher, doubling, rows(value)) for value in (2, 3, 4)]
+        await asyncio.sleep(0.05)
+        doubling.gate.set()
+        assert [(await call)[0].tolist() for call in (first, *others)] == [[2], [4], [6], [8]]
+        assert observer.calls == [1, 3]
+
+    run(scenario)
+
+
+def test_a_call_alone_waits_for_nobody():
+    async def scenario(batcher, doubling, observer):
+        for value in range(20):
+            assert (await batcher.predict(doubling.plan, WEIGHTS, rows(value), 100))[0].tolist() == [2 * value]
+        assert observer.calls == [1] * 20
+        assert batcher._turns == 1
+
+    run(scenario)
+
+
+def test_other_weights_and_rows_of_another_shape_have_batches_of_their_own():
+    async def scenario(batcher, doubling, observer):
+        other = (np.float32(3),)
+        calls = [
+            predict(batcher, doubling, rows(1)),
+            predict(batcher, doubling, rows(1), other),
+            predict(batcher, doubling, [np.ones((1, 2), np.float32)]),
+            predict(batcher, doubling, rows(5)),
+        ]
+        found = [(await call)[0].tolist() for call in calls]
+        assert found == [[2], [3], [[2, 2]], [10]]
+        assert sorted(observer.calls) == [1, 1, 2]
+
+    run(scenario)
+
+
+def test_a_bad_request_in_a_batch_fails_alone():
+    async def scenario(batcher, doubling, observer):
+        calls = [predict(batcher, doubling, rows(value)) for value in (1, -1, 2)]
+        assert (await calls[0])[0].tolist() == [2]
+        with pytest.raises(errors.ModelRefusedInput):
+            await calls[1]
+        assert (await calls[2])[0].tolist() == [4]
+
+    run(scenario)
+
+
+def test_a_call_that_is_given_up_in_the_queue_never_runs():
+    async def scenario(batcher, doubling, observer):
+        doubling.gate.clear()
+        first = predict(batcher, doubling, rows(1))
+        await asyncio.sleep(0.05)
+        given_up, kept = predict(batcher, doubling, rows(2)), predict(batcher, doubling, rows(3))
+        await asyncio.sleep(0.05)
+        given_up.cancel()
+        await asyncio.sleep(0)
+        doubling.gate.set()
+        assert [(await call)[0].tolist() for call in (first, kept)] == [[2], [6]]
+        assert observer.calls == [1, 1]
+
+    run(scenario)
+
+
+def test_a_batch_holds_no_more_rows_than_it_may_and_a_longer_call_runs_alone():
+    async def scenario(batcher, doubling, observer):
+        calls = [predict(batcher, doubling, rows(*range(count))) for count in (4, 4, 4, 30, 2)]
+        assert [len((await call)[0]) for call in calls] == [4, 4, 4, 30, 2]
+        assert observer.calls == [2, 1, 1, 1]
+
+    run(scenario, max_rows=10)
+
+
+def test_leaves_of_different_length_are_left_to_the_model():
+    async def scenario(batcher, doubling, observer):
+        found = await batcher.predict(doubling.plan, WEIGHTS, [np.float32([1]), np.float32([1, 2])], 100)
+        assert [leaf.tolist() for leaf in found] == [[2], [2, 4]]
+        assert observer.calls == []
+
+    run(scenario)
+
+
+def test_no_queue_is_left_behind():
+    async def scenario(batcher, doubling, observer):
+        for value in range(10):
+            await batcher.predict(doubling.plan, (np.float32(value),), rows(1), 100)
+        await asyncio.sleep(0)
+        assert batcher._queues == {}
+        assert not batcher._tasks
+
+    run(scenario)

@@ -1,0 +1,490 @@
+"""The weight store, as one contract: in memory alone, and with a folder behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+from forwardpass.wire import errors, manifests, tensors
+from forwardpass.wire.manifests import WeightsManifest
+from forwardpass.wire.specs import StructureSpec, TensorSpec
+from forwardpass.wire.structures import Structure
+from forwardpass_server.models.placement import TensorFlowDevice
+from forwardpass_server.serving.weight_files import WeightFiles
+from forwardpass_server.serving.weights import StoreOptions, WeightStore
+
+KIB = 1024
+
+
+@dataclasses.dataclass
+class Counts:
+    hits: int = 0
+    misses: int = 0
+    evictions: int = 0
+    spill_failures: int = 0
+
+    def weights_hit(self):
+        self.hits += 1
+
+    def weights_missed(self):
+        self.misses += 1
+
+    def weights_evicted(self):
+        self.evictions += 1
+
+    def weights_spill_failed(self):
+        self.spill_failures += 1
+
+
+class Set:
+    """Weights with numbers: two tensors of 1 KiB made of a seed, and one that every set shares."""
+
+    def __init__(self, seed: int, *, shared: bool = False, kib: int = 1) -> None:
+        rng = np.random.default_rng(seed)
+        leaves = [rng.standard_normal(KIB // 4 * kib).astype(np.float32)]
+        leaves.append(np.ones(KIB // 4, np.float32) if shared else rng.standard_normal(KIB // 4).astype(np.float32))
+        self.structure = Structure.of(((leaves[0],), (leaves[1],)))
+        self.manifest: WeightsManifest = manifests.of_structure(self.structure, "w")
+        self.id = self.manifest.weights_id
+
+    def data(self, digest: bytes) -> bytes:
+        index = [tensor.digest for tensor in self.manifest.tensors].index(digest)
+        return bytes(tensors.element_bytes(self.structure.leaves[index]))
+
+
+@pytest.fixture(params=["memory", "disk"])
+def make(request, tmp_path):
+    """Makes a store; called again, one over the same folder, as after a restart."""
+
+    def make(budget_kib: float = 100, disk_kib: int = 1000, expiry_s: float = 60.0) -> tuple[WeightStore, Counts]:
+        counts = Counts()
+        files = WeightFiles(tmp_path / "weights", disk_kib * KIB) if request.param == "disk" else None
+        options = StoreOptions(budget_bytes=int(budget_kib * KIB), upload_expiry_s=expiry_s)
+        return WeightStore(options, TensorFlowDevice("/device:CPU:0"), counts, files), counts
+
+    make.is_durable = request.param == "disk"
+    return make
+
+
+async def upload(store, one: Set, principal: str = "", chunk: int = 300) -> None:
+    for digest, received in await store.put(principal, one.manifest):
+        data = one.data(digest)
+        for start in range(received, len(data), chunk):
+            await store.upload(principal, digest, start, memoryview(data[start : start + chunk]))
+    assert await store.put(principal, one.manifest) == []
+
+
+async def numbers(store, one: Set, principal: str = "") -> list[np.ndarray]:
+    async with store.use(principal, one.id) as weights:
+        return [np.asarray(weights.leaf(index)) for index in range(2)]
+
+
+async def holds(store, one: Set, principal: str = "") -> bool:
+    try:
+        found = await numbers(store, one, principal)
+    except errors.WeightsNotFound:
+        return False
+    assert all(np.array_equal(a, b) for a, b in zip(found, one.structure.leaves, strict=True))
+    return True
+
+
+def test_what_was_uploaded_is_there_and_nothing_else_is(make):
+    async def run():
+        store, counts = make()
+        one, other = Set(1), Set(2)
+        await upload(store, one)
+        assert await holds(store, one)
+        assert not await holds(store, other)
+        assert (counts.hits, counts.misses) == (1, 1)
+        assert store.used_bytes == 2 * KIB
+
+    asyncio.run(run())
+
+
+def test_a_shared_tensor_is_sent_and_stored_once(make):
+    async def run():
+        store, _ = make()
+        first, second = Set(1, shared=True), Set(2, shared=True)
+        await upload(store, first)
+        missing = await store.put("", second.manifest)
+        assert [digest for digest, _ in missing] == [second.manifest.tensors[0].digest]
+        await upload(store, second)
+        assert store.used_bytes == 3 * KIB
+        assert store.tensor_count == 3
+        await store.delete("", first.id)
+        assert store.used_bytes == 2 * KIB
+        assert await holds(store, second)
+
+    asyncio.run(run())
+
+
+def test_a_hash_is_not_a_permission(make):
+    async def run():
+        store, _ = make()
+        one = Set(1)
+        await upload(store, one, "alice")
+        assert await holds(store, one, "alice")
+        assert not await holds(store, one, "mallory")
+        # Nor does the store tell that somebody else has the tensors: they must be shown to be had.
+        assert len(await store.put("mallory", one.manifest)) == 2
+        await upload(store, one, "mallory")
+        assert await holds(store, one, "mallory")
+        # Stored once all the same.
+        assert store.used_bytes == 2 * KIB
+        await store.delete("mallory", one.id)
+        assert await holds(store, one, "alice")
+        with pytest.raises(errors.WeightsNotFound):
+            await store.lease("mallory", one.id, b"l", 10)
+
+    asyncio.run(run())
+
+
+def test_an_upload_goes_on_where_it_stopped(make):
+    async def run():
+        store, _ = make()
+        one = Set(1)
+        ((digest, _), _) = await store.put("", one.manifest)
+        await store.upload("", digest, 0, memoryview(one.data(digest)[:300]))
+        assert dict(await store.put("", one.manifest))[digest] == 300
+        # A chunk that had come already, and one that overlaps, are passed over as far as they are known.
+        await store.upload("", digest, 0, memoryview(one.data(digest)[:200]))
+        await store.upload("", digest, 100, memoryview(one.data(digest)[100:500]))
+        assert dict(await store.put("", one.manifest))[digest] == 500
+        await upload(store, one)
+        assert await holds(store, one)
+
+    asyncio.run(run())
+
+
+def test_a_gap_is_refused_and_says_where_to_go_on(make):
+    async def run():
+        store, _ = make()
+        one = Set(1)
+        ((digest, _), _) = await store.put("", one.manifest)
+        with pytest.raises(errors.UploadOutOfStep, match="offset: expected 0, got 300"):
+            await store.upload("", digest, 300, memoryview(one.data(digest)[300:]))
+        await upload(store, one)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("fault", ["another hash", "too long", "negative offset"])
+def test_a_broken_upload_leaves_nothing_behind(make, fault):
+    async def run():
+        store, _ = make()
+        one = Set(1)
+        ((digest, _), _) = await store.put("", one.manifest)
+        data, offset, error = one.data(digest), 0, errors.InvalidRequest
+        if fault == "another hash":
+            data, error = data[:-1] + bytes([data[-1] ^ 1]), errors.TensorCorrupted
+        elif fault == "too long":
+            data += b"x"
+        else:
+            offset = -1
+        with pytest.raises(error):
+            await store.upload("", digest, offset, memoryview(data))
+        assert store.used_bytes == 0
+        assert not await holds(store, one)
+        with pytest.raises(errors.UploadOutOfStep, match="was not announced"):
+            await store.upload("", digest, 0, memoryview(b"x"))
+        await upload(store, one)
+        assert await holds(store, one)
+
+    asyncio.run(run())
+
+
+def test_a_tensor_without_elements_and_one_of_strings_are_kept(make):
+    async def run():
+        store, _ = make()
+        structure = Structure.of(((np.zeros((0, 3), np.float32),), (np.array([b"ab", b""], object),)))
+        one = Set(1)
+        one.structure, one.manifest = structure, manifests.of_structure(structure, "w")
+        one.id = one.manifest.weights_id
+        for digest, _ in await store.put("", one.manifest):
+            await store.upload("", digest, 0, memoryview(one.data(digest)))
+        assert await store.put("", one.manifest) == []
+        found = await numbers(store, one)
+        assert found[0].shape == (0, 3)
+        assert found[1].tolist() == [b"ab", b""]
+
+    asyncio.run(run())
+
+
+def test_an_upload_that_stands_still_is_dropped(make):
+    async def run():
+        store, _ = make(expiry_s=0.05)
+        one = Set(1)
+        ((first, _), (second, _)) = await store.put("", one.manifest)
+        await store.upload("", first, 0, memoryview(one.data(first)))
+        await store.upload("", second, 0, memoryview(one.data(second)[:10]))
+        assert store.used_bytes == 2 * KIB
+        store.sweep()
+        assert store.used_bytes == 2 * KIB
+        await asyncio.sleep(0.06)
+        store.sweep()
+        assert store.used_bytes == 0
+        await upload(store, one)
+        assert await holds(store, one)
+
+    asyncio.run(run())
+
+
+def test_the_least_recently_used_go_first(make):
+    async def run():
+        store, counts = make(budget_kib=6)
+        sets = [Set(seed) for seed in range(3)]
+        for one in sets:
+            await upload(store, one)
+        assert await holds(store, sets[0])
+        await upload(store, Set(3))
+        assert store.used_bytes == 6 * KIB
+        assert counts.evictions == 1
+        assert [store.acquire("", one.id) is not None for one in sets] == [True, False, True]
+
+    asyncio.run(run())
+
+
+def test_what_is_in_use_or_under_a_lease_stays(make):
+    async def run():
+        store, _ = make(budget_kib=4)
+        first, second = Set(1), Set(2)
+        await upload(store, first)
+        await upload(store, second)
+        await store.lease("", second.id, b"lease", 60)
+        async with store.use("", first.id):
+            with pytest.raises(errors.WeightStoreFull, match="4096 are in use or under a lease") as caught:
+                await upload(store, Set(3))
+            assert caught.value.retry_after_s > 0
+        await upload(store, Set(3))
+        assert store.acquire("", first.id) is None
+        assert await holds(store, second)
+        await store.lease("", second.id, b"lease", 0)
+        await upload(store, Set(4))
+        await upload(store, Set(5))
+        assert store.acquire("", second.id) is None
+
+    asyncio.run(run())
+
+
+def test_a_lease_ends_by_itself_and_leases_of_others_do_not(make):
+    async def run():
+        store, _ = make(budget_kib=2)
+        one = Set(1)
+        await upload(store, one)
+        await store.lease("", one.id, b"short", 0.05)
+        await store.lease("", one.id, b"long", 60)
+        await asyncio.sleep(0.06)
+        store.sweep()
+        with pytest.raises(errors.WeightStoreFull):
+            await upload(store, Set(2))
+        await store.lease("", one.id, b"long", 0)
+        await upload(store, Set(2))
+
+    asyncio.run(run())
+
+
+def test_weights_larger_than_the_store_are_refused_before_they_are_sent(make):
+    async def run():
+        store, _ = make(budget_kib=3)
+        with pytest.raises(errors.WeightStoreFull, match="expected at most 3072 bytes, got 4096"):
+            await store.put("", Set(1, kib=3).manifest)
+
+    asyncio.run(run())
+
+
+def test_deleting_drops_the_memory_and_is_no_error_twice(make):
+    async def run():
+        store, _ = make()
+        one = Set(1)
+        await upload(store, one)
+        async with store.use("", one.id) as weights:
+            placed = weights.leaf(0)
+            reference = weakref.ref(weights)
+            await store.delete("", one.id)
+            # Whoever uses it goes on.
+            assert np.array_equal(np.asarray(placed), one.structure.leaves[0])
+        await store.delete("", one.id)
+        assert store.used_bytes == 0
+        assert not await holds(store, one)
+        del weights, placed
+        gc.collect()
+        assert reference() is None
+
+    asyncio.run(run())
+
+
+def test_many_callers_may_send_the_same_weights_at_once(make):
+    async def run():
+        store, _ = make()
+        one = Set(1, kib=20)
+        await asyncio.gather(*(upload(store, one, chunk=100 + index) for index in range(8)))
+        assert await holds(store, one)
+        assert store.used_bytes == 21 * KIB
+
+    asyncio.run(run())
+
+
+def test_a_caller_that_leaves_in_mid_chunk_does_not_break_the_upload(make):
+    async def run():
+        store, _ = make()
+        one = Set(1, kib=20)
+        ((digest, _), _) = await store.put("", one.manifest)
+        data = one.data(digest)
+        task = asyncio.ensure_future(store.upload("", digest, 0, memoryview(data[: 10 * KIB])))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        await upload(store, one)
+        assert await holds(store, one)
+
+    asyncio.run(run())
+
+
+def test_weights_are_put_into_a_models_order_and_refused_where_they_do_not_fit(make):
+    leaf = TensorSpec((KIB // 4,), manifests.of_tensor(np.float32(0)).spec.data_type)
+
+    async def run():
+        store, _ = make()
+        one = Set(1)
+        await upload(store, one)
+        fits = StructureSpec.of([[leaf], [leaf]])
+        other = StructureSpec.of(((leaf,), (TensorSpec((5,), leaf.data_type),)))
+        async with store.use("", one.id) as weights:
+            assert [np.asarray(found).tolist() for found in weights.leaves(b"a", fits)] == [
+                expected.tolist() for expected in one.structure.leaves
+            ]
+            # The same object for the same model: calls are told apart by it.
+            assert weights.leaves(b"a", fits) is weights.leaves(b"a", fits)
+            with pytest.raises(errors.ShapeMismatch, match=r"model_weights\[1\]\[0\]: expected float32\[5\]"):
+                weights.leaves(b"b", other)
+            with pytest.raises(errors.StructureMismatch, match="model_weights"):
+                weights.leaves(b"c", StructureSpec.of((leaf, leaf)))
+
+    asyncio.run(run())
+
+
+def test_a_restart_keeps_what_is_on_disk_alone(make):
+    async def run():
+        store, _ = make()
+        one, deleted = Set(1), Set(2)
+        await upload(store, one)
+        await upload(store, deleted)
+        await store.delete("", deleted.id)
+        again, counts = make()
+        assert await holds(again, one) is make.is_durable
+        assert not await holds(again, deleted)
+        assert counts.misses == 2
+        if make.is_durable:
+            assert await again.put("", one.manifest) == []
+
+    asyncio.run(run())
+
+
+def test_what_was_dropped_for_room_comes_back_from_disk_alone(make):
+    async def run():
+        store, _ = make(budget_kib=2)
+        first, second = Set(1), Set(2)
+        await upload(store, first)
+        await upload(store, second)
+        assert await holds(store, first) is make.is_durable
+        assert store.used_bytes == 2 * KIB
+        # Any number of callers wait for one reading.
+        if make.is_durable:
+            assert all(await asyncio.gather(*(holds(store, second) for _ in range(5))))
+
+    asyncio.run(run())
+
+
+def test_reading_gives_every_byte_from_an_offset_on(make):
+    async def run():
+        store, _ = make()
+        one = Set(1)
+        await upload(store, one)
+        async with store.use("", one.id) as weights:
+            found = [b"".join(chunk) async for chunk in store.read(weights, 1, 100)]
+            assert b"".join(found) == one.data(one.manifest.tensors[1].digest)[100:]
+            for leaf, offset in ((2, 0), (-1, 0), (0, KIB + 1), (0, -1)):
+                with pytest.raises(errors.InvalidRequest):
+                    await anext(store.read(weights, leaf, offset))
+
+    asyncio.run(run())
+
+
+def files(folder, kib: int = 100) -> WeightFiles:
+    return WeightFiles(folder, kib * KIB)
+
+
+def save(one: Set, target: WeightFiles, principal: str = "") -> None:
+    target.save(principal, one.manifest, zip(one.manifest.tensors, one.structure.leaves, strict=True))
+
+
+def test_a_tensor_that_was_changed_on_disk_is_noticed_and_sent_again(tmp_path):
+    async def run():
+        one = Set(1)
+        save(one, files(tmp_path))
+        path = tmp_path / "tensors" / one.manifest.tensors[0].digest.hex()
+        path.write_bytes(bytes(KIB))
+        options = StoreOptions(budget_bytes=100 * KIB)
+        store = WeightStore(options, TensorFlowDevice("/device:CPU:0"), Counts(), files(tmp_path))
+        assert not await holds(store, one)
+
+    asyncio.run(run())
+
+
+def test_a_file_that_a_power_cut_left_short_is_left_out_at_the_next_start(tmp_path):
+    one, other = Set(1, shared=True), Set(2, shared=True)
+    before = files(tmp_path)
+    save(one, before)
+    save(other, before)
+    (tmp_path / "tensors" / one.manifest.tensors[0].digest.hex()).write_bytes(b"short")
+    (tmp_path / "tensors" / ("00" * 32)).write_bytes(b"of no set")
+    (tmp_path / "new" / "half").write_bytes(b"written")
+    again = files(tmp_path)
+    assert not again.has("", one.id)
+    assert again.has("", other.id)
+    assert again.size_bytes == 2 * KIB
+    assert len(list((tmp_path / "tensors").iterdir())) == 2
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_the_folder_stays_below_its_limit(tmp_path):
+    target = files(tmp_path, kib=5)
+    sets = [Set(seed) for seed in range(3)]
+    save(sets[0], target)
+    save(sets[1], target)
+    target.manifest("", sets[0].id)
+    save(sets[2], target)
+    assert [target.has("", one.id) for one in sets] == [True, False, True]
+    assert target.size_bytes == sum(path.stat().st_size for path in (tmp_path / "tensors").iterdir()) == 4 * KIB
+    with pytest.raises(OSError, match="more than the folder may hold"):
+        save(Set(9, kib=9), target)
+
+
+def test_a_full_disk_costs_the_copy_on_disk_and_nothing_else(tmp_path):
+    async def run():
+        counts = Counts()
+        options = StoreOptions(budget_bytes=100 * KIB)
+        store = WeightStore(options, TensorFlowDevice("/device:CPU:0"), counts, files(tmp_path, kib=1))
+        one = Set(1)
+        await upload(store, one)
+        assert await holds(store, one)
+        assert counts.spill_failures == 1
+
+    asyncio.run(run())
+
+
+def test_principals_have_folders_of_their_own(tmp_path):
+    target = files(tmp_path)
+    one = Set(1)
+    save(one, target, "alice")
+    assert not target.has("mallory", one.id)
+    save(one, target, "mallory")
+    target.delete("alice", one.id)
+    assert target.has("mallory", one.id)
+    assert target.size_bytes == 2 * KIB
+    assert target.tensor(one.manifest.tensors[0]).tolist() == one.structure.leaves[0].tolist()
