@@ -1,11 +1,12 @@
 """The floor: a bare grpc.aio server that answers any bytes with as many as it is asked for. No protobuf, no model.
 
-The number of bytes to answer with is the request's last eight.
+The number of bytes to answer with is the request's last eight. On a stream each message comes back as it is.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 
 import grpc
 
@@ -22,11 +23,23 @@ async def serve() -> None:
             answer = answers[size] = bytes(int.from_bytes(size, "little"))
         return answer
 
+    async def echo_stream(requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
+        async for request in requests:
+            yield request
+
     server = grpc.aio.server(
         options=[("grpc.max_receive_message_length", 2**30), ("grpc.max_send_message_length", 2**30)]
     )
     server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("floor", {"Echo": grpc.unary_unary_rpc_method_handler(echo)}),)
+        (
+            grpc.method_handlers_generic_handler(
+                "floor",
+                {
+                    "Echo": grpc.unary_unary_rpc_method_handler(echo),
+                    "EchoStream": grpc.stream_stream_rpc_method_handler(echo_stream),
+                },
+            ),
+        )
     )
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()

@@ -23,12 +23,20 @@ def _cross_entropy(output: Any, label: Any, sample_weight: Any = None) -> Any:
     return tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(label, output))
 
 
-def mlp() -> FunctionalModel:
+def mlp(name: str = "mlp") -> FunctionalModel:
     def predict(model_weights: Any, x: Any, training: bool) -> Any:
         (w1, b1, w2, b2), _ = model_weights
         return tf.nn.relu(x @ w1 + b1) @ w2 + b2
 
-    return _model("mlp", [784], tf.TensorSpec([None], tf.int64), predict, _cross_entropy)
+    return _model(name, [784], tf.TensorSpec([None], tf.int64), predict, _cross_entropy)
+
+
+def mlp_1() -> FunctionalModel:
+    return mlp("mlp_1")
+
+
+def mlp_100() -> FunctionalModel:
+    return mlp("mlp_100")
 
 
 def cnn() -> FunctionalModel:

@@ -23,10 +23,16 @@ WORKLOADS = {
     "medium": Workload("CNN of 1M parameters, batch 32", "cnn", 32),
     "tiny": Workload("x of 4 KB, returned scaled", "scale", 1),
     "large": Workload("x of 16 MB, returned scaled", "scale", 4096),
+    "larger": Workload("x of 64 MB, returned scaled", "scale", 16384),
+    "light": Workload("MLP of 1 MB of weights, batch 1", "mlp_1", 1),
+    "heavy": Workload("MLP of 100 MB of weights, batch 1", "mlp_100", 1),
 }
 
+# MLPs of 784-HIDDEN-10.
+HIDDEN = {"mlp": 128, "mlp_1": 330, "mlp_100": 33_000}
+
 # What x of one example looks like.
-_SHAPES = {"mlp": (784,), "cnn": (28, 28, 1), "scale": (1024,)}
+_SHAPES = {"cnn": (28, 28, 1), "scale": (1024,)}
 
 
 def weights(model: str) -> Any:
@@ -36,8 +42,9 @@ def weights(model: str) -> Any:
     def normal(*shape: int) -> np.ndarray[Any, Any]:
         return (rng.standard_normal(shape) / 10).astype(np.float32)
 
-    if model == "mlp":
-        return (normal(784, 128), normal(128), normal(128, 10), normal(10)), ()
+    if model in HIDDEN:
+        hidden = HIDDEN[model]
+        return (normal(784, hidden), normal(hidden), normal(hidden, 10), normal(10)), ()
     if model == "cnn":
         convolutions = (normal(3, 3, 1, 16), normal(16), normal(3, 3, 16, 32), normal(32))
         return (*convolutions, normal(1568, 600), normal(600), normal(600, 62), normal(62)), ()
@@ -47,5 +54,10 @@ def weights(model: str) -> Any:
 def batch(name: str) -> np.ndarray[Any, Any]:
     """x of a workload."""
     workload = WORKLOADS[name]
-    shape = (workload.examples, *_SHAPES[workload.model])
+    shape = (workload.examples, *_SHAPES.get(workload.model, (784,)))
     return np.random.default_rng(1).standard_normal(shape, np.float32)
+
+
+def vector(seed: int, length: int) -> np.ndarray[Any, Any]:
+    """Numbers of their own for each seed."""
+    return np.random.default_rng(seed).standard_normal(length, np.float32)

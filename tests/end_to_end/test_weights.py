@@ -374,7 +374,7 @@ def test_any_protobuf_client_can_put_weights(server):
         ).model_weights
         kernel, bias = weights.trainable.leaves
         # Of other numbers than any other test puts.
-        bias.data = np.float32([12.5]).tobytes()
+        kernel.data, bias.data = np.float32([3.5, 4.5, 5.5]).tobytes(), np.float32([12.5]).tobytes()
         tensors = [
             v1.TensorManifest(
                 digest=digest_of(one), spec=v1.TensorSpec(data_type=2, shape=one.shape), size_bytes=len(one.data)
