@@ -24,12 +24,14 @@ WORKLOADS = {
     "tiny": Workload("x of 4 KB, returned scaled", "scale", 1),
     "large": Workload("x of 16 MB, returned scaled", "scale", 4096),
     "larger": Workload("x of 64 MB, returned scaled", "scale", 16384),
-    "light": Workload("MLP of 1 MB of weights, batch 1", "mlp_1", 1),
     "heavy": Workload("MLP of 100 MB of weights, batch 1", "mlp_100", 1),
+    "named-1": Workload("1 MB of weights, a few of them read", "corner_1", 1),
+    "named-100": Workload("100 MB of weights, a few of them read", "corner_100", 1),
 }
 
 # MLPs of 784-HIDDEN-10.
-HIDDEN = {"mlp": 128, "mlp_1": 330, "mlp_100": 33_000}
+HIDDEN = {"mlp": 128, "mlp_100": 33_000}
+ROWS = {"corner_1": 320, "corner_100": 32_000}
 
 # What x of one example looks like.
 _SHAPES = {"cnn": (28, 28, 1), "scale": (1024,)}
@@ -48,6 +50,8 @@ def weights(model: str) -> Any:
     if model == "cnn":
         convolutions = (normal(3, 3, 1, 16), normal(16), normal(3, 3, 16, 32), normal(32))
         return (*convolutions, normal(1568, 600), normal(600), normal(600, 62), normal(62)), ()
+    if model in ROWS:
+        return (normal(ROWS[model], 784),), ()
     return (np.float32([2.0]),), ()
 
 

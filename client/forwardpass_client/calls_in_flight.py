@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
+import contextlib
 import dataclasses
 import heapq
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 from forwardpass.wire import errors, frames
@@ -53,17 +56,17 @@ class CallsInFlight:
         self._waiting: dict[bytes, list[int]] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._resends: list[tuple[float, int]] = []
+        self._completed: list[tuple[Future, Any, BaseException | None]] = []
         self._last = 0
         self.size_bytes = 0
 
     def __len__(self) -> int:
         return len(self._unanswered)
 
-    def add(self, call: Call[Any], future: Future, timeout_s: float | None) -> None:
-        """Puts a call in the outbox."""
+    def add(self, call: Call[Any], future: Future, deadline: float | None) -> None:
+        """Puts a call in the outbox. deadline: by time.monotonic."""
         self._last += 1
         number = self._last
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         if deadline is not None:
             heapq.heappush(self._deadlines, (deadline, number))
         self._unanswered[number] = _Unanswered(call, future, deadline)
@@ -136,13 +139,12 @@ class CallsInFlight:
     def _complete(self, number: int, *, result: Any = None, error: BaseException | None = None) -> None:
         one = self._unanswered.pop(number)
         self.size_bytes -= len(one.call.request)
-        # Its caller may have cancelled it.
-        if one.future.done():
-            return
-        if error is None:
-            one.future.set_result(result)
-        else:
-            one.future.set_exception(error)
+        self._completed.append((one.future, result, error))
+
+    def completed(self) -> list[tuple[Future, Any, BaseException | None]]:
+        """What `complete` is to be told of, outside of any lock: a future's callbacks may do anything."""
+        completed, self._completed = self._completed, []
+        return completed
 
     def next_event(self) -> float | None:
         """When `advance` has something to do next, by time.monotonic; None where it never will."""
@@ -180,3 +182,16 @@ class CallsInFlight:
         self._waiting.clear()
         for number in list(self._unanswered):
             self._complete(number, error=error)
+
+
+def complete(completed: Iterable[tuple[Future, Any, BaseException | None]]) -> None:
+    """Completes futures that nobody has cancelled."""
+    for future, result, error in completed:
+        # Cancelled between the question and the answer, one says that it is.
+        with contextlib.suppress(concurrent.futures.InvalidStateError, asyncio.InvalidStateError):
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)

@@ -8,14 +8,14 @@ import concurrent.futures
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from types import TracebackType
 from typing import Any
 
 from forwardpass.wire import errors
 from forwardpass.wire.methods import METHODS
 from forwardpass_client.calls import Call, ModelCalls
-from forwardpass_client.calls_in_flight import CallsInFlight
+from forwardpass_client.calls_in_flight import CallsInFlight, complete
 from forwardpass_client.transport import AsyncTransport, Transport
 from forwardpass_client.weights import HeldWeights
 
@@ -24,6 +24,8 @@ MAX_CALLS = 256
 
 MAX_BYTES = 64 * 2**20
 """In flight at once, unless one call alone has more."""
+
+_LEFT = "the pipeline was left before this call was answered"
 
 _PATH = METHODS["Pipeline"].path
 
@@ -101,6 +103,7 @@ class Pipeline(PipelineApi):
         self._is_closing = False
         self._error: Exception | None = None
         self._stream = 0
+        self._cancel: Callable[[], None] = lambda: None
         self._threads = [
             threading.Thread(target=target, name=f"forwardpass-pipeline-{target.__name__}", daemon=True)
             for target in (self._receive, self._keep_time)
@@ -110,15 +113,32 @@ class Pipeline(PipelineApi):
 
     def _submit(self, call: Call[Any], timeout_s: float | None) -> concurrent.futures.Future[Any]:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or self._is_closing or self._has_room(call))
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        # A callback of a future must not wait for what its own thread alone can bring about.
+        is_ours = threading.current_thread() in self._threads
+        with self._changing():
+            has_room = is_ours or self._changed.wait_for(
+                lambda: self._error is not None or self._is_closing or self._has_room(call), timeout_s
+            )
             if self._error is not None:
                 raise self._error
             if self._is_closing:
                 raise errors.CallCancelled("the pipeline is closed")
-            self._flying.add(call, future, timeout_s)
-            self._changed.notify_all()
+            if not has_room:
+                raise errors.DeadlineExceeded("no other call ended in time to make room for this one")
+            self._flying.add(call, future, deadline)
         return future
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Holds the lock; tells every thread of the change; completes futures afterwards, without the lock."""
+        with self._changed:
+            try:
+                yield
+            finally:
+                completed = self._flying.completed()
+                self._changed.notify_all()
+        complete(completed)
 
     def _has_room(self, call: Call[Any]) -> bool:
         flying = self._flying
@@ -149,11 +169,10 @@ class Pipeline(PipelineApi):
                 stream = self._stream
                 self._flying.resend()
             try:
-                for message in self._transport.stream(_PATH, self._requests(stream)):
+                for message in self._transport.stream(_PATH, self._requests(stream), opened=self._opened):
                     attempts.succeeded()
-                    with self._changed:
+                    with self._changing():
                         self._flying.take(message)
-                        self._changed.notify_all()
                 with self._changed:
                     if self._is_over():
                         return
@@ -161,23 +180,34 @@ class Pipeline(PipelineApi):
             except Exception as failure:
                 error = failure
             pause_s = attempts.pause_s(error)
-            with self._changed:
-                if pause_s is None:
+            with self._changing():
+                if pause_s is None and self._error is None:
                     self._error = error
                     self._flying.fail_all(error)
                 self._stream += 1
-                self._changed.notify_all()
-            if pause_s is None:
-                return
-            time.sleep(pause_s)
+                if self._error is not None:
+                    return
+            time.sleep(pause_s or 0)
+
+    def _opened(self, cancel: Callable[[], None]) -> None:
+        with self._changed:
+            self._cancel = cancel
+            is_given_up = self._error is not None
+        if is_given_up:
+            cancel()
 
     def _keep_time(self) -> None:
-        with self._changed:
-            while not self._is_over():
+        while True:
+            with self._changed:
+                if self._is_over():
+                    return
                 event = self._flying.next_event()
                 self._changed.wait(None if event is None else max(event - time.monotonic(), 0))
                 self._flying.advance()
-                self._changed.notify_all()
+                completed = self._flying.completed()
+                if completed or self._flying.outbox:
+                    self._changed.notify_all()
+            complete(completed)
 
     def _put_weights(self, held: HeldWeights) -> None:
         def put() -> None:
@@ -186,9 +216,8 @@ class Pipeline(PipelineApi):
                 self._transport.run(held.put(), self._timeout_s)
             except Exception as failure:
                 error = failure
-            with self._changed:
+            with self._changing():
                 self._flying.weights_put(held, error)
-                self._changed.notify_all()
 
         threading.Thread(target=put, name="forwardpass-pipeline-put", daemon=True).start()
 
@@ -207,8 +236,10 @@ class Pipeline(PipelineApi):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is not None:
-            with self._changed:
-                self._flying.fail_all(errors.CallCancelled("the pipeline was left by an error"))
+            with self._changing():
+                self._error = errors.CallCancelled(_LEFT)
+                self._flying.fail_all(self._error)
+            self._cancel()
         self.close()
 
 
@@ -244,21 +275,27 @@ class AsyncPipeline(PipelineApi):
             raise self._error
         if self._is_closing:
             raise errors.CallCancelled("the pipeline is closed")
-        future = asyncio.get_running_loop().create_future()
-        self._held_back.append((call, future, timeout_s))
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        waiting = (call, future, deadline)
+        self._held_back.append(waiting)
         self._advance()
+        if timeout_s is not None and self._held_back and self._held_back[-1] is waiting:
+            loop.call_later(timeout_s, complete, [(future, None, errors.DeadlineExceeded())])
         return future
 
     def _advance(self) -> None:
-        """Sends what there is room for, and sets the clock."""
+        """Completes what is answered, sends what there is room for, and sets the clock."""
+        complete(self._flying.completed())
         sent = 0
-        for call, future, timeout_s in self._held_back:
+        for call, future, deadline in self._held_back:
             flying = self._flying
             if len(flying) and (len(flying) >= MAX_CALLS or flying.size_bytes + len(call.request) > MAX_BYTES):
                 break
             sent += 1
             if not future.done():
-                flying.add(call, future, timeout_s)
+                flying.add(call, future, deadline)
         del self._held_back[:sent]
         event = self._flying.next_event()
         if event is not None and (self._timer is None or event < self._timed):
@@ -319,10 +356,11 @@ class AsyncPipeline(PipelineApi):
     def _give_up(self, error: Exception) -> None:
         self._error = error
         self._flying.fail_all(error)
-        for _, future, _ in self._held_back:
-            if not future.done():
-                future.set_exception(error)
+        complete(self._flying.completed())
+        complete((future, None, error) for _, future, _ in self._held_back)
         self._held_back.clear()
+        if self._timer is not None:
+            self._timer.cancel()
         self._changed.set()
 
     def _put_weights(self, held: HeldWeights) -> None:
@@ -340,12 +378,21 @@ class AsyncPipeline(PipelineApi):
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Waits for every answer, and ends the stream."""
+        """Waits for every answer, and ends the stream. Cancelled, it gives up what is unanswered."""
         self._is_closing = True
         self._changed.set()
-        await self._receiving
+        try:
+            await asyncio.shield(self._receiving)
+        except asyncio.CancelledError:
+            await self._leave()
+            raise
         if self._timer is not None:
             self._timer.cancel()
+
+    async def _leave(self) -> None:
+        self._give_up(errors.CallCancelled(_LEFT))
+        self._receiving.cancel()
+        await asyncio.wait([self._receiving])
 
     async def __aenter__(self) -> AsyncPipeline:
         return self
@@ -353,8 +400,7 @@ class AsyncPipeline(PipelineApi):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is not None:
-            self._give_up(errors.CallCancelled("the pipeline was left by an error"))
-            self._receiving.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
+        if error is None:
             await self.close()
+        else:
+            await self._leave()

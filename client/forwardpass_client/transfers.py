@@ -224,15 +224,15 @@ class _Patience:
 
     def __init__(self) -> None:
         self._since = time.monotonic()
-        self._remaining: int | None = None
+        self._least: int | None = None
         self._pause_s = _FIRST_PAUSE_S
 
     def note(self, remaining: int) -> None:
-        """Takes note of how many bytes are still missing."""
-        if self._remaining is None or remaining < self._remaining:
+        """Takes note of how many bytes are still missing: fewer than ever is a step forward."""
+        if self._least is None or remaining < self._least:
+            self._least = remaining
             self._since = time.monotonic()
             self._pause_s = _FIRST_PAUSE_S
-        self._remaining = remaining
 
     def pause_s(self) -> float:
         """How long to wait now. Raises the error that is being handled where it has been long enough."""

@@ -128,10 +128,20 @@ class Transport:
             finally:
                 responses.cancel()
 
-    def stream(self, path: str, requests: Iterator[bytes], timeout_s: float | None = None) -> Iterator[bytes]:
-        """The responses of a stream. gRPC asks for the requests on a thread of its own."""
+    def stream(
+        self,
+        path: str,
+        requests: Iterator[bytes],
+        timeout_s: float | None = None,
+        opened: Callable[[Callable[[], None]], None] = lambda cancel: None,
+    ) -> Iterator[bytes]:
+        """The responses of a stream. gRPC asks for the requests on a thread of its own.
+
+        opened: is given what ends the stream, for another thread.
+        """
         with self._errors():
             responses = self._channel.stream_stream(path)(requests, timeout=timeout_s)
+            opened(responses.cancel)
             try:
                 yield from responses
             finally:

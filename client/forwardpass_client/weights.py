@@ -15,6 +15,8 @@ from forwardpass_client import transfers
 from forwardpass_client.transfers import Progress, Steps, Unary
 from forwardpass_client.transport import AsyncTransport, Transport
 
+_ATTEMPTS = 4
+
 
 class HeldWeights:
     """Weights by the id that their numbers give them, with the numbers where this side has them.
@@ -41,12 +43,19 @@ class HeldWeights:
             raise errors.WeightsNotFound(
                 f"the server does not hold weights {self.weights_id.hex()}, and this handle has no numbers to send"
             )
-        try:
-            yield from transfers.put(self._manifest, self._structure, progress)
-        except errors.TensorCorrupted as error:
-            raise errors.WeightsNotFound(
-                f"weights {self.weights_id.hex()} cannot be sent: their arrays were changed since"
-            ) from error
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            try:
+                yield from transfers.put(self._manifest, self._structure, progress)
+            except errors.TensorCorrupted as error:
+                if manifests.of_structure(self._structure, "model_weights") != self._manifest:
+                    raise errors.WeightsNotFound(
+                        f"weights {self.weights_id.hex()} cannot be sent: their arrays were changed since"
+                    ) from error
+                # Another client began the same tensor with other bytes; the server has dropped them.
+                if not attempts_left:
+                    raise
+            else:
+                return
 
     @property
     def size_bytes(self) -> int | None:

@@ -262,6 +262,96 @@ def test_leaving_by_an_error_gives_up_what_is_unanswered():
         assert model.predict_on_batch(((), ()), [1]).tolist() == [1]
 
 
+def test_leaving_by_an_error_waits_for_no_answer():
+    with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
+        model = client.model("slow")
+
+        def leave() -> None:
+            with model.pipeline(((), ())) as pipeline:
+                pipeline.predict_on_batch([10**9])
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            leave()
+        # The server would compute for hours.
+        assert client.is_ready()
+
+
+def test_a_callback_may_submit_more_than_there_is_room_for():
+    with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
+        model = client.model("slow")
+        done = []
+        with model.pipeline(((), ())) as pipeline:
+
+            def again(_) -> None:
+                for _ in range(2):
+                    pipeline.predict_on_batch([1]).add_done_callback(lambda _: done.append(1))
+
+            for _ in range(300):
+                pipeline.predict_on_batch([1]).add_done_callback(again)
+            deadline = time.monotonic() + 60
+            while len(done) < 600:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+
+
+def test_a_task_that_is_cancelled_while_its_pipeline_closes_is_cancelled():
+    with ServerProcess(*SLOW) as server:
+
+        async def run() -> None:
+            async with forwardpass_client.connect_async(server.address) as client:
+                model = await client.model("slow")
+                submitted = asyncio.get_running_loop().create_future()
+
+                async def use() -> None:
+                    async with await model.pipeline(((), ())) as pipeline:
+                        submitted.set_result(pipeline.predict_on_batch([10**9]))
+
+                task = asyncio.ensure_future(use())
+                future = await submitted
+                await asyncio.sleep(0.1)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+                with pytest.raises(errors.CallCancelled):
+                    await future
+
+        asyncio.run(run())
+
+
+def test_a_deadline_holds_for_calls_that_wait_for_room_too():
+    with ServerProcess(*SLOW) as server:
+
+        async def run() -> None:
+            async with forwardpass_client.connect_async(server.address) as client:
+                model = await client.model("slow")
+                async with await model.pipeline(((), ())) as pipeline:
+                    started = time.monotonic()
+                    futures = [pipeline.predict_on_batch([10**9], timeout_s=0.5) for _ in range(600)]
+                    found = await asyncio.gather(*futures, return_exceptions=True)
+                    assert all(isinstance(one, errors.DeadlineExceeded) for one in found)
+                    # One after another they would take three times as long.
+                    assert time.monotonic() - started < 1.4
+
+        asyncio.run(run())
+
+
+def test_a_caller_that_reads_no_answers_gets_few_made(repository):
+    with ServerProcess("--factory", "wide_24m=support.zoo:wide_24m") as server:
+        request = v1.GetInitialWeightsRequest(model=v1.ModelSelector(name="wide_24m")).SerializeToString()
+        many = v1.PipelineRequest(frames=[frame(call, "GetInitialWeights", request) for call in range(1, 401)])
+        before = server.resident_bytes()
+        with grpc.insecure_channel(server.address) as channel:
+            responses = channel.stream_stream(METHODS["Pipeline"].path)(iter([many.SerializeToString()]))
+            with forwardpass_client.connect(server.address) as client:
+                for _ in range(20):
+                    assert client.is_ready()
+                    time.sleep(0.05)
+            # 400 answers of 24 MiB would be ten gigabytes.
+            assert server.resident_bytes() - before < 500 * 2**20
+            responses.cancel()
+
+
 def test_a_pipeline_that_is_never_used_is_closed_at_once(linear):
     with linear.pipeline(linear.initial_weights):
         pass

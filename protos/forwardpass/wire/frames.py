@@ -39,6 +39,9 @@ STATUSES = (
     "UNAUTHENTICATED",
 )
 
+# Calls of which some pieces are there and others not.
+_MAX_ARRIVING = 1024
+
 _DOUBLE = struct.Struct("<d")
 
 
@@ -169,16 +172,19 @@ class Outbox:
     def __init__(self, *, answers: bool) -> None:
         self._data = _RESPONSE if answers else _REQUEST
         self._leaving: collections.deque[_Leaving] = collections.deque()
+        self.size_bytes = 0
 
-    def __bool__(self) -> bool:
-        return bool(self._leaving)
+    def __len__(self) -> int:
+        return len(self._leaving)
 
     def put(self, call: int, head: bytes, data: bytes | memoryview = b"") -> None:
         """head: of `encode_call`, `encode_answer` or `encode_error`."""
         self._leaving.append(_Leaving(call, head, memoryview(data)))
+        self.size_bytes += len(data)
 
     def clear(self) -> None:
         self._leaving.clear()
+        self.size_bytes = 0
 
     def next_message(self) -> bytes:
         """The next message; there must be one."""
@@ -195,6 +201,7 @@ class Outbox:
             pieces.append(fields.prefix(_FRAMES, len(head) + len(part)) + head)
             pieces.append(part)
             one.position += len(part)
+            self.size_bytes -= len(part)
             one.head = b""
             room -= len(part) + len(head)
             if one.position < len(one.data):
@@ -251,9 +258,10 @@ class Inbox:
             raise errors.MessageTooLarge(
                 place=f"call {frame.call}", expected=f"at most {self._max_bytes} bytes", found=f"{frame.size_bytes}"
             )
-        if self._size_bytes + frame.size_bytes > self._total_bytes:
+        if len(self._arriving) >= _MAX_ARRIVING or self._size_bytes + frame.size_bytes > self._total_bytes:
             raise errors.ServerOverloaded(
-                f"{self._size_bytes} bytes of calls are on their way, and no more than {self._total_bytes} are taken",
+                f"{len(self._arriving)} calls of {self._size_bytes} bytes are on their way, and no more than "
+                f"{_MAX_ARRIVING} of {self._total_bytes} are taken",
                 retry_after_s=0.1,
             )
         if frame.size_bytes < len(frame.data):

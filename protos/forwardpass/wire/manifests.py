@@ -111,10 +111,18 @@ def decode(message: v1.WeightsManifest, limits: Limits = DEFAULT) -> WeightsMani
         raise errors.StructureMismatch(
             place="manifest.tensors", expected=f"{tree.num_leaves}", found=f"{len(message.tensors)}"
         )
-    return WeightsManifest(
+    manifest = WeightsManifest(
         tree,
         tuple(_tensor(tensor, f"manifest.tensors[{index}]", limits) for index, tensor in enumerate(message.tensors)),
     )
+    for index, tensor in enumerate(manifest.tensors):
+        if manifest.distinct[tensor.digest] != tensor:
+            raise errors.InvalidRequest(
+                place=f"manifest.tensors[{index}]",
+                expected=str(manifest.distinct[tensor.digest].spec),
+                found=f"{tensor.spec} under the same digest",
+            )
+    return manifest
 
 
 def _tensor(message: v1.TensorManifest, place: str, limits: Limits) -> TensorManifest:

@@ -133,6 +133,12 @@ def _pass(operation: Any, kinds: Sequence[_Kind]) -> list[_Kind]:
     return list(kinds)
 
 
+def _cast(operation: Any, kinds: Sequence[_Kind]) -> _Kind:
+    if kinds[0] is not _Kind.ROWS:
+        _require(operation.get_attr("DstT") in (tf.int32, tf.int64), "works on the number of rows")
+    return kinds[0]
+
+
 def _elementwise(operation: Any, kinds: Sequence[_Kind]) -> _Kind:
     """Any number of arguments that broadcast."""
     ranks = [_rank(tensor) for tensor in operation.inputs]
@@ -371,9 +377,10 @@ _RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("Softmax", "LogSoftmax"), _softmax),
     **dict.fromkeys(("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"), _batch_mat_mul),
     **dict.fromkeys(("Pad", "PadV2", "MirrorPad"), _pad),
-    **dict.fromkeys(("Identity", "IdentityN", "Cast"), _pass),
+    **dict.fromkeys(("Identity", "IdentityN"), _pass),
     "BiasAdd": _bias_add,
     "BroadcastTo": _broadcast_to,
+    "Cast": _cast,
     "ConcatV2": _concat,
     "Einsum": _einsum,
     "ExpandDims": _expand_dims,

@@ -15,6 +15,12 @@ Method = Callable[[Any, object], Awaitable[bytes]]
 # Of one stream at once; beyond it no more is read of it, and its caller has to wait.
 _MAX_CALLS = 1024
 
+# Of answers that wait for their caller to read them.
+_MAX_UNSENT_BYTES = 64 * 2**20
+
+# Taken without a look at other callers.
+_FRAMES_AT_ONCE = 64
+
 
 class Pipeline:
     """The calls of one stream.
@@ -28,9 +34,9 @@ class Pipeline:
         self._inbox = Inbox(max_message_bytes, max_bytes)
         self._outbox = Outbox(answers=True)
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        # Set by whatever the writer, or the reader, or an answer may wait for; each looks for itself what it was.
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
-        self._room.set()
 
     async def run(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
         """The stream's responses, until its requests have ended and every call is answered."""
@@ -40,6 +46,7 @@ class Pipeline:
             while not reading.done() or self._tasks or self._outbox:
                 while self._outbox:
                     yield self._outbox.next_message()
+                    self._room.set()
                 if not reading.done() or self._tasks:
                     await self._changed.wait()
                     self._changed.clear()
@@ -53,11 +60,16 @@ class Pipeline:
 
     async def _read(self, requests: AsyncIterator[bytes], context: object) -> None:
         async for message in requests:
-            for frame in frames.decode_calls(message):
+            for index, frame in enumerate(frames.decode_calls(message), 1):
                 self._take(frame, context)
-            if len(self._tasks) >= _MAX_CALLS:
-                self._room.clear()
-                await self._room.wait()
+                while len(self._tasks) + len(self._outbox) >= _MAX_CALLS:
+                    await self._wait_for_room()
+                if not index % _FRAMES_AT_ONCE:
+                    await asyncio.sleep(0)
+
+    async def _wait_for_room(self) -> None:
+        self._room.clear()
+        await self._room.wait()
 
     def _take(self, frame: Frame, context: object) -> None:
         try:
@@ -85,6 +97,9 @@ class Pipeline:
         task.add_done_callback(lambda _: self._end(first.call))
 
     async def _answer(self, first: Frame, method: Method, data: bytes | memoryview, context: object) -> None:
+        # A caller that reads no answers gets no more made.
+        while self._outbox.size_bytes > _MAX_UNSENT_BYTES:
+            await self._wait_for_room()
         try:
             response = await method(data, context)
         except Exception as error:

@@ -133,6 +133,9 @@ class Batcher:
             results = await self._scheduler.run(
                 queue.plan.run, [*queue.weights, *joined], queue.plan.estimates, size_bytes
             )
+            rows = sum(waiting.rows for waiting in batch)
+            if any(leaf.shape[0] != rows for leaf in results):
+                raise ValueError("the model did not keep the number of rows")
         except Exception:
             # One of them is to blame, and which one shows alone.
             for waiting in batch:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,12 +24,20 @@ _MAX_ANNOUNCED = 2**17
 
 
 @dataclasses.dataclass(eq=False, slots=True)
+class _Group:
+    """The tensors of one set on their way: none is dropped while others arrive. touched: when something came last."""
+
+    weights_id: bytes
+    touched: float
+
+
+@dataclasses.dataclass(eq=False, slots=True)
 class _Upload:
     """One tensor on its way. buffer: allocated with the first chunk. placed: once it is whole and verified."""
 
     manifest: TensorManifest
     hasher: hashlib._Hash
-    touched: float
+    group: _Group
     buffer: Array | None = None
     received: int = 0
     placed: Any = None
@@ -51,17 +59,24 @@ class Uploads:
         self._uploads: dict[tuple[str, bytes], _Upload] = {}
         self.size_bytes = 0
 
-    def announce(self, principal: str, wanted: Iterable[TensorManifest]) -> list[tuple[bytes, int]]:
-        """Expects tensors. Returns those that are not whole yet, each with how many of its bytes are there."""
+    def announce(self, principal: str, weights_id: bytes, wanted: Sequence[TensorManifest]) -> list[tuple[bytes, int]]:
+        """Expects tensors of a set. Returns those that are not whole yet, each with how many of its bytes are there."""
+        known = [self._uploads.get((principal, tensor.digest)) for tensor in wanted]
+        groups = [upload.group for upload in known if upload is not None and upload.group.weights_id == weights_id]
+        group = groups[0] if groups else _Group(weights_id, 0.0)
+        group.touched = time.monotonic()
         unfinished = []
-        for tensor in wanted:
-            upload = self._uploads.get((principal, tensor.digest))
+        for tensor, upload in zip(wanted, known, strict=True):
+            if upload is not None and upload.manifest != tensor:
+                # One of the two is wrong and will never be whole. This one may be right.
+                self.drop(principal, [tensor.digest])
+                upload = None
             if upload is None:
                 if len(self._uploads) >= _MAX_ANNOUNCED:
                     raise errors.WeightStoreFull("too many tensors are announced and not sent", retry_after_s=1.0)
-                upload = _Upload(tensor, manifests.hasher_of(tensor.spec), time.monotonic())
+                upload = _Upload(tensor, manifests.hasher_of(tensor.spec), group)
                 self._uploads[principal, tensor.digest] = upload
-            upload.touched = time.monotonic()
+            upload.group = group
             if not upload.is_finished:
                 unfinished.append((tensor.digest, upload.received))
         return unfinished
@@ -72,7 +87,10 @@ class Uploads:
         Raises UploadOutOfStep, InvalidRequest for a chunk beyond the end, TensorCorrupted, and what `reserve` raises.
         """
         # A caller that goes away must not leave a chunk half taken.
-        await asyncio.shield(asyncio.ensure_future(self._write(principal, digest, offset, data)))
+        writing = asyncio.ensure_future(self._write(principal, digest, offset, data))
+        # Who has left does not ask what came of it.
+        writing.add_done_callback(lambda task: task.cancelled() or task.exception())
+        await asyncio.shield(writing)
 
     async def _write(self, principal: str, digest: bytes, offset: int, data: memoryview) -> None:
         upload = self._uploads.get((principal, digest))
@@ -88,7 +106,8 @@ class Uploads:
             except errors.UploadOutOfStep:
                 raise
             except Exception:
-                self.drop(principal, [digest])
+                if self._uploads.get((principal, digest)) is upload:
+                    self.drop(principal, [digest])
                 raise
 
     async def _append(self, upload: _Upload, offset: int, data: memoryview) -> None:
@@ -109,7 +128,7 @@ class Uploads:
         data = data[upload.received - offset :]
         if data:
             await asyncio.to_thread(_take, upload, data)
-        upload.touched = time.monotonic()
+        upload.group.touched = time.monotonic()
 
     async def _finish(self, upload: _Upload) -> None:
         digest = upload.manifest.digest
@@ -135,9 +154,9 @@ class Uploads:
                 self.size_bytes -= upload.manifest.size_bytes
 
     def sweep(self) -> None:
-        """Drops uploads that have stood still for too long."""
+        """Drops the uploads of sets of which nothing has come for too long."""
         limit = time.monotonic() - self._expiry_s
-        for principal, digest in [key for key, upload in self._uploads.items() if upload.touched < limit]:
+        for principal, digest in [key for key, upload in self._uploads.items() if upload.group.touched < limit]:
             self.drop(principal, [digest])
 
     @contextlib.contextmanager

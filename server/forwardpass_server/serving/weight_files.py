@@ -51,6 +51,7 @@ class WeightFiles:
         return self._size_bytes
 
     def has(self, principal: str, weights_id: bytes) -> bool:
+        """Whether a set is there. Reads nothing from the disk."""
         return self._path(principal, weights_id) in self._manifests
 
     def save(self, principal: str, manifest: WeightsManifest, arrays: Iterable[tuple[TensorManifest, Array]]) -> None:
@@ -60,12 +61,19 @@ class WeightFiles:
             if path in self._manifests:
                 return
             self._make_room(manifest)
-            for tensor, array in arrays:
-                target = self._tensor_path(tensor.digest)
-                if not target.exists():
-                    self._write(target, tensors.element_bytes(array, tensor.spec.data_type))
-            path.parent.mkdir(exist_ok=True)
-            self._write(path, manifests.encode(manifest).SerializeToString(deterministic=True))
+            written = []
+            try:
+                for tensor, array in arrays:
+                    target = self._tensor_path(tensor.digest)
+                    if not target.exists():
+                        written.append(target)
+                        self._write(target, tensors.element_bytes(array, tensor.spec.data_type))
+                path.parent.mkdir(exist_ok=True)
+                self._write(path, manifests.encode(manifest).SerializeToString(deterministic=True))
+            except OSError:
+                for target in written:
+                    target.unlink(missing_ok=True)
+                raise
             self._add(path, manifest)
 
     def manifest(self, principal: str, weights_id: bytes) -> WeightsManifest:
@@ -80,7 +88,19 @@ class WeightFiles:
             return manifest
 
     def tensor(self, manifest: TensorManifest) -> Array:
-        """A tensor's elements. Raises TensorCorrupted, and deletes the file, where they have another hash."""
+        """A tensor's elements. Raises TensorCorrupted where they have another hash, and FileNotFoundError.
+
+        No set with that tensor is there any more then.
+        """
+        try:
+            return self._tensor(manifest)
+        except (FileNotFoundError, errors.TensorCorrupted):
+            with self._lock:
+                for path in [path for path, one in self._manifests.items() if manifest.digest in one.distinct]:
+                    self._delete(path)
+            raise
+
+    def _tensor(self, manifest: TensorManifest) -> Array:
         path = self._tensor_path(manifest.digest)
         data = aligned_buffer(manifest.size_bytes)
         with path.open("rb") as file:
@@ -88,7 +108,6 @@ class WeightFiles:
         hasher = manifests.hasher_of(manifest.spec)
         hasher.update(data.data)
         if hasher.digest() != manifest.digest:
-            path.unlink(missing_ok=True)
             raise errors.TensorCorrupted(
                 place=str(path), expected=f"the hash {manifest.digest.hex()}", found=hasher.hexdigest()
             )

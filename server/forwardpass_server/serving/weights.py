@@ -23,6 +23,10 @@ from forwardpass_server.serving.weight_files import WeightFiles
 
 _LOGGER = logging.getLogger(__name__)
 
+# Who needs weights for longer renews.
+_MAX_TTL_S = 30 * 24 * 3600
+_MAX_LEASES = 1024
+
 Key = tuple[str, bytes]
 """A principal and a weights id, or the digest of a tensor: what one principal put, another cannot see by its hash."""
 
@@ -74,7 +78,9 @@ class WeightSet:
         self._leaves = leaves
         self._fitted: dict[bytes, Sequence[Any]] = {}
         self.pins = 0
+        # By their names, when they end; and when the last does.
         self.leases: dict[bytes, float] = {}
+        self.leased_until = 0.0
 
     def leaves(self, content_hash: bytes, spec: StructureSpec) -> Sequence[Any]:
         """The placed tensors in the order of a model's weights.
@@ -122,6 +128,8 @@ class WeightStore:
         self._kept: set[Key] = set()
         self._uploads = Uploads(self._reserve, self._place, options.upload_expiry_s)
         self._restoring: dict[Key, asyncio.Future[None]] = {}
+        # Sets, and tensors of theirs that were just uploaded, on their way to the disk.
+        self._saving: dict[Key, asyncio.Future[None]] = {}
 
     @property
     def used_bytes(self) -> int:
@@ -143,7 +151,8 @@ class WeightStore:
         Raises WeightStoreFull for a set that the store has no room for.
         """
         key = principal, manifest.weights_id
-        if key in self._sets or (self._files is not None and await self._find_on_disk(key)):
+        await self._saved(principal, manifest.weights_id, *manifest.distinct)
+        if key in self._sets or (self._files is not None and self._files.has(*key)):
             if key in self._sets:
                 self._sets.move_to_end(key)
             return []
@@ -152,7 +161,14 @@ class WeightStore:
                 place="manifest", expected=f"at most {self._options.budget_bytes} bytes", found=f"{manifest.size_bytes}"
             )
         missing = [tensor for digest, tensor in manifest.distinct.items() if not self._held.get((principal, digest))]
-        unfinished = self._uploads.announce(principal, missing)
+        for digest, tensor in manifest.distinct.items():
+            if self._held.get((principal, digest)) and self._tensors[digest].manifest != tensor:
+                raise errors.InvalidRequest(
+                    place=f"tensor {digest.hex()}",
+                    expected=str(self._tensors[digest].manifest.spec),
+                    found=str(tensor.spec),
+                )
+        unfinished = self._uploads.announce(principal, manifest.weights_id, missing)
         if unfinished:
             return unfinished
         uploaded = {tensor.digest: self._uploads.finished(principal, tensor.digest) for tensor in missing}
@@ -160,27 +176,37 @@ class WeightStore:
             digest: uploaded[digest] if digest in uploaded else self._tensors[digest].placed
             for digest in manifest.distinct
         }
-        if self._files is not None:
-            await self._save(principal, manifest, placed)
-        if key not in self._sets:
-            # While the set was saved, others that it shares tensors with may have been dropped.
-            self._reserve(
-                sum(
-                    tensor.size_bytes
-                    for digest, tensor in manifest.distinct.items()
-                    if digest not in self._tensors and digest not in uploaded
-                )
-            )
-            self._publish(key, manifest, placed)
         self._uploads.drop(principal, uploaded)
+        if self._files is None:
+            self._publish(key, manifest, placed)
+            return []
+        saving = asyncio.ensure_future(self._save(principal, manifest, placed))
+        names = [key, *((principal, digest) for digest in uploaded)]
+        self._saving.update(dict.fromkeys(names, saving))
+        try:
+            # Whatever is dropped meanwhile, room for this set stays.
+            with self._uploads.reserved(sum(tensor.size_bytes for tensor in missing)):
+                await asyncio.shield(saving)
+        finally:
+            for name in names:
+                del self._saving[name]
+        others = [one for digest, one in manifest.distinct.items() if digest not in self._tensors]
+        self._reserve(sum(tensor.size_bytes for tensor in others))
+        self._publish(key, manifest, placed)
         return []
+
+    async def _saved(self, principal: str, *names: bytes) -> None:
+        """Waits for sets and tensors that are being saved: what is done to them is done one after another."""
+        while saving := {self._saving[principal, name] for name in names if (principal, name) in self._saving}:
+            await asyncio.wait(saving)
+            await asyncio.sleep(0)
 
     async def upload(self, principal: str, digest: bytes, offset: int, data: memoryview) -> None:
         """Takes the next chunk of an announced tensor. What the store has already is passed over.
 
         Raises UploadOutOfStep, InvalidRequest for a chunk beyond the end, TensorCorrupted, WeightStoreFull.
         """
-        if not self._held.get((principal, digest)):
+        if not self._held.get((principal, digest)) and (principal, digest) not in self._saving:
             await self._uploads.write(principal, digest, offset, data)
 
     def _place(self, digest: bytes, array: Array) -> Any:
@@ -222,7 +248,7 @@ class WeightStore:
         key = principal, weights_id
         self._observer.weights_missed()
         manifests.check_digest(weights_id, "weights_id")
-        if self._files is not None and await self._find_on_disk(key):
+        if self._files is not None and self._files.has(*key):
             await self._read(key)
         weights = self._sets.get(key)
         if weights is None:
@@ -230,20 +256,35 @@ class WeightStore:
         return self._pin(key, weights)
 
     async def lease(self, principal: str, weights_id: bytes, lease_id: bytes, ttl_s: float) -> None:
-        """Keeps a set for so many seconds from now; 0 ends the lease. Raises WeightsNotFound."""
+        """Keeps a set for so many seconds from now; 0 ends the lease.
+
+        Raises WeightsNotFound, and InvalidRequest for a lease without an end or one of too many.
+        """
+        if not 0 <= ttl_s <= _MAX_TTL_S:
+            raise errors.InvalidRequest(place="ttl_s", expected=f"0 to {_MAX_TTL_S} seconds", found=f"{ttl_s}")
         key = principal, weights_id
-        if ttl_s <= 0:
-            weights = self._sets.get(key)
-            if weights is not None:
-                weights.leases.pop(lease_id, None)
-                self._let_go(key, weights)
+        if not ttl_s:
+            held = self._sets.get(key)
+            if held is not None:
+                held.leases.pop(lease_id, None)
+                held.leased_until = max(held.leases.values(), default=0.0)
+                self._let_go(key, held)
             return
         async with self.use(principal, weights_id) as weights:
-            weights.leases[lease_id] = time.monotonic() + ttl_s
+            now = time.monotonic()
+            if len(weights.leases) >= _MAX_LEASES:
+                weights.leases = {name: end for name, end in weights.leases.items() if end > now}
+                if len(weights.leases) >= _MAX_LEASES and lease_id not in weights.leases:
+                    raise errors.WeightStoreFull(
+                        place="leases of these weights", expected=f"at most {_MAX_LEASES}", found="more"
+                    )
+            weights.leases[lease_id] = now + ttl_s
+            weights.leased_until = max(weights.leases.values())
 
     async def delete(self, principal: str, weights_id: bytes) -> None:
         """Drops a set, here and on disk. Calls that use it go on."""
         key = principal, weights_id
+        await self._saved(principal, weights_id)
         if key in self._sets:
             self._drop(key)
         if self._files is not None:
@@ -296,9 +337,8 @@ class WeightStore:
 
     def _let_go(self, key: Key, weights: WeightSet) -> None:
         """Forgets that a set must be kept, if nothing says so any more."""
-        if weights.leases:
-            now = time.monotonic()
-            weights.leases = {lease: end for lease, end in weights.leases.items() if end > now}
+        if weights.leases and weights.leased_until <= time.monotonic():
+            weights.leases.clear()
         if not weights.pins and not weights.leases and self._sets.get(key) is weights:
             self._kept.discard(key)
 
@@ -323,10 +363,6 @@ class WeightStore:
                 return
             self._drop(key)
             self._observer.weights_evicted()
-
-    async def _find_on_disk(self, key: Key) -> bool:
-        assert self._files is not None
-        return await asyncio.to_thread(self._files.has, *key)
 
     async def _read(self, key: Key) -> None:
         """Reads a set from disk and publishes it; callers that want it meanwhile wait for the same reading."""

@@ -155,6 +155,15 @@ def test_leaves_of_different_length_are_left_to_the_model():
     run(scenario)
 
 
+def test_a_result_with_another_number_of_rows_is_never_split():
+    async def scenario(batcher, doubling, observer):
+        doubling.plan.run = lambda leaves: [leaves[1][:3]]
+        calls = [predict(batcher, doubling, rows(value, value)) for value in (1, 2)]
+        assert [(await call)[0].tolist() for call in calls] == [[1, 1], [2, 2]]
+
+    run(scenario)
+
+
 def test_no_queue_is_left_behind():
     async def scenario(batcher, doubling, observer):
         for value in range(10):

@@ -415,6 +415,109 @@ def test_reading_gives_every_byte_from_an_offset_on(make):
     asyncio.run(run())
 
 
+def test_an_upload_of_many_tensors_may_take_longer_than_one_may_stand_still(make):
+    async def run():
+        store, _ = make(expiry_s=0.3)
+        one = Set(1)
+        for digest, _ in await store.put("", one.manifest):
+            data = one.data(digest)
+            for start in range(0, KIB, KIB // 4):
+                await asyncio.sleep(0.1)
+                store.sweep()
+                await store.upload("", digest, start, memoryview(data[start : start + KIB // 4]))
+        store.sweep()
+        assert await store.put("", one.manifest) == []
+        assert await holds(store, one)
+
+    asyncio.run(run())
+
+
+def test_a_digest_that_is_held_cannot_be_claimed_for_another_shape(make):
+    async def run():
+        store, _ = make()
+        one = Set(1)
+        await upload(store, one)
+        tensors_ = list(one.manifest.tensors)
+        larger = dataclasses.replace(
+            tensors_[0], spec=dataclasses.replace(tensors_[0].spec, shape=(KIB,)), size_bytes=4 * KIB
+        )
+        claim = dataclasses.replace(one.manifest, tensors=(larger, tensors_[1]))
+        await store.delete("", one.id)
+        await upload(store, Set(1, shared=True))
+        with pytest.raises(errors.InvalidRequest, match=r"expected float32\[256\], got float32\[1024\]"):
+            await store.put("", claim)
+
+    asyncio.run(run())
+
+
+def test_a_wrong_announcement_does_not_stand_in_the_way_of_a_right_one(make):
+    async def run():
+        store, _ = make()
+        one = Set(1)
+        first = one.manifest.tensors[0]
+        wrong = dataclasses.replace(first, spec=dataclasses.replace(first.spec, shape=(2,)), size_bytes=8)
+        await store.put("", dataclasses.replace(one.manifest, tensors=(wrong, one.manifest.tensors[1])))
+        await upload(store, one)
+        assert await holds(store, one)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("ttl_s", [-1, float("nan"), float("inf"), 1e308])
+def test_a_lease_without_an_end_is_refused(make, ttl_s):
+    async def run():
+        store, _ = make()
+        one = Set(1)
+        await upload(store, one)
+        with pytest.raises(errors.InvalidRequest, match="ttl_s: expected 0 to 2592000 seconds"):
+            await store.lease("", one.id, b"lease", ttl_s)
+
+    asyncio.run(run())
+
+
+def test_leases_of_one_set_are_bounded(make):
+    async def run():
+        store, _ = make()
+        one = Set(1)
+        await upload(store, one)
+        for number in range(1024):
+            await store.lease("", one.id, number.to_bytes(16, "big"), 60)
+        with pytest.raises(errors.WeightStoreFull, match="leases of these weights: expected at most 1024"):
+            await store.lease("", one.id, b"another", 60)
+        await store.lease("", one.id, (7).to_bytes(16, "big"), 60)
+
+    asyncio.run(run())
+
+
+def test_room_is_kept_for_a_set_while_it_is_being_saved(tmp_path):
+    class Slow(WeightFiles):
+        def save(self, *arguments):
+            import time
+
+            time.sleep(0.3)
+            super().save(*arguments)
+
+    async def run():
+        options = StoreOptions(budget_bytes=3 * KIB, upload_expiry_s=0.05)
+        store = WeightStore(options, TensorFlowDevice("/device:CPU:0"), Counts(), Slow(tmp_path, 100 * KIB))
+        one = Set(1)
+        putting = asyncio.ensure_future(upload(store, one))
+        await asyncio.sleep(0.2)
+        store.sweep()
+        assert store.used_bytes == 2 * KIB
+        # Whatever comes meanwhile waits, or finds no room.
+        again = asyncio.ensure_future(store.put("", one.manifest))
+        deleting = asyncio.ensure_future(store.delete("", one.id))
+        with pytest.raises(errors.WeightStoreFull):
+            await upload(store, Set(2), "other")
+        await asyncio.gather(putting, again, return_exceptions=True)
+        await deleting
+        assert store.used_bytes <= 3 * KIB
+        store.sweep()
+
+    asyncio.run(run())
+
+
 def files(folder, kib: int = 100) -> WeightFiles:
     return WeightFiles(folder, kib * KIB)
 
@@ -432,8 +535,25 @@ def test_a_tensor_that_was_changed_on_disk_is_noticed_and_sent_again(tmp_path):
         options = StoreOptions(budget_bytes=100 * KIB)
         store = WeightStore(options, TensorFlowDevice("/device:CPU:0"), Counts(), files(tmp_path))
         assert not await holds(store, one)
+        # And with new numbers all is well.
+        await upload(store, one)
+        assert await holds(store, one)
 
     asyncio.run(run())
+
+
+def test_a_save_that_fails_in_the_middle_leaves_no_file(tmp_path):
+    target = files(tmp_path)
+    one = Set(1)
+
+    def arrays():
+        yield one.manifest.tensors[0], one.structure.leaves[0]
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        target.save("", one.manifest, arrays())
+    assert list((tmp_path / "tensors").iterdir()) == []
+    assert target.size_bytes == 0
 
 
 def test_a_file_that_a_power_cut_left_short_is_left_out_at_the_next_start(tmp_path):
