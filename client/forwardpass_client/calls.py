@@ -8,11 +8,13 @@ from typing import Any, Generic, TypeVar, cast
 
 from forwardpass import v1
 from forwardpass.wire import conform, description, errors, fields, messages
+from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.description import BatchOutput, Function, ModelDescription
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.specs import StructureSpec
 from forwardpass.wire.structures import Structure
+from forwardpass_client import long_calls
 from forwardpass_client.reuse import Reuse
 from forwardpass_client.weights import HeldWeights, WeightsHandleApi
 
@@ -23,13 +25,18 @@ ResultT = TypeVar("ResultT")
 class Call(Generic[ResultT]):
     """One call: where it goes, what is sent, and how the answer is read.
 
+    request: in pieces where it is long and its caller waits for the answer, so that its arrays stay as they are.
     held: weights that the request names, in place of carrying them.
     """
 
     path: str
-    request: bytes
+    request: bytes | Pieces
     read: Callable[[bytes], ResultT]
     held: HeldWeights | None = None
+
+    def joined(self) -> Call[ResultT]:
+        """The same call with its request put together: its arrays may be changed from here on."""
+        return dataclasses.replace(self, request=self.request.join()) if isinstance(self.request, Pieces) else self
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -247,7 +254,8 @@ class ModelCalls:
     def _call(
         self, method: str, header: Any, parts: Mapping[str, Structure], read: Callable[[bytes], ResultT]
     ) -> Call[ResultT]:
-        request = messages.encode(header, parts, self._max_request_bytes)
+        pieces = messages.encode_pieces(header, parts, self._max_request_bytes)
+        request = pieces if len(pieces) >= long_calls.MIN_BYTES else pieces.join()
         return Call(METHODS[method].path, request, read)
 
     def _read(self, response_type: Any, data: bytes) -> dict[str, Structure]:

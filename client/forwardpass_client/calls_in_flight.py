@@ -18,7 +18,7 @@ from forwardpass_client.weights import HeldWeights
 
 # As for unary calls: a server that is loading the model, or stopping, is worth another try.
 _RETRYABLE = ("UNAVAILABLE", "CANCELLED")
-_PAUSES_S = (0.2, 0.4, 0.8, 1.6)
+_PAUSES_S = (0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0)
 
 
 class Future(Protocol):

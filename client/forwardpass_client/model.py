@@ -7,7 +7,7 @@ import asyncio
 import collections
 import concurrent.futures
 import threading
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from typing import Any
 
 from forwardpass.wire.description import ModelDescription
@@ -264,8 +264,11 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
             self._initial_weights = await super().initial_weights
         return self._initial_weights
 
-    async def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
-        deadline = self._deadline(timeout_s)
+    def _run(self, call: Call[ResultT], timeout_s: float | None) -> Coroutine[Any, Any, ResultT]:
+        # Now: until it is awaited, its arrays may be changed.
+        return self._run_joined(call.joined(), self._deadline(timeout_s))
+
+    async def _run_joined(self, call: Call[ResultT], deadline: float | None) -> ResultT:
         if call.held is not None:
             steps = with_weights(call.held, Unary(call.path, call.request))
             return call.read(await self._transport.run(steps, deadline))

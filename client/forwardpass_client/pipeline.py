@@ -29,9 +29,11 @@ _LEFT = "the pipeline was left before this call was answered"
 
 _PATH = METHODS["Pipeline"].path
 
-# A stream that breaks is opened again: so often without an answer in between.
-_ATTEMPTS = 6
+# A stream that breaks is opened again, for so long without an answer in between: a server may have to start anew.
+# Each call's own deadline holds meanwhile.
+_PATIENCE_S = 30.0
 _FIRST_PAUSE_S = 0.1
+_LONGEST_PAUSE_S = 2.0
 
 # What a broken connection looks like: every other error would come again.
 _BROKEN = (errors.ServerUnavailable, errors.CallCancelled)
@@ -41,7 +43,8 @@ class PipelineApi(abc.ABC):
     """Calls with the same weights over one stream, answered as they finish, in any order.
 
     Each method takes what the model's method of the same name takes but for the weights, and returns a future.
-    Errors about arguments are raised at once. On a broken stream it connects again and sends what is unanswered.
+    Errors about arguments are raised at once. On a broken stream it connects again, for half a minute at most, and
+    sends what is unanswered.
     """
 
     def __init__(self, calls: ModelCalls, model_weights: Any, timeout_s: float | None) -> None:
@@ -51,11 +54,13 @@ class PipelineApi(abc.ABC):
 
     def predict_on_batch(self, x: Any, training: bool = True, *, timeout_s: float | None = None) -> Any:
         """A future of the predictions for one batch."""
-        return self._submit(self._calls.predict_on_batch(self._weights, x, training), self._deadline(timeout_s))
+        call = self._calls.predict_on_batch(self._weights, x, training)
+        return self._submit(call.joined(), self._deadline(timeout_s))
 
     def forward_pass(self, batch_input: Any, training: bool = True, *, timeout_s: float | None = None) -> Any:
         """A future of the BatchOutput of one batch."""
-        return self._submit(self._calls.forward_pass(self._weights, batch_input, training), self._deadline(timeout_s))
+        call = self._calls.forward_pass(self._weights, batch_input, training)
+        return self._submit(call.joined(), self._deadline(timeout_s))
 
     def _deadline(self, timeout_s: float | None) -> float | None:
         return self._timeout_s if timeout_s is None else timeout_s
@@ -66,20 +71,24 @@ class PipelineApi(abc.ABC):
 
 
 class _Attempts:
-    """How often a stream was opened without an answer."""
+    """For how long streams were opened without an answer."""
 
     def __init__(self) -> None:
-        self._failed = 0
+        self._since: float | None = None
+        self._pause_s = _FIRST_PAUSE_S
 
     def succeeded(self) -> None:
-        self._failed = 0
+        self._since, self._pause_s = None, _FIRST_PAUSE_S
 
     def pause_s(self, error: Exception) -> float | None:
         """How long to wait before the next; None where it is no use."""
-        self._failed += 1
-        if not isinstance(error, _BROKEN) or self._failed >= _ATTEMPTS:
+        now = time.monotonic()
+        if self._since is None:
+            self._since = now
+        if not isinstance(error, _BROKEN) or now - self._since > _PATIENCE_S:
             return None
-        return float(_FIRST_PAUSE_S * 2 ** (self._failed - 1))
+        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        return pause_s
 
 
 class Pipeline(PipelineApi):

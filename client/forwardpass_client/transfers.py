@@ -11,6 +11,7 @@ import numpy as np
 
 from forwardpass import v1
 from forwardpass.wire import chunks, errors, fields, manifests, tensors
+from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.manifests import TensorManifest, WeightsManifest
 from forwardpass.wire.methods import METHODS
@@ -36,7 +37,7 @@ class Unary:
     """One request, one response: the step's result."""
 
     path: str
-    request: bytes
+    request: bytes | Pieces
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from forwardpass.wire import errors
+from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.methods import METHODS, MODEL_SERVICE, SERVICES, WEIGHTS_SERVICE
 from forwardpass_client import long_calls
 from forwardpass_client.long_calls import LongCall
@@ -76,7 +77,7 @@ class Transport:
         self._is_closed = False
         self._methods: dict[str, Any] = {}
 
-    def call(self, path: str, request: bytes, timeout_s: float | None) -> bytes:
+    def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
         """One unary call. Raises the error that its status stands for."""
         if len(request) >= long_calls.MIN_BYTES:
             return self._call_long(path, request, timeout_s)
@@ -85,7 +86,7 @@ class Transport:
             response: bytes = method(request, timeout=timeout_s)
         return response
 
-    def _call_long(self, path: str, request: bytes, timeout_s: float | None) -> bytes:
+    def _call_long(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for pause_s in (*_LONG_CALL_PAUSES_S, None):
             remaining_s = None if deadline is None else max(deadline - time.monotonic(), 0)
@@ -173,7 +174,7 @@ class AsyncTransport:
         self._is_closed = False
         self._methods: dict[str, Any] = {}
 
-    async def call(self, path: str, request: bytes, timeout_s: float | None) -> bytes:
+    async def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
         """One unary call. Raises the error that its status stands for."""
         if len(request) >= long_calls.MIN_BYTES:
             return await self._call_long(path, request, timeout_s)
@@ -182,7 +183,7 @@ class AsyncTransport:
             response: bytes = await method(request, timeout=timeout_s)
         return response
 
-    async def _call_long(self, path: str, request: bytes, timeout_s: float | None) -> bytes:
+    async def _call_long(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         for pause_s in (*_LONG_CALL_PAUSES_S, None):
             remaining_s = None if deadline is None else max(deadline - time.monotonic(), 0)

@@ -176,18 +176,20 @@ class PipelineResponse(_message.Message):
     def __init__(self, frames: _Optional[_Iterable[_Union[AnswerFrame, _Mapping]]] = ...) -> None: ...
 
 class CallFrame(_message.Message):
-    __slots__ = ("call", "method", "timeout_s", "size_bytes", "data")
+    __slots__ = ("call", "method", "timeout_s", "size_bytes", "data", "largest_array_offset")
     CALL_FIELD_NUMBER: _ClassVar[int]
     METHOD_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     SIZE_BYTES_FIELD_NUMBER: _ClassVar[int]
     DATA_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_ARRAY_OFFSET_FIELD_NUMBER: _ClassVar[int]
     call: int
     method: str
     timeout_s: float
     size_bytes: int
     data: bytes
-    def __init__(self, call: _Optional[int] = ..., method: _Optional[str] = ..., timeout_s: _Optional[float] = ..., size_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...
+    largest_array_offset: int
+    def __init__(self, call: _Optional[int] = ..., method: _Optional[str] = ..., timeout_s: _Optional[float] = ..., size_bytes: _Optional[int] = ..., data: _Optional[bytes] = ..., largest_array_offset: _Optional[int] = ...) -> None: ...
 
 class AnswerFrame(_message.Message):
     __slots__ = ("call", "status", "message", "error_detail", "size_bytes", "data")

@@ -11,11 +11,11 @@ import numpy as np
 
 from forwardpass import v1
 from forwardpass.wire import errors, fields
-from forwardpass.wire.chunks import CHUNK_BYTES
+from forwardpass.wire.chunks import CHUNK_BYTES, Pieces
 
 _FRAMES = v1.PipelineRequest.DESCRIPTOR.fields_by_name["frames"].number
 _CALL = 1
-_METHOD, _TIMEOUT, _REQUEST_SIZE, _REQUEST = 2, 3, 4, 5
+_METHOD, _TIMEOUT, _REQUEST_SIZE, _REQUEST, _LARGEST = 2, 3, 4, 5, 6
 _STATUS, _MESSAGE, _DETAIL, _RESPONSE_SIZE, _RESPONSE = 2, 3, 4, 5, 6
 
 # gRPC's status codes, each at the place of its number.
@@ -39,6 +39,9 @@ STATUSES = (
     "UNAUTHENTICATED",
 )
 
+# TensorFlow shares the memory of an array that is aligned so; any other it copies.
+_ALIGNMENT = 64
+
 # Calls of which some pieces are there and others not.
 _MAX_ARRIVING = 1024
 
@@ -49,7 +52,8 @@ _DOUBLE = struct.Struct("<d")
 class Frame:
     """One piece of a call or of an answer. data: a view of the message.
 
-    Of a call, in its first piece: method, timeout_s (0 for no limit), size_bytes of the whole.
+    Of a call, in its first piece: method, timeout_s (0 for no limit), size_bytes of the whole, and where in it the
+    elements of the largest array begin.
     Of an answer, in its first piece: status (0 for success), message, detail, size_bytes of the whole.
     """
 
@@ -58,17 +62,20 @@ class Frame:
     size_bytes: int = 0
     method: str = ""
     timeout_s: float = 0.0
+    largest_array_offset: int = 0
     status: int = 0
     message: str = ""
     detail: bytes = b""
 
 
-def encode_call(method: str, timeout_s: float | None, size_bytes: int) -> bytes:
+def encode_call(method: str, timeout_s: float | None, size_bytes: int, largest_array_offset: int = 0) -> bytes:
     """What the first piece of a call says besides its number and data."""
     name = method.encode()
     encoded = fields.prefix(_METHOD, len(name)) + name
     if timeout_s is not None:
         encoded += fields.varint(_TIMEOUT << 3 | fields.FIXED64) + _DOUBLE.pack(timeout_s)
+    if largest_array_offset:
+        encoded += _integer(_LARGEST, largest_array_offset)
     return encoded + _integer(_REQUEST_SIZE, size_bytes)
 
 
@@ -98,7 +105,7 @@ def decode_calls(message: bytes) -> Iterator[Frame]:
     """The frames of a PipelineRequest. Raises InvalidRequest."""
     view = memoryview(message)
     for start, end in _frames(message):
-        call, size_bytes, timeout_s, method = 0, 0, 0.0, ""
+        call, size_bytes, timeout_s, method, largest = 0, 0, 0.0, "", 0
         data = view[0:0]
         for number, wire_type, _, value_start, value_end in fields.scan(message, start, end):
             if number == _REQUEST and wire_type == fields.LENGTH_DELIMITED:
@@ -111,7 +118,9 @@ def decode_calls(message: bytes) -> Iterator[Frame]:
                 (timeout_s,) = _DOUBLE.unpack_from(message, value_start)
             elif number == _REQUEST_SIZE and wire_type == fields.VARINT:
                 size_bytes, _ = fields.read_varint(message, value_start, value_end)
-        yield Frame(call, data, size_bytes, method, timeout_s)
+            elif number == _LARGEST and wire_type == fields.VARINT:
+                largest, _ = fields.read_varint(message, value_start, value_end)
+        yield Frame(call, data, size_bytes, method, timeout_s, largest)
 
 
 def decode_answers(message: bytes) -> Iterator[Frame]:
@@ -159,8 +168,20 @@ class _Leaving:
 
     call: int
     head: bytes
-    data: memoryview
-    position: int = 0
+    data: collections.deque[memoryview]
+
+    def take(self, room: int) -> tuple[list[memoryview], int]:
+        """The next pieces, of at most `room` bytes, and their length."""
+        parts = []
+        size_bytes = 0
+        while self.data and size_bytes < room:
+            view = self.data.popleft()
+            if len(view) > room - size_bytes:
+                self.data.appendleft(view[room - size_bytes :])
+                view = view[: room - size_bytes]
+            parts.append(view)
+            size_bytes += len(view)
+        return parts, size_bytes
 
 
 class Outbox:
@@ -177,9 +198,10 @@ class Outbox:
     def __len__(self) -> int:
         return len(self._leaving)
 
-    def put(self, call: int, head: bytes, data: bytes | memoryview = b"") -> None:
+    def put(self, call: int, head: bytes, data: bytes | Pieces = b"") -> None:
         """head: of `encode_call`, `encode_answer` or `encode_error`."""
-        self._leaving.append(_Leaving(call, head, memoryview(data)))
+        views = data.views() if isinstance(data, Pieces) else [memoryview(data)]
+        self._leaving.append(_Leaving(call, head, collections.deque(view for view in views if view)))
         self.size_bytes += len(data)
 
     def clear(self) -> None:
@@ -194,17 +216,16 @@ class Outbox:
             if room <= 0:
                 break
             one = self._leaving.popleft()
-            part = one.data[one.position : one.position + room]
+            parts, size_bytes = one.take(room)
             head = _integer(_CALL, one.call) + one.head
-            if part:
-                head += fields.prefix(self._data, len(part))
-            pieces.append(fields.prefix(_FRAMES, len(head) + len(part)) + head)
-            pieces.append(part)
-            one.position += len(part)
-            self.size_bytes -= len(part)
+            if size_bytes:
+                head += fields.prefix(self._data, size_bytes)
+            pieces.append(fields.prefix(_FRAMES, len(head) + size_bytes) + head)
+            pieces += parts
+            self.size_bytes -= size_bytes
             one.head = b""
-            room -= len(part) + len(head)
-            if one.position < len(one.data):
+            room -= size_bytes + len(head)
+            if one.data:
                 self._leaving.append(one)
         return b"".join(pieces)
 
@@ -273,5 +294,7 @@ class Inbox:
 class _Arriving:
     def __init__(self, first: Frame) -> None:
         self.first = dataclasses.replace(first, data=memoryview(b""))
-        self.buffer = np.empty(first.size_bytes, np.uint8)
+        raw = np.empty(first.size_bytes + _ALIGNMENT, np.uint8)
+        start = -(raw.ctypes.data + first.largest_array_offset) % _ALIGNMENT
+        self.buffer = raw[start : start + first.size_bytes]
         self.received = 0

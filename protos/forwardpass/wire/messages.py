@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 
 from forwardpass import v1
 from forwardpass.wire import errors, fields, structures, tensors
+from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.limits import DEFAULT, Limits
 from forwardpass.wire.structures import Structure
 
@@ -62,13 +63,18 @@ def encode(header: Message, parts: Mapping[str, Structure], max_bytes: int | Non
     parts: its structures under their names, dotted where nested: "model_weights.trainable".
     Raises MessageTooLarge, before it is put together, for a message of more than `max_bytes`.
     """
+    return encode_pieces(header, parts, max_bytes).join()
+
+
+def encode_pieces(header: Message, parts: Mapping[str, Structure], max_bytes: int | None = None) -> Pieces:
+    """`encode` without putting the message together: its arrays must stay as they are as long as it is in use."""
     pieces: list[tensors.Buffer] = [header.SerializeToString()]
     size_bytes = len(pieces[0]) + _encode_fields(_structure_fields(header.DESCRIPTOR), parts, pieces)
     if max_bytes is not None and size_bytes > max_bytes:
         raise errors.MessageTooLarge(
             place=header.DESCRIPTOR.name, expected=f"at most {max_bytes} bytes", found=f"{size_bytes} bytes"
         )
-    return b"".join(pieces)  # type: ignore[arg-type]  # Arrays are buffers; the stubs say so since numpy 2.
+    return Pieces(pieces, size_bytes)
 
 
 def _encode_fields(schema: Mapping[int, _Field], parts: Mapping[str, Structure], pieces: list[tensors.Buffer]) -> int:

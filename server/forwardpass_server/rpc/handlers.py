@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import grpc
 
+from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.methods import SERVICES
 
 _KINDS = {
@@ -19,7 +22,21 @@ def of(service: str, servicer: object) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(
         service,
         {
-            name: _KINDS[method.streams_requests, method.streams_responses](getattr(servicer, name))
+            name: _KINDS[method.streams_requests, method.streams_responses](
+                _joined(getattr(servicer, name)) if method.is_unary else getattr(servicer, name)
+            )
             for name, method in SERVICES[service].items()
         },
     )
+
+
+def _joined(
+    method: Callable[[bytes, object], Awaitable[bytes | Pieces]],
+) -> Callable[[bytes, object], Awaitable[bytes]]:
+    """The method, with responses that are in pieces put together."""
+
+    async def joined(data: bytes, context: object) -> bytes:
+        response = await method(data, context)
+        return response.join() if isinstance(response, Pieces) else response
+
+    return joined

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from forwardpass.wire import errors, frames
+from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.frames import Frame, Inbox, Outbox
 from forwardpass_server.rpc.failures import failure_of
 
-Method = Callable[[Any, object], Awaitable[bytes]]
+Method = Callable[[Any, object], Awaitable[bytes | Pieces]]
 
 # Of one stream at once; beyond it no more is read of it, and its caller has to wait.
 _MAX_CALLS = 1024

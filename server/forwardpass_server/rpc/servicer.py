@@ -25,8 +25,12 @@ _STATES = {
 }
 
 
+# From here on a response is worth leaving in pieces, for whoever sends it so.
+_LONG_BYTES = 2**20
+
+
 class FunctionalModelServicer:
-    """Each method has the name of its RPC, takes the request's bytes and returns the response's."""
+    """Each method has the name of its RPC, takes the request's bytes and returns the response's, or its pieces."""
 
     def __init__(self, registry: Registry, caller: Caller, max_message_bytes: int, max_concurrent_bytes: int) -> None:
         self._registry = registry
@@ -35,33 +39,33 @@ class FunctionalModelServicer:
         self._max_concurrent_bytes = max_concurrent_bytes
         self._unary = {name: getattr(self, name) for name, method in SERVICES[MODEL_SERVICE].items() if method.is_unary}
 
-    async def ForwardPass(self, data: bytes, context: object) -> bytes:
+    async def ForwardPass(self, data: bytes, context: object) -> Any:
         header, parts = messages.decode(v1.ForwardPassRequest, data)
         return await self._call_with_weights(v1.ForwardPassResponse, header, Function.FORWARD_PASS, parts, len(data))
 
-    async def PredictOnBatch(self, data: bytes, context: object) -> bytes:
+    async def PredictOnBatch(self, data: bytes, context: object) -> Any:
         header, parts = messages.decode(v1.PredictOnBatchRequest, data)
         return await self._call_with_weights(
             v1.PredictOnBatchResponse, header, Function.PREDICT_ON_BATCH, parts, len(data)
         )
 
-    async def Loss(self, data: bytes, context: object) -> bytes:
+    async def Loss(self, data: bytes, context: object) -> Any:
         header, parts = messages.decode(v1.LossRequest, data)
         function = Function.WEIGHTED_LOSS if "sample_weight" in parts else Function.LOSS
         return await self._call(v1.LossResponse, header, function, parts, len(data))
 
-    async def InitializeMetricsState(self, data: bytes, context: object) -> bytes:
+    async def InitializeMetricsState(self, data: bytes, context: object) -> Any:
         header, parts = messages.decode(v1.InitializeMetricsStateRequest, data)
         function = Function.INITIALIZE_METRICS_STATE
         return await self._call(v1.InitializeMetricsStateResponse, header, function, parts, len(data))
 
-    async def UpdateMetricsState(self, data: bytes, context: object) -> bytes:
+    async def UpdateMetricsState(self, data: bytes, context: object) -> Any:
         header, parts = messages.decode(v1.UpdateMetricsStateRequest, data)
         weighted = "sample_weight" in parts
         function = Function.WEIGHTED_UPDATE_METRICS_STATE if weighted else Function.UPDATE_METRICS_STATE
         return await self._call(v1.UpdateMetricsStateResponse, header, function, parts, len(data))
 
-    async def FinalizeMetrics(self, data: bytes, context: object) -> bytes:
+    async def FinalizeMetrics(self, data: bytes, context: object) -> Any:
         header, parts = messages.decode(v1.FinalizeMetricsRequest, data)
         return await self._call(v1.FinalizeMetricsResponse, header, Function.FINALIZE_METRICS, parts, len(data))
 
@@ -97,7 +101,7 @@ class FunctionalModelServicer:
         function: Function,
         parts: Mapping[str, Structure],
         size_bytes: int,
-    ) -> bytes:
+    ) -> Any:
         selector = header.model
         return await self._answer(response_type, Request(selector.name, selector.version, function, parts, size_bytes))
 
@@ -108,16 +112,17 @@ class FunctionalModelServicer:
         function: Function,
         parts: Mapping[str, Structure],
         size_bytes: int,
-    ) -> bytes:
+    ) -> Any:
         selector = header.model
         request = Request(
             selector.name, selector.version, function, parts, size_bytes, header.training, header.weights_id
         )
         return await self._answer(response_type, request)
 
-    async def _answer(self, response_type: type[MessageT], request: Request) -> bytes:
+    async def _answer(self, response_type: type[MessageT], request: Request) -> Any:
         servable, results = await self._caller.call(request)
-        return messages.encode(servable.response_header(response_type), results, self._max_message_bytes)
+        pieces = messages.encode_pieces(servable.response_header(response_type), results, self._max_message_bytes)
+        return pieces if len(pieces) >= _LONG_BYTES else pieces.join()
 
 
 def _status(entry: Entry) -> v1.ModelVersionStatus:
