@@ -26,8 +26,9 @@ lint: $(STAMP)  ## Format, lint, types, layers, protocol.
 protos:  ## Generate the Python beside the .proto files.
 	PYTHON=$(PYTHON) protos/generate.sh
 
-benchmark: $(STAMP)  ## The floor, the naive server and ours, side by side.
+benchmark: $(STAMP)  ## Floors, peers and ours, side by side; the second part installs a peer of its own.
 	$(VENV)/bin/python benchmarks/run.py
+	$(VENV)/bin/python benchmarks/targets.py
 
 clean:
 	rm -rf $(VENV) .cache
