@@ -16,6 +16,7 @@ from forwardpass.wire import errors
 from forwardpass.wire.methods import METHODS
 from forwardpass_client.calls import Call, ModelCalls
 from forwardpass_client.calls_in_flight import CallsInFlight, complete
+from forwardpass_client.patience import Patience
 from forwardpass_client.transport import AsyncTransport, Transport
 from forwardpass_client.weights import HeldWeights
 
@@ -29,11 +30,8 @@ _LEFT = "the pipeline was left before this call was answered"
 
 _PATH = METHODS["Pipeline"].path
 
-# A stream that breaks is opened again, for so long without an answer in between: a server may have to start anew.
-# Each call's own deadline holds meanwhile.
-_PATIENCE_S = 30.0
+# A stream that breaks is opened again. Each call's own deadline holds meanwhile.
 _FIRST_PAUSE_S = 0.1
-_LONGEST_PAUSE_S = 2.0
 
 # What a broken connection looks like: every other error would come again.
 _BROKEN = (errors.ServerUnavailable, errors.CallCancelled)
@@ -68,27 +66,6 @@ class PipelineApi(abc.ABC):
     @abc.abstractmethod
     def _submit(self, call: Call[Any], timeout_s: float | None) -> Any:
         """Sends a call: returns its future."""
-
-
-class _Attempts:
-    """For how long streams were opened without an answer."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-        self._pause_s = _FIRST_PAUSE_S
-
-    def succeeded(self) -> None:
-        self._since, self._pause_s = None, _FIRST_PAUSE_S
-
-    def pause_s(self, error: Exception) -> float | None:
-        """How long to wait before the next; None where it is no use."""
-        now = time.monotonic()
-        if self._since is None:
-            self._since = now
-        if not isinstance(error, _BROKEN) or now - self._since > _PATIENCE_S:
-            return None
-        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
-        return pause_s
 
 
 class Pipeline(PipelineApi):
@@ -167,7 +144,7 @@ class Pipeline(PipelineApi):
         return self._error is not None or (self._is_closing and not len(self._flying))
 
     def _receive(self) -> None:
-        attempts = _Attempts()
+        patience = Patience(_FIRST_PAUSE_S)
         while True:
             with self._changed:
                 # No stream before there is something to send.
@@ -179,7 +156,7 @@ class Pipeline(PipelineApi):
                 self._flying.resend()
             try:
                 for message in self._transport.stream(_PATH, self._requests(stream), opened=self._opened):
-                    attempts.succeeded()
+                    patience.renew()
                     with self._changing():
                         self._flying.take(message)
                 with self._changed:
@@ -188,7 +165,7 @@ class Pipeline(PipelineApi):
                 error: Exception = errors.ServerUnavailable("the server ended the stream")
             except Exception as failure:
                 error = failure
-            pause_s = attempts.pause_s(error)
+            pause_s = patience.pause_s() if isinstance(error, _BROKEN) else None
             with self._changing():
                 if pause_s is None and self._error is None:
                     self._error = error
@@ -335,7 +312,7 @@ class AsyncPipeline(PipelineApi):
             await self._changed.wait()
 
     async def _receive(self) -> None:
-        attempts = _Attempts()
+        patience = Patience(_FIRST_PAUSE_S)
         while True:
             while not len(self._flying) and not self._is_over():
                 self._changed.clear()
@@ -347,7 +324,7 @@ class AsyncPipeline(PipelineApi):
             error: Exception = errors.ServerUnavailable("the server ended the stream")
             try:
                 async for message in self._transport.stream(_PATH, self._requests(self._stream)):
-                    attempts.succeeded()
+                    patience.renew()
                     self._flying.take(message)
                     self._advance()
                 if self._is_over():
@@ -356,7 +333,7 @@ class AsyncPipeline(PipelineApi):
                 error = failure
             self._stream += 1
             self._changed.set()
-            pause_s = attempts.pause_s(error)
+            pause_s = patience.pause_s() if isinstance(error, _BROKEN) else None
             if pause_s is None:
                 self._give_up(error)
                 return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -16,14 +15,13 @@ from forwardpass.wire.dtypes import Array
 from forwardpass.wire.manifests import TensorManifest, WeightsManifest
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
+from forwardpass_client.patience import PATIENCE_S, Patience
 
 Progress = Callable[[int, int], None]
 """Is told (bytes done, bytes in all), possibly from another thread."""
 
-# A transfer goes on where it stopped when the connection comes back: within this time without a byte.
-_PATIENCE_S = 30.0
+# A transfer goes on where it stopped when the connection comes back.
 _FIRST_PAUSE_S = 0.2
-_LONGEST_PAUSE_S = 2.0
 
 # What a broken connection, or another server behind the same address, looks like.
 _BROKEN = (errors.ServerUnavailable, errors.CallCancelled, errors.UploadOutOfStep)
@@ -77,7 +75,7 @@ def put(manifest: WeightsManifest, structure: Structure, progress: Progress | No
     """
     request = v1.PutWeightsRequest(manifest=manifests.encode(manifest)).SerializeToString()
     leaves = {tensor.digest: index for index, tensor in enumerate(manifest.tensors)}
-    patience = _Patience()
+    progressing = _Progressing()
     while True:
         try:
             answer = yield Unary(METHODS["PutWeights"].path, request)
@@ -87,12 +85,12 @@ def put(manifest: WeightsManifest, structure: Structure, progress: Progress | No
                 progress(manifest.size_bytes - remaining, manifest.size_bytes)
             if not missing:
                 return
-            patience.note(remaining)
+            progressing.note(remaining)
             sending = _Sending(manifest, structure, leaves, missing, progress)
             yield Send(METHODS["UploadTensors"].path, sending.requests(), _timeout_s(remaining))
             sending.check()
-        except _BROKEN:
-            yield Pause(patience.pause_s())
+        except _BROKEN as error:
+            yield progressing.pause(error)
 
 
 class _Sending:
@@ -165,10 +163,10 @@ def get(weights_id: bytes, progress: Progress | None = None) -> Steps:
 
 
 def _get_tensor(weights_id: bytes, index: int, receiving: _Receiving) -> Steps:
-    patience = _Patience()
+    progressing = _Progressing()
     while receiving.missing:
         request = v1.DownloadTensorRequest(weights_id=weights_id, leaf=index, offset=receiving.received)
-        patience.note(receiving.missing)
+        progressing.note(receiving.missing)
         try:
             yield Receive(
                 METHODS["DownloadTensor"].path,
@@ -176,8 +174,8 @@ def _get_tensor(weights_id: bytes, index: int, receiving: _Receiving) -> Steps:
                 receiving.take,
                 _timeout_s(receiving.missing),
             )
-        except _BROKEN:
-            yield Pause(patience.pause_s())
+        except _BROKEN as error:
+            yield progressing.pause(error)
 
 
 class _Receiving:
@@ -217,27 +215,25 @@ class _Receiving:
 
 
 def _timeout_s(size_bytes: int) -> float:
-    return _PATIENCE_S + size_bytes / _LEAST_BYTES_PER_S
+    return PATIENCE_S + size_bytes / _LEAST_BYTES_PER_S
 
 
-class _Patience:
-    """How long a transfer that does not come forward is tried again."""
+class _Progressing:
+    """The patience of a transfer: renewed when fewer bytes are missing than ever."""
 
     def __init__(self) -> None:
-        self._since = time.monotonic()
+        self._patience = Patience(_FIRST_PAUSE_S)
         self._least: int | None = None
-        self._pause_s = _FIRST_PAUSE_S
 
     def note(self, remaining: int) -> None:
-        """Takes note of how many bytes are still missing: fewer than ever is a step forward."""
+        """Takes note of how many bytes are still missing."""
         if self._least is None or remaining < self._least:
             self._least = remaining
-            self._since = time.monotonic()
-            self._pause_s = _FIRST_PAUSE_S
+            self._patience.renew()
 
-    def pause_s(self) -> float:
-        """How long to wait now. Raises the error that is being handled where it has been long enough."""
-        if time.monotonic() - self._since > _PATIENCE_S:
-            raise
-        pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
-        return pause_s
+    def pause(self, error: Exception) -> Pause:
+        """What to do after a failure. Raises the error where it has been long enough."""
+        pause_s = self._patience.pause_s()
+        if pause_s is None:
+            raise error
+        return Pause(pause_s)
