@@ -9,6 +9,7 @@ import numpy as np
 from google.protobuf.message import Message
 
 from forwardpass.wire import fields
+from forwardpass.wire.dtypes import Array
 from forwardpass.wire.tensors import Buffer
 
 MessageT = TypeVar("MessageT", bound=Message)
@@ -41,6 +42,17 @@ class Pieces:
         """Where in the message its largest piece begins."""
         sizes = [one.nbytes if isinstance(one, np.ndarray) else len(one) for one in self._buffers]
         return sum(sizes[: sizes.index(max(sizes, default=0))]) if sizes else 0
+
+
+# TensorFlow shares the memory of an array that is aligned so; any other it copies.
+_ALIGNMENT = 64
+
+
+def aligned_buffer(size_bytes: int, aligned_at: int = 0) -> Array:
+    """Bytes in which an array that begins at `aligned_at` can share its memory with a tensor."""
+    raw = np.empty(size_bytes + _ALIGNMENT, np.uint8)
+    start = -(raw.ctypes.data + aligned_at) % _ALIGNMENT
+    return raw[start : start + size_bytes]
 
 
 def split(pieces: Iterable[memoryview], chunk_bytes: int = CHUNK_BYTES) -> Iterator[list[memoryview]]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from forwardpass import v1
 from forwardpass.wire import errors, fields
-from forwardpass.wire.chunks import CHUNK_BYTES, Pieces
+from forwardpass.wire.chunks import CHUNK_BYTES, Pieces, aligned_buffer
 
 _FRAMES = v1.PipelineRequest.DESCRIPTOR.fields_by_name["frames"].number
 _CALL = 1
@@ -38,9 +38,6 @@ STATUSES = (
     "DATA_LOSS",
     "UNAUTHENTICATED",
 )
-
-# TensorFlow shares the memory of an array that is aligned so; any other it copies.
-_ALIGNMENT = 64
 
 # Calls of which some pieces are there and others not.
 _MAX_ARRIVING = 1024
@@ -294,7 +291,5 @@ class Inbox:
 class _Arriving:
     def __init__(self, first: Frame) -> None:
         self.first = dataclasses.replace(first, data=memoryview(b""))
-        raw = np.empty(first.size_bytes + _ALIGNMENT, np.uint8)
-        start = -(raw.ctypes.data + first.largest_array_offset) % _ALIGNMENT
-        self.buffer = raw[start : start + first.size_bytes]
+        self.buffer = aligned_buffer(first.size_bytes, first.largest_array_offset)
         self.received = 0

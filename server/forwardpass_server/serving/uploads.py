@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 
 from forwardpass.wire import errors, manifests
+from forwardpass.wire.chunks import aligned_buffer
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.manifests import TensorManifest
-
-# TensorFlow shares the memory of an array that is aligned so; any other it copies.
-_ALIGNMENT = 64
 
 # An announcement without a byte of data takes some hundred bytes itself.
 _MAX_ANNOUNCED = 2**17
@@ -175,10 +173,3 @@ def _take(upload: _Upload, data: memoryview) -> None:
     upload.buffer[upload.received : end] = np.frombuffer(data, np.uint8)
     upload.hasher.update(data)
     upload.received = end
-
-
-def aligned_buffer(size_bytes: int) -> Array:
-    """Bytes whose memory a tensor can share."""
-    raw = np.empty(size_bytes + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size_bytes]

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 
 from forwardpass import v1
 from forwardpass.wire import errors, fields, manifests, tensors
+from forwardpass.wire.chunks import aligned_buffer
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.manifests import TensorManifest, WeightsManifest
-from forwardpass_server.serving.uploads import aligned_buffer
 
 _LOGGER = logging.getLogger(__name__)
 
