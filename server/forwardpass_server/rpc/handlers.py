@@ -9,12 +9,13 @@ import grpc
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.methods import SERVICES
 
-_KINDS = {
+MAKERS = {
     (False, False): grpc.unary_unary_rpc_method_handler,
     (False, True): grpc.unary_stream_rpc_method_handler,
     (True, False): grpc.stream_unary_rpc_method_handler,
     (True, True): grpc.stream_stream_rpc_method_handler,
 }
+"""What makes a handler, by whether requests and responses are streams."""
 
 
 def of(service: str, servicer: object) -> grpc.GenericRpcHandler:
@@ -22,7 +23,7 @@ def of(service: str, servicer: object) -> grpc.GenericRpcHandler:
     return grpc.method_handlers_generic_handler(
         service,
         {
-            name: _KINDS[method.streams_requests, method.streams_responses](
+            name: MAKERS[method.streams_requests, method.streams_responses](
                 _joined(getattr(servicer, name)) if method.is_unary else getattr(servicer, name)
             )
             for name, method in SERVICES[service].items()

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from forwardpass.wire import errors
+from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.telemetry.metrics import Metrics
 
@@ -60,8 +61,8 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 return await method(read_requests(request), context)
 
             answer = answer_once
-        make, kind = _KINDS[handler.request_streaming, handler.response_streaming]
-        return make(self._guard(answer, kind, path), None, handler.response_serializer)
+        streams = handler.request_streaming, handler.response_streaming
+        return handlers.MAKERS[streams](self._guard(answer, _KINDS[streams], path), None, handler.response_serializer)
 
     def _guard(self, answer: Callable[..., Awaitable[Any]], kind: str, path: str) -> Callable[..., Awaitable[Any]]:
         """`answer` with its errors turned into statuses, counted and timed."""
@@ -102,12 +103,12 @@ async def _abort(context: Any, error: errors.ForwardPassError) -> None:
     )
 
 
-# By whether requests and responses are streams; the words are those of go-grpc-prometheus.
+# As go-grpc-prometheus calls them, by whether requests and responses are streams.
 _KINDS = {
-    (False, False): (grpc.unary_unary_rpc_method_handler, "unary"),
-    (False, True): (grpc.unary_stream_rpc_method_handler, "server_stream"),
-    (True, False): (grpc.stream_unary_rpc_method_handler, "client_stream"),
-    (True, True): (grpc.stream_stream_rpc_method_handler, "bidi_stream"),
+    (False, False): "unary",
+    (False, True): "server_stream",
+    (True, False): "client_stream",
+    (True, True): "bidi_stream",
 }
 
 

@@ -41,12 +41,16 @@ class FunctionalModelServicer:
 
     async def ForwardPass(self, data: bytes, context: object) -> Any:
         header, parts = messages.decode(v1.ForwardPassRequest, data)
-        return await self._call_with_weights(v1.ForwardPassResponse, header, Function.FORWARD_PASS, parts, len(data))
+        function = Function.FORWARD_PASS
+        return await self._call(
+            v1.ForwardPassResponse, header, function, parts, len(data), header.training, header.weights_id
+        )
 
     async def PredictOnBatch(self, data: bytes, context: object) -> Any:
         header, parts = messages.decode(v1.PredictOnBatchRequest, data)
-        return await self._call_with_weights(
-            v1.PredictOnBatchResponse, header, Function.PREDICT_ON_BATCH, parts, len(data)
+        function = Function.PREDICT_ON_BATCH
+        return await self._call(
+            v1.PredictOnBatchResponse, header, function, parts, len(data), header.training, header.weights_id
         )
 
     async def Loss(self, data: bytes, context: object) -> Any:
@@ -101,25 +105,10 @@ class FunctionalModelServicer:
         function: Function,
         parts: Mapping[str, Structure],
         size_bytes: int,
+        training: bool = False,
+        weights_id: bytes = b"",
     ) -> Any:
-        selector = header.model
-        return await self._answer(response_type, Request(selector.name, selector.version, function, parts, size_bytes))
-
-    async def _call_with_weights(
-        self,
-        response_type: type[MessageT],
-        header: Any,
-        function: Function,
-        parts: Mapping[str, Structure],
-        size_bytes: int,
-    ) -> Any:
-        selector = header.model
-        request = Request(
-            selector.name, selector.version, function, parts, size_bytes, header.training, header.weights_id
-        )
-        return await self._answer(response_type, request)
-
-    async def _answer(self, response_type: type[MessageT], request: Request) -> Any:
+        request = Request(header.model.name, header.model.version, function, parts, size_bytes, training, weights_id)
         servable, results = await self._caller.call(request)
         pieces = messages.encode_pieces(servable.response_header(response_type), results, self._max_message_bytes)
         return pieces if len(pieces) >= _LONG_BYTES else pieces.join()
