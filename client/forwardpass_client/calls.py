@@ -197,8 +197,7 @@ class ModelCalls:
 
     def hold(self, model_weights: Any) -> HeldWeights:
         """Weights for `put_weights`. Raises as `conform.conform` does."""
-        structure = self._weights(model_weights)
-        return HeldWeights.of(structure)
+        return HeldWeights.of(self._weights(model_weights))
 
     def _weights(self, model_weights: Any) -> Structure:
         """Weights as the structure that the model takes."""
@@ -219,9 +218,8 @@ class ModelCalls:
     ) -> Call[ResultT]:
         """A call with the weights by value or by id."""
         parts = self._conform(function, values)
-        held = None
         if isinstance(model_weights, WeightsHandleApi):
-            held = model_weights.held
+            held: HeldWeights | None = model_weights.held
         else:
             structure = self._weights(model_weights)
             held = None if self._reuse is None else self._reuse.recognise(structure)

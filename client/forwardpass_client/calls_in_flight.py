@@ -21,6 +21,13 @@ _RETRYABLE = ("UNAVAILABLE", "CANCELLED")
 _PAUSES_S = (0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0)
 
 
+MAX_CALLS = 256
+"""In flight at once."""
+
+MAX_BYTES = 64 * 2**20
+"""In flight at once, unless one call alone has more."""
+
+
 class Future(Protocol):
     """concurrent.futures.Future or asyncio.Future."""
 
@@ -45,7 +52,7 @@ class _Unanswered:
 class CallsInFlight:
     """The calls of one pipeline. Not for several threads at once.
 
-    put_weights: sends weights that the server lacks, and calls `resend` or `fail` with the calls that wait for them.
+    put_weights: begins to send weights that the server lacks; `weights_put` is to be told what came of it.
     """
 
     def __init__(self, max_message_bytes: int, put_weights: Callable[[HeldWeights], None]) -> None:
@@ -62,6 +69,12 @@ class CallsInFlight:
 
     def __len__(self) -> int:
         return len(self._unanswered)
+
+    def has_room(self, call: Call[Any]) -> bool:
+        """Whether another call may be in flight: one alone always may."""
+        return not self._unanswered or (
+            len(self._unanswered) < MAX_CALLS and self.size_bytes + len(call.request) <= MAX_BYTES
+        )
 
     def add(self, call: Call[Any], future: Future, deadline: float | None) -> None:
         """Puts a call in the outbox. deadline: by time.monotonic."""

@@ -13,8 +13,9 @@ from typing import Any
 from forwardpass.wire.description import ModelDescription
 from forwardpass_client import transfers
 from forwardpass_client.calls import Call, FoundModel, ModelCalls, ModelVersion, ResultT
+from forwardpass_client.calls_in_flight import MAX_CALLS
 from forwardpass_client.options import Options
-from forwardpass_client.pipeline import MAX_CALLS, AsyncPipeline, Pipeline
+from forwardpass_client.pipeline import AsyncPipeline, Pipeline
 from forwardpass_client.reuse import Reuse
 from forwardpass_client.transfers import Progress, Steps, Unary
 from forwardpass_client.transport import AsyncTransport, Transport

@@ -20,12 +20,6 @@ from forwardpass_client.patience import Patience
 from forwardpass_client.transport import AsyncTransport, Transport
 from forwardpass_client.weights import HeldWeights
 
-MAX_CALLS = 256
-"""In flight at once."""
-
-MAX_BYTES = 64 * 2**20
-"""In flight at once, unless one call alone has more."""
-
 _LEFT = "the pipeline was left before this call was answered"
 
 _PATH = METHODS["Pipeline"].path
@@ -104,7 +98,7 @@ class Pipeline(PipelineApi):
         is_ours = threading.current_thread() in self._threads
         with self._changing():
             has_room = is_ours or self._changed.wait_for(
-                lambda: self._error is not None or self._is_closing or self._has_room(call), timeout_s
+                lambda: self._error is not None or self._is_closing or self._flying.has_room(call), timeout_s
             )
             if self._error is not None:
                 raise self._error
@@ -125,10 +119,6 @@ class Pipeline(PipelineApi):
                 completed = self._flying.completed()
                 self._changed.notify_all()
         complete(completed)
-
-    def _has_room(self, call: Call[Any]) -> bool:
-        flying = self._flying
-        return not len(flying) or (len(flying) < MAX_CALLS and flying.size_bytes + len(call.request) <= MAX_BYTES)
 
     def _requests(self, stream: int) -> Iterator[bytes]:
         """The messages of one stream, until the pipeline is closed or another stream has taken its place."""
@@ -276,12 +266,11 @@ class AsyncPipeline(PipelineApi):
         complete(self._flying.completed())
         sent = 0
         for call, future, deadline in self._held_back:
-            flying = self._flying
-            if len(flying) and (len(flying) >= MAX_CALLS or flying.size_bytes + len(call.request) > MAX_BYTES):
+            if not self._flying.has_room(call):
                 break
             sent += 1
             if not future.done():
-                flying.add(call, future, deadline)
+                self._flying.add(call, future, deadline)
         del self._held_back[:sent]
         event = self._flying.next_event()
         if event is not None and (self._timer is None or event < self._timed):
