@@ -102,8 +102,9 @@ class WeightSet:
         likenesses = [
             np.broadcast_to(np.zeros((), tensor.spec.dtype), tensor.shape) for tensor in self.manifest.tensors
         ]
-        conform.check(Structure(self.manifest.tree, likenesses), spec, place)
-        return [self._leaves[index] for index in conform.order(self.manifest.tree, spec, place)]
+        order = conform.order(self.manifest.tree, spec, place)
+        conform.check(Structure(spec.tree, [likenesses[index] for index in order]), spec, place)
+        return [self._leaves[index] for index in order]
 
 
 class WeightStore:
