@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import cast
 
 from forwardpass.wire import errors, frames
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.frames import Inbox, Outbox
+from forwardpass.wire.methods import METHODS
+from forwardpass_client.transfers import Exchange, Pause, Steps
 
 # Measured, with an answer as long as the request: in pieces 4 MiB take a fifth longer and 16 MiB half the time, for
 # gRPC takes fresh memory for each message of such a length.
 MIN_BYTES = 8 * 2**20
 
 _CALL = 1
+
+# As the retry policy of short calls has it.
+_RETRYABLE = (errors.ServerUnavailable, errors.CallCancelled, errors.ModelLoading)
+_PAUSES_S = (0.2, 0.4, 0.8, 1.6)
 
 
 class LongCall:
@@ -42,6 +49,19 @@ class LongCall:
         return None
 
 
-def no_answer() -> errors.ForwardPassError:
-    """What a stream means that ends without an answer."""
-    return errors.ServerUnavailable("the server ended the stream without an answer")
+def steps(path: str, request: bytes | Pieces, timeout_s: float | None, max_message_bytes: int) -> Steps:
+    """The steps of one long call, tried again as short ones are: the whole answer in the end."""
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    for pause_s in (*_PAUSES_S, None):
+        remaining_s = None if deadline is None else max(deadline - time.monotonic(), 0)
+        call = LongCall(path, request, remaining_s, max_message_bytes)
+        try:
+            answer = yield Exchange(METHODS["Pipeline"].path, call.requests(), call.take, remaining_s)
+            if answer is None:
+                raise errors.ServerUnavailable("the server ended the stream without an answer")
+        except _RETRYABLE:
+            if pause_s is None:
+                raise
+            yield Pause(pause_s)
+        else:
+            return answer

@@ -58,6 +58,16 @@ class Receive:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Exchange:
+    """Many requests, many responses, each given to `take`: the step's result is the first that is not None."""
+
+    path: str
+    requests: Iterator[bytes]
+    take: Callable[[bytes], Any]
+    timeout_s: float | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Pause:
     """Nothing for a while."""
 

@@ -6,17 +6,16 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from typing import Any
 
 import grpc
 
 from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
-from forwardpass.wire.methods import METHODS, MODEL_SERVICE, SERVICES, WEIGHTS_SERVICE
+from forwardpass.wire.methods import MODEL_SERVICE, SERVICES, WEIGHTS_SERVICE
 from forwardpass_client import long_calls
-from forwardpass_client.long_calls import LongCall
-from forwardpass_client.transfers import Pause, Receive, Send, Steps, Unary
+from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, Unary
 
 # Every method is a pure function of its request: a call that a server dropped, or never got, may be sent again.
 _SERVICE_CONFIG = {
@@ -48,11 +47,6 @@ _SERVICE_CONFIG = {
 
 _CLOSED = "the client is closed"
 
-_PIPELINE = METHODS["Pipeline"].path
-_RETRYABLE = (errors.ServerUnavailable, errors.CallCancelled, errors.ModelLoading)
-# As the policy above has it.
-_LONG_CALL_PAUSES_S = (0.2, 0.4, 0.8, 1.6)
-
 
 def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
     return [
@@ -80,28 +74,12 @@ class Transport:
     def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
         """One unary call. Raises the error that its status stands for."""
         if len(request) >= long_calls.MIN_BYTES:
-            return self._call_long(path, request, timeout_s)
+            answer: bytes = self.run(long_calls.steps(path, request, timeout_s, self._max_message_bytes), timeout_s)
+            return answer
         method = self._methods.get(path) or self._methods.setdefault(path, self._channel.unary_unary(path))
         with self._errors():
             response: bytes = method(request, timeout=timeout_s)
         return response
-
-    def _call_long(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        for pause_s in (*_LONG_CALL_PAUSES_S, None):
-            remaining_s = None if deadline is None else max(deadline - time.monotonic(), 0)
-            call = LongCall(path, request, remaining_s, self._max_message_bytes)
-            try:
-                for message in self.stream(_PIPELINE, call.requests(), remaining_s):
-                    answer = call.take(message)
-                    if answer is not None:
-                        return answer
-                raise long_calls.no_answer()
-            except _RETRYABLE:
-                if pause_s is None:
-                    raise
-                time.sleep(pause_s)
-        raise AssertionError("the last attempt returns or raises")
 
     def run(self, steps: Steps, timeout_s: float | None) -> Any:
         """Makes the calls that `steps` asks for, and returns what it returns. timeout_s: for each unary call."""
@@ -118,6 +96,9 @@ class Transport:
             return self.call(step.path, step.request, timeout_s)
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
+        if isinstance(step, Exchange):
+            with contextlib.closing(self.stream(step.path, step.requests, step.timeout_s)) as exchanged:
+                return next((answer for answer in map(step.take, exchanged) if answer is not None), None)
         with self._errors():
             if isinstance(step, Send):
                 return self._channel.stream_unary(step.path)(iter(step.requests), timeout=step.timeout_s)
@@ -135,7 +116,7 @@ class Transport:
         requests: Iterator[bytes],
         timeout_s: float | None = None,
         opened: Callable[[Callable[[], None]], None] = lambda cancel: None,
-    ) -> Iterator[bytes]:
+    ) -> Generator[bytes, None, None]:
         """The responses of a stream. gRPC asks for the requests on a thread of its own.
 
         opened: is given what ends the stream, for another thread.
@@ -177,29 +158,13 @@ class AsyncTransport:
     async def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
         """One unary call. Raises the error that its status stands for."""
         if len(request) >= long_calls.MIN_BYTES:
-            return await self._call_long(path, request, timeout_s)
+            steps = long_calls.steps(path, request, timeout_s, self._max_message_bytes)
+            answer: bytes = await self.run(steps, timeout_s)
+            return answer
         method = self._methods.get(path) or self._methods.setdefault(path, self._channel.unary_unary(path))
         with self._errors():
             response: bytes = await method(request, timeout=timeout_s)
         return response
-
-    async def _call_long(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        for pause_s in (*_LONG_CALL_PAUSES_S, None):
-            remaining_s = None if deadline is None else max(deadline - time.monotonic(), 0)
-            call = LongCall(path, request, remaining_s, self._max_message_bytes)
-            try:
-                async with contextlib.aclosing(self.stream(_PIPELINE, call.requests(), remaining_s)) as responses:
-                    async for message in responses:
-                        answer = call.take(message)
-                        if answer is not None:
-                            return answer
-                raise long_calls.no_answer()
-            except _RETRYABLE:
-                if pause_s is None:
-                    raise
-                await asyncio.sleep(pause_s)
-        raise AssertionError("the last attempt returns or raises")
 
     async def run(self, steps: Steps, timeout_s: float | None) -> Any:
         """See `Transport.run`."""
@@ -216,6 +181,13 @@ class AsyncTransport:
             return await self.call(step.path, step.request, timeout_s)
         if isinstance(step, Pause):
             return await asyncio.sleep(step.seconds)
+        if isinstance(step, Exchange):
+            async with contextlib.aclosing(self.stream(step.path, step.requests, step.timeout_s)) as exchanged:
+                async for message in exchanged:
+                    answer = step.take(message)
+                    if answer is not None:
+                        return answer
+            return None
         with self._errors():
             if isinstance(step, Send):
                 return await self._channel.stream_unary(step.path)(step.requests, timeout=step.timeout_s)

@@ -1,4 +1,4 @@
-"""Weights on their way, step by step: what is done when the connection breaks, without one."""
+"""What goes in several steps: what is done when the connection breaks, without one."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from forwardpass import v1
 from forwardpass.wire import chunks, errors, manifests
 from forwardpass.wire.structures import Structure
-from forwardpass_client import transfers
-from forwardpass_client.transfers import Pause, Receive, Send, Unary
+from forwardpass_client import long_calls, transfers
+from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Unary
 
 WEIGHTS = Structure.of(((np.arange(100, dtype=np.float32),), ()))
 MANIFEST = manifests.of_structure(WEIGHTS, "w")
@@ -98,3 +98,26 @@ def test_an_upload_that_starts_over_again_and_again_is_given_up(clock):
 
     with pytest.raises(errors.UploadOutOfStep):
         start_over()
+
+
+def test_a_long_call_is_sent_again_as_often_as_a_short_one(clock):
+    steps = long_calls.steps("/service/Method", b"request", 60.0, 1000)
+    sent = []
+
+    def keep_failing() -> None:
+        step = next(steps)
+        while True:
+            assert isinstance(step, Exchange)
+            sent.append((b"".join(step.requests), step.timeout_s))
+            # A stream that ends without an answer is a server that is gone.
+            pause = steps.send(None)
+            assert isinstance(pause, Pause)
+            clock(pause.seconds)
+            step = next(steps)
+
+    with pytest.raises(errors.ServerUnavailable, match="without an answer"):
+        keep_failing()
+    assert len(sent) == 5
+    assert all(b"request" in request for request, _ in sent)
+    # The deadline is that of the whole call.
+    assert [timeout for _, timeout in sent] == pytest.approx([60.0, 59.8, 59.4, 58.6, 57.0])

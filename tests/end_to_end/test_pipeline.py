@@ -175,6 +175,28 @@ def test_calls_of_many_megabytes_are_sent_in_pieces(linear):
             assert np.allclose(future.result(), expected(linear, x), rtol=0, atol=1e-5)
 
 
+def test_a_long_call_is_answered_by_either_client(linear, server):
+    large = np.random.default_rng(0).standard_normal((1_000_000, 3)).astype(np.float32)
+    weights = linear.initial_weights
+    found = linear.predict_on_batch(weights, large, training=False)
+    assert np.allclose(found, expected(linear, large), rtol=0, atol=1e-5)
+    with pytest.raises(errors.DeadlineExceeded):
+        linear.predict_on_batch(weights, large, timeout_s=1e-4)
+
+    async def run() -> None:
+        async with forwardpass_client.connect_async(server.address) as client:
+            model = await client.model("linear_regression")
+            x = large.copy()
+            call = model.predict_on_batch(weights, x, training=False)
+            # What is not awaited yet is made of what the arrays held then.
+            x[:] = 0
+            assert np.array_equal(await call, found)
+            with pytest.raises(errors.WeightsNotFound):
+                await model.predict_on_batch(model.weights_handle("12" * 32), large)
+
+    asyncio.run(run())
+
+
 def free_port() -> int:
     import socket
 
