@@ -41,6 +41,33 @@ from forwardpass.v1.service_pb2 import (
     UpdateMetricsStateRequest,
     UpdateMetricsStateResponse,
 )
+from forwardpass.v1.session_record_pb2 import SessionRecord, SessionWriter
+from forwardpass.v1.sessions_pb2 import (
+    DESCRIPTOR as SESSIONS_FILE,
+)
+from forwardpass.v1.sessions_pb2 import (
+    CloseSessionRequest,
+    CloseSessionResponse,
+    EvaluateRequest,
+    EvaluateResponse,
+    EvaluationBatch,
+    EvaluationPosition,
+    EvaluationStart,
+    EvaluationTarget,
+    ForwardPassInSessionRequest,
+    ForwardPassInSessionResponse,
+    GetSessionResultRequest,
+    GetSessionResultResponse,
+    GetSessionStateRequest,
+    GetSessionStateResponse,
+    MergeIntoSessionRequest,
+    MergeIntoSessionResponse,
+    OpenSessionRequest,
+    OpenSessionResponse,
+    UpdateIdentity,
+    UpdateSessionRequest,
+    UpdateSessionResponse,
+)
 from forwardpass.v1.structure_pb2 import Structure, StructureSpec, TreeDef
 from forwardpass.v1.tensor_pb2 import DataType, Tensor, TensorSpec
 from forwardpass.v1.weights_pb2 import (

@@ -128,6 +128,31 @@ class WeightStoreFull(ForwardPassError):
     sentence = "The server has no room for these weights beside those that are in use."
 
 
+class SessionNotFound(ForwardPassError, LookupError):
+    status = "NOT_FOUND"
+    sentence = "The server holds no such metrics session, or it was closed."
+
+
+class SessionExpired(SessionNotFound):
+    status = "NOT_FOUND"
+    sentence = "The metrics session was idle for too long, and was dropped."
+
+
+class SequenceMismatch(ForwardPassError):
+    status = "FAILED_PRECONDITION"
+    sentence = "The update does not follow the last one that this writer had applied to the session."
+
+
+class SessionLimitExceeded(ForwardPassError):
+    status = "RESOURCE_EXHAUSTED"
+    sentence = "There are as many metrics sessions, or bytes of them, as may be."
+
+
+class SessionStoreUnavailable(ForwardPassError):
+    status = "UNAVAILABLE"
+    sentence = "The server cannot reach or write its session store: what was sent may have counted or not."
+
+
 class ServerOverloaded(ForwardPassError):
     status = "RESOURCE_EXHAUSTED"
     sentence = "The server has as many calls as it takes."
@@ -182,6 +207,11 @@ CATALOGUE: dict[str, type[ForwardPassError]] = {
         TensorCorrupted,
         UploadOutOfStep,
         WeightStoreFull,
+        SessionNotFound,
+        SessionExpired,
+        SequenceMismatch,
+        SessionLimitExceeded,
+        SessionStoreUnavailable,
         ServerOverloaded,
         OutOfMemory,
         DeadlineExceeded,

@@ -46,10 +46,14 @@ def _methods(service: ServiceDescriptor) -> dict[str, Method]:
 
 _MODELS = v1.SERVICE_FILE.services_by_name["FunctionalModelService"]
 _WEIGHTS = v1.WEIGHTS_FILE.services_by_name["WeightsService"]
+_SESSIONS = v1.SESSIONS_FILE.services_by_name["MetricsSessionService"]
 
 MODEL_SERVICE: str = _MODELS.full_name
 WEIGHTS_SERVICE: str = _WEIGHTS.full_name
-SERVICES: dict[str, dict[str, Method]] = {service.full_name: _methods(service) for service in (_MODELS, _WEIGHTS)}
+SESSION_SERVICE: str = _SESSIONS.full_name
+SERVICES: dict[str, dict[str, Method]] = {
+    service.full_name: _methods(service) for service in (_MODELS, _WEIGHTS, _SESSIONS)
+}
 """The methods of each service, by name."""
 
 METHODS: dict[str, Method] = {name: method for methods in SERVICES.values() for name, method in methods.items()}
