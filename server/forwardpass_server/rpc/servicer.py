@@ -12,6 +12,7 @@ from forwardpass.wire import description, messages
 from forwardpass.wire.description import Function
 from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
 from forwardpass.wire.structures import Structure
+from forwardpass_server.rpc import principals
 from forwardpass_server.rpc.pipeline import Pipeline
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.registry import Entry, Registry, State
@@ -108,7 +109,16 @@ class FunctionalModelServicer:
         training: bool = False,
         weights_id: bytes = b"",
     ) -> Any:
-        request = Request(header.model.name, header.model.version, function, parts, size_bytes, training, weights_id)
+        request = Request(
+            header.model.name,
+            header.model.version,
+            function,
+            parts,
+            size_bytes,
+            training,
+            weights_id,
+            principals.current(),
+        )
         servable, results = await self._caller.call(request)
         pieces = messages.encode_pieces(servable.response_header(response_type), results, self._max_message_bytes)
         return pieces if len(pieces) >= _LONG_BYTES else pieces.join()

@@ -6,10 +6,8 @@ from collections.abc import AsyncIterator
 
 from forwardpass import v1
 from forwardpass.wire import chunks, errors, fields, manifests
+from forwardpass_server.rpc import principals
 from forwardpass_server.serving.weights import WeightStore
-
-# Nobody has to say who they are.
-_PRINCIPAL = ""
 
 _LEASE_ID_BYTES = 16
 
@@ -22,7 +20,7 @@ class WeightsServicer:
 
     async def PutWeights(self, data: bytes, context: object) -> bytes:
         manifest = manifests.decode(fields.parse(v1.PutWeightsRequest, data).manifest)
-        missing = await self._store.put(_PRINCIPAL, manifest)
+        missing = await self._store.put(principals.current(), manifest)
         response = v1.PutWeightsResponse(weights_id=manifest.weights_id)
         for digest, received in missing:
             response.missing.add(digest=digest, received_bytes=received)
@@ -31,18 +29,18 @@ class WeightsServicer:
     async def UploadTensors(self, requests: AsyncIterator[bytes], context: object) -> bytes:
         async for data in requests:
             header, chunk = chunks.decode(v1.UploadTensorsRequest, data)
-            await self._store.upload(_PRINCIPAL, header.digest, header.offset, chunk)
+            await self._store.upload(principals.current(), header.digest, header.offset, chunk)
         return b""
 
     async def DescribeWeights(self, data: bytes, context: object) -> bytes:
         request = fields.parse(v1.DescribeWeightsRequest, data)
-        async with self._store.use(_PRINCIPAL, request.weights_id) as weights:
+        async with self._store.use(principals.current(), request.weights_id) as weights:
             return v1.DescribeWeightsResponse(manifest=manifests.encode(weights.manifest)).SerializeToString()
 
     async def DownloadTensor(self, data: bytes, context: object) -> AsyncIterator[bytes]:
         request = fields.parse(v1.DownloadTensorRequest, data)
         header = v1.DownloadTensorResponse()
-        async with self._store.use(_PRINCIPAL, request.weights_id) as weights:
+        async with self._store.use(principals.current(), request.weights_id) as weights:
             async for chunk in self._store.read(weights, request.leaf, request.offset):
                 yield chunks.encode(header, chunk)
 
@@ -52,10 +50,10 @@ class WeightsServicer:
             raise errors.InvalidRequest(
                 place="lease_id", expected=f"{_LEASE_ID_BYTES} bytes", found=f"{len(request.lease_id)}"
             )
-        await self._store.lease(_PRINCIPAL, request.weights_id, request.lease_id, request.ttl_s)
+        await self._store.lease(principals.current(), request.weights_id, request.lease_id, request.ttl_s)
         return b""
 
     async def DeleteWeights(self, data: bytes, context: object) -> bytes:
         request = fields.parse(v1.DeleteWeightsRequest, data)
-        await self._store.delete(_PRINCIPAL, request.weights_id)
+        await self._store.delete(principals.current(), request.weights_id)
         return b""
