@@ -9,7 +9,9 @@ from typing import Any
 from forwardpass.wire import errors, frames
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.frames import Frame, Inbox, Outbox
+from forwardpass_server.rpc import principals
 from forwardpass_server.rpc.failures import failure_of
+from forwardpass_server.serving.admission import Admission
 
 Method = Callable[[Any, object], Awaitable[bytes | Pieces]]
 
@@ -26,13 +28,16 @@ _FRAMES_AT_ONCE = 64
 class Pipeline:
     """The calls of one stream.
 
-    methods: what may be called, by the name of its RPC. max_message_bytes: of one call. max_bytes: of all that are
-    arriving.
+    methods: what may be called, by the name of its RPC. max_message_bytes: of one call. admission: is asked for the
+    bytes of those that arrive in pieces.
     """
 
-    def __init__(self, methods: Mapping[str, Method], max_message_bytes: int, max_bytes: int) -> None:
+    def __init__(self, methods: Mapping[str, Method], max_message_bytes: int, admission: Admission) -> None:
         self._methods = methods
-        self._inbox = Inbox(max_message_bytes, max_bytes)
+        # How much is arriving is for the admission to say, which knows of other streams too.
+        self._inbox = Inbox(max_message_bytes, 2**62)
+        self._admission = admission
+        self._principal = principals.current()
         self._outbox = Outbox(answers=True)
         self._tasks: dict[int, asyncio.Task[None]] = {}
         # Set by whatever the writer, or the reader, or an answer may wait for; each looks for itself what it was.
@@ -58,6 +63,9 @@ class Pipeline:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
+            if self._inbox.size_bytes:
+                self._admission.leave(self._principal, self._inbox.size_bytes, calls=0)
+                self._inbox.clear()
 
     async def _read(self, requests: AsyncIterator[bytes], context: object) -> None:
         async for message in requests:
@@ -74,7 +82,7 @@ class Pipeline:
 
     def _take(self, frame: Frame, context: object) -> None:
         try:
-            whole = self._inbox.take(frame)
+            whole = self._receive(frame)
             if whole is None:
                 return
             first, data = whole
@@ -96,6 +104,23 @@ class Pipeline:
             timer = asyncio.get_running_loop().call_later(first.timeout_s, self._expire, first.call, task)
             task.add_done_callback(lambda _: timer.cancel())
         task.add_done_callback(lambda _: self._end(first.call))
+
+    def _receive(self, frame: Frame) -> tuple[Frame, bytes | memoryview] | None:
+        """See `Inbox.take`; raises ServerOverloaded too where as much as may be is arriving."""
+        before = self._inbox.size_bytes
+        try:
+            whole = self._inbox.take(frame)
+        finally:
+            grown = self._inbox.size_bytes - before
+            if grown < 0:
+                self._admission.leave(self._principal, -grown, calls=0)
+        if grown > 0:
+            try:
+                self._admission.enter(self._principal, grown, calls=0)
+            except errors.ServerOverloaded:
+                self._inbox.drop(frame.call)
+                raise
+        return whole
 
     async def _answer(self, first: Frame, method: Method, data: bytes | memoryview, context: object) -> None:
         # A caller that reads no answers gets no more made.
