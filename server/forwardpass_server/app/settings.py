@@ -160,15 +160,15 @@ class Settings:
             return
         if not is_loopback(self.host) and self.tls_certificate is None and self.tokens is None:
             raise SettingsError(
-                f"--host: {self.host} can be reached from elsewhere, by anybody and unencrypted: give --tls-certificate, "
-                "--tls-key and --tokens or --tls-client-ca, or else --insecure"
+                f"--host: {self.host} can be reached from elsewhere, by anybody and unencrypted: give "
+                "--tls-certificate, --tls-key and --tokens or --tls-client-ca, or else --insecure"
             )
         is_managed = self.management_port is not None and not is_loopback(self.management_host)
         # It is little to be encrypted where anybody may unload models.
         if is_managed and not self.tells_principals_apart:
             raise SettingsError(
-                f"--management-host: {self.management_host} can be reached from elsewhere, by anybody: give --tokens or "
-                "--tls-client-ca, or else --insecure"
+                f"--management-host: {self.management_host} can be reached from elsewhere, by anybody: give "
+                "--tokens or --tls-client-ca, or else --insecure"
             )
 
 
