@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import urllib.request
 from collections.abc import Callable
 from typing import Any
@@ -35,14 +36,15 @@ def caller(tmp_path_factory, repository):
     patient = ("--factory", "patient=support.zoo:patient")
     security = ("--tokens", str(file), "--log-level", "debug")
     with ServerProcess("--model-repository", str(repository), *factories, *patient, *security) as server:
-        yield Caller(server, secret)
+        with forwardpass_client.connect(server.address, token=secret) as client:
+            yield Caller(server, secret, client)
 
 
+@dataclasses.dataclass
 class Caller:
-    def __init__(self, server: ServerProcess, token: str) -> None:
-        self.server = server
-        self.token = token
-        self.client = forwardpass_client.connect(server.address, token=token)
+    server: ServerProcess
+    token: str
+    client: forwardpass_client.Client
 
     def send(self, method: str, header: Any, **parts: Any) -> None:
         """A request past the client's checks."""
