@@ -18,12 +18,12 @@ import grpc
 import h2.events
 import numpy as np
 import pytest
+from hyperframe.frame import ContinuationFrame, HeadersFrame
 
 import forwardpass_client
 from forwardpass import v1
 from forwardpass.wire import fields
 from forwardpass.wire.methods import METHODS, MODEL_SERVICE, SERVICES, WEIGHTS_SERVICE
-from forwardpass.wire.structures import Structure
 from forwardpass_server.serving import tokens
 from forwardpass_server.serving.tokens import Role
 from support.raw_http2 import RawConnection
@@ -34,6 +34,9 @@ _LOGGER = logging.getLogger(__name__)
 MIB = 2**20
 LIST = METHODS["ListModels"].path
 PIPELINE = METHODS["Pipeline"].path
+
+# A structure that is one array.
+LEAF = v1.TreeDef(leaf=v1.TreeDef.Leaf())
 
 # What gRPC calls them on the wire.
 OK, RESOURCE_EXHAUSTED = "0", "8"
@@ -200,6 +203,21 @@ def test_streams_that_are_reset_as_soon_as_they_begin_cost_little(server, attack
     attack(make)
 
 
+def test_headers_without_an_end_are_cut_off(server, attack):
+    def make() -> None:
+        with RawConnection(server.address) as connection:
+            stream = connection.h2.get_next_available_stream_id()
+            # Of HPACK: a name and a value that stand for nothing, and are not remembered.
+            field = b"\x00\x03x-a\x7f\x01" + b"y" * 128
+            sent = connection.flush(HeadersFrame(stream, field * 100).serialize())
+            for _ in range(1000):
+                sent = sent and connection.flush(ContinuationFrame(stream, field * 100).serialize())
+            # Or the connection ends without a word.
+            connection.wait(lambda event: isinstance(event, h2.events.ConnectionTerminated))
+
+    attack(make)
+
+
 def test_a_flood_of_pings_ends_the_connection(server, attack):
     def make() -> None:
         with RawConnection(server.address) as connection:
@@ -257,30 +275,23 @@ def test_messages_that_are_not_as_long_as_they_say_fail_alone(server, attack):
 @pytest.mark.parametrize(
     "shape",
     [[-1], [0, 2**62], [2**62], [2**32, 2**32], [2**31, 2**31, 4], [2**63 - 1] * 8, [1] * 1000, [-(2**63), 2], [7]],
-    ids=str,
+    ids=lambda shape: f"{shape[:2]} of {len(shape)}",
 )
 @pytest.mark.parametrize("data", [b"", b"\0\0\0\0"], ids=["nothing", "one number"])
 def test_shapes_that_ask_for_memory_get_none(server, attack, shape, data):
     tensor = v1.Tensor(data_type=v1.DataType.DATA_TYPE_FLOAT32, shape=shape, data=data)
-    tree = leaf_tree()
-    request = v1.PredictOnBatchRequest(model=v1.ModelSelector(name="wide"), x=v1.Structure(tree=tree, leaves=[tensor]))
+    request = v1.PredictOnBatchRequest(model=v1.ModelSelector(name="wide"), x=v1.Structure(tree=LEAF, leaves=[tensor]))
 
     def make() -> None:
-        status, _ = status_of(server, METHODS["PredictOnBatch"].path, request.SerializeToString())
+        status, message = status_of(server, METHODS["PredictOnBatch"].path, request.SerializeToString())
         assert status == "INVALID_ARGUMENT"
+        assert message.startswith("x: ")
 
     attack(make)
 
 
-def leaf_tree() -> v1.TreeDef:
-    """Of a structure that is one array."""
-    tree = v1.TreeDef()
-    tree.ParseFromString(Structure.of(np.zeros(1, np.float32)).tree.encoded)
-    return tree
-
-
 def test_a_manifest_of_more_than_there_is_gets_no_memory(server, attack):
-    manifest = v1.WeightsManifest(tree=leaf_tree())
+    manifest = v1.WeightsManifest(tree=LEAF)
     manifest.tensors.add(
         digest=bytes(32),
         spec=v1.TensorSpec(data_type=v1.DataType.DATA_TYPE_FLOAT32, shape=[2**40]),

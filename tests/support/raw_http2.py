@@ -47,10 +47,10 @@ class RawConnection:
         self.h2.send_data(stream, data, end_stream=end)
         self.flush()
 
-    def flush(self) -> bool:
-        """Sends what there is. Returns whether the other end still takes it."""
+    def flush(self, frames: bytes = b"") -> bool:
+        """Sends what there is, and frames that h2 would not send. Returns whether the other end still takes it."""
         try:
-            self._socket.sendall(self.h2.data_to_send())
+            self._socket.sendall(self.h2.data_to_send() + frames)
         except OSError:
             return False
         return True

@@ -39,6 +39,9 @@ _LOGGER = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
 
+# Between looks at the files of certificates and tokens: how long one that was revoked is still good.
+_WATCH_S = 1.0
+
 # Names and numbers of versions.
 _MAX_MANAGEMENT_BYTES = 2**20
 
@@ -121,9 +124,10 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     loading = asyncio.create_task(_load(registry, management, server, loader.device, announce))
     # What goes wrong in it otherwise than with one model must not leave a server that is never ready.
     loading.add_done_callback(lambda task: None if task.cancelled() or task.exception() is None else stop.set())
-    sweeping = asyncio.create_task(_sweep(store, security))
+    looking_after = [asyncio.create_task(_sweep(store)), asyncio.create_task(_watch(security))]
     await stop.wait()
-    sweeping.cancel()
+    for task in looking_after:
+        task.cancel()
     is_loading = not loading.done()
     loading.cancel()
     began = time.monotonic()
@@ -184,10 +188,15 @@ def _management_server(
     )
 
 
-async def _sweep(store: WeightStore, security: Security) -> None:
+async def _sweep(store: WeightStore) -> None:
     while True:
         await asyncio.sleep(_SWEEP_S)
         store.sweep()
+
+
+async def _watch(security: Security) -> None:
+    while True:
+        await asyncio.sleep(_WATCH_S)
         await asyncio.to_thread(security.refresh)
 
 
