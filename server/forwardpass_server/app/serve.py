@@ -142,7 +142,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         exporter.shutdown()
     if not is_loading:
         loading.result()
-    return has_ended and not is_loading
+    return has_ended and not is_loading and not management.is_loading
 
 
 def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: int, metrics: Metrics) -> WeightStore:

@@ -77,7 +77,7 @@ class Server:
                 ("grpc.keepalive_timeout_ms", 10_000),
                 # Closes sockets that never speak, and connections that have nothing to say: a client opens another.
                 ("grpc.server_handshake_timeout_ms", 10_000),
-                ("grpc.max_connection_idle_ms", round(options.connection_idle_s * 1000)),
+                ("grpc.max_connection_idle_ms", min(round(options.connection_idle_s * 1000), 2**31 - 1)),
                 # Nothing is advertised otherwise.
                 ("grpc.max_concurrent_streams", _MAX_STREAMS),
             ],

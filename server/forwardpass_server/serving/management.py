@@ -67,6 +67,11 @@ class RegistryManagement:
         # One writes the registry at a time.
         self._writing = asyncio.Lock()
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether a version is being loaded, on a thread that only the end of the process can end."""
+        return self._writing.locked()
+
     async def load(self, name: str, version: int) -> VersionDetail:
         return await self._load(name, version, anew=False)
 

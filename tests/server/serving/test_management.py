@@ -126,9 +126,11 @@ def test_one_load_goes_on_behind_another_and_outlives_who_asked(situation):
         asked = [asyncio.ensure_future(situation.management.load("m", version)) for version in (1, 2)]
         await asyncio.to_thread(situation.loader.started.wait, 30)
         assert situation.states() == {"m/1": State.LOADING}
+        assert situation.management.is_loading
         asked[0].cancel()
         situation.loader.gate.set()
         await asked[1]
+        assert not situation.management.is_loading
         assert situation.states() == {"m/1": State.AVAILABLE, "m/2": State.AVAILABLE}
 
     asyncio.run(run())
