@@ -6,17 +6,21 @@ import abc
 import asyncio
 import collections
 import concurrent.futures
+import secrets
 import threading
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from typing import Any
 
 from forwardpass.wire.description import ModelDescription
-from forwardpass_client import transfers
-from forwardpass_client.calls import Call, FoundModel, ModelCalls, ModelVersion, ResultT
+from forwardpass.wire.manifests import DIGEST_BYTES
+from forwardpass_client import ids, transfers
+from forwardpass_client.calls import Call, FoundModel, ModelVersion, ResultT
 from forwardpass_client.calls_in_flight import MAX_CALLS
 from forwardpass_client.options import Options
 from forwardpass_client.pipeline import AsyncPipeline, Pipeline
 from forwardpass_client.reuse import Reuse
+from forwardpass_client.session_calls import SessionCalls
+from forwardpass_client.sessions import ID_BYTES, AsyncMetricsSession, MetricsSession
 from forwardpass_client.transfers import Progress, Steps, Unary
 from forwardpass_client.transport import AsyncTransport, Transport
 from forwardpass_client.weights import (
@@ -24,7 +28,6 @@ from forwardpass_client.weights import (
     HeldWeights,
     WeightsHandle,
     WeightsHandleApi,
-    parse_id,
     with_weights,
 )
 
@@ -45,7 +48,7 @@ class FunctionalModelApi(abc.ABC):
 
     def __init__(self, found: FoundModel, options: Options) -> None:
         self._found = found
-        self._calls = ModelCalls(
+        self._calls = SessionCalls(
             found.description,
             min(found.max_request_bytes, options.max_message_bytes),
             Reuse() if options.reuse_weights else None,
@@ -157,7 +160,7 @@ class FunctionalModelApi(abc.ABC):
 
     def weights_handle(self, weights_id: str) -> Any:
         """A handle of weights that somebody has put, by their id. Nothing is sent. Raises ValueError for no id."""
-        return self._handle(HeldWeights(parse_id(weights_id)))
+        return self._handle(HeldWeights(ids.parse(weights_id, DIGEST_BYTES, "weights_id")))
 
     def get_weights(self, handle: WeightsHandleApi, *, progress: Progress | None = None) -> Any:
         """The weights that the server holds: (trainable, non_trainable) of read-only arrays, in the containers they
@@ -166,6 +169,25 @@ class FunctionalModelApi(abc.ABC):
         progress: called with (bytes done, bytes in all). Raises WeightsNotFound, ServerUnavailable.
         """
         return self._run_steps(transfers.get(handle.held.weights_id, progress))
+
+    def metrics_session(self, session_id: str | None = None, *, initial_state: Any = None) -> Any:
+        """A metrics state that the server holds, and to which each update is applied exactly once.
+
+        session_id: `id` of a session that is open, to go on with it; None for a new one.
+        initial_state: of a new session: a state of `session.state()` or `update_metrics_state`; None for the state
+          before the first batch.
+        Raises FunctionNotAvailable for a model without metrics, SessionNotFound, SessionExpired,
+        SessionLimitExceeded, InvalidRequest for a session of another model.
+        """
+        if session_id is None:
+            return self._session(secrets.token_bytes(ID_BYTES)).open(False, initial_state)
+        if initial_state is not None:
+            raise ValueError("initial_state: a session that is open has a state already")
+        return self._session(ids.parse(session_id, ID_BYTES, "session_id")).open(True, None)
+
+    @abc.abstractmethod
+    def _session(self, session_id: bytes) -> Any:
+        """A session, before it is opened."""
 
     @abc.abstractmethod
     def _run(self, call: Call[Any], timeout_s: float | None) -> Any:
@@ -237,6 +259,13 @@ class RemoteFunctionalModel(FunctionalModelApi):
             while futures:
                 yield futures.popleft().result()
 
+    def metrics_session(self, session_id: str | None = None, *, initial_state: Any = None) -> MetricsSession:
+        session: MetricsSession = super().metrics_session(session_id, initial_state=initial_state)
+        return session
+
+    def _session(self, session_id: bytes) -> MetricsSession:
+        return MetricsSession(self._calls, session_id, self._timeout_s, self._transport)
+
     def _run_steps(self, steps: Steps) -> Any:
         return self._transport.run(steps, self._timeout_s)
 
@@ -303,6 +332,14 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
                     yield await futures.popleft()
             while futures:
                 yield await futures.popleft()
+
+    async def metrics_session(self, session_id: str | None = None, *, initial_state: Any = None) -> AsyncMetricsSession:
+        """See `RemoteFunctionalModel.metrics_session`: `async with await model.metrics_session() as session`."""
+        session: AsyncMetricsSession = await super().metrics_session(session_id, initial_state=initial_state)
+        return session
+
+    def _session(self, session_id: bytes) -> AsyncMetricsSession:
+        return AsyncMetricsSession(self._calls, session_id, self._timeout_s, self._transport)
 
     async def _run_steps(self, steps: Steps) -> Any:
         return await self._transport.run(steps, self._timeout_s)

@@ -32,10 +32,11 @@ _LEAST_BYTES_PER_S = 2**20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unary:
-    """One request, one response: the step's result."""
+    """One request, one response: the step's result. timeout_s: None for the usual one."""
 
     path: str
     request: bytes | Pieces
+    timeout_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

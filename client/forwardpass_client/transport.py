@@ -13,15 +13,16 @@ import grpc
 
 from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
-from forwardpass.wire.methods import MODEL_SERVICE, SERVICES, WEIGHTS_SERVICE
+from forwardpass.wire.methods import MODEL_SERVICE, SERVICES, SESSION_SERVICE, WEIGHTS_SERVICE
 from forwardpass_client import long_calls
 from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, Unary
 
-# Every method is a pure function of its request: a call that a server dropped, or never got, may be sent again.
+# Every method is a pure function of its request, or an update that is applied once however often it comes: a call that
+# a server dropped, or never got, may be sent again.
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [{"service": MODEL_SERVICE}, {"service": WEIGHTS_SERVICE}],
+            "name": [{"service": MODEL_SERVICE}, {"service": WEIGHTS_SERVICE}, {"service": SESSION_SERVICE}],
             "retryPolicy": {
                 # gRPC allows no more than 5. Together they span some 3 s, the restart of a process.
                 "maxAttempts": 5,
@@ -88,12 +89,15 @@ class Transport:
             try:
                 answer.give(self._perform(answer.step, timeout_s))
             except errors.ForwardPassError as error:
+                if self._is_closed:
+                    # Nothing can be tried again.
+                    raise
                 answer.fail(error)
         return answer.result
 
     def _perform(self, step: Any, timeout_s: float | None) -> Any:
         if isinstance(step, Unary):
-            return self.call(step.path, step.request, timeout_s)
+            return self.call(step.path, step.request, timeout_s if step.timeout_s is None else step.timeout_s)
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
         if isinstance(step, Exchange):
@@ -173,12 +177,15 @@ class AsyncTransport:
             try:
                 answer.give(await self._perform(answer.step, timeout_s))
             except errors.ForwardPassError as error:
+                if self._is_closed:
+                    # Nothing can be tried again.
+                    raise
                 answer.fail(error)
         return answer.result
 
     async def _perform(self, step: Any, timeout_s: float | None) -> Any:
         if isinstance(step, Unary):
-            return await self.call(step.path, step.request, timeout_s)
+            return await self.call(step.path, step.request, timeout_s if step.timeout_s is None else step.timeout_s)
         if isinstance(step, Pause):
             return await asyncio.sleep(step.seconds)
         if isinstance(step, Exchange):

@@ -10,7 +10,16 @@ from forwardpass.wire import description
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
 from forwardpass_server.models import device as devices
-from forwardpass_server.models import formats, graphs, hashing, model_config, separability, tracing, warming
+from forwardpass_server.models import (
+    formats,
+    graphs,
+    hashing,
+    mergeability,
+    model_config,
+    separability,
+    tracing,
+    warming,
+)
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
 from forwardpass_server.models.tracing import TracedModel
@@ -69,6 +78,7 @@ class TensorFlowLoader:
             format_name,
             warming.with_batched_leaves(execution, traced.spec),
             self._unbatchable_reason(source, traced, execution),
+            mergeability.reason_against(execution, traced.spec),
         )
         # A client must be able to read it: what it could not, fails here.
         description.decode(description.encode(described))

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Mapping
 
 from forwardpass.wire import errors, frames
-from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.frames import Frame, Inbox, Outbox
 from forwardpass_server.rpc.failures import failure_of
-
-Method = Callable[[Any, object], Awaitable[bytes | Pieces]]
+from forwardpass_server.rpc.handlers import Method
 
 # Of one stream at once; beyond it no more is read of it, and its caller has to wait.
 _MAX_CALLS = 1024

@@ -99,6 +99,28 @@ class Metrics:
         self._weights_spill_failures = prometheus.Counter(
             "forwardpass_weights_spill_failures_total", "Sets that could not be kept on disk.", registry=self.registry
         )
+        self._sessions = prometheus.Gauge(
+            "forwardpass_sessions",
+            "Metric sessions that are open; where servers share them, those that this one has used of late.",
+            registry=self.registry,
+        )
+        self._sessions_expired = prometheus.Counter(
+            "forwardpass_sessions_expired_total", "Sessions dropped since nobody used them.", registry=self.registry
+        )
+        self._session_updates = prometheus.Counter(
+            "forwardpass_session_updates_total",
+            "Updates of sessions: applied, or answered since they had been applied before.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self._applied_updates = self._session_updates.labels("applied")
+        self._duplicate_updates = self._session_updates.labels("duplicate")
+        self._session_commit_seconds = prometheus.Histogram(
+            "forwardpass_session_commit_seconds",
+            "Seconds from handing a session's record to its store until it was kept.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
         self._batch_child = functools.lru_cache(_CACHED_CHILDREN)(
             lambda model, function: self._batch_examples.labels(model, function.name.lower())
         )
@@ -141,6 +163,20 @@ class Metrics:
         self._weights_budget.set(budget_bytes)
         self._weights_sets.set_function(sets)
         self._weights_tensors.set_function(tensors)
+
+    def session_store(self, count: Callable[[], int]) -> None:
+        """Shows count() as the number of open sessions."""
+        self._sessions.set_function(count)
+
+    def sessions_expired(self, count: int) -> None:
+        self._sessions_expired.inc(count)
+
+    def session_updates(self, applied: int, duplicates: int) -> None:
+        self._applied_updates.inc(applied)
+        self._duplicate_updates.inc(duplicates)
+
+    def session_commit(self, seconds: float) -> None:
+        self._session_commit_seconds.observe(seconds)
 
     def models_in_state(self, state: str, count: Callable[[], int]) -> None:
         """Shows count() as the number of model versions in this state."""
