@@ -68,7 +68,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     caller = Caller(
         registry, store, scheduler, batcher, metrics, settings.max_concurrent_calls, settings.max_concurrent_bytes
     )
-    session_store = session_stores.open_store(settings, metrics)
+    session_store = await session_stores.open_store(settings, metrics)
     metrics.session_store(session_store.count)
     sessions = Sessions(session_store, registry, caller, metrics, settings.max_state_bytes)
     sessions_servicer = SessionsServicer(sessions, Evaluations(sessions, store, caller), settings.max_message_bytes)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 
+from forwardpass.wire import errors
 from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.serving.session_store import SessionLimits, SessionObserver, SessionStore
 from forwardpass_server.serving.session_stores.memory import MemorySessionStore
@@ -13,11 +15,14 @@ from forwardpass_server.serving.session_stores.sqlite import SqliteSessionStore
 # For a client that asks why its session is gone.
 _REMEMBER_S = 24 * 3600.0
 
-_SQLITE = "sqlite:///"
+_SQLITE = "sqlite://"
 
 
-def open_store(settings: Settings, observer: SessionObserver) -> SessionStore:
-    """Raises SettingsError where a package is missing, and SessionStoreError for a store that cannot be used."""
+async def open_store(settings: Settings, observer: SessionObserver) -> SessionStore:
+    """Raises SettingsError where a package is missing, and SessionStoreError for a store that cannot be used.
+
+    One that is only away for now is no reason not to start.
+    """
     limits = SessionLimits(
         max_sessions=settings.max_sessions,
         max_bytes=settings.sessions_bytes,
@@ -35,7 +40,10 @@ def open_store(settings: Settings, observer: SessionObserver) -> SessionStore:
         from forwardpass_server.serving.session_stores.redis import RedisSessionStore
     except ModuleNotFoundError:
         raise SettingsError("--session-store: Redis needs a package: pip install 'forwardpass[redis]'") from None
-    return RedisSessionStore(url, limits, observer)
+    store = RedisSessionStore(url, limits, observer)
+    with contextlib.suppress(errors.SessionStoreUnavailable):
+        await store.check()
+    return store
 
 
 def _state_folder() -> pathlib.Path:

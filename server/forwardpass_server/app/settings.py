@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from forwardpass.wire.chunks import CHUNK_BYTES
 from forwardpass_server.serving.repository import MODEL_NAME
 
-
 _SESSION_STORE = re.compile(r"sqlite:///.|rediss?://.|memory://$")
 
 
