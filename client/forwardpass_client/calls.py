@@ -205,7 +205,7 @@ class ModelCalls:
         items = conform.items(model_weights, self._spec.weights.tree, "model_weights")
         for item, (place, spec) in zip(items, self._spec.weights_places.items(), strict=True):
             leaves += conform.conform(item, spec, place).leaves
-        return Structure(self._spec.weights.tree, leaves, [leaf.data_type for leaf in self._spec.weights.leaves])
+        return Structure(self._spec.weights.tree, leaves, self._spec.weights.data_types)
 
     def _call_with_weights(
         self,
