@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,8 +28,7 @@ class CallObserver(Protocol):
     def batch(self, model: str, function: Function, examples: int) -> None: ...
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What a caller asks of a function of a model.
 
     version: 0 for the highest that is available. parts: its structures, named as in `spec.arguments`.
