@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 from forwardpass import v1
 from forwardpass.wire import conform, description, errors, fields, messages
 from forwardpass.wire.chunks import Pieces
-from forwardpass.wire.description import BatchOutput, Function, ModelDescription
+from forwardpass.wire.description import BatchOutput, Function, ModelDescription, ModelSpec
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.specs import StructureSpec
@@ -110,6 +110,29 @@ def _version(message: v1.ModelVersionStatus) -> ModelVersion:
     return ModelVersion(message.name, message.version, state, message.error, message.content_hash.hex())
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Arguments:
+    """What a function takes beside weights.
+
+    unavailable: why the model lacks the function; None where it has it.
+    specs: place, spec, and whether it may be None. shares_batch: several leaves must agree in the batch dimension.
+    """
+
+    unavailable: str | None
+    specs: Sequence[tuple[str, StructureSpec, bool]]
+    shares_batch: bool
+
+    @classmethod
+    def of(cls, spec: ModelSpec, function: Function) -> _Arguments:
+        arguments = [
+            (place, argument, spec.may_be_none(place))
+            for place, argument in spec.arguments[function].items()
+            if place not in spec.weights_places
+        ]
+        batched = sum(leaf.batched for _, argument, _ in arguments for leaf in argument.leaves)
+        return cls(spec.unavailable.get(function), arguments, batched > 1)
+
+
 class ModelCalls:
     """The calls of one version of a model.
 
@@ -126,6 +149,7 @@ class ModelCalls:
         self._reuse = reuse
         self._selector = v1.ModelSelector(name=model.identity.name, version=model.identity.version)
         self._identity = model.identity.message()
+        self._arguments = {function: _Arguments.of(self._spec, function) for function in Function}
 
     def initial_weights(self) -> Call[Any]:
         request = v1.GetInitialWeightsRequest(model=self._selector)
@@ -205,7 +229,7 @@ class ModelCalls:
         items = conform.items(model_weights, self._spec.weights.tree, "model_weights")
         for item, (place, spec) in zip(items, self._spec.weights_places.items(), strict=True):
             leaves += conform.conform(item, spec, place).leaves
-        return Structure(self._spec.weights.tree, leaves, [leaf.data_type for leaf in self._spec.weights.leaves])
+        return Structure(self._spec.weights.tree, leaves, self._spec.weights.data_types)
 
     def _call_with_weights(
         self,
@@ -228,10 +252,10 @@ class ModelCalls:
                 parts = {**self._spec.weights_parts(structure), **parts}
         if held is not None:
             header.weights_id = held.weights_id
-        return dataclasses.replace(self._call(method, header, parts, read), held=held)
+        return self._call(method, header, parts, read, held)
 
     def _check_available(self, function: Function) -> None:
-        reason = self._spec.unavailable.get(function)
+        reason = self._arguments[function].unavailable
         if reason is not None:
             raise errors.FunctionNotAvailable(
                 f"model {self.model.identity}: {function.title} is not available: {reason}"
@@ -242,25 +266,32 @@ class ModelCalls:
     ) -> dict[str, Structure]:
         """The values as the structures that the function takes, weights apart, and what the server holds."""
         self._check_available(function)
+        arguments = self._arguments[function]
         parts: dict[str, Structure] = {}
         checked: list[tuple[str, Any, StructureSpec]] = []
-        for place, spec in self._spec.arguments[function].items():
-            if place in self._spec.weights_places or place in held:
+        for place, spec, may_be_none in arguments.specs:
+            if place in held:
                 continue
             value = values[place]
-            if value is None and self._spec.may_be_none(place):
+            if value is None and may_be_none:
                 continue
-            parts[place] = conform.conform(value, spec, place)
-            checked.append((place, parts[place].leaves, spec))
-        conform.check_batch(checked)
+            part = parts[place] = conform.conform(value, spec, place)
+            checked.append((place, part.leaves, spec))
+        if arguments.shares_batch:
+            conform.check_batch(checked)
         return parts
 
     def _call(
-        self, method: str, header: Any, parts: Mapping[str, Structure], read: Callable[[bytes], ResultT]
+        self,
+        method: str,
+        header: Any,
+        parts: Mapping[str, Structure],
+        read: Callable[[bytes], ResultT],
+        held: HeldWeights | None = None,
     ) -> Call[ResultT]:
         pieces = messages.encode_pieces(header, parts, self._max_request_bytes)
         request = pieces if len(pieces) >= long_calls.MIN_BYTES else pieces.join()
-        return Call(METHODS[method].path, request, read)
+        return Call(METHODS[method].path, request, read, held)
 
     def _read(self, response_type: Any, data: bytes) -> dict[str, Structure]:
         """The structures of a response, which must be from the model that was looked up."""

@@ -38,29 +38,10 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def _wrap(self, handler: Any, path: str) -> Any:
         """The handler with `_guard` around it, of the same kind; requests reach it as bytes."""
-        read = handler.request_deserializer or (lambda data: data)
-        read_requests = functools.partial(_read_all if handler.request_streaming else _read, read)
         method = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-        answer: Callable[[Any, Any], Awaitable[Any]]
-        if handler.response_streaming:
-
-            async def answer_with_stream(request: Any, context: Any) -> None:
-                responses = method(read_requests(request), context)
-                # Some write to the context themselves.
-                if not hasattr(responses, "__aiter__"):
-                    await responses
-                    return
-                async with contextlib.aclosing(responses):
-                    async for response in responses:
-                        await context.write(response)
-
-            answer = answer_with_stream
-        else:
-
-            async def answer_once(request: Any, context: Any) -> Any:
-                return await method(read_requests(request), context)
-
-            answer = answer_once
+        if handler.request_deserializer is not None:
+            method = _reading(method, handler.request_deserializer, handler.request_streaming)
+        answer = _writing(method) if handler.response_streaming else method
         streams = handler.request_streaming, handler.response_streaming
         return handlers.MAKERS[streams](self._guard(answer, _KINDS[streams], path), None, handler.response_serializer)
 
@@ -110,6 +91,30 @@ _KINDS = {
     (True, False): "client_stream",
     (True, True): "bidi_stream",
 }
+
+
+def _reading(
+    method: Callable[[Any, Any], Any], read: Callable[[bytes], Any], streams: bool
+) -> Callable[[Any, Any], Any]:
+    """The method, given what `read` makes of each request. streams: the requests are a stream."""
+    read_requests = functools.partial(_read_all if streams else _read, read)
+    return lambda request, context: method(read_requests(request), context)
+
+
+def _writing(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitable[None]]:
+    """The method, with the responses that it yields written to the context."""
+
+    async def answer(request: Any, context: Any) -> None:
+        responses = method(request, context)
+        # Some write to the context themselves.
+        if not hasattr(responses, "__aiter__"):
+            await responses
+            return
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                await context.write(response)
+
+    return answer
 
 
 def _read(read: Callable[[bytes], Any], request: bytes) -> Any:

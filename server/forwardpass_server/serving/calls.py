@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,8 +29,7 @@ class CallObserver(Protocol):
     def batch(self, model: str, function: Function, examples: int) -> None: ...
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What a caller asks of a function of a model.
 
     version: 0 for the highest that is available. parts: its structures, named as in `spec.arguments`.
