@@ -6,7 +6,6 @@ from typing import Any
 
 from forwardpass import v1
 from forwardpass.wire import conform, errors, messages
-from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.description import BatchOutput, Function
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
@@ -105,13 +104,13 @@ class SessionCalls(ModelCalls):
             lambda data: nested(self._read(v1.GetSessionResultResponse, data), "metrics"),
         )
 
-    def evaluation_batch(self, batch_input: Any, sample_weight: Any, update_id: bytes) -> Pieces:
+    def evaluation_batch(self, batch_input: Any, sample_weight: Any, update_id: bytes) -> bytes:
         """One batch of an evaluation."""
         parts = {
             **self._conform(Function.FORWARD_PASS, self._batch_values(batch_input)),
             **self._sample_weight(sample_weight),
         }
-        return messages.encode_pieces(v1.EvaluationBatch(update_id=update_id), parts, self._max_request_bytes)
+        return messages.encode(v1.EvaluationBatch(update_id=update_id), parts, self._max_request_bytes)
 
     def check_position(self, position: v1.EvaluationPosition) -> None:
         """Raises ModelChanged where an evaluation runs on another model than the one that was looked up."""

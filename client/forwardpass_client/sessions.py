@@ -18,7 +18,7 @@ from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
 from forwardpass_client import session_calls
 from forwardpass_client.calls import Call
-from forwardpass_client.patience import Patience
+from forwardpass_client.patience import AWAY, Patience
 from forwardpass_client.session_calls import SessionCalls
 from forwardpass_client.transfers import Pause, Steps, Unary
 from forwardpass_client.transport import AsyncTransport, Transport
@@ -28,16 +28,8 @@ ID_BYTES = 16
 
 _FIRST_PAUSE_S = 0.2
 
-# After these a call is tried again: a server may have to start anew, and to load the model.
-_RETRYABLE = (
-    errors.ServerUnavailable,
-    errors.CallCancelled,
-    errors.ModelLoading,
-    errors.SessionStoreUnavailable,
-)
-
 # After these, and whatever is no error of the catalogue, nobody knows whether an update has counted.
-_DOUBTFUL = (*_RETRYABLE, errors.DeadlineExceeded, errors.InternalError)
+_DOUBTFUL = (*AWAY, errors.DeadlineExceeded, errors.InternalError)
 
 MakeCall = Callable[[v1.UpdateIdentity], Call[Any]]
 
@@ -117,7 +109,7 @@ def tried(call: Call[Any], timeout_s: float | None) -> Steps:
             if call.held is None:
                 return (yield unary)
             return (yield from with_weights(call.held, unary))
-        except _RETRYABLE:
+        except AWAY:
             pause_s = patience.pause_s()
             if pause_s is None or (deadline is not None and time.monotonic() + pause_s > deadline):
                 raise
@@ -150,6 +142,10 @@ class MetricsSessionApi(abc.ABC):
     def updates(self) -> int:
         """How many updates the session had counted when it was opened here, and has since been sent from here."""
         return self._writer.updates
+
+    def note_counted(self) -> None:
+        """An evaluation has counted a batch in this session."""
+        self._writer.updates += 1
 
     def update(
         self, labels: Any, batch_output: Any, sample_weight: Any = None, *, timeout_s: float | None = None

@@ -69,7 +69,7 @@ class Transport:
     def __init__(self, target: str, max_message_bytes: int) -> None:
         self._channel = grpc.insecure_channel(target, _options(max_message_bytes))
         self._max_message_bytes = max_message_bytes
-        self._is_closed = False
+        self.is_closed = False
         self._methods: dict[str, Any] = {}
 
     def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
@@ -89,7 +89,7 @@ class Transport:
             try:
                 answer.give(self._perform(answer.step, timeout_s))
             except errors.ForwardPassError as error:
-                if self._is_closed:
+                if self.is_closed:
                     # Nothing can be tried again.
                     raise
                 answer.fail(error)
@@ -141,12 +141,12 @@ class Transport:
         except grpc.RpcError as error:
             raise _decode(error) from None
         except ValueError:
-            if self._is_closed:
+            if self.is_closed:
                 raise errors.CallCancelled(_CLOSED) from None
             raise
 
     def close(self) -> None:
-        self._is_closed = True
+        self.is_closed = True
         self._channel.close()
 
 
@@ -156,7 +156,7 @@ class AsyncTransport:
     def __init__(self, target: str, max_message_bytes: int) -> None:
         self._channel = grpc.aio.insecure_channel(target, _options(max_message_bytes))
         self._max_message_bytes = max_message_bytes
-        self._is_closed = False
+        self.is_closed = False
         self._methods: dict[str, Any] = {}
 
     async def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
@@ -177,7 +177,7 @@ class AsyncTransport:
             try:
                 answer.give(await self._perform(answer.step, timeout_s))
             except errors.ForwardPassError as error:
-                if self._is_closed:
+                if self.is_closed:
                     # Nothing can be tried again.
                     raise
                 answer.fail(error)
@@ -228,12 +228,12 @@ class AsyncTransport:
         except errors.ForwardPassError:
             raise
         except Exception:  # Of a class that grpc does not export.
-            if self._is_closed:
+            if self.is_closed:
                 raise errors.CallCancelled(_CLOSED) from None
             raise
 
     async def close(self) -> None:
-        self._is_closed = True
+        self.is_closed = True
         await self._channel.close()
 
 
