@@ -71,7 +71,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         ),
         {
             MODEL_SERVICE: FunctionalModelServicer(
-                registry, caller, settings.max_message_bytes, settings.max_concurrent_bytes
+                registry, caller, settings.max_message_bytes, settings.max_concurrent_bytes, metrics
             ),
             WEIGHTS_SERVICE: WeightsServicer(store),
         },
@@ -120,7 +120,8 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
 def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: int, metrics: Metrics) -> WeightStore:
     files = None
     if settings.weights_folder is not None:
-        files = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        files = kept = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        metrics.weight_files(lambda: kept.size_bytes, settings.weights_disk_bytes, lambda: kept.set_count)
     options = StoreOptions(budget_bytes=budget_bytes, upload_expiry_s=settings.upload_expiry_s)
     store = WeightStore(options, device, metrics, files)
     metrics.weight_store(lambda: store.used_bytes, budget_bytes, lambda: store.set_count, lambda: store.tensor_count)

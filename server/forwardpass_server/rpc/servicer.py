@@ -16,6 +16,7 @@ from forwardpass_server.rpc import principals
 from forwardpass_server.rpc.pipeline import Pipeline
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.registry import Entry, Registry, State
+from forwardpass_server.telemetry.metrics import Metrics
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -33,11 +34,19 @@ _LONG_BYTES = 2**20
 class FunctionalModelServicer:
     """Each method has the name of its RPC, takes the request's bytes and returns the response's, or its pieces."""
 
-    def __init__(self, registry: Registry, caller: Caller, max_message_bytes: int, max_concurrent_bytes: int) -> None:
+    def __init__(
+        self,
+        registry: Registry,
+        caller: Caller,
+        max_message_bytes: int,
+        max_concurrent_bytes: int,
+        metrics: Metrics,
+    ) -> None:
         self._registry = registry
         self._caller = caller
         self._max_message_bytes = max_message_bytes
         self._max_concurrent_bytes = max_concurrent_bytes
+        self._metrics = metrics
         self._unary = {name: getattr(self, name) for name, method in SERVICES[MODEL_SERVICE].items() if method.is_unary}
 
     async def ForwardPass(self, data: bytes, context: object) -> Any:
@@ -97,7 +106,8 @@ class FunctionalModelServicer:
         return messages.encode(v1.GetInitialWeightsResponse(model=model.description.identity.message()), parts)
 
     def Pipeline(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
-        return Pipeline(self._unary, self._max_message_bytes, self._max_concurrent_bytes).run(requests, context)
+        pipeline = Pipeline(self._unary, self._max_message_bytes, self._max_concurrent_bytes, self._metrics)
+        return pipeline.run(requests, context)
 
     async def _call(
         self,
