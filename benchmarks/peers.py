@@ -53,6 +53,7 @@ class Peer:
         """Starts the server and gives its address, once it answers. Installs it where that was never done."""
         complete = self.environment / "complete"
         if not complete.exists():
+            print(f"installing {self.title}: some minutes, the first time", file=sys.stderr)
             shutil.rmtree(self.environment, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", str(self.environment)], check=True)
             for arguments in self.installs:

@@ -62,11 +62,11 @@ def targets(bench: Bench, address: str) -> Iterator[tuple[str, str, str, float, 
     local, echo, ours, *others = (
         one["p50_ms"] for one in bench.measure("small-1", 1, "local", "echo-id", "id", *PEERS)
     )
-    figures = f"ours {ours:.2f}, echo {echo:.2f}, local {local:.3f} ms; {_of_peers('{:.2f}', others)}"
+    figures = f"ours {ours:.2f}, echo {echo:.2f}, local {local:.3f} ms; {_of_peers(others, '.2f')}"
     yield "P1", "small unary call by id, p50 / (echo + local)", figures, ours / (echo + local), "at most 1.25"
     kinds = ("echo-id", "id", "id off", "pipeline", *PEERS)
     echo, ours, off, pipeline, *others = (one["calls_per_s"] for one in bench.measure("small-1", 32, *kinds))
-    best, figures = max(others), _of_peers("{:,.0f}", others)
+    best, figures = max(others), _of_peers(others, ",.0f")
     yield "P2", "32 callers, unary, batched / echo", f"{ours:,.0f} and {echo:,.0f}/s", ours / echo, "at least 0.8"
     yield "P2", "the same / the best peer", figures, ours / best, "at least 4"
     yield "P3", "32 callers on a pipeline / unary echo", f"{pipeline:,.0f} and {echo:,.0f}/s", pipeline / echo, "1.5"
@@ -98,8 +98,8 @@ def targets(bench: Bench, address: str) -> Iterator[tuple[str, str, str, float, 
     yield "P12", "p50 with 10,000 sets of weights / with one", figures, many["p50_ms"] / one["p50_ms"], "at most 1.1"
 
 
-def _of_peers(form: str, figures: Iterable[float]) -> str:
-    return ", ".join(f"{title} {form.format(figure)}" for title, figure in zip(PEERS.values(), figures, strict=True))
+def _of_peers(figures: Iterable[float], form: str) -> str:
+    return ", ".join(f"{title} {figure:{form}}" for title, figure in zip(PEERS.values(), figures, strict=True))
 
 
 def put_many(address: str, count: int) -> None:

@@ -1,4 +1,4 @@
-"""Calls made as fast as they are answered, for some seconds, and what they took. Needs nothing but Python.
+"""Calls made as fast as they are answered, for some seconds, and what they took.
 
 One caller calls again and again; several are tasks of one event loop, or threads.
 """
@@ -13,13 +13,15 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import workloads
+
 
 def arguments(description: str | None, kinds: Sequence[str] = ()) -> argparse.Namespace:
     """The command line of every `load.py`. kinds: what it can measure, where that is more than one thing."""
     parser = argparse.ArgumentParser(description=description)
     if kinds:
         parser.add_argument("kind", choices=kinds)
-    parser.add_argument("workload")
+    parser.add_argument("workload", choices=list(workloads.WORKLOADS))
     parser.add_argument("--address", default="")
     parser.add_argument("--callers", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=2.0)

@@ -24,7 +24,7 @@ _MAX_UNSENT_BYTES = 64 * 2**20
 # Taken without a look at other callers.
 _FRAMES_AT_ONCE = 64
 
-# What a method is counted as that its caller made up, or that is not known of a piece.
+# What is counted for a method that a caller made up, or that a stray piece does not name.
 _UNKNOWN = "unknown"
 
 
@@ -65,9 +65,9 @@ class Pipeline:
             running = [reading, *self._tasks.values()]
             for task in running:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
             for call in list(self._unanswered):
                 self._count(call, "CANCELLED")
+            await asyncio.gather(*running, return_exceptions=True)
 
     async def _read(self, requests: AsyncIterator[bytes], context: object) -> None:
         async for message in requests:
