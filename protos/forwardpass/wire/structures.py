@@ -34,10 +34,6 @@ class Structure:
         tree, leaves = trees.flatten(value, place, limits)
         return cls(tree, [np.asarray(leaf) for leaf in leaves])
 
-    def nested(self) -> trees.Nested:
-        """The containers with the arrays in them."""
-        return self.tree.unflatten(self.leaves)
-
 
 def encode(structure: Structure, place: str = "structure") -> tuple[list[tensors.Buffer], int]:
     """One structure as the pieces of a Structure message, and the sum of their lengths in bytes."""

@@ -86,6 +86,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
                 caller,
                 settings.max_message_bytes,
                 settings.max_concurrent_bytes,
+                metrics,
                 handlers.unary(SESSION_SERVICE, sessions_servicer),
             ),
             WEIGHTS_SERVICE: WeightsServicer(store),
@@ -138,7 +139,8 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
 def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: int, metrics: Metrics) -> WeightStore:
     files = None
     if settings.weights_folder is not None:
-        files = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        files = kept = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        metrics.weight_files(lambda: kept.size_bytes, settings.weights_disk_bytes, lambda: kept.set_count)
     options = StoreOptions(budget_bytes=budget_bytes, upload_expiry_s=settings.upload_expiry_s)
     store = WeightStore(options, device, metrics, files)
     metrics.weight_store(lambda: store.used_bytes, budget_bytes, lambda: store.set_count, lambda: store.tensor_count)

@@ -53,23 +53,23 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async def guarded(request: Any, context: Any) -> Any:
             started = time.perf_counter()
             metrics.started.inc()
-            code = grpc.StatusCode.OK
+            status = "OK"
             try:
                 return await answer(request, context)
             except grpc.aio.AbortError:
-                code = context.code()
+                status = context.code().name
                 raise
             except asyncio.CancelledError:
                 remaining = context.time_remaining()
                 expired = remaining is not None and remaining <= 0
-                code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+                status = "DEADLINE_EXCEEDED" if expired else "CANCELLED"
                 raise
             except Exception as error:
                 failure = failure_of(error, path)
-                code = grpc.StatusCode[failure.status]
+                status = failure.status
             finally:
                 # Before the caller hears of it, who may look at once.
-                metrics.handled(_GO_NAMES[code]).inc()
+                metrics.handled(status).inc()
                 metrics.seconds.observe(time.perf_counter() - started)
             return await _abort(context, failure)
 
@@ -130,10 +130,3 @@ def _read(read: Callable[[bytes], Any], request: bytes) -> Any:
 async def _read_all(read: Callable[[bytes], Any], requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
     async for request in requests:
         yield _read(read, request)
-
-
-# As Go's codes print, in whose words dashboards for gRPC are written.
-_GO_NAMES = {code: "".join(word.capitalize() for word in code.name.split("_")) for code in grpc.StatusCode} | {
-    grpc.StatusCode.OK: "OK",
-    grpc.StatusCode.CANCELLED: "Canceled",
-}

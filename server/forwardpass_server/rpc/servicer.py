@@ -17,6 +17,7 @@ from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.rpc.pipeline import Pipeline
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.registry import Entry, Registry, State
+from forwardpass_server.telemetry.metrics import Metrics
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -40,6 +41,7 @@ class FunctionalModelServicer:
         caller: Caller,
         max_message_bytes: int,
         max_concurrent_bytes: int,
+        metrics: Metrics,
         others: Mapping[str, Method],
     ) -> None:
         """others: methods of other services that a pipeline may call too, by name."""
@@ -47,6 +49,7 @@ class FunctionalModelServicer:
         self._caller = caller
         self._max_message_bytes = max_message_bytes
         self._max_concurrent_bytes = max_concurrent_bytes
+        self._metrics = metrics
         self._pipelined = {**handlers.unary(MODEL_SERVICE, self), **others}
 
     async def ForwardPass(self, data: bytes, context: object) -> Any:
@@ -106,7 +109,8 @@ class FunctionalModelServicer:
         return messages.encode(v1.GetInitialWeightsResponse(model=model.description.identity.message()), parts)
 
     def Pipeline(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
-        return Pipeline(self._pipelined, self._max_message_bytes, self._max_concurrent_bytes).run(requests, context)
+        pipeline = Pipeline(self._pipelined, self._max_message_bytes, self._max_concurrent_bytes, self._metrics)
+        return pipeline.run(requests, context)
 
     async def _call(
         self,
