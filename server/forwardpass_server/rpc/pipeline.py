@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
@@ -23,6 +25,17 @@ _MAX_UNSENT_BYTES = 64 * 2**20
 _FRAMES_AT_ONCE = 64
 
 
+class _Running:
+    """A call that is being answered. deadline: by the event loop's clock; infinite where it has none."""
+
+    __slots__ = ("deadline", "task")
+
+    task: asyncio.Task[None]
+
+    def __init__(self, deadline: float) -> None:
+        self.deadline = deadline
+
+
 class Pipeline:
     """The calls of one stream.
 
@@ -34,7 +47,10 @@ class Pipeline:
         self._methods = methods
         self._inbox = Inbox(max_message_bytes, max_bytes)
         self._outbox = Outbox(answers=True)
-        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._running: dict[int, _Running] = {}
+        # One timer, for the first of them: of most calls' deadlines nothing is ever heard.
+        self._deadlines: list[tuple[float, int]] = []
+        self._timer: asyncio.TimerHandle | None = None
         # Set by whatever the writer, or the reader, or an answer may wait for; each looks for itself what it was.
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
@@ -44,26 +60,28 @@ class Pipeline:
         reading = asyncio.ensure_future(self._read(requests, context))
         reading.add_done_callback(lambda _: self._changed.set())
         try:
-            while not reading.done() or self._tasks or self._outbox:
+            while not reading.done() or self._running or self._outbox:
                 while self._outbox:
                     yield self._outbox.next_message()
                     self._room.set()
-                if not reading.done() or self._tasks:
+                if not reading.done() or self._running:
                     await self._changed.wait()
                     self._changed.clear()
             # What was wrong with the requests is wrong with the stream.
             await reading
         finally:
-            running = [reading, *self._tasks.values()]
-            for task in running:
+            if self._timer is not None:
+                self._timer.cancel()
+            tasks = [reading, *(one.task for one in self._running.values())]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*running, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _read(self, requests: AsyncIterator[bytes], context: object) -> None:
         async for message in requests:
             for index, frame in enumerate(frames.decode_calls(message), 1):
                 self._take(frame, context)
-                while len(self._tasks) + len(self._outbox) >= _MAX_CALLS:
+                while len(self._running) + len(self._outbox) >= _MAX_CALLS:
                     await self._wait_for_room()
                 if not index % _FRAMES_AT_ONCE:
                     await asyncio.sleep(0)
@@ -85,40 +103,73 @@ class Pipeline:
                     expected=f"one of {', '.join(self._methods)}",
                     found=first.method,
                 )
-            if first.call in self._tasks:
+            if first.call in self._running:
                 raise errors.InvalidRequest(place=f"call {first.call}", expected="another number", found="one in use")
         except errors.ForwardPassError as error:
             self._fail(frame.call, error)
             return
-        task = asyncio.ensure_future(self._answer(first, method, data, context))
-        self._tasks[first.call] = task
+        loop = asyncio.get_running_loop()
+        running = _Running(loop.time() + first.timeout_s if first.timeout_s > 0 else math.inf)
+        running.task = loop.create_task(self._answer(running, first, method, data, context))
+        self._running[first.call] = running
         if first.timeout_s > 0:
-            timer = asyncio.get_running_loop().call_later(first.timeout_s, self._expire, first.call, task)
-            task.add_done_callback(lambda _: timer.cancel())
-        task.add_done_callback(lambda _: self._end(first.call))
+            heapq.heappush(self._deadlines, (running.deadline, first.call))
+            self._set_timer()
 
-    async def _answer(self, first: Frame, method: Method, data: bytes | memoryview, context: object) -> None:
-        # A caller that reads no answers gets no more made.
-        while self._outbox.size_bytes > _MAX_UNSENT_BYTES:
-            await self._wait_for_room()
+    async def _answer(
+        self, running: _Running, first: Frame, method: Method, data: bytes | memoryview, context: object
+    ) -> None:
         try:
+            # A caller that reads no answers gets no more made.
+            while self._outbox.size_bytes > _MAX_UNSENT_BYTES:
+                await self._wait_for_room()
             response = await method(data, context)
         except Exception as error:
             self._fail(first.call, failure_of(error, f"call {first.method} of a pipeline"))
         else:
             self._outbox.put(first.call, frames.encode_answer(len(response)), response)
             self._changed.set()
+        finally:
+            # One that has expired is not there any more, and another may have its number.
+            if self._running.get(first.call) is running:
+                self._end(first.call)
 
-    def _expire(self, call: int, task: asyncio.Task[None]) -> None:
-        if task.cancel():
-            self._fail(call, errors.DeadlineExceeded())
+    def _set_timer(self) -> None:
+        """Sees to it that the first deadline of a call that runs is noticed."""
+        deadlines = self._deadlines
+        while deadlines and not self._is_running(*deadlines[0]):
+            heapq.heappop(deadlines)
+        if len(deadlines) > 2 * _MAX_CALLS:
+            # Behind one call that takes long those pile up that have ended.
+            deadlines[:] = [one for one in deadlines if self._is_running(*one)]
+            heapq.heapify(deadlines)
+        if deadlines and (self._timer is None or deadlines[0][0] < self._timer.when()):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = asyncio.get_running_loop().call_at(deadlines[0][0], self._expire)
+
+    def _is_running(self, deadline: float, call: int) -> bool:
+        running = self._running.get(call)
+        return running is not None and running.deadline == deadline
+
+    def _expire(self) -> None:
+        """Gives up the calls whose time is over."""
+        self._timer = None
+        now = asyncio.get_running_loop().time()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            deadline, call = heapq.heappop(self._deadlines)
+            if self._is_running(deadline, call):
+                self._running[call].task.cancel()
+                self._end(call)
+                self._fail(call, errors.DeadlineExceeded())
+        self._set_timer()
 
     def _fail(self, call: int, error: errors.ForwardPassError) -> None:
         self._outbox.put(call, frames.encode_error(error))
         self._changed.set()
 
     def _end(self, call: int) -> None:
-        del self._tasks[call]
+        del self._running[call]
         self._room.set()
-        if not self._tasks:
+        if not self._running:
             self._changed.set()
