@@ -15,6 +15,7 @@ from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.methods import MODEL_SERVICE, SERVICES, SESSION_SERVICE, WEIGHTS_SERVICE
 from forwardpass_client import long_calls
+from forwardpass_client.credentials import Credentials
 from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, Unary
 
 # Every method is a pure function of its request, or an update that is applied once however often it comes: a call that
@@ -66,8 +67,9 @@ def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
 class Transport:
     """Calls over one channel, from any thread."""
 
-    def __init__(self, target: str, max_message_bytes: int) -> None:
-        self._channel = grpc.insecure_channel(target, _options(max_message_bytes))
+    def __init__(self, credentials: Credentials, max_message_bytes: int) -> None:
+        self._channel = credentials.channel(grpc, _options(max_message_bytes))
+        self._metadata = credentials.metadata
         self._max_message_bytes = max_message_bytes
         self.is_closed = False
         self._methods: dict[str, Any] = {}
@@ -79,7 +81,7 @@ class Transport:
             return answer
         method = self._methods.get(path) or self._methods.setdefault(path, self._channel.unary_unary(path))
         with self._errors():
-            response: bytes = method(request, timeout=timeout_s)
+            response: bytes = method(request, timeout=timeout_s, metadata=self._metadata())
         return response
 
     def run(self, steps: Steps, timeout_s: float | None) -> Any:
@@ -105,9 +107,13 @@ class Transport:
                 return next((answer for answer in map(step.take, exchanged) if answer is not None), None)
         with self._errors():
             if isinstance(step, Send):
-                return self._channel.stream_unary(step.path)(iter(step.requests), timeout=step.timeout_s)
+                return self._channel.stream_unary(step.path)(
+                    iter(step.requests), timeout=step.timeout_s, metadata=self._metadata()
+                )
             assert isinstance(step, Receive)
-            responses = self._channel.unary_stream(step.path)(step.request, timeout=step.timeout_s)
+            responses = self._channel.unary_stream(step.path)(
+                step.request, timeout=step.timeout_s, metadata=self._metadata()
+            )
             try:
                 for response in responses:
                     step.take(response)
@@ -126,7 +132,7 @@ class Transport:
         opened: is given what ends the stream, for another thread.
         """
         with self._errors():
-            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s)
+            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s, metadata=self._metadata())
             opened(responses.cancel)
             try:
                 yield from responses
@@ -153,8 +159,9 @@ class Transport:
 class AsyncTransport:
     """Calls over one channel, on the event loop that made it."""
 
-    def __init__(self, target: str, max_message_bytes: int) -> None:
-        self._channel = grpc.aio.insecure_channel(target, _options(max_message_bytes))
+    def __init__(self, credentials: Credentials, max_message_bytes: int) -> None:
+        self._channel = credentials.channel(grpc.aio, _options(max_message_bytes))
+        self._metadata = credentials.metadata
         self._max_message_bytes = max_message_bytes
         self.is_closed = False
         self._methods: dict[str, Any] = {}
@@ -167,7 +174,7 @@ class AsyncTransport:
             return answer
         method = self._methods.get(path) or self._methods.setdefault(path, self._channel.unary_unary(path))
         with self._errors():
-            response: bytes = await method(request, timeout=timeout_s)
+            response: bytes = await method(request, timeout=timeout_s, metadata=self._metadata())
         return response
 
     async def run(self, steps: Steps, timeout_s: float | None) -> Any:
@@ -197,9 +204,13 @@ class AsyncTransport:
             return None
         with self._errors():
             if isinstance(step, Send):
-                return await self._channel.stream_unary(step.path)(step.requests, timeout=step.timeout_s)
+                return await self._channel.stream_unary(step.path)(
+                    step.requests, timeout=step.timeout_s, metadata=self._metadata()
+                )
             assert isinstance(step, Receive)
-            responses = self._channel.unary_stream(step.path)(step.request, timeout=step.timeout_s)
+            responses = self._channel.unary_stream(step.path)(
+                step.request, timeout=step.timeout_s, metadata=self._metadata()
+            )
             try:
                 async for response in responses:
                     step.take(response)
@@ -211,7 +222,7 @@ class AsyncTransport:
     ) -> AsyncGenerator[bytes, None]:
         """The responses of a stream."""
         with self._errors():
-            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s)
+            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s, metadata=self._metadata())
             try:
                 async for response in responses:
                     yield response

@@ -309,7 +309,7 @@ class Inbox:
         self._max_bytes = max_bytes
         self._total_bytes = total_bytes
         self._arriving: dict[int, _Arriving] = {}
-        self._size_bytes = 0
+        self.size_bytes = 0
 
     def take(self, frame: Frame) -> tuple[Frame, bytes | memoryview] | None:
         """The first piece of a call or an answer, and all of its data, once it is whole; None before.
@@ -322,7 +322,7 @@ class Inbox:
                 return frame, bytes(frame.data)
             self._check(frame)
             arriving = self._arriving[frame.call] = _Arriving(frame)
-            self._size_bytes += frame.size_bytes
+            self.size_bytes += frame.size_bytes
         end = arriving.received + len(frame.data)
         if end > len(arriving.buffer):
             self.drop(frame.call)
@@ -340,7 +340,7 @@ class Inbox:
         """Forgets a call that is not whole."""
         arriving = self._arriving.pop(call, None)
         if arriving is not None:
-            self._size_bytes -= len(arriving.buffer)
+            self.size_bytes -= len(arriving.buffer)
 
     def clear(self) -> None:
         for call in list(self._arriving):
@@ -351,9 +351,9 @@ class Inbox:
             raise errors.MessageTooLarge(
                 place=f"call {frame.call}", expected=f"at most {self._max_bytes} bytes", found=f"{frame.size_bytes}"
             )
-        if len(self._arriving) >= _MAX_ARRIVING or self._size_bytes + frame.size_bytes > self._total_bytes:
+        if len(self._arriving) >= _MAX_ARRIVING or self.size_bytes + frame.size_bytes > self._total_bytes:
             raise errors.ServerOverloaded(
-                f"{len(self._arriving)} calls of {self._size_bytes} bytes are on their way, and no more than "
+                f"{len(self._arriving)} calls of {self.size_bytes} bytes are on their way, and no more than "
                 f"{_MAX_ARRIVING} of {self._total_bytes} are taken",
                 retry_after_s=0.1,
             )

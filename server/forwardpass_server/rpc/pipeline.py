@@ -10,8 +10,10 @@ from collections.abc import AsyncIterator, Mapping
 
 from forwardpass.wire import errors, frames
 from forwardpass.wire.frames import Frame, Inbox, Outbox
+from forwardpass_server.rpc import principals
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.rpc.handlers import Method
+from forwardpass_server.serving.admission import Admission
 from forwardpass_server.telemetry.metrics import Metrics
 
 # Of one stream at once; beyond it no more is read of it, and its caller has to wait.
@@ -46,13 +48,18 @@ class _Running:
 class Pipeline:
     """The calls of one stream.
 
-    methods: what may be called, by the name of its RPC. max_message_bytes: of one call. max_bytes: of all that are
-    arriving.
+    methods: what may be called, by the name of its RPC. max_message_bytes: of one call. admission: is asked for the
+    bytes of those that arrive in pieces.
     """
 
-    def __init__(self, methods: Mapping[str, Method], max_message_bytes: int, max_bytes: int, metrics: Metrics) -> None:
+    def __init__(
+        self, methods: Mapping[str, Method], max_message_bytes: int, admission: Admission, metrics: Metrics
+    ) -> None:
         self._methods = methods
-        self._inbox = Inbox(max_message_bytes, max_bytes)
+        # How much is arriving is for the admission to say, which knows of other streams too.
+        self._inbox = Inbox(max_message_bytes, 2**62)
+        self._admission = admission
+        self._principal = principals.current()
         self._outbox = Outbox(answers=True)
         self._metrics = metrics
         self._running: dict[int, _Running] = {}
@@ -86,6 +93,9 @@ class Pipeline:
             for one in self._running.values():
                 self._count(one, "CANCELLED")
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._inbox.size_bytes:
+                self._admission.leave(self._principal, self._inbox.size_bytes, calls=0)
+                self._inbox.clear()
 
     async def _read(self, requests: AsyncIterator[bytes], context: object) -> None:
         async for message in requests:
@@ -102,7 +112,7 @@ class Pipeline:
 
     def _take(self, frame: Frame, context: object) -> None:
         try:
-            whole = self._inbox.take(frame)
+            whole = self._receive(frame)
             if whole is None:
                 return
             first, data = whole
@@ -127,6 +137,23 @@ class Pipeline:
         if first.timeout_s > 0:
             heapq.heappush(self._deadlines, (running.deadline, first.call))
             self._set_timer()
+
+    def _receive(self, frame: Frame) -> tuple[Frame, bytes | memoryview] | None:
+        """See `Inbox.take`; raises ServerOverloaded too where as much as may be is arriving."""
+        before = self._inbox.size_bytes
+        try:
+            whole = self._inbox.take(frame)
+        finally:
+            grown = self._inbox.size_bytes - before
+            if grown < 0:
+                self._admission.leave(self._principal, -grown, calls=0)
+        if grown > 0:
+            try:
+                self._admission.enter(self._principal, grown, calls=0)
+            except errors.ServerOverloaded:
+                self._inbox.drop(frame.call)
+                raise
+        return whole
 
     async def _answer(
         self, running: _Running, first: Frame, method: Method, data: bytes | memoryview, context: object
