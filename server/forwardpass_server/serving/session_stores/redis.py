@@ -174,7 +174,7 @@ class RedisSessionStore:
                 self._is_failing = True
             raise errors.SessionStoreUnavailable(self._reason(error), retry_after_s=_RETRY_AFTER_S) from error
         if self._is_failing:
-            _LOGGER.info("session store %s answers again", self.place)
+            _LOGGER.warning("session store %s answers again", self.place)
             self._is_failing = False
         return answer
 

@@ -21,7 +21,7 @@ end
 -- A session is over: it counts no more, and its end is remembered.
 local function finish(one, ended, at)
   redis.call('ZREM', open, one)
-  redis.call('HINCRBY', sizes, 'total', -size(one))
+  redis.call('HINCRBY', sizes, 'total', 0 - size(one))
   redis.call('HDEL', sizes, one)
   redis.call('ZADD', ended, at + remember_ms, one)
   redis.call('ZREMRANGEBYRANK', ended, 0, -max_ended - 1)
