@@ -45,6 +45,7 @@ local function put(new_version, more_bytes)
 end
 
 local function act()
+  if action == 'sweep' then return 'swept', 0, '' end
   if not redis.call('ZSCORE', open, id) then
     if redis.call('ZSCORE', expired, id) then return 'expired', 0, '' end
     if redis.call('ZSCORE', closed, id) then return 'closed', 0, '' end
