@@ -994,6 +994,25 @@ def test_a_redis_that_may_lose_sessions_is_warned_of(tmp_path, caplog):
     assert "maxmemory-policy may drop open sessions" in caplog.text
 
 
+def test_a_full_redis_refuses_new_records_and_goes_on_when_there_is_room(tmp_path):
+    async def run(server: RedisProcess):
+        async with RedisKit(server).open() as store:
+            made = 0
+            while (error := await error_of(store.create(key(made), bytes(200_000)))) is None:
+                made += 1
+            assert isinstance(error, errors.SessionStoreUnavailable)
+            assert "maxmemory" in str(error)
+            assert await how(store.replace(key(0), 1, bytes(200_000))) is errors.SessionStoreUnavailable
+            assert await store.load(key(0)) == StoredSession(1, bytes(200_000))
+            assert await how(store.load(key(made))) is errors.SessionNotFound
+            await store.delete(key(0))
+            await store.delete(key(1))
+            assert await store.create(key(made), b"room") == StoredSession(1, b"room")
+
+    with RedisProcess(tmp_path, "--maxmemory", "5mb") as server:
+        asyncio.run(run(server))
+
+
 def test_to_sweep_is_no_use_of_a_session_that_another_server_holds_open(redis_server):
     async def run():
         kit = RedisKit(redis_server)

@@ -35,8 +35,8 @@ _RETRY_AFTER_S = 1.0
 class RedisSessionStore:
     """A SessionStore that is shared. What was acknowledged survives as Redis was set up to keep it.
 
-    Sessions expire by Redis's clock. What was sent on a connection that breaks is sent once more: where a replacement was
-    done the first time, it returns False then.
+    Sessions expire by Redis's clock. What was sent on a connection that breaks is sent once more: a replacement that
+    was done the first time returns False then.
     url: redis:// or rediss://, as redis-py reads it, with the password where there is one; it is shown nowhere.
     timeout_s: of each call, with the waiting for a connection. clock: tells which sessions `count` counts.
     Raises SessionStoreError for another url. Connects with the first call.
@@ -161,15 +161,10 @@ class RedisSessionStore:
         principal = "forwardpass:{" + hashlib.sha256(key.principal.encode()).hexdigest()[:32] + "}"
         keys = [f"{principal}:session:{key.session_id.hex()}"]
         keys += [f"{principal}:{name}" for name in ("open", "sizes", "closed", "expired")]
-        arguments: list[bytes | str | int] = [
-            action,
-            key.session_id,
-            version,
-            record,
-            limits.max_sessions,
-            limits.max_bytes,
-        ]
-        arguments += [round(limits.idle_expiry_s * 1000), round(limits.remember_s * 1000), MAX_REMEMBERED]
+        sizes = [limits.max_sessions, limits.max_bytes]
+        spans_ms = [round(seconds * 1000) for seconds in (limits.idle_expiry_s, limits.remember_s)]
+        arguments: list[bytes | str | int]
+        arguments = [action, key.session_id, version, record, *sizes, *spans_ms, MAX_REMEMBERED]
         what, first, second, expiries = await self._bounded(self._script(keys=keys, args=arguments))
         if expiries:
             self._observer.sessions_expired(expiries)
