@@ -13,15 +13,16 @@ import grpc
 
 from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
-from forwardpass.wire.methods import MODEL_SERVICE, SERVICES, WEIGHTS_SERVICE
+from forwardpass.wire.methods import MODEL_SERVICE, SERVICES, SESSION_SERVICE, WEIGHTS_SERVICE
 from forwardpass_client import long_calls
 from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, Unary
 
-# Every method is a pure function of its request: a call that a server dropped, or never got, may be sent again.
+# Every method is a pure function of its request, or an update that is applied once however often it comes: a call that
+# a server dropped, or never got, may be sent again.
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [{"service": MODEL_SERVICE}, {"service": WEIGHTS_SERVICE}],
+            "name": [{"service": MODEL_SERVICE}, {"service": WEIGHTS_SERVICE}, {"service": SESSION_SERVICE}],
             "retryPolicy": {
                 # gRPC allows no more than 5. Together they span some 3 s, the restart of a process.
                 "maxAttempts": 5,
@@ -68,7 +69,7 @@ class Transport:
     def __init__(self, target: str, max_message_bytes: int) -> None:
         self._channel = grpc.insecure_channel(target, _options(max_message_bytes))
         self._max_message_bytes = max_message_bytes
-        self._is_closed = False
+        self.is_closed = False
         self._methods: dict[str, Any] = {}
 
     def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
@@ -88,12 +89,15 @@ class Transport:
             try:
                 answer.give(self._perform(answer.step, timeout_s))
             except errors.ForwardPassError as error:
+                if self.is_closed:
+                    # Nothing can be tried again.
+                    raise
                 answer.fail(error)
         return answer.result
 
     def _perform(self, step: Any, timeout_s: float | None) -> Any:
         if isinstance(step, Unary):
-            return self.call(step.path, step.request, timeout_s)
+            return self.call(step.path, step.request, timeout_s if step.timeout_s is None else step.timeout_s)
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
         if isinstance(step, Exchange):
@@ -137,12 +141,12 @@ class Transport:
         except grpc.RpcError as error:
             raise _decode(error) from None
         except ValueError:
-            if self._is_closed:
+            if self.is_closed:
                 raise errors.CallCancelled(_CLOSED) from None
             raise
 
     def close(self) -> None:
-        self._is_closed = True
+        self.is_closed = True
         self._channel.close()
 
 
@@ -152,7 +156,7 @@ class AsyncTransport:
     def __init__(self, target: str, max_message_bytes: int) -> None:
         self._channel = grpc.aio.insecure_channel(target, _options(max_message_bytes))
         self._max_message_bytes = max_message_bytes
-        self._is_closed = False
+        self.is_closed = False
         self._methods: dict[str, Any] = {}
 
     async def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
@@ -173,12 +177,15 @@ class AsyncTransport:
             try:
                 answer.give(await self._perform(answer.step, timeout_s))
             except errors.ForwardPassError as error:
+                if self.is_closed:
+                    # Nothing can be tried again.
+                    raise
                 answer.fail(error)
         return answer.result
 
     async def _perform(self, step: Any, timeout_s: float | None) -> Any:
         if isinstance(step, Unary):
-            return await self.call(step.path, step.request, timeout_s)
+            return await self.call(step.path, step.request, timeout_s if step.timeout_s is None else step.timeout_s)
         if isinstance(step, Pause):
             return await asyncio.sleep(step.seconds)
         if isinstance(step, Exchange):
@@ -221,12 +228,12 @@ class AsyncTransport:
         except errors.ForwardPassError:
             raise
         except Exception:  # Of a class that grpc does not export.
-            if self._is_closed:
+            if self.is_closed:
                 raise errors.CallCancelled(_CLOSED) from None
             raise
 
     async def close(self) -> None:
-        self._is_closed = True
+        self.is_closed = True
         await self._channel.close()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import os
@@ -12,19 +13,25 @@ from collections.abc import Callable
 
 import prometheus_client
 
-from forwardpass.wire.methods import MODEL_SERVICE, WEIGHTS_SERVICE
-from forwardpass_server.app import allocator
+from forwardpass.wire import errors
+from forwardpass.wire.methods import MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
+from forwardpass_server.app import allocator, session_stores
 from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
+from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.server import MODEL_HEALTH_PREFIX, Server, ServerOptions, join_address
 from forwardpass_server.rpc.servicer import FunctionalModelServicer
+from forwardpass_server.rpc.sessions_servicer import SessionsServicer
 from forwardpass_server.rpc.weights_servicer import WeightsServicer
 from forwardpass_server.serving import repository
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller
+from forwardpass_server.serving.evaluation import Evaluations
 from forwardpass_server.serving.registry import Registry, State
 from forwardpass_server.serving.scheduling import Scheduler
+from forwardpass_server.serving.session_store import SessionStore
+from forwardpass_server.serving.sessions import Sessions
 from forwardpass_server.serving.weight_files import WeightFiles
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
 from forwardpass_server.telemetry.metrics import Metrics
@@ -61,6 +68,10 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     caller = Caller(
         registry, store, scheduler, batcher, metrics, settings.max_concurrent_calls, settings.max_concurrent_bytes
     )
+    session_store = await session_stores.open_store(settings, metrics)
+    metrics.session_store(session_store.count)
+    sessions = Sessions(session_store, registry, caller, metrics, settings.max_state_bytes)
+    sessions_servicer = SessionsServicer(sessions, Evaluations(sessions, store, caller), settings.max_message_bytes)
     server = Server(
         ServerOptions(
             host=settings.host,
@@ -71,9 +82,15 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         ),
         {
             MODEL_SERVICE: FunctionalModelServicer(
-                registry, caller, settings.max_message_bytes, settings.max_concurrent_bytes
+                registry,
+                caller,
+                settings.max_message_bytes,
+                settings.max_concurrent_bytes,
+                metrics,
+                handlers.unary(SESSION_SERVICE, sessions_servicer),
             ),
             WEIGHTS_SERVICE: WeightsServicer(store),
+            SESSION_SERVICE: sessions_servicer,
         },
         metrics,
     )
@@ -96,10 +113,11 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         f"weights: up to {weights_bytes / 2**20:,.0f} MiB on {loader.device.removeprefix('/device:')}"
         + (f", kept in {settings.weights_folder}" if settings.weights_folder else "")
     )
+    announce(f"metric sessions in {session_store.place}")
     loading = asyncio.create_task(_load(registry, loader, server, announce))
     # What goes wrong in it otherwise than with one model must not leave a server that is never ready.
     loading.add_done_callback(lambda task: None if task.cancelled() or task.exception() is None else stop.set())
-    sweeping = asyncio.create_task(_sweep(store))
+    sweeping = asyncio.create_task(_sweep(store, session_store))
     await stop.wait()
     sweeping.cancel()
     is_loading = not loading.done()
@@ -108,6 +126,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     await server.drain()
     remaining_s = settings.drain_delay_s + settings.drain_timeout_s - (time.monotonic() - began)
     has_ended = await scheduler.close(max(remaining_s, 0.0))
+    await session_store.close()
     if not has_ended:
         _LOGGER.warning("a computation still ran when the time to drain was over")
     if exporter is not None:
@@ -120,17 +139,21 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
 def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: int, metrics: Metrics) -> WeightStore:
     files = None
     if settings.weights_folder is not None:
-        files = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        files = kept = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        metrics.weight_files(lambda: kept.size_bytes, settings.weights_disk_bytes, lambda: kept.set_count)
     options = StoreOptions(budget_bytes=budget_bytes, upload_expiry_s=settings.upload_expiry_s)
     store = WeightStore(options, device, metrics, files)
     metrics.weight_store(lambda: store.used_bytes, budget_bytes, lambda: store.set_count, lambda: store.tensor_count)
     return store
 
 
-async def _sweep(store: WeightStore) -> None:
+async def _sweep(store: WeightStore, session_store: SessionStore) -> None:
     while True:
         await asyncio.sleep(_SWEEP_S)
         store.sweep()
+        # Whoever needs the store meanwhile is told what is wrong with it.
+        with contextlib.suppress(errors.SessionStoreUnavailable):
+            await session_store.sweep()
 
 
 def _stop(stop: asyncio.Event, number: int) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 
 from forwardpass.wire.chunks import CHUNK_BYTES
 from forwardpass_server.serving.repository import MODEL_NAME
+
+_SESSION_STORE = re.compile(r"sqlite:///.|rediss?://.|memory://$")
 
 
 class SettingsError(Exception):
@@ -53,6 +56,17 @@ class Settings:
     weights_disk_bytes: int = 64 * 2**30
     # Time for a client to come back to an upload whose connection broke, with all its retries.
     upload_expiry_s: float = 60.0
+    # Where metric sessions are kept: sqlite:///PATH, redis://..., rediss://... or memory://. None for a file of this
+    # port's in the user's state folder; on a free port, by which no client finds the server again, for memory.
+    session_store: str | None = None
+    # A client that is in the middle of an evaluation comes back within a day, or not at all.
+    session_expiry_s: float = 24 * 3600.0
+    # Of one principal: one for each of the clients of a large round.
+    max_sessions: int = 10_000
+    # Of one principal, where a session takes a few KiB.
+    sessions_bytes: int = 256 * 2**20
+    # A hundred metrics with 200 thresholds each take less than one; each update writes all of it.
+    max_state_bytes: int = 16 * 2**20
     # Measured: clients that watch health or retry lose no call where the server waits half a second before it stops.
     drain_delay_s: float = 1.0
     # Kubernetes kills 30 s after SIGTERM: be done before.
@@ -84,6 +98,9 @@ class Settings:
             ("--max-batch-examples", self.max_batch_examples),
             ("--weights-mib", 1 if self.weights_bytes is None else self.weights_bytes),
             ("--weights-disk-mib", self.weights_disk_bytes),
+            ("--max-sessions", self.max_sessions),
+            ("--sessions-mib", self.sessions_bytes),
+            ("--max-state-mib", self.max_state_bytes),
         ):
             if number < 1:
                 raise SettingsError(f"{flag}: expected at least 1, got {number}")
@@ -94,6 +111,11 @@ class Settings:
         ):
             if not 0 <= seconds < float("inf"):
                 raise SettingsError(f"{flag}: expected seconds >= 0, got {seconds:g}")
+        if not 1 <= self.session_expiry_s < float("inf"):
+            raise SettingsError(f"--session-expiry: expected seconds >= 1, got {self.session_expiry_s:g}")
+        if self.session_store is not None and not _SESSION_STORE.match(self.session_store):
+            # What was given may hold a password.
+            raise SettingsError("--session-store: expected sqlite:///PATH, redis://..., rediss://... or memory://")
 
 
 def parse_factories(values: tuple[str, ...]) -> dict[str, str]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+import time
+from collections.abc import AsyncIterator, Mapping
 
 from forwardpass.wire import errors, frames
-from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.frames import Frame, Inbox, Outbox
 from forwardpass_server.rpc.failures import failure_of
-
-Method = Callable[[Any, object], Awaitable[bytes | Pieces]]
+from forwardpass_server.rpc.handlers import Method
+from forwardpass_server.telemetry.metrics import Metrics
 
 # Of one stream at once; beyond it no more is read of it, and its caller has to wait.
 _MAX_CALLS = 1024
@@ -22,6 +21,9 @@ _MAX_UNSENT_BYTES = 64 * 2**20
 # Taken without a look at other callers.
 _FRAMES_AT_ONCE = 64
 
+# What is counted for a method that a caller made up, or that a stray piece does not name.
+_UNKNOWN = "unknown"
+
 
 class Pipeline:
     """The calls of one stream.
@@ -30,11 +32,14 @@ class Pipeline:
     arriving.
     """
 
-    def __init__(self, methods: Mapping[str, Method], max_message_bytes: int, max_bytes: int) -> None:
+    def __init__(self, methods: Mapping[str, Method], max_message_bytes: int, max_bytes: int, metrics: Metrics) -> None:
         self._methods = methods
         self._inbox = Inbox(max_message_bytes, max_bytes)
         self._outbox = Outbox(answers=True)
+        self._metrics = metrics
         self._tasks: dict[int, asyncio.Task[None]] = {}
+        # Of calls that are neither answered nor counted: the method, and when all of the call was there.
+        self._unanswered: dict[int, tuple[str, float]] = {}
         # Set by whatever the writer, or the reader, or an answer may wait for; each looks for itself what it was.
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
@@ -57,6 +62,8 @@ class Pipeline:
             running = [reading, *self._tasks.values()]
             for task in running:
                 task.cancel()
+            for call in list(self._unanswered):
+                self._count(call, "CANCELLED")
             await asyncio.gather(*running, return_exceptions=True)
 
     async def _read(self, requests: AsyncIterator[bytes], context: object) -> None:
@@ -88,8 +95,11 @@ class Pipeline:
             if first.call in self._tasks:
                 raise errors.InvalidRequest(place=f"call {first.call}", expected="another number", found="one in use")
         except errors.ForwardPassError as error:
-            self._fail(frame.call, error)
+            # Never begun: a call of the same number that is running goes on.
+            self._metrics.pipeline_call(frame.method if frame.method in self._methods else _UNKNOWN, error.status, 0.0)
+            self._put_error(frame.call, error)
             return
+        self._unanswered[first.call] = first.method, time.perf_counter()
         task = asyncio.ensure_future(self._answer(first, method, data, context))
         self._tasks[first.call] = task
         if first.timeout_s > 0:
@@ -106,6 +116,7 @@ class Pipeline:
         except Exception as error:
             self._fail(first.call, failure_of(error, f"call {first.method} of a pipeline"))
         else:
+            self._count(first.call, "OK")
             self._outbox.put(first.call, frames.encode_answer(len(response)), response)
             self._changed.set()
 
@@ -114,6 +125,16 @@ class Pipeline:
             self._fail(call, errors.DeadlineExceeded())
 
     def _fail(self, call: int, error: errors.ForwardPassError) -> None:
+        self._count(call, error.status)
+        self._put_error(call, error)
+
+    def _count(self, call: int, status: str) -> None:
+        """Counts a call that ends, once, before its caller hears of it: who may look at once."""
+        method, started = self._unanswered.pop(call, (None, 0.0))
+        if method is not None:
+            self._metrics.pipeline_call(method, status, time.perf_counter() - started)
+
+    def _put_error(self, call: int, error: errors.ForwardPassError) -> None:
         self._outbox.put(call, frames.encode_error(error))
         self._changed.set()
 

@@ -74,11 +74,12 @@ class Batcher:
         made of that example alone. weights: the same object for the same weights.
         Raises what the model raises for this call alone, whatever others were run with it.
         """
-        rows = x[0].shape[0]
-        if any(leaf.shape[0] != rows for leaf in x):
+        shapes = tuple([leaf.shape for leaf in x])
+        rows = shapes[0][0]
+        if len(shapes) > 1 and any(shape[0] != rows for shape in shapes):
             # The model may broadcast one leaf over another.
             return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes)
-        key = id(plan), id(weights), tuple(leaf.shape[1:] for leaf in x)
+        key = id(plan), id(weights), tuple([shape[1:] for shape in shapes])
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = _Queue(plan, weights)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -29,8 +29,7 @@ class CallObserver(Protocol):
     def batch(self, model: str, function: Function, examples: int) -> None: ...
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What a caller asks of a function of a model.
 
     version: 0 for the highest that is available. parts: its structures, named as in `spec.arguments`.
@@ -75,29 +74,15 @@ class Caller:
     async def call(self, request: Request) -> tuple[Servable, dict[str, Structure]]:
         """Returns the model that answered and its results, named as in `spec.results`.
 
-        Raises what `Registry.get` raises, FunctionNotAvailable, StructureMismatch, DTypeMismatch, ShapeMismatch,
-        WeightsNotFound, ServerOverloaded, and what the model raises.
+        Raises what `Registry.get` raises, ServerOverloaded, and what `run` raises.
         """
         servable = self._registry.get(request.name, request.version)
-        plan = servable.plan(request.function, request.training)
-        self._admit(request.size_bytes)
-        try:
-            if not request.weights_id:
-                results = await self._run(request, plan, plan.flatten(request.parts))
-            else:
-                async with self._weights.use(request.principal, request.weights_id) as weights:
-                    placed = weights.leaves(servable.identity.content_hash, servable.spec.weights)
-                    leaves = plan.flatten(request.parts, placed)
-                    if servable.is_batchable and plan.is_prediction and not request.training:
-                        results = await self._run_batched(request, servable, placed, leaves[len(placed) :])
-                    else:
-                        results = await self._run(request, plan, leaves)
-        finally:
-            self._running -= 1
-            self._running_bytes -= request.size_bytes
-        return servable, plan.unflatten(results)
+        with self.admitted(request.size_bytes):
+            return servable, await self.run(servable, request)
 
-    def _admit(self, size_bytes: int) -> None:
+    @contextlib.contextmanager
+    def admitted(self, size_bytes: int) -> Iterator[None]:
+        """Counts a call of so many bytes as long as it lasts. Raises ServerOverloaded."""
         if self._running >= self._max_concurrent_calls:
             raise errors.ServerOverloaded(
                 f"the server runs {self._running} calls, as many as it takes", retry_after_s=_RETRY_AFTER_S
@@ -110,6 +95,29 @@ class Caller:
             )
         self._running += 1
         self._running_bytes += size_bytes
+        try:
+            yield
+        finally:
+            self._running -= 1
+            self._running_bytes -= size_bytes
+
+    async def run(self, servable: Servable, request: Request) -> dict[str, Structure]:
+        """The results of a call that was admitted, named as in `spec.results`, from a model that was found.
+
+        Raises FunctionNotAvailable, StructureMismatch, DTypeMismatch, ShapeMismatch, WeightsNotFound, and what the
+        model raises.
+        """
+        plan = servable.plan(request.function, request.training)
+        if not request.weights_id:
+            return plan.unflatten(await self._run(request, plan, plan.flatten(request.parts)))
+        async with self._weights.use(request.principal, request.weights_id) as weights:
+            placed = weights.leaves(servable.identity.content_hash, servable.spec.weights)
+            leaves = plan.flatten(request.parts, placed)
+            if servable.is_batchable and plan.is_prediction and not request.training:
+                results = await self._run_batched(request, servable, placed, leaves[len(placed) :])
+            else:
+                results = await self._run(request, plan, leaves)
+        return plan.unflatten(results)
 
     async def _run_batched(
         self, request: Request, servable: Servable, weights: Sequence[Leaf], leaves: Sequence[Array]
