@@ -19,8 +19,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
+import peers
+import redis
 import run
-import targets
+from redis.backoff import ConstantBackoff
+from redis.retry import Retry
 
 from forwardpass_server.serving.session_store import SessionKey, SessionLimits, SessionStore
 from forwardpass_server.serving.session_stores.memory import MemorySessionStore
@@ -41,12 +44,13 @@ class NoObserver:
 @contextlib.contextmanager
 def redis_server(folder: str) -> Iterator[str]:
     """The url of a Redis."""
-    port = targets.free_port()
+    (port,) = peers.free_ports(1)
     command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--dir", folder, "--save", ""]
     durable = ["--appendonly", "yes", "--appendfsync", "always"]
     process = subprocess.Popen([*command, *durable], stdout=subprocess.DEVNULL)
     try:
-        targets.wait_for_port(port)
+        with redis.Redis(port=port, retry=Retry(ConstantBackoff(0.1), 100)) as client:
+            client.ping()
         yield f"redis://127.0.0.1:{port}/0"
     finally:
         process.kill()
