@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
-import contextlib
 import dataclasses
 import heapq
 import time
@@ -200,11 +199,12 @@ class CallsInFlight:
 def complete(completed: Iterable[tuple[Future, Any, BaseException | None]]) -> None:
     """Completes futures that nobody has cancelled."""
     for future, result, error in completed:
-        # Cancelled between the question and the answer, one says that it is.
-        with contextlib.suppress(concurrent.futures.InvalidStateError, asyncio.InvalidStateError):
-            if future.done():
-                continue
+        if future.done():
+            continue
+        try:
             if error is None:
                 future.set_result(result)
             else:
                 future.set_exception(error)
+        except (concurrent.futures.InvalidStateError, asyncio.InvalidStateError):
+            continue  # Cancelled between the question and the answer.

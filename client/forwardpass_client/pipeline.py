@@ -254,6 +254,12 @@ class AsyncPipeline(PipelineApi):
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        if not self._held_back and self._flying.has_room(call):
+            self._flying.add(call, future, deadline)
+            if deadline is not None and (self._timer is None or deadline < self._timed):
+                self._set_timer()
+            self._changed.set()
+            return future
         waiting = (call, future, deadline)
         self._held_back.append(waiting)
         self._advance()
@@ -272,6 +278,10 @@ class AsyncPipeline(PipelineApi):
             if not future.done():
                 self._flying.add(call, future, deadline)
         del self._held_back[:sent]
+        self._set_timer()
+        self._changed.set()
+
+    def _set_timer(self) -> None:
         event = self._flying.next_event()
         if event is not None and (self._timer is None or event < self._timed):
             if self._timer is not None:
@@ -279,7 +289,6 @@ class AsyncPipeline(PipelineApi):
             self._timed = event
             wait_s = max(event - time.monotonic(), 0)
             self._timer = asyncio.get_running_loop().call_later(wait_s, self._keep_time)
-        self._changed.set()
 
     def _keep_time(self) -> None:
         self._timer = None
