@@ -10,6 +10,7 @@ import threading
 from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
 from typing import Any
 
+from forwardpass.wire import errors
 from forwardpass.wire.description import ModelDescription
 from forwardpass_client import transfers
 from forwardpass_client.calls import Call, FoundModel, ModelCalls, ModelVersion, ResultT
@@ -24,8 +25,8 @@ from forwardpass_client.weights import (
     HeldWeights,
     WeightsHandle,
     WeightsHandleApi,
+    after_put,
     parse_id,
-    with_weights,
 )
 
 
@@ -205,9 +206,12 @@ class RemoteFunctionalModel(FunctionalModelApi):
 
     def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
         deadline = self._deadline(timeout_s)
-        if call.held is not None:
-            return call.read(self._transport.run(with_weights(call.held, Unary(call.path, call.request)), deadline))
-        return call.read(self._transport.call(call.path, call.request, deadline))
+        try:
+            return call.read(self._transport.call(call.path, call.request, deadline))
+        except errors.WeightsNotFound:
+            if call.held is None:
+                raise
+        return call.read(self._transport.run(after_put(call.held, Unary(call.path, call.request)), deadline))
 
     def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> WeightsHandle:
         handle: WeightsHandle = super().put_weights(model_weights, progress=progress)
@@ -270,10 +274,12 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         return self._run_joined(call.joined(), self._deadline(timeout_s))
 
     async def _run_joined(self, call: Call[ResultT], deadline: float | None) -> ResultT:
-        if call.held is not None:
-            steps = with_weights(call.held, Unary(call.path, call.request))
-            return call.read(await self._transport.run(steps, deadline))
-        return call.read(await self._transport.call(call.path, call.request, deadline))
+        try:
+            return call.read(await self._transport.call(call.path, call.request, deadline))
+        except errors.WeightsNotFound:
+            if call.held is None:
+                raise
+        return call.read(await self._transport.run(after_put(call.held, Unary(call.path, call.request)), deadline))
 
     async def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> AsyncWeightsHandle:
         handle: AsyncWeightsHandle = await super().put_weights(model_weights, progress=progress)

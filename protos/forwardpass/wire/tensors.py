@@ -66,14 +66,14 @@ def encode_header(code: int, shape: tuple[int, ...], data_bytes: int) -> bytes:
 class Located(NamedTuple):
     """Where the elements of one array lie in a message, and what they are, all of it checked but the elements.
 
-    start, end: of the elements, in bytes. count: of the elements, the product of the shape.
+    start, end: of the elements, in bytes. num_elements: the product of the shape.
     """
 
     start: int
     end: int
     dtype: dtypes.DType
     shape: tuple[int, ...]
-    count: int
+    num_elements: int
 
 
 def decode(data: bytes, start: int, end: int, place: str = "tensor", limits: Limits = DEFAULT) -> Array:
@@ -138,7 +138,9 @@ def _scan(data: bytes, start: int, end: int, place: str, limits: Limits) -> tupl
 def _check_length(size_bytes: int, dtype: dtypes.DType, shape: Sequence[int], count: int, place: str) -> None:
     if count * dtype.itemsize != size_bytes:
         raise errors.ShapeMismatch(
-            place=place, expected=f"{count * dtype.itemsize} bytes for {dtype}{list(shape)}", found=f"{size_bytes} bytes"
+            place=place,
+            expected=f"{count * dtype.itemsize} bytes for {dtype}{list(shape)}",
+            found=f"{size_bytes} bytes",
         )
 
 

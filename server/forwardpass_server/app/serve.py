@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import logging
 import os
 import signal
@@ -149,6 +150,10 @@ async def _load(registry: Registry, loader: TensorFlowLoader, server: Server, an
         is_available = registry.entry(source).state is State.AVAILABLE
         await server.set_serving(f"{name}/{source.version}", is_available)
         await server.set_serving(name, registry.is_available(source.name))
+    # TensorFlow and the models are hundreds of thousands of objects that stay: the garbage collector, which would look at
+    # them again and again while calls wait, need not.
+    gc.collect()
+    gc.freeze()
     entries = registry.entries()
     # A server of which no model can be called is of use to nobody.
     is_useful = any(entry.state is State.AVAILABLE for entry in entries) or not entries

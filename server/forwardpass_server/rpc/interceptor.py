@@ -93,7 +93,9 @@ _KINDS = {
 }
 
 
-def _reading(method: Callable[[Any, Any], Any], read: Callable[[bytes], Any], streams: bool) -> Callable[[Any, Any], Any]:
+def _reading(
+    method: Callable[[Any, Any], Any], read: Callable[[bytes], Any], streams: bool
+) -> Callable[[Any, Any], Any]:
     """The method, given what `read` makes of each request. streams: the requests are a stream."""
     read_requests = functools.partial(_read_all if streams else _read, read)
     return lambda request, context: method(read_requests(request), context)
