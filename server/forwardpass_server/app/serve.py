@@ -150,8 +150,8 @@ async def _load(registry: Registry, loader: TensorFlowLoader, server: Server, an
         is_available = registry.entry(source).state is State.AVAILABLE
         await server.set_serving(f"{name}/{source.version}", is_available)
         await server.set_serving(name, registry.is_available(source.name))
-    # TensorFlow and the models are hundreds of thousands of objects that stay: the garbage collector, which would look at
-    # them again and again while calls wait, need not.
+    # TensorFlow and the models are hundreds of thousands of objects that stay. The garbage collector would look at them
+    # again and again, while calls wait.
     gc.collect()
     gc.freeze()
     entries = registry.entries()
