@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
@@ -236,6 +237,10 @@ async def _load(
 ) -> None:
     """Loads every model, one after another beside the event loop, and then says SERVING if any can be called."""
     await management.load_all()
+    # TensorFlow and the models are hundreds of thousands of objects that stay. The garbage collector would look at them
+    # again and again, while calls wait.
+    gc.collect()
+    gc.freeze()
     entries = registry.entries()
     # A server of which no model can be called is of use to nobody.
     is_useful = any(entry.state is State.AVAILABLE for entry in entries) or not entries
