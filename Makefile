@@ -26,7 +26,7 @@ lint: $(STAMP)  ## Format, lint, types, layers, protocol.
 protos:  ## Generate the Python beside the .proto files.
 	PYTHON=$(PYTHON) protos/generate.sh
 
-benchmark: $(STAMP)  ## Floors, peers and ours, side by side; the second part installs a peer of its own.
+benchmark: $(STAMP)  ## Floors, peers and ours, side by side; the second part installs its peers.
 	$(VENV)/bin/python benchmarks/run.py
 	$(VENV)/bin/python benchmarks/targets.py
 

@@ -131,20 +131,14 @@ def with_weights(held: HeldWeights, call: Unary) -> Steps:
     try:
         return (yield call)
     except errors.WeightsNotFound:
-        yield from held.put()
-        return (yield call)
+        return (yield from after_put(held, call))
+
+
+def after_put(held: HeldWeights, call: Unary) -> Steps:
+    """A call that names weights which the server does not hold: they are sent first."""
+    yield from held.put()
+    return (yield call)
 
 
 def _call(call: Unary) -> Steps:
     return (yield call)
-
-
-def parse_id(weights_id: str) -> bytes:
-    """The bytes of a weights id. Raises ValueError for what is none."""
-    try:
-        parsed = bytes.fromhex(weights_id)
-    except ValueError:
-        parsed = b""
-    if len(parsed) != manifests.DIGEST_BYTES:
-        raise ValueError(f"weights_id: expected 64 hexadecimal digits, got {weights_id[:80]!r}")
-    return parsed

@@ -103,7 +103,8 @@ def describe(host: Host, model: str, version: int | None) -> None:
         ("predictions", str(spec.predictions)),
         ("forward_pass", "the model's own" if spec.has_own_forward_pass else "predict_on_batch and loss"),
         ("metrics", str(spec.metrics)),
-        ("batching", f"no: {description.unbatchable_reason}" if description.unbatchable_reason else "yes"),
+        ("batching", _yes_unless(description.unbatchable_reason)),
+        ("merging metrics states", _yes_unless(description.unmergeable_reason)),
     ):
         facts.add_row(name, Text(value))
     _OUT.print(facts)
@@ -112,6 +113,10 @@ def describe(host: Host, model: str, version: int | None) -> None:
         reason = spec.unavailable.get(function)
         functions.add_row(function.title, Text("yes", "green") if reason is None else Text(f"no: {reason}", "yellow"))
     _OUT.print(functions)
+
+
+def _yes_unless(reason: str) -> str:
+    return f"no: {reason}" if reason else "yes"
 
 
 def _summary(spec: Any) -> str:

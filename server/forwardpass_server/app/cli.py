@@ -16,7 +16,7 @@ from forwardpass_server.app import quiet
 from forwardpass_server.app import settings as app_settings
 from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.serving import tokens
-from forwardpass_server.serving.errors import DeviceNotFound, ModelLoadError
+from forwardpass_server.serving.errors import DeviceNotFound, ModelLoadError, SessionStoreError
 from forwardpass_server.serving.tokens import Role
 
 
@@ -260,6 +260,46 @@ def main() -> None:
     help="Seconds after which an upload of which nothing comes is dropped.",
 )
 @click.option(
+    "--session-store",
+    metavar="URL",
+    envvar="FORWARDPASS_SESSION_STORE",
+    show_envvar=True,
+    help="Where metric sessions are kept: sqlite:///PATH, redis://[:PASSWORD@]HOST:PORT/DB (rediss:// with TLS), which"
+    " servers may share, or memory://.  [default: a SQLite file for this port in the user's state folder]",
+)
+@click.option(
+    "--session-expiry",
+    default=Settings.session_expiry_s,
+    show_default=True,
+    envvar="FORWARDPASS_SESSION_EXPIRY",
+    show_envvar=True,
+    help="Seconds without a use after which a metric session is dropped.",
+)
+@click.option(
+    "--max-sessions",
+    default=Settings.max_sessions,
+    show_default=True,
+    envvar="FORWARDPASS_MAX_SESSIONS",
+    show_envvar=True,
+    help="Metric sessions at once; further ones are refused with RESOURCE_EXHAUSTED.",
+)
+@click.option(
+    "--sessions-mib",
+    default=Settings.sessions_bytes // 2**20,
+    show_default=True,
+    envvar="FORWARDPASS_SESSIONS_MIB",
+    show_envvar=True,
+    help="MiB of metric sessions at once; more are refused with RESOURCE_EXHAUSTED.",
+)
+@click.option(
+    "--max-state-mib",
+    default=Settings.max_state_bytes // 2**20,
+    show_default=True,
+    envvar="FORWARDPASS_MAX_STATE_MIB",
+    show_envvar=True,
+    help="MiB of the metrics state of one session.",
+)
+@click.option(
     "--drain-delay",
     default=Settings.drain_delay_s,
     show_default=True,
@@ -314,6 +354,11 @@ def serve(
     weights_folder: pathlib.Path | None,
     weights_disk_mib: int,
     upload_expiry: float,
+    session_store: str | None,
+    session_expiry: float,
+    max_sessions: int,
+    sessions_mib: int,
+    max_state_mib: int,
     drain_delay: float,
     drain_timeout: float,
     log_level: str,
@@ -354,6 +399,11 @@ def serve(
             weights_folder=weights_folder,
             weights_disk_bytes=weights_disk_mib * 2**20,
             upload_expiry_s=upload_expiry,
+            session_store=session_store,
+            session_expiry_s=session_expiry,
+            max_sessions=max_sessions,
+            sessions_bytes=sessions_mib * 2**20,
+            max_state_bytes=max_state_mib * 2**20,
             drain_delay_s=drain_delay,
             drain_timeout_s=drain_timeout,
         )
@@ -362,7 +412,7 @@ def serve(
             from forwardpass_server.app import serve as app_serve
 
         asyncio.run(_run(app_serve.serve(settings, _announce)))
-    except (SettingsError, DeviceNotFound, OSError) as error:
+    except (SettingsError, DeviceNotFound, SessionStoreError, OSError) as error:
         raise click.ClickException(str(error)) from None
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
@@ -12,24 +14,30 @@ from collections.abc import Callable
 
 import prometheus_client
 
-from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, WEIGHTS_SERVICE
-from forwardpass_server.app import allocator
+from forwardpass.wire import errors
+from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
+from forwardpass_server.app import allocator, session_stores
 from forwardpass_server.app.security import Security
 from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
+from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.management_servicer import ManagementServicer
 from forwardpass_server.rpc.server import MODEL_HEALTH_PREFIX, Server, ServerOptions, join_address
 from forwardpass_server.rpc.servicer import FunctionalModelServicer
+from forwardpass_server.rpc.sessions_servicer import SessionsServicer
 from forwardpass_server.rpc.weights_servicer import WeightsServicer
 from forwardpass_server.serving import repository
 from forwardpass_server.serving.admission import Admission, Limits
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller
+from forwardpass_server.serving.evaluation import Evaluations
 from forwardpass_server.serving.management import Management, RegistryManagement
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Registry, State
 from forwardpass_server.serving.scheduling import Scheduler
+from forwardpass_server.serving.session_store import SessionStore
+from forwardpass_server.serving.sessions import Sessions
 from forwardpass_server.serving.tokens import Role
 from forwardpass_server.serving.weight_files import WeightFiles
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
@@ -73,6 +81,11 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     admission = _admission(settings)
     caller = Caller(registry, store, scheduler, batcher, metrics, admission)
     security = Security(settings)
+    session_store = await session_stores.open_store(settings, metrics)
+    metrics.session_store(session_store.count)
+    sessions = Sessions(session_store, registry, caller, admission, metrics, settings.max_state_bytes)
+    evaluations = Evaluations(sessions, store, caller, admission)
+    sessions_servicer = SessionsServicer(sessions, evaluations, settings.max_message_bytes)
     server = Server(
         ServerOptions(
             host=settings.host,
@@ -83,8 +96,16 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
             drain_timeout_s=settings.drain_timeout_s,
         ),
         {
-            MODEL_SERVICE: FunctionalModelServicer(registry, caller, settings.max_message_bytes, admission),
+            MODEL_SERVICE: FunctionalModelServicer(
+                registry,
+                caller,
+                settings.max_message_bytes,
+                admission,
+                metrics,
+                handlers.unary(SESSION_SERVICE, sessions_servicer),
+            ),
             WEIGHTS_SERVICE: WeightsServicer(store),
+            SESSION_SERVICE: sessions_servicer,
         },
         metrics,
         security.access(Role.CALL),
@@ -121,10 +142,13 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         f"weights: up to {weights_bytes / 2**20:,.0f} MiB on {loader.device.removeprefix('/device:')}"
         + (f", kept in {settings.weights_folder}" if settings.weights_folder else "")
     )
+    announce(f"metric sessions in {session_store.place}")
     loading = asyncio.create_task(_load(registry, management, server, loader.device, announce))
     # What goes wrong in it otherwise than with one model must not leave a server that is never ready.
     loading.add_done_callback(lambda task: None if task.cancelled() or task.exception() is None else stop.set())
-    looking_after = [asyncio.create_task(_sweep(store)), asyncio.create_task(_watch(security))]
+    looking_after = [
+        asyncio.create_task(work) for work in (_sweep_weights(store), _sweep_sessions(session_store), _watch(security))
+    ]
     await stop.wait()
     for task in looking_after:
         task.cancel()
@@ -136,6 +160,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     await server.drain()
     remaining_s = settings.drain_delay_s + settings.drain_timeout_s - (time.monotonic() - began)
     has_ended = await scheduler.close(max(remaining_s, 0.0))
+    await session_store.close()
     if not has_ended:
         _LOGGER.warning("a computation still ran when the time to drain was over")
     if exporter is not None:
@@ -148,7 +173,8 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
 def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: int, metrics: Metrics) -> WeightStore:
     files = None
     if settings.weights_folder is not None:
-        files = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        files = kept = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        metrics.weight_files(lambda: kept.size_bytes, settings.weights_disk_bytes, lambda: kept.set_count)
     options = StoreOptions(
         budget_bytes=budget_bytes,
         principal_bytes=settings.share(settings.weights_bytes_per_principal, budget_bytes),
@@ -188,10 +214,18 @@ def _management_server(
     )
 
 
-async def _sweep(store: WeightStore) -> None:
+async def _sweep_weights(store: WeightStore) -> None:
     while True:
         await asyncio.sleep(_SWEEP_S)
         store.sweep()
+
+
+async def _sweep_sessions(store: SessionStore) -> None:
+    while True:
+        await asyncio.sleep(_SWEEP_S)
+        # Whoever needs the store meanwhile is told what is wrong with it.
+        with contextlib.suppress(errors.SessionStoreUnavailable):
+            await store.sweep()
 
 
 async def _watch(security: Security) -> None:
@@ -219,6 +253,10 @@ async def _load(
 ) -> None:
     """Loads every model, one after another beside the event loop, and then says SERVING if any can be called."""
     await management.load_all()
+    # TensorFlow and the models are hundreds of thousands of objects that stay. The garbage collector would look at them
+    # again and again, while calls wait.
+    gc.collect()
+    gc.freeze()
     entries = registry.entries()
     # A server of which no model can be called is of use to nobody.
     is_useful = any(entry.state is State.AVAILABLE for entry in entries) or not entries

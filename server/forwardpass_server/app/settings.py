@@ -6,10 +6,13 @@ import dataclasses
 import ipaddress
 import os
 import pathlib
+import re
 from collections.abc import Mapping
 
 from forwardpass.wire.chunks import CHUNK_BYTES
 from forwardpass_server.serving.repository import MODEL_NAME
+
+_SESSION_STORE = re.compile(r"sqlite:///.|rediss?://.|memory://$")
 
 LOOPBACK = "127.0.0.1"
 
@@ -81,6 +84,17 @@ class Settings:
     weights_disk_bytes: int = 64 * 2**30
     # Time for a client to come back to an upload whose connection broke, with all its retries.
     upload_expiry_s: float = 60.0
+    # Where metric sessions are kept: sqlite:///PATH, redis://..., rediss://... or memory://. None for a file of this
+    # port's in the user's state folder; on a free port, by which no client finds the server again, for memory.
+    session_store: str | None = None
+    # A client that is in the middle of an evaluation comes back within a day, or not at all.
+    session_expiry_s: float = 24 * 3600.0
+    # Of one principal: one for each of the clients of a large round.
+    max_sessions: int = 10_000
+    # Of one principal, where a session takes a few KiB.
+    sessions_bytes: int = 256 * 2**20
+    # A hundred metrics with 200 thresholds each take less than one; each update writes all of it.
+    max_state_bytes: int = 16 * 2**20
     # Measured: clients that watch health or retry lose no call where the server waits half a second before it stops.
     drain_delay_s: float = 1.0
     # Kubernetes kills 30 s after SIGTERM: be done before.
@@ -134,6 +148,9 @@ class Settings:
             ("--max-batch-examples", self.max_batch_examples),
             ("--weights-mib", self.weights_bytes),
             ("--weights-disk-mib", self.weights_disk_bytes),
+            ("--max-sessions", self.max_sessions),
+            ("--sessions-mib", self.sessions_bytes),
+            ("--max-state-mib", self.max_state_bytes),
             ("--max-concurrent-calls-per-principal", self.max_concurrent_calls_per_principal),
             ("--max-concurrent-mib-per-principal", self.max_concurrent_bytes_per_principal),
             ("--weights-mib-per-principal", self.weights_bytes_per_principal),
@@ -148,6 +165,11 @@ class Settings:
         ):
             if not 0 <= seconds < float("inf"):
                 raise SettingsError(f"{flag}: expected seconds >= 0, got {seconds:g}")
+        if not 1 <= self.session_expiry_s < float("inf"):
+            raise SettingsError(f"--session-expiry: expected seconds >= 1, got {self.session_expiry_s:g}")
+        if self.session_store is not None and not _SESSION_STORE.match(self.session_store):
+            # What was given may hold a password.
+            raise SettingsError("--session-store: expected sqlite:///PATH, redis://..., rediss://... or memory://")
 
     def _check_security(self) -> None:
         if (self.tls_certificate is None) != (self.tls_key is None):

@@ -69,29 +69,10 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     def _wrap(self, handler: Any, path: str, is_open: bool) -> Any:
         """The handler with `_guard` around it, of the same kind; requests reach it as bytes."""
-        read = handler.request_deserializer or (lambda data: data)
-        read_requests = functools.partial(_read_all if handler.request_streaming else _read, read)
         method = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
-        answer: Callable[[Any, Any], Awaitable[Any]]
-        if handler.response_streaming:
-
-            async def answer_with_stream(request: Any, context: Any) -> None:
-                responses = method(read_requests(request), context)
-                # Some write to the context themselves.
-                if not hasattr(responses, "__aiter__"):
-                    await responses
-                    return
-                async with contextlib.aclosing(responses):
-                    async for response in responses:
-                        await context.write(response)
-
-            answer = answer_with_stream
-        else:
-
-            async def answer_once(request: Any, context: Any) -> Any:
-                return await method(read_requests(request), context)
-
-            answer = answer_once
+        if handler.request_deserializer is not None:
+            method = _reading(method, handler.request_deserializer, handler.request_streaming)
+        answer = _writing(method) if handler.response_streaming else method
         streams = handler.request_streaming, handler.response_streaming
         if not is_open:
             answer = self._admitted(answer, handler.request_streaming)
@@ -126,23 +107,23 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async def guarded(request: Any, context: Any) -> Any:
             started = time.perf_counter()
             metrics.started.inc()
-            code = grpc.StatusCode.OK
+            status = "OK"
             try:
                 return await answer(request, context)
             except grpc.aio.AbortError:
-                code = context.code()
+                status = context.code().name
                 raise
             except asyncio.CancelledError:
                 remaining = context.time_remaining()
                 expired = remaining is not None and remaining <= 0
-                code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+                status = "DEADLINE_EXCEEDED" if expired else "CANCELLED"
                 raise
             except Exception as error:
                 failure = failure_of(error, path)
-                code = grpc.StatusCode[failure.status]
+                status = failure.status
             finally:
                 # Before the caller hears of it, who may look at once.
-                metrics.handled(_GO_NAMES[code]).inc()
+                metrics.handled(status).inc()
                 metrics.seconds.observe(time.perf_counter() - started)
             return await _abort(context, failure)
 
@@ -166,6 +147,30 @@ _KINDS = {
 }
 
 
+def _reading(
+    method: Callable[[Any, Any], Any], read: Callable[[bytes], Any], streams: bool
+) -> Callable[[Any, Any], Any]:
+    """The method, given what `read` makes of each request. streams: the requests are a stream."""
+    read_requests = functools.partial(_read_all if streams else _read, read)
+    return lambda request, context: method(read_requests(request), context)
+
+
+def _writing(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitable[None]]:
+    """The method, with the responses that it yields written to the context."""
+
+    async def answer(request: Any, context: Any) -> None:
+        responses = method(request, context)
+        # Some write to the context themselves.
+        if not hasattr(responses, "__aiter__"):
+            await responses
+            return
+        async with contextlib.aclosing(responses):
+            async for response in responses:
+                await context.write(response)
+
+    return answer
+
+
 def _read(read: Callable[[bytes], Any], request: bytes) -> Any:
     """gRPC would answer bytes that it cannot read with UNKNOWN and the exception's text."""
     try:
@@ -179,10 +184,3 @@ def _read(read: Callable[[bytes], Any], request: bytes) -> Any:
 async def _read_all(read: Callable[[bytes], Any], requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
     async for request in requests:
         yield _read(read, request)
-
-
-# As Go's codes print, in whose words dashboards for gRPC are written.
-_GO_NAMES = {code: "".join(word.capitalize() for word in code.name.split("_")) for code in grpc.StatusCode} | {
-    grpc.StatusCode.OK: "OK",
-    grpc.StatusCode.CANCELLED: "Canceled",
-}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 from forwardpass.wire import errors
 
@@ -63,6 +65,15 @@ class Admission:
             use.calls -= calls
             use.size_bytes -= size_bytes
         self._forget(principal, own)
+
+    @contextlib.contextmanager
+    def admitted(self, principal: str, size_bytes: int) -> Iterator[None]:
+        """A call, as long as it lasts. Raises ServerOverloaded."""
+        self.enter(principal, size_bytes)
+        try:
+            yield
+        finally:
+            self.leave(principal, size_bytes)
 
     def _forget(self, principal: str, own: _Use) -> None:
         if not own.calls and not own.size_bytes:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,8 +25,7 @@ class CallObserver(Protocol):
     def batch(self, model: str, function: Function, examples: int) -> None: ...
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What a caller asks of a function of a model.
 
     version: 0 for the highest that is available. parts: its structures, named as in `spec.arguments`.
@@ -68,26 +66,32 @@ class Caller:
     async def call(self, request: Request) -> tuple[Servable, dict[str, Structure]]:
         """Returns the model that answered and its results, named as in `spec.results`.
 
-        Raises what `Registry.get` raises, FunctionNotAvailable, StructureMismatch, DTypeMismatch, ShapeMismatch,
-        WeightsNotFound, ServerOverloaded, and what the model raises.
+        Raises what `Registry.get` raises, ServerOverloaded, and what `run` raises.
         """
         servable = self._registry.get(request.name, request.version)
-        plan = servable.plan(request.function, request.training)
         self._admission.enter(request.principal, request.size_bytes)
         try:
-            if not request.weights_id:
-                results = await self._run(request, plan, plan.flatten(request.parts))
-            else:
-                async with self._weights.use(request.principal, request.weights_id) as weights:
-                    placed = weights.leaves(servable.identity.content_hash, servable.spec.weights)
-                    leaves = plan.flatten(request.parts, placed)
-                    if servable.is_batchable and plan.is_prediction and not request.training:
-                        results = await self._run_batched(request, servable, placed, leaves[len(placed) :])
-                    else:
-                        results = await self._run(request, plan, leaves)
+            return servable, await self.run(servable, request)
         finally:
             self._admission.leave(request.principal, request.size_bytes)
-        return servable, plan.unflatten(results)
+
+    async def run(self, servable: Servable, request: Request) -> dict[str, Structure]:
+        """The results of a call that was admitted, named as in `spec.results`, from a model that was found.
+
+        Raises FunctionNotAvailable, StructureMismatch, DTypeMismatch, ShapeMismatch, WeightsNotFound, and what the
+        model raises.
+        """
+        plan = servable.plan(request.function, request.training)
+        if not request.weights_id:
+            return plan.unflatten(await self._run(request, plan, plan.flatten(request.parts)))
+        async with self._weights.use(request.principal, request.weights_id) as weights:
+            placed = weights.leaves(servable.identity.content_hash, servable.spec.weights)
+            leaves = plan.flatten(request.parts, placed)
+            if servable.is_batchable and plan.is_prediction and not request.training:
+                results = await self._run_batched(request, servable, placed, leaves[len(placed) :])
+            else:
+                results = await self._run(request, plan, leaves)
+        return plan.unflatten(results)
 
     async def _run_batched(
         self, request: Request, servable: Servable, weights: Sequence[Leaf], leaves: Sequence[Array]

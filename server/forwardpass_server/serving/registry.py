@@ -104,6 +104,11 @@ class Registry:
             raise errors.ModelNotFound(place="model", expected=_one_of(self._entries), found=repr(name[:128]))
         return [entry for _, entry in sorted(versions.items())]
 
+    def holds(self, servable: Servable) -> bool:
+        """Whether a model is what its name and version stand for now."""
+        entry = self._entries.get(servable.identity.name, {}).get(servable.identity.version)
+        return entry is not None and entry.servable is servable
+
     def get(self, name: str, version: int) -> Servable:
         """One model; version 0 is the highest that is available.
 

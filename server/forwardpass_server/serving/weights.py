@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import logging
 import time
@@ -220,14 +219,9 @@ class WeightStore:
         stored = self._tensors.get(digest)
         return stored.placed if stored else self._device.place(array)
 
-    @contextlib.asynccontextmanager
-    async def use(self, principal: str, weights_id: bytes) -> AsyncIterator[WeightSet]:
-        """A set, kept while it is in use. Raises WeightsNotFound."""
-        weights = self.acquire(principal, weights_id) or await self.restore(principal, weights_id)
-        try:
-            yield weights
-        finally:
-            self.release(principal, weights_id, weights)
+    def use(self, principal: str, weights_id: bytes) -> _Use:
+        """A set, kept while it is in use: an asynchronous context manager. Raises WeightsNotFound."""
+        return _Use(self, principal, weights_id)
 
     def acquire(self, principal: str, weights_id: bytes) -> WeightSet | None:
         """A set that is on the device, kept until `release`; None for any other."""
@@ -450,3 +444,22 @@ class WeightStore:
             # The set is served all the same, as long as this process lives and has room.
             self._observer.weights_spill_failed()
             _LOGGER.error("weights %s are not on disk: %s", manifest.weights_id.hex(), error)
+
+
+class _Use:
+    """See `WeightStore.use`. A class: what contextlib makes of a generator costs a call several times as much."""
+
+    __slots__ = ("_principal", "_store", "_weights", "_weights_id")
+
+    def __init__(self, store: WeightStore, principal: str, weights_id: bytes) -> None:
+        self._store = store
+        self._principal = principal
+        self._weights_id = weights_id
+
+    async def __aenter__(self) -> WeightSet:
+        names = self._principal, self._weights_id
+        self._weights = self._store.acquire(*names) or await self._store.restore(*names)
+        return self._weights
+
+    async def __aexit__(self, *error: object) -> None:
+        self._store.release(self._principal, self._weights_id, self._weights)
