@@ -201,7 +201,7 @@ class _Frames:
         if (
             frame.data
             and data_end == end
-            and not frame.status
+            and not (frame.status or frame.message or frame.detail)
             and len(head) <= _KEPT_HEAD_BYTES
             and not any(number in (_CALL, _TIMEOUT) for number, *_ in fields.scan(message, head_start, end))
         ):
