@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 import forwardpass_client
 from support import images
 from support.environments import ROOT
+from support.manifests import find
 from support.pins import pins
 
 pytestmark = pytest.mark.image
@@ -49,7 +50,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def container(image, repository, data):
-    with images.Container(image, repository, data) as running:
+    with images.start(image, repository, data) as running:
         yield running
 
 
@@ -64,18 +65,18 @@ def test_the_image_runs_without_a_name_or_a_right_and_says_what_it_is(image):
 
 
 def test_the_example_model_is_served_to_a_caller_outside(container):
-    metrics = ast.literal_eval(example("examples/call_digits.py", container.address))
+    metrics = ast.literal_eval(example("examples/call_digits.py", container.address(8500)))
     # Trained on real data, it knows the digits of writers that it has not seen.
     assert metrics["sparse_categorical_accuracy"] > 0.85
 
 
 def test_prometheus_finds_the_metrics_outside(container):
-    with urllib.request.urlopen(f"http://{container.metrics_address}/metrics") as response:
+    with urllib.request.urlopen(f"http://{container.address(9464)}/metrics") as response:
         assert b"grpc_server_started_total" in response.read()
 
 
 def test_weights_that_are_put_are_kept_on_the_data_volume(container, data):
-    with forwardpass_client.connect(container.address) as client:
+    with forwardpass_client.connect(container.address(8500)) as client:
         model = client.model("digits")
         handle = model.put_weights(model.initial_weights)
     assert list(data.glob(f"weights/**/*{handle.id}*"))
@@ -107,6 +108,16 @@ def test_the_image_holds_what_is_pinned_and_its_bill_of_materials_says_so(contai
 def test_no_compiler_or_installer_is_in_the_environment(container):
     assert container.run("sh", "-c", "command -v cc gcc c++ make").stdout == ""
     assert "No module named pip" in container.run("python", "-m", "pip").stderr
+
+
+def test_a_pod_of_the_deployment_runs_as_it_is_rendered(image, repository, tmp_path):
+    with images.play(image, repository, find("base", "Deployment"), tmp_path) as container:
+        done = container.run("forwardpass", "health", "localhost:8500", "--service", "model/digits")
+        assert (done.returncode, done.stdout) == (0, "SERVING\n")
+        assert container.run("id", "--user").stdout == "65532\n"
+        assert container.run("touch", "/tmp/file").returncode == 0
+        assert "Read-only file system" in container.run("touch", "/models/file").stderr
+        assert container.run("printenv", "FORWARDPASS_DRAIN_DELAY").stdout == "10\n"
 
 
 # The last one: it ends what the others call.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 
 import kubernetes_validate
 import pytest
@@ -14,7 +15,7 @@ from forwardpass_client.cli.commands import forwardpass
 from forwardpass_server.app.cli import main
 from forwardpass_server.app.settings import Settings
 from support.environments import ROOT
-from support.manifests import RENDERED, find, is_custom, render, validate_custom
+from support.manifests import RENDERED, find, is_custom, render, render_folder, validate_custom
 
 # The oldest with gRPC probes, matchLabelKeys and unhealthyPodEvictionPolicy switched on; the newest that there is.
 VERSIONS = ("1.27", "1.37")
@@ -204,6 +205,16 @@ def test_a_pod_puts_models_into_the_volume_that_the_server_reads():
         (models,) = (volume for volume in spec["volumes"] if volume["name"] == "models")
         assert models["persistentVolumeClaim"]["claimName"] == claim
     assert put_models["spec"]["securityContext"] == pod_of("base")["spec"]["securityContext"]
+
+
+def test_the_overlay_that_the_readme_shows_is_rendered(tmp_path):
+    (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "deploy" / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "kustomization.yaml").write_text(shown)
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    deployments = [found for found in render_folder(tmp_path / "cluster") if found["kind"] == "Deployment"]
+    (container,) = deployments[0]["spec"]["template"]["spec"]["containers"]
+    assert container["image"].startswith("registry.example.com/forwardpass:")
 
 
 def test_a_node_whose_gpus_are_taken_can_take_an_update():

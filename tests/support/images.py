@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+import copy
+import functools
 import json
 import os
 import pathlib
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from support.environments import ROOT
@@ -17,6 +20,9 @@ _BASE = "localhost/forwardpass-base:bookworm"
 _IMAGE = "localhost/forwardpass:test"
 _CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 _START_S = 120.0
+
+# The image's.
+_USER = 65532
 
 # What an index needs to be reached. Paths of this machine, such as pip's constraints, mean nothing in a container.
 _PIP_KEYS = ("index-url", "extra-index-url", "proxy", "retries", "timeout", "trusted-host")
@@ -85,27 +91,16 @@ def _pip_configuration() -> str:
 
 
 class Container:
-    """A container of the image that serves a repository, as an orchestrator would run it: read-only, without a right.
+    """A container that serves a repository, and has loaded its models. A context manager: leaving it removes it.
 
-    It has loaded its models. A context manager: leaving it removes the container.
-    repository: is mounted read-only. data: a folder for what it writes.
+    remove: the command that does.
     """
 
-    def __init__(self, image: str, repository: pathlib.Path, data: pathlib.Path) -> None:
-        os.chown(data, 65532, 65532)
-        self._id = _run(
-            *("podman", "run", "--detach", "--health-interval=disable"),
-            *("--read-only", "--read-only-tmpfs=false", "--tmpfs", "/tmp"),
-            *("--cap-drop", "all", "--security-opt", "no-new-privileges"),
-            *("--volume", f"{repository}:/models:ro", "--volume", f"{data}:/data"),
-            *("--env", "FORWARDPASS_INSECURE=true", "--env", "FORWARDPASS_WEIGHTS_FOLDER=/data/weights"),
-            *("--publish", "127.0.0.1::8500", "--publish", "127.0.0.1::9464"),
-            image,
-        ).strip()
+    def __init__(self, name: str, remove: Sequence[str]) -> None:
+        self._id = name
+        self._remove = remove
         try:
             self._wait_until_ready()
-            self.address = _run("podman", "port", self._id, "8500/tcp").strip()
-            self.metrics_address = _run("podman", "port", self._id, "9464/tcp").strip()
         except BaseException:
             self.remove()
             raise
@@ -127,6 +122,10 @@ class Container:
                 logs.kill()
         raise AssertionError("the container was never ready: " + "".join(lines[-20:]))
 
+    def address(self, port: int) -> str:
+        """Where a port of the container is reached."""
+        return _run("podman", "port", self._id, f"{port}/tcp").strip()
+
     def run(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Runs a command in the container, as its user."""
         command = ("podman", "exec", self._id, *command)
@@ -143,7 +142,7 @@ class Container:
         return int(_run("podman", "wait", self._id))
 
     def remove(self) -> None:
-        _run("podman", "rm", "--force", "--time", "0", self._id)
+        _run(*self._remove)
 
     def __enter__(self) -> Container:
         return self
@@ -152,15 +151,53 @@ class Container:
         self.remove()
 
 
+def start(image: str, repository: pathlib.Path, data: pathlib.Path) -> Container:
+    """Runs the image as an orchestrator would: read-only, without a right.
+
+    repository: is mounted read-only. data: a folder for what it writes.
+    """
+    os.chown(data, _USER, _USER)
+    name = _run(
+        *("podman", "run", "--detach", "--health-interval=disable"),
+        *("--read-only", "--read-only-tmpfs=false", "--tmpfs", "/tmp"),
+        *("--cap-drop", "all", "--security-opt", "no-new-privileges"),
+        *("--volume", f"{repository}:/models:ro", "--volume", f"{data}:/data"),
+        *("--env", "FORWARDPASS_INSECURE=true", "--env", "FORWARDPASS_WEIGHTS_FOLDER=/data/weights"),
+        *("--publish", "127.0.0.1::8500", "--publish", "127.0.0.1::9464"),
+        image,
+    ).strip()
+    return Container(name, ("podman", "rm", "--force", "--time", "0", name))
+
+
+def play(image: str, repository: pathlib.Path, deployment: dict[str, Any], folder: pathlib.Path) -> Container:
+    """Runs one pod of a Deployment by `podman play kube`. podman knows neither gRPC probes nor fsGroup.
+
+    repository: stands for the persistent volume of the pod. folder: for what podman reads.
+    """
+    played = copy.deepcopy(deployment)
+    played["spec"]["replicas"] = 1
+    pod = played["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    container["image"] = image
+    for volume in pod["volumes"]:
+        if volume.pop("persistentVolumeClaim", None):
+            volume["hostPath"] = {"path": str(repository)}
+    path = folder / "deployment.json"
+    path.write_text(json.dumps(played))
+    _run("podman", "play", "kube", "--replace", str(path))
+    name = f"{deployment['metadata']['name']}-pod-0-{container['name']}"
+    return Container(name, ("podman", "play", "kube", "--down", str(path)))
+
+
 def _run(*command: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=_env())
     assert done.returncode == 0, f"{' '.join(command)}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
     return done.stdout
 
 
+@functools.cache
 def _env() -> dict[str, str]:
     path = ROOT / ".cache" / "containers.conf"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(_CONTAINERS_CONF)
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(_CONTAINERS_CONF)
     return {**os.environ, "CONTAINERS_CONF": str(path)}

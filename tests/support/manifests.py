@@ -54,7 +54,12 @@ def _kubectl() -> pathlib.Path:
 @functools.cache
 def render(name: str) -> tuple[dict[str, Any], ...]:
     """The objects of `kubectl kustomize deploy/kubernetes/NAME`. Not to be changed."""
-    return tuple(yaml.safe_load_all(_run(str(_kubectl()), "kustomize", str(FOLDER / name))))
+    return render_folder(FOLDER / name)
+
+
+def render_folder(folder: pathlib.Path) -> tuple[dict[str, Any], ...]:
+    """The objects of `kubectl kustomize`."""
+    return tuple(yaml.safe_load_all(_run(str(_kubectl()), "kustomize", str(folder))))
 
 
 def find(name: str, kind: str) -> dict[str, Any]:
