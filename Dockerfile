@@ -7,7 +7,7 @@
 
 # Any image with glibc whose python3 is 3.11 and can make a venv. CUDA comes with the Python packages, the driver from the
 # host: the GPU's image needs no other base. Name it by its digest where a tag may move under you.
-ARG BASE=docker.io/library/python:3.11.14-slim-bookworm
+ARG BASE=python:3.11.14-slim-bookworm
 
 FROM ${BASE} AS environment
 # The extra of the distribution to install: server or gpu.
