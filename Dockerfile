@@ -60,7 +60,8 @@ ENV PATH=/opt/forwardpass/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     FORWARDPASS_HOST=0.0.0.0 \
     FORWARDPASS_METRICS_HOST=0.0.0.0 \
-    FORWARDPASS_MODEL_REPOSITORY=/models
+    FORWARDPASS_MODEL_REPOSITORY=/models \
+    FORWARDPASS_SESSION_STORE=sqlite:///data/sessions.sqlite3
 # By number: Kubernetes can then see that it is not root. Has no name, owns nothing but /data.
 USER 65532:65532
 WORKDIR /data

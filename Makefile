@@ -34,10 +34,10 @@ protos:  ## Generate the Python beside the .proto files.
 
 requirements: $(STAMP)  ## Pin what the image installs, by version and hash: the newest that fit pyproject.toml.
 	$(COMPILE) deploy/image/build.in --output-file deploy/image/build.txt
-	$(COMPILE) pyproject.toml --extra server --output-file deploy/image/server.txt
-	$(COMPILE) pyproject.toml --extra gpu --output-file deploy/image/gpu.txt
+	$(COMPILE) pyproject.toml --extra server --extra redis --output-file deploy/image/server.txt
+	$(COMPILE) pyproject.toml --extra gpu --extra redis --output-file deploy/image/gpu.txt
 
-benchmark: $(STAMP)  ## Floors, peers and ours, side by side; the second part installs a peer of its own.
+benchmark: $(STAMP)  ## Floors, peers and ours, side by side; the second part installs its peers.
 	$(VENV)/bin/python benchmarks/run.py
 	$(VENV)/bin/python benchmarks/targets.py
 

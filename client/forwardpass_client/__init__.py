@@ -10,18 +10,23 @@ from forwardpass.wire.description import BatchOutput
 from forwardpass.wire.specs import TensorSpec
 from forwardpass_client.calls import ModelVersion
 from forwardpass_client.client import AsyncClient, Client, connect, connect_async
+from forwardpass_client.credentials import Tls
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
+from forwardpass_client.sessions import AsyncMetricsSession, MetricsSession
 from forwardpass_client.weights import AsyncWeightsHandle, WeightsHandle
 
 __all__ = [
     "AsyncClient",
+    "AsyncMetricsSession",
     "AsyncRemoteFunctionalModel",
     "AsyncWeightsHandle",
     "BatchOutput",
     "Client",
+    "MetricsSession",
     "ModelVersion",
     "RemoteFunctionalModel",
     "TensorSpec",
+    "Tls",
     "WeightsHandle",
     "connect",
     "connect_async",

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Generic, TypeVar, cast
 
 from forwardpass import v1
 from forwardpass.wire import conform, description, errors, fields, messages
 from forwardpass.wire.chunks import Pieces
-from forwardpass.wire.description import BatchOutput, Function, ModelDescription
+from forwardpass.wire.description import BatchOutput, Function, ModelDescription, ModelSpec
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.specs import StructureSpec
@@ -111,6 +111,29 @@ def _version(message: v1.ModelVersionStatus) -> ModelVersion:
     return ModelVersion(message.name, message.version, state, message.error, message.content_hash.hex())
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Arguments:
+    """What a function takes beside weights.
+
+    unavailable: why the model lacks the function; None where it has it.
+    specs: place, spec, and whether it may be None. shares_batch: several leaves must agree in the batch dimension.
+    """
+
+    unavailable: str | None
+    specs: Sequence[tuple[str, StructureSpec, bool]]
+    shares_batch: bool
+
+    @classmethod
+    def of(cls, spec: ModelSpec, function: Function) -> _Arguments:
+        arguments = [
+            (place, argument, spec.may_be_none(place))
+            for place, argument in spec.arguments[function].items()
+            if place not in spec.weights_places
+        ]
+        batched = sum(leaf.batched for _, argument, _ in arguments for leaf in argument.leaves)
+        return cls(spec.unavailable.get(function), arguments, batched > 1)
+
+
 class ModelCalls:
     """The calls of one version of a model.
 
@@ -127,6 +150,7 @@ class ModelCalls:
         self._reuse = reuse
         self._selector = v1.ModelSelector(name=model.identity.name, version=model.identity.version)
         self._identity = model.identity.message()
+        self._arguments = {function: _Arguments.of(self._spec, function) for function in Function}
 
     def initial_weights(self) -> Call[Any]:
         request = v1.GetInitialWeightsRequest(model=self._selector)
@@ -146,17 +170,17 @@ class ModelCalls:
             request,
             model_weights,
             {"x": x},
-            lambda data: _nested(self._read(v1.PredictOnBatchResponse, data), "predictions"),
+            lambda data: nested(self._read(v1.PredictOnBatchResponse, data), "predictions"),
         )
 
     def forward_pass(self, model_weights: Any, batch_input: Any, training: bool) -> Call[BatchOutput]:
         request = v1.ForwardPassRequest(model=self._selector, training=bool(training))
-        x, y = _x_and_y(batch_input)
+        x, y = x_and_y(batch_input)
         values = {"batch_input.x": x, "batch_input.y": y}
 
         def read(data: bytes) -> BatchOutput:
             parts = self._read(v1.ForwardPassResponse, data)
-            return BatchOutput(*(_nested(parts, f"batch_output.{name}") for name in BatchOutput._fields))
+            return BatchOutput(*(nested(parts, f"batch_output.{name}") for name in BatchOutput._fields))
 
         return self._call_with_weights(Function.FORWARD_PASS, "ForwardPass", request, model_weights, values, read)
 
@@ -167,7 +191,7 @@ class ModelCalls:
             "Loss",
             v1.LossRequest(model=self._selector),
             self._conform(function, values),
-            lambda data: _nested(self._read(v1.LossResponse, data), "loss"),
+            lambda data: nested(self._read(v1.LossResponse, data), "loss"),
         )
 
     def initialize_metrics_state(self) -> Call[Any]:
@@ -175,17 +199,17 @@ class ModelCalls:
             "InitializeMetricsState",
             v1.InitializeMetricsStateRequest(model=self._selector),
             self._conform(Function.INITIALIZE_METRICS_STATE, {}),
-            lambda data: _nested(self._read(v1.InitializeMetricsStateResponse, data), "state"),
+            lambda data: nested(self._read(v1.InitializeMetricsStateResponse, data), "state"),
         )
 
     def update_metrics_state(self, state: Any, labels: Any, batch_output: Any, sample_weight: Any) -> Call[Any]:
-        values = {"state": state, "labels": labels, "sample_weight": sample_weight, **_batch_output(batch_output)}
+        values = {"state": state, "labels": labels, "sample_weight": sample_weight, **batch_output_values(batch_output)}
         function = Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
         return self._call(
             "UpdateMetricsState",
             v1.UpdateMetricsStateRequest(model=self._selector),
             self._conform(function, values),
-            lambda data: _nested(self._read(v1.UpdateMetricsStateResponse, data), "state"),
+            lambda data: nested(self._read(v1.UpdateMetricsStateResponse, data), "state"),
         )
 
     def finalize_metrics(self, state: Any) -> Call[Any]:
@@ -193,7 +217,7 @@ class ModelCalls:
             "FinalizeMetrics",
             v1.FinalizeMetricsRequest(model=self._selector),
             self._conform(Function.FINALIZE_METRICS, {"state": state}),
-            lambda data: _nested(self._read(v1.FinalizeMetricsResponse, data), "metrics"),
+            lambda data: nested(self._read(v1.FinalizeMetricsResponse, data), "metrics"),
         )
 
     def hold(self, model_weights: Any) -> HeldWeights:
@@ -206,7 +230,7 @@ class ModelCalls:
         items = conform.items(model_weights, self._spec.weights.tree, "model_weights")
         for item, (place, spec) in zip(items, self._spec.weights_places.items(), strict=True):
             leaves += conform.conform(item, spec, place).leaves
-        return Structure(self._spec.weights.tree, leaves, [leaf.data_type for leaf in self._spec.weights.leaves])
+        return Structure(self._spec.weights.tree, leaves, self._spec.weights.data_types)
 
     def _call_with_weights(
         self,
@@ -216,9 +240,10 @@ class ModelCalls:
         model_weights: Any,
         values: Mapping[str, Any],
         read: Callable[[bytes], ResultT],
+        others: Mapping[str, Structure] | None = None,
     ) -> Call[ResultT]:
-        """A call with the weights by value or by id."""
-        parts = self._conform(function, values)
+        """A call with the weights by value or by id. others: structures that the function does not take."""
+        parts = {**self._conform(function, values), **(others or {})}
         if isinstance(model_weights, WeightsHandleApi):
             held: HeldWeights | None = model_weights.held
         else:
@@ -228,48 +253,63 @@ class ModelCalls:
                 parts = {**self._spec.weights_parts(structure), **parts}
         if held is not None:
             header.weights_id = held.weights_id
-        return dataclasses.replace(self._call(method, header, parts, read), held=held)
+        return self._call(method, header, parts, read, held)
 
-    def _conform(self, function: Function, values: Mapping[str, Any]) -> dict[str, Structure]:
-        """The values as the structures that the function takes, weights apart."""
-        reason = self._spec.unavailable.get(function)
+    def _check_available(self, function: Function) -> None:
+        reason = self._arguments[function].unavailable
         if reason is not None:
             raise errors.FunctionNotAvailable(
                 f"model {self.model.identity}: {function.title} is not available: {reason}"
             )
+
+    def _conform(
+        self, function: Function, values: Mapping[str, Any], held: Collection[str] = ()
+    ) -> dict[str, Structure]:
+        """The values as the structures that the function takes, weights apart, and what the server holds."""
+        self._check_available(function)
+        arguments = self._arguments[function]
         parts: dict[str, Structure] = {}
         checked: list[tuple[str, Any, StructureSpec]] = []
-        for place, spec in self._spec.arguments[function].items():
-            if place in self._spec.weights_places:
+        for place, spec, may_be_none in arguments.specs:
+            if place in held:
                 continue
             value = values[place]
-            if value is None and self._spec.may_be_none(place):
+            if value is None and may_be_none:
                 continue
-            parts[place] = conform.conform(value, spec, place)
-            checked.append((place, parts[place].leaves, spec))
-        conform.check_batch(checked)
+            part = parts[place] = conform.conform(value, spec, place)
+            checked.append((place, part.leaves, spec))
+        if arguments.shares_batch:
+            conform.check_batch(checked)
         return parts
 
     def _call(
-        self, method: str, header: Any, parts: Mapping[str, Structure], read: Callable[[bytes], ResultT]
+        self,
+        method: str,
+        header: Any,
+        parts: Mapping[str, Structure],
+        read: Callable[[bytes], ResultT],
+        held: HeldWeights | None = None,
     ) -> Call[ResultT]:
         pieces = messages.encode_pieces(header, parts, self._max_request_bytes)
         request = pieces if len(pieces) >= long_calls.MIN_BYTES else pieces.join()
-        return Call(METHODS[method].path, request, read)
+        return Call(METHODS[method].path, request, read, held)
 
     def _read(self, response_type: Any, data: bytes) -> dict[str, Structure]:
         """The structures of a response, which must be from the model that was looked up."""
         header, parts = messages.decode(response_type, data)
-        if header.model != self._identity:
+        self._check_identity(header.model)
+        return parts
+
+    def _check_identity(self, found: v1.ModelIdentity) -> None:
+        if found != self._identity:
             raise errors.ModelChanged(
                 place="response",
                 expected=f"model {self.model.identity} of content {self.model.identity.content_hash.hex()[:12]}",
-                found=f"{header.model.name}/{header.model.version} of {header.model.content_hash.hex()[:12]}",
+                found=f"{found.name}/{found.version} of {found.content_hash.hex()[:12]}",
             )
-        return parts
 
 
-def _nested(parts: Mapping[str, Structure], place: str) -> Any:
+def nested(parts: Mapping[str, Structure], place: str) -> Any:
     """One structure of a response as containers of read-only arrays; None where it is absent."""
     part = parts.get(place)
     return None if part is None else part.tree.unflatten(_aligned(part))
@@ -285,7 +325,7 @@ def _aligned(structure: Structure) -> list[Array]:
     return leaves
 
 
-def _x_and_y(batch_input: Any) -> tuple[Any, Any]:
+def x_and_y(batch_input: Any) -> tuple[Any, Any]:
     if isinstance(batch_input, Mapping):
         if set(batch_input) != {"x", "y"}:
             raise errors.StructureMismatch(
@@ -299,7 +339,7 @@ def _x_and_y(batch_input: Any) -> tuple[Any, Any]:
     return cast(tuple[Any, Any], tuple(batch_input))
 
 
-def _batch_output(value: Any) -> dict[str, Any]:
+def batch_output_values(value: Any) -> dict[str, Any]:
     """The fields of a batch output, of whatever class it is."""
     if not all(hasattr(value, name) for name in BatchOutput._fields):
         raise errors.StructureMismatch(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import contextlib
 import dataclasses
 import heapq
 import time
-from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from forwardpass.wire import errors, frames
 from forwardpass.wire.frames import Inbox, Outbox
 from forwardpass_client.calls import Call
+from forwardpass_client.streams import Completed, Future
 from forwardpass_client.weights import HeldWeights
 
 # As for unary calls: a server that is loading the model, or stopping, is worth another try.
@@ -28,16 +26,6 @@ MAX_BYTES = 64 * 2**20
 """In flight at once, unless one call alone has more."""
 
 
-class Future(Protocol):
-    """concurrent.futures.Future or asyncio.Future."""
-
-    def done(self) -> bool: ...
-
-    def set_result(self, result: Any, /) -> None: ...
-
-    def set_exception(self, error: BaseException, /) -> None: ...
-
-
 @dataclasses.dataclass(eq=False, slots=True)
 class _Unanswered:
     call: Call[Any]
@@ -50,20 +38,20 @@ class _Unanswered:
 
 
 class CallsInFlight:
-    """The calls of one pipeline. Not for several threads at once.
+    """The calls of one pipeline: see `streams.InFlight`.
 
     put_weights: begins to send weights that the server lacks; `weights_put` is to be told what came of it.
     """
 
     def __init__(self, max_message_bytes: int, put_weights: Callable[[HeldWeights], None]) -> None:
-        self.outbox = Outbox(answers=False)
+        self._outbox = Outbox(answers=False)
         self._inbox = Inbox(max_message_bytes, 2**62)
         self._put_weights = put_weights
         self._unanswered: dict[int, _Unanswered] = {}
         self._waiting: dict[bytes, list[int]] = {}
         self._deadlines: list[tuple[float, int]] = []
         self._resends: list[tuple[float, int]] = []
-        self._completed: list[tuple[Future, Any, BaseException | None]] = []
+        self._completed: list[Completed] = []
         self._last = 0
         self.size_bytes = 0
 
@@ -86,12 +74,18 @@ class CallsInFlight:
         self.size_bytes += len(call.request)
         self._send(number)
 
+    def has_message(self) -> bool:
+        return bool(self._outbox)
+
+    def next_message(self) -> bytes:
+        return self._outbox.next_message()
+
     def _send(self, number: int) -> None:
         one = self._unanswered[number]
         timeout_s = None if one.deadline is None else max(one.deadline - time.monotonic(), 1e-3)
         method = one.call.path.rpartition("/")[2]
         request = one.call.request
-        self.outbox.put(number, frames.encode_call(method, timeout_s, len(request)), request)
+        self._outbox.put(number, frames.encode_call(method, timeout_s, len(request)), request)
 
     def take(self, message: bytes) -> None:
         """Takes a response of the stream: completes the futures of the calls that it answers."""
@@ -152,10 +146,9 @@ class CallsInFlight:
     def _complete(self, number: int, *, result: Any = None, error: BaseException | None = None) -> None:
         one = self._unanswered.pop(number)
         self.size_bytes -= len(one.call.request)
-        self._completed.append((one.future, result, error))
+        self._completed.append(Completed(one.future, result, error))
 
-    def completed(self) -> list[tuple[Future, Any, BaseException | None]]:
-        """What `complete` is to be told of, outside of any lock: a future's callbacks may do anything."""
+    def completed(self) -> list[Completed]:
         completed, self._completed = self._completed, []
         return completed
 
@@ -180,7 +173,7 @@ class CallsInFlight:
 
     def resend(self) -> None:
         """Puts every unanswered call in the outbox again, for another stream: they are pure."""
-        self.outbox.clear()
+        self._outbox.clear()
         self._inbox.clear()
         self._resends.clear()
         waiting = {number for numbers in self._waiting.values() for number in numbers}
@@ -188,23 +181,13 @@ class CallsInFlight:
             if number not in waiting:
                 self._send(number)
 
+    def recovery(self, error: Exception) -> None:
+        """None: what is wrong with a call is answered, what is wrong with the stream comes again."""
+
     def fail_all(self, error: Exception) -> None:
         """Gives up every unanswered call."""
-        self.outbox.clear()
+        self._outbox.clear()
         self._inbox.clear()
         self._waiting.clear()
         for number in list(self._unanswered):
             self._complete(number, error=error)
-
-
-def complete(completed: Iterable[tuple[Future, Any, BaseException | None]]) -> None:
-    """Completes futures that nobody has cancelled."""
-    for future, result, error in completed:
-        # Cancelled between the question and the answer, one says that it is.
-        with contextlib.suppress(concurrent.futures.InvalidStateError, asyncio.InvalidStateError):
-            if future.done():
-                continue
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)

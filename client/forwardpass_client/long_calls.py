@@ -10,6 +10,7 @@ from forwardpass.wire import errors, frames
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.frames import Inbox, Outbox
 from forwardpass.wire.methods import METHODS
+from forwardpass_client.patience import AWAY
 from forwardpass_client.transfers import Exchange, Pause, Steps
 
 # Measured, with an answer as long as the request: in pieces 4 MiB take a fifth longer and 16 MiB half the time, for
@@ -19,7 +20,6 @@ MIN_BYTES = 8 * 2**20
 _CALL = 1
 
 # As the retry policy of short calls has it.
-_RETRYABLE = (errors.ServerUnavailable, errors.CallCancelled, errors.ModelLoading)
 _PAUSES_S = (0.2, 0.4, 0.8, 1.6)
 
 
@@ -59,7 +59,7 @@ def steps(path: str, request: bytes | Pieces, timeout_s: float | None, max_messa
             answer = yield Exchange(METHODS["Pipeline"].path, call.requests(), call.take, remaining_s)
             if answer is None:
                 raise errors.ServerUnavailable("the server ended the stream without an answer")
-        except _RETRYABLE:
+        except AWAY:
             if pause_s is None:
                 raise
             yield Pause(pause_s)

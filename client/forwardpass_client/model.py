@@ -6,17 +6,25 @@ import abc
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
+import secrets
 import threading
-from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from typing import Any
 
+from forwardpass.wire import errors
 from forwardpass.wire.description import ModelDescription
-from forwardpass_client import transfers
-from forwardpass_client.calls import Call, FoundModel, ModelCalls, ModelVersion, ResultT
+from forwardpass.wire.manifests import DIGEST_BYTES
+from forwardpass_client import evaluation, ids, transfers
+from forwardpass_client.calls import Call, FoundModel, ModelVersion, ResultT
 from forwardpass_client.calls_in_flight import MAX_CALLS
+from forwardpass_client.evaluation import BatchesInFlight, BatchProgress
 from forwardpass_client.options import Options
 from forwardpass_client.pipeline import AsyncPipeline, Pipeline
 from forwardpass_client.reuse import Reuse
+from forwardpass_client.session_calls import SessionCalls
+from forwardpass_client.sessions import ID_BYTES, AsyncMetricsSession, MetricsSession, MetricsSessionApi
+from forwardpass_client.streams import AsyncStream, Stream
 from forwardpass_client.transfers import Progress, Steps, Unary
 from forwardpass_client.transport import AsyncTransport, Transport
 from forwardpass_client.weights import (
@@ -24,9 +32,11 @@ from forwardpass_client.weights import (
     HeldWeights,
     WeightsHandle,
     WeightsHandleApi,
-    parse_id,
     with_weights,
 )
+
+# Of each session that an evaluation had for itself, when it is over.
+_CLOSE_S = 2.0
 
 
 class FunctionalModelApi(abc.ABC):
@@ -45,7 +55,7 @@ class FunctionalModelApi(abc.ABC):
 
     def __init__(self, found: FoundModel, options: Options) -> None:
         self._found = found
-        self._calls = ModelCalls(
+        self._calls = SessionCalls(
             found.description,
             min(found.max_request_bytes, options.max_message_bytes),
             Reuse() if options.reuse_weights else None,
@@ -157,7 +167,7 @@ class FunctionalModelApi(abc.ABC):
 
     def weights_handle(self, weights_id: str) -> Any:
         """A handle of weights that somebody has put, by their id. Nothing is sent. Raises ValueError for no id."""
-        return self._handle(HeldWeights(parse_id(weights_id)))
+        return self._handle(HeldWeights(ids.parse(weights_id, DIGEST_BYTES, "weights_id")))
 
     def get_weights(self, handle: WeightsHandleApi, *, progress: Progress | None = None) -> Any:
         """The weights that the server holds: (trainable, non_trainable) of read-only arrays, in the containers they
@@ -166,6 +176,60 @@ class FunctionalModelApi(abc.ABC):
         progress: called with (bytes done, bytes in all). Raises WeightsNotFound, ServerUnavailable.
         """
         return self._run_steps(transfers.get(handle.held.weights_id, progress))
+
+    def metrics_session(self, session_id: str | None = None, *, initial_state: Any = None) -> Any:
+        """A metrics state that the server holds, and to which each update is applied exactly once.
+
+        session_id: `id` of a session that is open, to go on with it; None for a new one.
+        initial_state: of a new session: a state of `session.state()` or `update_metrics_state`; None for the state
+          before the first batch.
+        Raises FunctionNotAvailable for a model without metrics, SessionNotFound, SessionExpired,
+        SessionLimitExceeded, InvalidRequest for a session of another model.
+        """
+        if session_id is None:
+            return self._session(secrets.token_bytes(ID_BYTES)).open(False, initial_state)
+        if initial_state is not None:
+            raise ValueError("initial_state: a session that is open has a state already")
+        return self._session(ids.parse(session_id, ID_BYTES, "session_id")).open(True, None)
+
+    @abc.abstractmethod
+    def evaluate(
+        self,
+        model_weights: Any,
+        batches: Any,
+        *,
+        training: bool = False,
+        session: MetricsSessionApi | None = None,
+        progress: BatchProgress | None = None,
+    ) -> Any:
+        """The metrics of weights over batches: these go to the server, and only the metrics come back.
+
+        model_weights: a handle of `put_weights`, or weights, which are put first.
+        batches: an iterable of (x, y), (x, y, sample_weight), or mappings with these keys.
+        session: where the batches are counted, which goes on afterwards; None for one of their own.
+        progress: called with the number of batches that have counted, from another thread.
+        A connection that breaks is made again, for half a minute at most; no batch counts twice.
+        Raises what `forward_pass` and a session's `update` raise, naming the batch where the server refused it. Those
+        before it have counted in `session`, and of those behind it some.
+        """
+
+    @abc.abstractmethod
+    def evaluate_many(
+        self,
+        model_weights: Sequence[Any],
+        batches: Any,
+        *,
+        training: bool = False,
+        progress: BatchProgress | None = None,
+    ) -> Any:
+        """The metrics of each of several weights over the same batches, each of which is sent once.
+
+        Returns a list, in the order of `model_weights`. Otherwise as `evaluate`.
+        """
+
+    @abc.abstractmethod
+    def _session(self, session_id: bytes) -> Any:
+        """A session, before it is opened."""
 
     @abc.abstractmethod
     def _run(self, call: Call[Any], timeout_s: float | None) -> Any:
@@ -237,6 +301,72 @@ class RemoteFunctionalModel(FunctionalModelApi):
             while futures:
                 yield futures.popleft().result()
 
+    def metrics_session(self, session_id: str | None = None, *, initial_state: Any = None) -> MetricsSession:
+        session: MetricsSession = super().metrics_session(session_id, initial_state=initial_state)
+        return session
+
+    def _session(self, session_id: bytes) -> MetricsSession:
+        return MetricsSession(self._calls, session_id, self._timeout_s, self._transport)
+
+    def evaluate(
+        self,
+        model_weights: Any,
+        batches: Iterable[Any],
+        *,
+        training: bool = False,
+        session: MetricsSessionApi | None = None,
+        progress: BatchProgress | None = None,
+    ) -> Any:
+        """See `FunctionalModelApi.evaluate`."""
+        if session is None:
+            (metrics,) = self.evaluate_many([model_weights], batches, training=training, progress=progress)
+            return metrics
+        self._count([session], [model_weights], batches, training, progress)
+        return session.result()
+
+    def evaluate_many(
+        self,
+        model_weights: Sequence[Any],
+        batches: Iterable[Any],
+        *,
+        training: bool = False,
+        progress: BatchProgress | None = None,
+    ) -> list[Any]:
+        """See `FunctionalModelApi.evaluate_many`."""
+        sessions: list[MetricsSession] = []
+        try:
+            for _ in model_weights:
+                # One by one: those that were opened before one is refused are closed.
+                sessions.append(self.metrics_session())  # noqa: PERF401
+            self._count(sessions, model_weights, batches, training, progress)
+            return [session.result() for session in sessions]
+        finally:
+            # Where the server is away they end by themselves.
+            with contextlib.suppress(errors.ForwardPassError):
+                for session in sessions:
+                    session.close(timeout_s=_CLOSE_S)
+
+    def _count(
+        self,
+        sessions: Sequence[MetricsSessionApi],
+        model_weights: Sequence[Any],
+        batches: Iterable[Any],
+        training: bool,
+        progress: BatchProgress | None,
+    ) -> None:
+        """Counts batches in sessions, one for each of several weights."""
+        handles = [one if isinstance(one, WeightsHandleApi) else self.put_weights(one) for one in model_weights]
+        pairs = list(zip(sessions, handles, strict=True))
+        flying = BatchesInFlight(self._calls, pairs, training, progress)
+        with Stream(self._transport, evaluation.PATH, flying, evaluation.TITLE) as stream:
+            futures: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+            for batch in batches:
+                futures.append(stream.submit(evaluation.encode(self._calls, batch), None))
+                while futures and futures[0].done():
+                    futures.popleft().result()
+            while futures:
+                futures.popleft().result()
+
     def _run_steps(self, steps: Steps) -> Any:
         return self._transport.run(steps, self._timeout_s)
 
@@ -304,6 +434,72 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
             while futures:
                 yield await futures.popleft()
 
+    async def metrics_session(self, session_id: str | None = None, *, initial_state: Any = None) -> AsyncMetricsSession:
+        """See `RemoteFunctionalModel.metrics_session`: `async with await model.metrics_session() as session`."""
+        session: AsyncMetricsSession = await super().metrics_session(session_id, initial_state=initial_state)
+        return session
+
+    def _session(self, session_id: bytes) -> AsyncMetricsSession:
+        return AsyncMetricsSession(self._calls, session_id, self._timeout_s, self._transport)
+
+    async def evaluate(
+        self,
+        model_weights: Any,
+        batches: Iterable[Any] | AsyncIterable[Any],
+        *,
+        training: bool = False,
+        session: MetricsSessionApi | None = None,
+        progress: BatchProgress | None = None,
+    ) -> Any:
+        """See `FunctionalModelApi.evaluate`. batches: may be asynchronous too."""
+        if session is None:
+            (metrics,) = await self.evaluate_many([model_weights], batches, training=training, progress=progress)
+            return metrics
+        await self._count([session], [model_weights], batches, training, progress)
+        return await session.result()
+
+    async def evaluate_many(
+        self,
+        model_weights: Sequence[Any],
+        batches: Iterable[Any] | AsyncIterable[Any],
+        *,
+        training: bool = False,
+        progress: BatchProgress | None = None,
+    ) -> list[Any]:
+        """See `FunctionalModelApi.evaluate_many`. batches: may be asynchronous too."""
+        sessions: list[AsyncMetricsSession] = []
+        try:
+            for _ in model_weights:
+                # One by one: those that were opened before one is refused are closed.
+                sessions.append(await self.metrics_session())  # noqa: PERF401
+            await self._count(sessions, model_weights, batches, training, progress)
+            return [await session.result() for session in sessions]
+        finally:
+            with contextlib.suppress(errors.ForwardPassError):
+                for session in sessions:
+                    await session.close(timeout_s=_CLOSE_S)
+
+    async def _count(
+        self,
+        sessions: Sequence[MetricsSessionApi],
+        model_weights: Sequence[Any],
+        batches: Iterable[Any] | AsyncIterable[Any],
+        training: bool,
+        progress: BatchProgress | None,
+    ) -> None:
+        """See `RemoteFunctionalModel._count`."""
+        handles = [one if isinstance(one, WeightsHandleApi) else await self.put_weights(one) for one in model_weights]
+        pairs = list(zip(sessions, handles, strict=True))
+        flying = BatchesInFlight(self._calls, pairs, training, progress)
+        async with AsyncStream(self._transport, evaluation.PATH, flying, evaluation.TITLE) as stream:
+            futures: collections.deque[asyncio.Future[Any]] = collections.deque()
+            async for batch in _each(batches):
+                futures.append(stream.submit(evaluation.encode(self._calls, batch), None))
+                while len(futures) >= evaluation.MAX_BATCHES or (futures and futures[0].done()):
+                    await futures.popleft()
+            while futures:
+                await futures.popleft()
+
     async def _run_steps(self, steps: Steps) -> Any:
         return await self._transport.run(steps, self._timeout_s)
 
@@ -313,3 +509,12 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
     async def _handle_after(self, held: HeldWeights, steps: Steps) -> AsyncWeightsHandle:
         await self._run_steps(steps)
         return self._handle(held)
+
+
+async def _each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+    if isinstance(items, AsyncIterable):
+        async for item in items:
+            yield item
+    else:
+        for item in items:
+            yield item

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import time
 
+from forwardpass.wire import errors
+
+AWAY = (errors.ServerUnavailable, errors.CallCancelled, errors.ModelLoading, errors.SessionStoreUnavailable)
+"""What calls meet while a server, or what it needs, is gone for a moment, or starts anew."""
+
 # A server may have to start anew, which takes some seconds.
 PATIENCE_S = 30.0
 

@@ -15,7 +15,7 @@ from forwardpass.wire.dtypes import Array
 from forwardpass.wire.manifests import TensorManifest, WeightsManifest
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
-from forwardpass_client.patience import PATIENCE_S, Patience
+from forwardpass_client.patience import AWAY, PATIENCE_S, Patience
 
 Progress = Callable[[int, int], None]
 """Is told (bytes done, bytes in all), possibly from another thread."""
@@ -24,7 +24,7 @@ Progress = Callable[[int, int], None]
 _FIRST_PAUSE_S = 0.2
 
 # What a broken connection, or another server behind the same address, looks like.
-_BROKEN = (errors.ServerUnavailable, errors.CallCancelled, errors.UploadOutOfStep)
+_BROKEN = (*AWAY, errors.UploadOutOfStep)
 
 # Slower than this a transfer is taken to have stopped.
 _LEAST_BYTES_PER_S = 2**20
@@ -32,10 +32,11 @@ _LEAST_BYTES_PER_S = 2**20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unary:
-    """One request, one response: the step's result."""
+    """One request, one response: the step's result. timeout_s: None for the usual one."""
 
     path: str
     request: bytes | Pieces
+    timeout_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

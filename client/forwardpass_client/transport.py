@@ -13,15 +13,17 @@ import grpc
 
 from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
-from forwardpass.wire.methods import MODEL_SERVICE, SERVICES, WEIGHTS_SERVICE
+from forwardpass.wire.methods import MODEL_SERVICE, SERVICES, SESSION_SERVICE, WEIGHTS_SERVICE
 from forwardpass_client import long_calls
+from forwardpass_client.credentials import Credentials
 from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, Unary
 
-# Every method is a pure function of its request: a call that a server dropped, or never got, may be sent again.
+# Every method is a pure function of its request, or an update that is applied once however often it comes: a call that
+# a server dropped, or never got, may be sent again.
 _SERVICE_CONFIG = {
     "methodConfig": [
         {
-            "name": [{"service": MODEL_SERVICE}, {"service": WEIGHTS_SERVICE}],
+            "name": [{"service": MODEL_SERVICE}, {"service": WEIGHTS_SERVICE}, {"service": SESSION_SERVICE}],
             "retryPolicy": {
                 # gRPC allows no more than 5. Together they span some 3 s, the restart of a process.
                 "maxAttempts": 5,
@@ -65,10 +67,11 @@ def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
 class Transport:
     """Calls over one channel, from any thread."""
 
-    def __init__(self, target: str, max_message_bytes: int) -> None:
-        self._channel = grpc.insecure_channel(target, _options(max_message_bytes))
+    def __init__(self, credentials: Credentials, max_message_bytes: int) -> None:
+        self._channel = credentials.channel(grpc, _options(max_message_bytes))
+        self._metadata = credentials.metadata
         self._max_message_bytes = max_message_bytes
-        self._is_closed = False
+        self.is_closed = False
         self._methods: dict[str, Any] = {}
 
     def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
@@ -78,7 +81,7 @@ class Transport:
             return answer
         method = self._methods.get(path) or self._methods.setdefault(path, self._channel.unary_unary(path))
         with self._errors():
-            response: bytes = method(request, timeout=timeout_s)
+            response: bytes = method(request, timeout=timeout_s, metadata=self._metadata())
         return response
 
     def run(self, steps: Steps, timeout_s: float | None) -> Any:
@@ -88,12 +91,15 @@ class Transport:
             try:
                 answer.give(self._perform(answer.step, timeout_s))
             except errors.ForwardPassError as error:
+                if self.is_closed:
+                    # Nothing can be tried again.
+                    raise
                 answer.fail(error)
         return answer.result
 
     def _perform(self, step: Any, timeout_s: float | None) -> Any:
         if isinstance(step, Unary):
-            return self.call(step.path, step.request, timeout_s)
+            return self.call(step.path, step.request, timeout_s if step.timeout_s is None else step.timeout_s)
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
         if isinstance(step, Exchange):
@@ -101,9 +107,13 @@ class Transport:
                 return next((answer for answer in map(step.take, exchanged) if answer is not None), None)
         with self._errors():
             if isinstance(step, Send):
-                return self._channel.stream_unary(step.path)(iter(step.requests), timeout=step.timeout_s)
+                return self._channel.stream_unary(step.path)(
+                    iter(step.requests), timeout=step.timeout_s, metadata=self._metadata()
+                )
             assert isinstance(step, Receive)
-            responses = self._channel.unary_stream(step.path)(step.request, timeout=step.timeout_s)
+            responses = self._channel.unary_stream(step.path)(
+                step.request, timeout=step.timeout_s, metadata=self._metadata()
+            )
             try:
                 for response in responses:
                     step.take(response)
@@ -122,7 +132,7 @@ class Transport:
         opened: is given what ends the stream, for another thread.
         """
         with self._errors():
-            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s)
+            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s, metadata=self._metadata())
             opened(responses.cancel)
             try:
                 yield from responses
@@ -137,22 +147,23 @@ class Transport:
         except grpc.RpcError as error:
             raise _decode(error) from None
         except ValueError:
-            if self._is_closed:
+            if self.is_closed:
                 raise errors.CallCancelled(_CLOSED) from None
             raise
 
     def close(self) -> None:
-        self._is_closed = True
+        self.is_closed = True
         self._channel.close()
 
 
 class AsyncTransport:
     """Calls over one channel, on the event loop that made it."""
 
-    def __init__(self, target: str, max_message_bytes: int) -> None:
-        self._channel = grpc.aio.insecure_channel(target, _options(max_message_bytes))
+    def __init__(self, credentials: Credentials, max_message_bytes: int) -> None:
+        self._channel = credentials.channel(grpc.aio, _options(max_message_bytes))
+        self._metadata = credentials.metadata
         self._max_message_bytes = max_message_bytes
-        self._is_closed = False
+        self.is_closed = False
         self._methods: dict[str, Any] = {}
 
     async def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
@@ -163,7 +174,7 @@ class AsyncTransport:
             return answer
         method = self._methods.get(path) or self._methods.setdefault(path, self._channel.unary_unary(path))
         with self._errors():
-            response: bytes = await method(request, timeout=timeout_s)
+            response: bytes = await method(request, timeout=timeout_s, metadata=self._metadata())
         return response
 
     async def run(self, steps: Steps, timeout_s: float | None) -> Any:
@@ -173,12 +184,15 @@ class AsyncTransport:
             try:
                 answer.give(await self._perform(answer.step, timeout_s))
             except errors.ForwardPassError as error:
+                if self.is_closed:
+                    # Nothing can be tried again.
+                    raise
                 answer.fail(error)
         return answer.result
 
     async def _perform(self, step: Any, timeout_s: float | None) -> Any:
         if isinstance(step, Unary):
-            return await self.call(step.path, step.request, timeout_s)
+            return await self.call(step.path, step.request, timeout_s if step.timeout_s is None else step.timeout_s)
         if isinstance(step, Pause):
             return await asyncio.sleep(step.seconds)
         if isinstance(step, Exchange):
@@ -190,9 +204,13 @@ class AsyncTransport:
             return None
         with self._errors():
             if isinstance(step, Send):
-                return await self._channel.stream_unary(step.path)(step.requests, timeout=step.timeout_s)
+                return await self._channel.stream_unary(step.path)(
+                    step.requests, timeout=step.timeout_s, metadata=self._metadata()
+                )
             assert isinstance(step, Receive)
-            responses = self._channel.unary_stream(step.path)(step.request, timeout=step.timeout_s)
+            responses = self._channel.unary_stream(step.path)(
+                step.request, timeout=step.timeout_s, metadata=self._metadata()
+            )
             try:
                 async for response in responses:
                     step.take(response)
@@ -204,7 +222,7 @@ class AsyncTransport:
     ) -> AsyncGenerator[bytes, None]:
         """The responses of a stream."""
         with self._errors():
-            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s)
+            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s, metadata=self._metadata())
             try:
                 async for response in responses:
                     yield response
@@ -221,12 +239,12 @@ class AsyncTransport:
         except errors.ForwardPassError:
             raise
         except Exception:  # Of a class that grpc does not export.
-            if self._is_closed:
+            if self.is_closed:
                 raise errors.CallCancelled(_CLOSED) from None
             raise
 
     async def close(self) -> None:
-        self._is_closed = True
+        self.is_closed = True
         await self._channel.close()
 
 

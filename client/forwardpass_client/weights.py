@@ -137,14 +137,3 @@ def with_weights(held: HeldWeights, call: Unary) -> Steps:
 
 def _call(call: Unary) -> Steps:
     return (yield call)
-
-
-def parse_id(weights_id: str) -> bytes:
-    """The bytes of a weights id. Raises ValueError for what is none."""
-    try:
-        parsed = bytes.fromhex(weights_id)
-    except ValueError:
-        parsed = b""
-    if len(parsed) != manifests.DIGEST_BYTES:
-        raise ValueError(f"weights_id: expected 64 hexadecimal digits, got {weights_id[:80]!r}")
-    return parsed

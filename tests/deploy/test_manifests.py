@@ -23,19 +23,6 @@ VERSIONS = ("1.27", "1.37")
 # Health services that the server answers for, besides models: see the probes' documentation in deploy/README.md.
 HEALTH_SERVICES = {"startup", "ready", "live"}
 
-# Settings and options that the server and the client are about to have.
-TO_COME = {
-    "FORWARDPASS_INSECURE",
-    "FORWARDPASS_METRICS_HOST",
-    "FORWARDPASS_SESSION_STORE",
-    "FORWARDPASS_TLS_CERTIFICATE",
-    "FORWARDPASS_TLS_CLIENT_CA",
-    "FORWARDPASS_TLS_KEY",
-    "--tls-ca",
-    "--tls-certificate",
-    "--tls-key",
-}
-
 # What TensorFlow takes before it has a model, with room for some.
 SERVER_MIB = 1024
 
@@ -95,9 +82,8 @@ def test_every_object_is_in_the_namespace(name):
 @each
 def test_the_container_runs_serve_with_settings_that_it_has(name):
     known = {option.envvar for option in main.commands["serve"].params}
-    assert not TO_COME & known, "no longer to come"
     assert container_of(name)["args"] == ["serve"]
-    assert set(environment_of(name)) - known <= TO_COME
+    assert set(environment_of(name)) <= known
 
 
 @each
@@ -129,7 +115,7 @@ def test_probes_ask_the_server_for_startup_ready_and_live(name):
             command, subcommand, host, *arguments = probe["exec"]["command"]
             assert (command, subcommand, host) == ("forwardpass", "health", f"localhost:{Settings.port}")
             values = dict(argument.split("=") for argument in arguments)
-            assert set(values) - options <= TO_COME
+            assert set(values) <= options
             asked.append(values["--service"])
     assert asked == ["startup", "ready", "live"]
     assert set(asked) == HEALTH_SERVICES

@@ -59,7 +59,7 @@ def remove(image: str) -> None:
 
 
 def inspect(image: str) -> dict[str, Any]:
-    """The image's configuration, as Docker calls it, and its Size in bytes."""
+    """The image's configuration, as Docker calls it; its Healthcheck; its Size in bytes."""
     (found,) = json.loads(_run("podman", "image", "inspect", image))
     return {**found["Config"], "Size": found["Size"], "Healthcheck": found["Healthcheck"]}
 
@@ -169,19 +169,26 @@ def start(image: str, repository: pathlib.Path, data: pathlib.Path) -> Container
     return Container(name, ("podman", "rm", "--force", "--time", "0", name))
 
 
-def play(image: str, repository: pathlib.Path, deployment: dict[str, Any], folder: pathlib.Path) -> Container:
+def play(image: str, deployment: dict[str, Any], volumes: dict[str, pathlib.Path], folder: pathlib.Path) -> Container:
     """Runs one pod of a Deployment by `podman play kube`. podman knows neither gRPC probes nor fsGroup.
 
-    repository: stands for the persistent volume of the pod. folder: for what podman reads.
+    volumes: folders that stand for volumes of the pod, by name. Those to write into are given to the image's user.
+    folder: for what podman reads.
     """
     played = copy.deepcopy(deployment)
     played["spec"]["replicas"] = 1
     pod = played["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     container["image"] = image
-    for volume in pod["volumes"]:
-        if volume.pop("persistentVolumeClaim", None):
-            volume["hostPath"] = {"path": str(repository)}
+    pod["volumes"] = [
+        {"name": volume["name"], "hostPath": {"path": str(volumes[volume["name"]])}}
+        if volume["name"] in volumes
+        else volume
+        for volume in pod["volumes"]
+    ]
+    for mount in container["volumeMounts"]:
+        if mount["name"] in volumes and not mount.get("readOnly"):
+            os.chown(volumes[mount["name"]], _USER, _USER)
     path = folder / "deployment.json"
     path.write_text(json.dumps(played))
     _run("podman", "play", "kube", "--replace", str(path))

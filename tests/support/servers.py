@@ -10,9 +10,18 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 START_S = 120.0
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    """Waits for what other processes bring about."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 class ServerProcess:
@@ -55,6 +64,11 @@ class ServerProcess:
     def _read_log(self) -> None:
         assert self.process.stderr is not None
         self.log.extend(self.process.stderr)
+
+    @property
+    def management_address(self) -> str:
+        """Of a server with a `--management-port`."""
+        return self._line("management on ").removeprefix("management on ")
 
     @property
     def port(self) -> int:

@@ -28,6 +28,7 @@ import forwardpass_client
 from forwardpass.wire import errors, trees
 from forwardpass.wire.description import Function
 from forwardpass_client.cli import npz
+from forwardpass_client.cli.hosts import Host, host_argument
 from forwardpass_client.model import RemoteFunctionalModel
 from forwardpass_client.weights import WeightsHandle
 
@@ -53,12 +54,16 @@ _batch_size_option = click.option("--batch-size", default=256, show_default=True
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="forwardpass")
 def forwardpass() -> None:
-    """Call functional models on a forwardpass server. HOST is host:port, e.g. localhost:8500."""
+    """Call functional models on a forwardpass server. HOST is host:port, e.g. localhost:8500.
+
+    A server that asks for a token finds it best in the environment, as FORWARDPASS_TOKEN: other users of a machine see
+    its command lines.
+    """
 
 
 @forwardpass.command()
-@click.argument("host")
-def models(host: str) -> None:
+@host_argument
+def models(host: Host) -> None:
     """List the models of a server, those that failed to load included."""
     with _client(host) as client:
         found = client.models()
@@ -76,10 +81,10 @@ def models(host: str) -> None:
 
 
 @forwardpass.command()
-@click.argument("host")
+@host_argument
 @click.option("--service", default="", help="Of one service, such as model/digits.  [default: the server as a whole]")
 @click.option("--timeout", default=3.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Seconds.")
-def health(host: str, service: str, timeout: float) -> None:
+def health(host: Host, service: str, timeout: float) -> None:
     """Ask whether a server is serving: exits with 0 if it says SERVING, with 1 otherwise.
 
     Fit for a probe: it starts in a third of a second and asks once.
@@ -92,10 +97,10 @@ def health(host: str, service: str, timeout: float) -> None:
 
 
 @forwardpass.command()
-@click.argument("host")
+@host_argument
 @click.argument("model")
 @_version_option
-def describe(host: str, model: str, version: int | None) -> None:
+def describe(host: Host, model: str, version: int | None) -> None:
     """Show what a model takes and returns, and which functions it has."""
     with _model(host, model, version) as remote:
         description = remote.description
@@ -114,7 +119,8 @@ def describe(host: str, model: str, version: int | None) -> None:
         ("predictions", str(spec.predictions)),
         ("forward_pass", "the model's own" if spec.has_own_forward_pass else "predict_on_batch and loss"),
         ("metrics", str(spec.metrics)),
-        ("batching", f"no: {description.unbatchable_reason}" if description.unbatchable_reason else "yes"),
+        ("batching", _yes_unless(description.unbatchable_reason)),
+        ("merging metrics states", _yes_unless(description.unmergeable_reason)),
     ):
         facts.add_row(name, Text(value))
     _OUT.print(facts)
@@ -125,6 +131,10 @@ def describe(host: str, model: str, version: int | None) -> None:
     _OUT.print(functions)
 
 
+def _yes_unless(reason: str) -> str:
+    return f"no: {reason}" if reason else "yes"
+
+
 def _summary(spec: Any) -> str:
     size_bytes = sum(int(np.prod(leaf.shape)) * max(leaf.data_type.itemsize, 1) for leaf in spec.leaves)
     numbers = sum(int(np.prod(leaf.shape)) for leaf in spec.leaves)
@@ -132,12 +142,12 @@ def _summary(spec: Any) -> str:
 
 
 @forwardpass.command()
-@click.argument("host")
+@host_argument
 @click.argument("model")
 @click.option("--output", "-o", required=True, type=click.Path(dir_okay=False, path_type=pathlib.Path))
 @click.option("--id", "weights_id", help="Those under this id.  [default: those that the model was saved with]")
 @_version_option
-def weights(host: str, model: str, output: pathlib.Path, weights_id: str | None, version: int | None) -> None:
+def weights(host: Host, model: str, output: pathlib.Path, weights_id: str | None, version: int | None) -> None:
     """Write weights of a model into an .npz file: trainable/0, non_trainable/0 and so on."""
     with _model(host, model, version) as remote:
         if weights_id is None:
@@ -153,12 +163,12 @@ def weights(host: str, model: str, output: pathlib.Path, weights_id: str | None,
 
 
 @forwardpass.command("put-weights")
-@click.argument("host")
+@host_argument
 @click.argument("model")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
 @click.option("--lease", type=click.FloatRange(min=0), help="Keep them on the server for so many seconds.")
 @_version_option
-def put_weights(host: str, model: str, file: pathlib.Path, lease: float | None, version: int | None) -> None:
+def put_weights(host: Host, model: str, file: pathlib.Path, lease: float | None, version: int | None) -> None:
     """Send the weights in an .npz file once, and print the id by which they can be named from then on.
 
     The server keeps them until it needs the room, or the lease ends.
@@ -171,17 +181,17 @@ def put_weights(host: str, model: str, file: pathlib.Path, lease: float | None, 
 
 
 @forwardpass.command("delete-weights")
-@click.argument("host")
+@host_argument
 @click.argument("model")
 @click.argument("weights_id", metavar="ID")
-def delete_weights(host: str, model: str, weights_id: str) -> None:
+def delete_weights(host: Host, model: str, weights_id: str) -> None:
     """Drop weights that were put."""
     with _model(host, model, None) as remote:
         remote.weights_handle(weights_id).delete()
 
 
 @forwardpass.command()
-@click.argument("host")
+@host_argument
 @click.argument("model")
 @_data_option
 @click.option(
@@ -195,7 +205,7 @@ def delete_weights(host: str, model: str, weights_id: str) -> None:
 @_batch_size_option
 @_version_option
 def predict(
-    host: str,
+    host: Host,
     model: str,
     data: pathlib.Path,
     output: pathlib.Path,
@@ -218,14 +228,14 @@ def predict(
 
 
 @forwardpass.command()
-@click.argument("host")
+@host_argument
 @click.argument("model")
 @_data_option
 @_weights_option
 @_batch_size_option
 @_version_option
 def evaluate(
-    host: str, model: str, data: pathlib.Path, weights: str | None, batch_size: int, version: int | None
+    host: Host, model: str, data: pathlib.Path, weights: str | None, batch_size: int, version: int | None
 ) -> None:
     """Evaluate a model on the examples in an .npz file (in inference mode) and show its metrics."""
     with _model(host, model, version) as remote:
@@ -252,17 +262,17 @@ def evaluate(
 
 
 @contextlib.contextmanager
-def _client(host: str) -> Iterator[forwardpass_client.Client]:
+def _client(host: Host) -> Iterator[forwardpass_client.Client]:
     """A client whose errors, and those of files, end the program with one line."""
     try:
-        with forwardpass_client.connect(host) as client:
+        with host.connect() as client:
             yield client
     except (errors.ForwardPassError, ValueError) as error:
         raise click.ClickException(str(error)) from None
 
 
 @contextlib.contextmanager
-def _model(host: str, name: str, version: int | None) -> Iterator[RemoteFunctionalModel]:
+def _model(host: Host, name: str, version: int | None) -> Iterator[RemoteFunctionalModel]:
     with _client(host) as client:
         yield client.model(name, version)
 

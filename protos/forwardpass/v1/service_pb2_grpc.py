@@ -137,7 +137,8 @@ class FunctionalModelServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Pipeline(self, request_iterator, context):
-        """Any number of calls of the other methods over one stream, answered in any order. A long call is sent in pieces.
+        """Any number of calls of the other methods, and of MetricsSessionService's, over one stream, answered in any order.
+        A long call is sent in pieces.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

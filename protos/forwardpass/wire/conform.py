@@ -30,7 +30,7 @@ def conform(value: trees.Nested, spec: StructureSpec, place: str) -> Structure:
         # Most leaves fit as they are: only the others pay for their path.
         if not _fits(leaf, leaf_spec):
             leaves[index] = conform_leaf(leaf, leaf_spec, spec.tree.paths(place)[index])
-    return Structure(spec.tree, leaves, [leaf.data_type for leaf in spec.leaves])
+    return Structure(spec.tree, leaves, spec.data_types)
 
 
 def _fits(value: Any, spec: TensorSpec) -> bool:

@@ -182,12 +182,14 @@ class ModelDescription:
     """A model that a server has: its identity, the format it was loaded from, its spec.
 
     unbatchable_reason: why concurrent calls with the same weights are not run as one batch; "" where they are.
+    unmergeable_reason: why metrics states cannot be added to each other; "" where they can.
     """
 
     identity: ModelIdentity
     format: str
     spec: ModelSpec
     unbatchable_reason: str = ""
+    unmergeable_reason: str = ""
 
 
 _SPEC_FIELDS = (
@@ -220,6 +222,7 @@ def encode(description: ModelDescription) -> v1.ModelDescription:
         has_own_forward_pass=spec.has_own_forward_pass,
         unused_batch_output_fields=sorted(spec.unused_batch_output_fields),
         unbatchable_reason=description.unbatchable_reason,
+        unmergeable_reason=description.unmergeable_reason,
         **structures,
     )
 
@@ -252,6 +255,7 @@ def decode(message: v1.ModelDescription) -> ModelDescription:
         message.format,
         spec,
         message.unbatchable_reason,
+        message.unmergeable_reason,
     )
 
 

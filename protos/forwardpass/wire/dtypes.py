@@ -52,6 +52,8 @@ def _plain(code: int, name: str) -> DType:
 
 STRING = DType("string", v1.DataType.DATA_TYPE_STRING, 0, np.dtype(object))
 
+BOOL = _plain(v1.DataType.DATA_TYPE_BOOL, "bool")
+
 # Without ml_dtypes there is no bfloat16 in numpy. Such leaves are then float32 in memory: every bfloat16 is a
 # float32, so what is received is exact; what is sent is rounded to nearest even.
 BFLOAT16 = DType(
@@ -74,7 +76,7 @@ ALL: tuple[DType, ...] = (
     _plain(v1.DataType.DATA_TYPE_UINT16, "uint16"),
     _plain(v1.DataType.DATA_TYPE_UINT32, "uint32"),
     _plain(v1.DataType.DATA_TYPE_UINT64, "uint64"),
-    _plain(v1.DataType.DATA_TYPE_BOOL, "bool"),
+    BOOL,
     _plain(v1.DataType.DATA_TYPE_COMPLEX64, "complex64"),
     _plain(v1.DataType.DATA_TYPE_COMPLEX128, "complex128"),
     STRING,

@@ -7,6 +7,7 @@ Source: the protobuf encoding specification.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -131,11 +132,16 @@ def read_int64s(data: bytes, wire_type: int, start: int, end: int) -> list[int]:
     return values
 
 
+_ONE_BYTE = [bytes((value,)) for value in range(0x80)]
+
+
 def varint(value: int) -> bytes:
     """An int64 as a varint."""
     if 0 <= value < 0x80:
-        return value.to_bytes(1, "little")
+        return _ONE_BYTE[value]
     value &= 0xFFFF_FFFF_FFFF_FFFF
+    if value < 0x4000:
+        return bytes((value & 0x7F | 0x80, value >> 7))
     encoded = bytearray()
     while value >= 0x80:
         encoded.append(value & 0x7F | 0x80)
@@ -144,6 +150,7 @@ def varint(value: int) -> bytes:
     return bytes(encoded)
 
 
+@functools.lru_cache(maxsize=4096)
 def prefix(number: int, length: int) -> bytes:
     """What precedes the `length` bytes of length-delimited field `number`."""
     return varint(number << 3 | LENGTH_DELIMITED) + varint(length)

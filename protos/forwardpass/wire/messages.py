@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
 
 from forwardpass import v1
-from forwardpass.wire import errors, fields, structures, tensors
+from forwardpass.wire import errors, fields, layouts, structures, tensors
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.limits import DEFAULT, Limits
 from forwardpass.wire.structures import Structure
@@ -56,6 +56,21 @@ def _schema(descriptor: Descriptor, parent: str, ancestors: frozenset[str]) -> d
     return found
 
 
+@functools.lru_cache(maxsize=256)  # A message type has few sets of structures: some are absent now and then.
+def _fields_of(descriptor: Descriptor, places: tuple[str, ...]) -> Mapping[int, _Field]:
+    """The fields that hold these structures, or fields that do."""
+    return _narrowed(_structure_fields(descriptor), places)
+
+
+def _narrowed(schema: Mapping[int, _Field], places: tuple[str, ...]) -> dict[int, _Field]:
+    found = {}
+    for number, field in schema.items():
+        inner = _narrowed(field.inner, places)
+        if inner or field.path in places:
+            found[number] = dataclasses.replace(field, inner=inner)
+    return found
+
+
 def encode(header: Message, parts: Mapping[str, Structure], max_bytes: int | None = None) -> bytes:
     """One message.
 
@@ -69,7 +84,7 @@ def encode(header: Message, parts: Mapping[str, Structure], max_bytes: int | Non
 def encode_pieces(header: Message, parts: Mapping[str, Structure], max_bytes: int | None = None) -> Pieces:
     """`encode` without putting the message together: its arrays must stay as they are as long as it is in use."""
     pieces: list[tensors.Buffer] = [header.SerializeToString()]
-    size_bytes = len(pieces[0]) + _encode_fields(_structure_fields(header.DESCRIPTOR), parts, pieces)
+    size_bytes = len(pieces[0]) + _encode_fields(_fields_of(header.DESCRIPTOR, tuple(parts)), parts, pieces)
     if max_bytes is not None and size_bytes > max_bytes:
         raise errors.MessageTooLarge(
             place=header.DESCRIPTOR.name, expected=f"at most {max_bytes} bytes", found=f"{size_bytes} bytes"
@@ -79,17 +94,16 @@ def encode_pieces(header: Message, parts: Mapping[str, Structure], max_bytes: in
 
 def _encode_fields(schema: Mapping[int, _Field], parts: Mapping[str, Structure], pieces: list[tensors.Buffer]) -> int:
     total_bytes = 0
-    for field in schema.values():
-        inner: list[tensors.Buffer] = []
+    for number, field in schema.items():
         if field.inner:
+            inner: list[tensors.Buffer] = []
             size_bytes = _encode_fields(field.inner, parts, inner)
-        elif field.path in parts:
+        else:
             inner, size_bytes = structures.encode(parts[field.path], field.path)
-        if inner:
-            prefix = fields.prefix(field.number, size_bytes)
-            pieces.append(prefix)
-            pieces += inner
-            total_bytes += len(prefix) + size_bytes
+        prefix = fields.prefix(number, size_bytes)
+        pieces.append(prefix)
+        pieces += inner
+        total_bytes += len(prefix) + size_bytes
     return total_bytes
 
 
@@ -101,32 +115,72 @@ def decode(
     The header may be shared with other calls: do not change it.
     Raises InvalidRequest or a subclass, naming the place, for bytes that are no such message.
     """
-    parts: dict[str, Structure] = {}
-    rest = _decode_fields(_structure_fields(message_type.DESCRIPTOR), data, 0, len(data), parts, limits)
-    parse = _parse_cached if len(rest) <= _CACHED_BYTES else fields.parse
-    return parse(message_type, rest), parts
+    layout = _layouts.find(message_type, data) if limits is DEFAULT else None
+    if layout is not None:
+        header = _header(message_type, bytes(data[: layout.head_end]))
+        if header is not None:
+            return header, _read(data, layout.parts)
+    schema = _structure_fields(message_type.DESCRIPTOR)
+    parts: dict[str, structures.Located] = {}
+    head, head_end = _locate(schema, data, 0, len(data), parts, limits)
+    if len(head) > _CACHED_BYTES:
+        return fields.parse(message_type, head), _read(data, parts)
+    header = _header(message_type, head) or fields.parse(message_type, head)
+    if limits is DEFAULT and len(head) == head_end:
+        layout = layouts.of(data, head_end, parts)
+        if layout is not None:
+            _layouts.keep(message_type, len(data), layout)
+    return header, _read(data, parts)
 
 
 # From call to call it is the structures that change. Longer headers are not kept: strangers write them too.
 _CACHED_BYTES = 512
-_parse_cached: Any = functools.lru_cache(maxsize=1024)(fields.parse)
+_layouts = layouts.Layouts()
 
 
-def _decode_fields(
-    schema: Mapping[int, _Field], data: bytes, start: int, end: int, parts: dict[str, Structure], limits: Limits
-) -> bytes:
-    """Puts the structures in data[start:end] into `parts` and returns the other fields' bytes."""
+@functools.lru_cache(maxsize=1024)
+def _header(message_type: type[MessageT], head: bytes) -> MessageT | None:
+    """The fields of a message that are no structures; None for bytes that are no such fields, or hold others too."""
+    schema = _structure_fields(message_type.DESCRIPTOR)
+    try:
+        if any(number in schema for number, *_ in fields.scan(head, 0, len(head))):
+            return None
+        return fields.parse(message_type, head)
+    except errors.InvalidRequest:
+        return None  # Met again on the long way, which says what is wrong.
+
+
+def _locate(
+    schema: Mapping[int, _Field],
+    data: bytes,
+    start: int,
+    end: int,
+    parts: dict[str, structures.Located],
+    limits: Limits,
+) -> tuple[bytes, int]:
+    """Puts the structures in data[start:end] into `parts`.
+
+    Returns the bytes of all other fields, and where the first that holds structures begins: where they are as many,
+    the others come before it.
+    """
     rest: list[bytes] = []
+    head_end = end
     for number, wire_type, field_start, value_start, value_end in fields.scan(data, start, end):
         field = schema.get(number)
         if field is None:
             rest.append(data[field_start:value_end])
-        elif wire_type != fields.LENGTH_DELIMITED:
+            continue
+        head_end = min(head_end, field_start)
+        if wire_type != fields.LENGTH_DELIMITED:
             raise errors.InvalidRequest(f"malformed message: wire type {wire_type}", place=field.path)
-        elif field.inner:
-            _decode_fields(field.inner, data, value_start, value_end, parts, limits)
+        if field.inner:
+            _locate(field.inner, data, value_start, value_end, parts, limits)
         elif field.path in parts:
             raise errors.InvalidRequest("malformed message: a second structure in one field", place=field.path)
         else:
-            parts[field.path] = structures.decode(data, value_start, value_end, field.path, limits)
-    return b"".join(rest)
+            parts[field.path] = structures.locate(data, value_start, value_end, field.path, limits)
+    return b"".join(rest), head_end
+
+
+def _read(data: bytes, parts: Mapping[str, structures.Located]) -> dict[str, Structure]:
+    return {place: structures.read(data, part, place) for place, part in parts.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -36,7 +37,7 @@ class TensorSpec:
             return True
         if len(shape) != len(self.shape):
             return False
-        for expected, found in zip(self.shape, shape, strict=True):
+        for expected, found in zip(self.shape, shape, strict=False):
             if expected is not None and expected != found:
                 return False
         return True
@@ -63,12 +64,17 @@ def describe_shape(shape: Sequence[int | None] | None) -> str:
     return "[...]" if shape is None else f"[{','.join(map(str, shape))}]"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True)
 class StructureSpec:
     """What a structure must look like: its containers and one spec for each leaf, in the tree's order."""
 
     tree: trees.TreeDef
     leaves: tuple[TensorSpec, ...]
+
+    @functools.cached_property
+    def data_types(self) -> tuple[dtypes.DType, ...]:
+        """The element types of the leaves on the wire."""
+        return tuple(leaf.data_type for leaf in self.leaves)
 
     @classmethod
     def of(cls, value: trees.Nested, place: str = "spec") -> StructureSpec:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from forwardpass.wire import errors, fields, tensors, trees
+from forwardpass.wire import dtypes, errors, fields, tensors, trees
 from forwardpass.wire.dtypes import Array, DType
 from forwardpass.wire.limits import DEFAULT, Limits
 
@@ -32,24 +34,49 @@ class Structure:
         tree, leaves = trees.flatten(value, place, limits)
         return cls(tree, [np.asarray(leaf) for leaf in leaves])
 
-    def nested(self) -> trees.Nested:
-        """The containers with the arrays in them."""
-        return self.tree.unflatten(self.leaves)
-
 
 def encode(structure: Structure, place: str = "structure") -> tuple[list[tensors.Buffer], int]:
     """One structure as the pieces of a Structure message, and the sum of their lengths in bytes."""
-    tree = structure.tree.encoded
-    pieces: list[tensors.Buffer] = [fields.prefix(_TREE, len(tree)), tree]
-    size_bytes = len(pieces[0]) + len(tree)
-    wire_dtypes: Sequence[DType | None] = structure.dtypes or (None,) * len(structure.leaves)
-    for leaf, dtype in zip(structure.leaves, wire_dtypes, strict=True):
-        leaf_pieces, leaf_bytes = tensors.encode(leaf, dtype, place)
-        header = fields.prefix(_LEAVES, leaf_bytes)
-        pieces.append(header)
-        pieces += leaf_pieces
-        size_bytes += len(header) + leaf_bytes
+    leaves = structure.leaves
+    wire_dtypes = structure.dtypes or [dtypes.of(leaf, place) for leaf in leaves]
+    elements, headers = [], []
+    for leaf, dtype in zip(leaves, wire_dtypes, strict=True):
+        data, data_bytes = tensors.elements(leaf, dtype, place)
+        elements.append(data)
+        headers.append((dtype.code, leaf.shape, data_bytes))
+    frame = _frame_cached if len(leaves) <= _CACHED_LEAVES else _frame
+    framing, size_bytes = frame(structure.tree, tuple(headers))
+    pieces: list[tensors.Buffer] = [*framing, *elements]
+    # Each array behind what announces it.
+    pieces[::2], pieces[1::2] = framing, elements
     return pieces, size_bytes
+
+
+def _frame(tree: trees.TreeDef, headers: Sequence[tuple[int, tuple[int, ...], int]]) -> tuple[Sequence[bytes], int]:
+    """What precedes the elements of each array in a Structure message, and the length of the whole in bytes.
+
+    headers: of each leaf, as of `tensors.encode_header`. Without leaves it is the tree alone.
+    """
+    framing = []
+    before = fields.prefix(_TREE, len(tree.encoded)) + tree.encoded
+    for code, shape, data_bytes in headers:
+        header = tensors.encode_header(code, shape, data_bytes)
+        framing.append(before + fields.prefix(_LEAVES, len(header) + data_bytes) + header)
+        before = b""
+    size_bytes = sum(map(len, framing)) + sum(data_bytes for _, _, data_bytes in headers)
+    return (tuple(framing), size_bytes) if framing else ((before,), len(before))
+
+
+# From call to call it is the elements that change. Structures of many leaves are not kept: they cost more than this.
+_CACHED_LEAVES = 64
+_frame_cached: Any = functools.lru_cache(maxsize=1024)(_frame)
+
+
+class Located(NamedTuple):
+    """Where the arrays of one structure lie in a message, all of it checked but their elements."""
+
+    tree: trees.TreeDef
+    leaves: Sequence[tensors.Located]
 
 
 def decode(data: bytes, start: int, end: int, place: str = "structure", limits: Limits = DEFAULT) -> Structure:
@@ -57,6 +84,11 @@ def decode(data: bytes, start: int, end: int, place: str = "structure", limits: 
 
     Raises InvalidRequest or one of its subclasses, naming the leaf.
     """
+    return read(data, locate(data, start, end, place, limits), place)
+
+
+def locate(data: bytes, start: int, end: int, place: str, limits: Limits) -> Located:
+    """Everything that the Structure message in data[start:end] says, but the elements of its arrays. Errors as there."""
     tree: trees.TreeDef | None = None
     spans: list[tuple[int, int]] = []
     for number, wire_type, _, value_start, value_end in fields.scan(data, start, end):
@@ -76,13 +108,26 @@ def decode(data: bytes, start: int, end: int, place: str = "structure", limits: 
         raise errors.InvalidRequest("malformed structure: no tree", place=place)
     if len(spans) != tree.num_leaves:
         raise errors.StructureMismatch(place=place, expected=f"{tree.num_leaves} leaves", found=f"{len(spans)}")
-    leaves: list[Array] = []
+    leaves: list[tensors.Located] = []
     try:
         for leaf_start, leaf_end in spans:
-            leaves.append(tensors.decode(data, leaf_start, leaf_end, place, limits))
+            leaves.append(tensors.locate(data, leaf_start, leaf_end, place, limits))
     except errors.InvalidRequest:
         # Only an error needs to know the leaf's path: meet it again, under its name.
         index = len(leaves)
-        tensors.decode(data, *spans[index], tree.paths(place)[index], limits)
+        tensors.locate(data, *spans[index], tree.paths(place)[index], limits)
         raise
-    return Structure(tree, leaves)
+    return Located(tree, leaves)
+
+
+def read(data: bytes, located: Located, place: str) -> Structure:
+    """The structure that was located in `data`, or in a message that is the same but for elements: see tensors.read."""
+    leaves: list[Array] = []
+    try:
+        for leaf in located.leaves:
+            leaves.append(tensors.read(data, leaf, place))
+    except errors.InvalidRequest:
+        index = len(leaves)
+        tensors.read(data, located.leaves[index], located.tree.paths(place)[index])
+        raise
+    return Structure(located.tree, leaves)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,7 +30,7 @@ def encode(array: Array, dtype: dtypes.DType | None = None, place: str = "array"
     """
     dtype = dtype or dtypes.of(array, place)
     data, data_bytes = elements(array, dtype, place)
-    header = _header(dtype.code, array.shape) + fields.varint(data_bytes)
+    header = encode_header(dtype.code, array.shape, data_bytes)
     return [header, data], len(header) + data_bytes
 
 
@@ -55,14 +54,26 @@ def element_bytes(array: Array, dtype: dtypes.DType | None = None, place: str = 
     return data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else memoryview(data)
 
 
-@functools.lru_cache(maxsize=4096)
-def _header(code: int, shape: tuple[int, ...]) -> bytes:
-    """Everything of a Tensor message before the length of its data."""
+def encode_header(code: int, shape: tuple[int, ...], data_bytes: int) -> bytes:
+    """Everything of a Tensor message before its elements. code: of the data type. data_bytes: their length."""
     encoded = bytes((_DATA_TYPE << 3 | fields.VARINT, code))
     if shape:
         dims = b"".join(map(fields.varint, shape))
         encoded += fields.prefix(_SHAPE, len(dims)) + dims
-    return encoded + bytes((_DATA << 3 | fields.LENGTH_DELIMITED,))
+    return encoded + fields.prefix(_DATA, data_bytes)
+
+
+class Located(NamedTuple):
+    """Where the elements of one array lie in a message, and what they are, all of it checked but the elements.
+
+    start, end: of the elements, in bytes. count: of the elements, the product of the shape.
+    """
+
+    start: int
+    end: int
+    dtype: dtypes.DType
+    shape: tuple[int, ...]
+    count: int
 
 
 def decode(data: bytes, start: int, end: int, place: str = "tensor", limits: Limits = DEFAULT) -> Array:
@@ -72,19 +83,22 @@ def decode(data: bytes, start: int, end: int, place: str = "tensor", limits: Lim
     Raises InvalidRequest, DTypeMismatch or ShapeMismatch, naming `place`; nothing is allocated before all of the
     message is known to be sound.
     """
-    header_end = _canonical_header_end(data, start, end)
-    if header_end:
-        length, data_start = fields.read_varint(data, header_end + 1, end)
-        header = (
-            _decode_header(bytes(data[start:header_end])) if data_start + length == end and limits is DEFAULT else None
-        )
-        if header is not None:
-            return _array(data, data_start, end, *header, place)
+    return read(data, locate(data, start, end, place, limits), place)
+
+
+def locate(data: bytes, start: int, end: int, place: str, limits: Limits) -> Located:
+    """Everything that the Tensor message in data[start:end] says, but its elements, which are not looked at.
+
+    Raises InvalidRequest, DTypeMismatch or ShapeMismatch, naming `place`.
+    """
     code, shape, data_start, data_end = _scan(data, start, end, place, limits)
     dtype = dtypes.BY_CODE.get(code)
     if dtype is None:
         raise errors.DTypeMismatch(place=place, expected="a data type of the protocol", found=f"number {code}")
-    return _array(data, data_start, data_end, dtype, shape, element_count(shape, dtype, place, limits), place)
+    count = element_count(shape, dtype, place, limits)
+    if dtype is not dtypes.STRING:
+        _check_length(data_end - data_start, dtype, shape, count, place)
+    return Located(data_start, data_end, dtype, tuple(shape), count)
 
 
 def decode_elements(data: Any, dtype: dtypes.DType, shape: Sequence[int], place: str) -> Array:
@@ -93,31 +107,9 @@ def decode_elements(data: Any, dtype: dtypes.DType, shape: Sequence[int], place:
     data: bytes, or whatever has the buffer protocol, in one dimension of bytes. Errors as of `decode`.
     """
     count = element_count(shape, dtype, place, DEFAULT)
-    return _read_only(_array(data, 0, len(data), dtype, shape, count, place))
-
-
-def _canonical_header_end(data: bytes, start: int, end: int) -> int:
-    """Where the data field begins, in a message as nearly every writer sends it; 0 for any other.
-
-    That is: data type, shape where there is one, data; tags, data type and length of the shape of one byte each.
-    """
-    position = start + 2
-    if position >= end or data[start] != _DATA_TYPE << 3 | fields.VARINT or data[start + 1] >= 0x80:
-        return 0
-    if data[position] == _SHAPE << 3 | fields.LENGTH_DELIMITED and position + 1 < end and data[position + 1] < 0x80:
-        position += 2 + data[position + 1]
-    return position if position < end and data[position] == _DATA << 3 | fields.LENGTH_DELIMITED else 0
-
-
-@functools.lru_cache(maxsize=4096)
-def _decode_header(header: bytes) -> tuple[dtypes.DType, Sequence[int], int] | None:
-    """Data type, shape and number of elements of a canonical header, within the default limits; None if unsound."""
-    try:
-        code, shape, _, _ = _scan(header, 0, len(header), "", DEFAULT)
-        dtype = dtypes.BY_CODE[code]
-        return dtype, shape, element_count(shape, dtype, "", DEFAULT)
-    except (errors.InvalidRequest, KeyError):
-        return None  # The long way says what is wrong, and where.
+    if dtype is not dtypes.STRING:
+        _check_length(len(data), dtype, shape, count, place)
+    return _read_only(read(data, Located(0, len(data), dtype, tuple(shape), count), place))
 
 
 def _scan(data: bytes, start: int, end: int, place: str, limits: Limits) -> tuple[int, Sequence[int], int, int]:
@@ -143,25 +135,31 @@ def _scan(data: bytes, start: int, end: int, place: str, limits: Limits) -> tupl
     return code, shape, data_start, data_end
 
 
-def _array(
-    data: bytes, start: int, end: int, dtype: dtypes.DType, shape: Sequence[int], count: int, place: str
-) -> Array:
-    """The elements in data[start:end] as an array, once their number is known to fit."""
-    if dtype is dtypes.STRING:
-        return _decode_strings(data, start, end, count, shape, place)
-    if count * dtype.itemsize != end - start:
+def _check_length(size_bytes: int, dtype: dtypes.DType, shape: Sequence[int], count: int, place: str) -> None:
+    if count * dtype.itemsize != size_bytes:
         raise errors.ShapeMismatch(
             place=place,
             expected=f"{count * dtype.itemsize} bytes for {dtype}{list(shape)}",
-            found=f"{end - start} bytes",
+            found=f"{size_bytes} bytes",
         )
+
+
+def read(data: bytes, located: Located, place: str) -> Array:
+    """The array that was located in `data`, or in a message of the same length with the same bytes around arrays.
+
+    Shares the memory as of `decode`. Raises InvalidRequest or ShapeMismatch, naming `place`, for elements that cannot
+    be: of bools, which are 0 or 1, and of strings, which bring their lengths.
+    """
+    start, end, dtype, shape, count = located
+    if dtype is dtypes.STRING:
+        return _decode_strings(data, start, end, count, shape, place)
     if dtype is dtypes.BFLOAT16 and not dtypes.HAS_NATIVE_BFLOAT16:
         bits = np.frombuffer(data, np.uint16, count, start) if count else np.empty(0, np.uint16)
         return _read_only(dtypes.bfloat16_values(bits).reshape(shape))
     if not count:
         return _read_only(np.empty(shape, dtype.numpy))
     array: Array = np.frombuffer(data, dtype.numpy, count, start).reshape(shape)
-    if dtype.numpy.kind == "b" and array.view(np.uint8).max() > 1:
+    if dtype is dtypes.BOOL and array.view(np.uint8).max() > 1:
         raise errors.InvalidRequest("malformed tensor: a bool that is neither 0 nor 1", place=place)
     return array
 

@@ -16,10 +16,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.framework import convert_to_constants
 
-from forwardpass.wire import dtypes, specs
 from forwardpass.wire.description import Function, ModelSpec
 from forwardpass.wire.dtypes import Array
-from forwardpass.wire.specs import TensorSpec
+from forwardpass_server.models import probing
 from forwardpass_server.models.execution import Execution
 
 
@@ -404,21 +403,11 @@ _RULES: Mapping[str, Rule] = {
 # Rows of the two batches that the probe joins.
 _PROBE_ROWS = (3, 2)
 
-# Kernels sum in another order for another number of rows. As a share of the largest number.
-_PROBE_TOLERANCE = {
-    "float16": 2e-2,
-    "bfloat16": 1e-1,
-    "float32": 1e-4,
-    "float64": 1e-9,
-    "complex64": 1e-4,
-    "complex128": 1e-9,
-}
-
 
 def _probe(execution: Execution, spec: ModelSpec, weights: Sequence[Array]) -> str:
     """Runs rows alone, together, and in another order."""
     rng = np.random.default_rng(0)
-    first, second = ([_random(leaf, rows, rng) for leaf in spec.x.leaves] for rows in _PROBE_ROWS)
+    first, second = ([probing.random(leaf, rows, rng) for leaf in spec.x.leaves] for rows in _PROBE_ROWS)
     joined = [np.concatenate(pair) for pair in zip(first, second, strict=True)]
     order = rng.permutation(sum(_PROBE_ROWS))
 
@@ -432,27 +421,6 @@ def _probe(execution: Execution, spec: ModelSpec, weights: Sequence[Array]) -> s
     except Exception as error:  # The model may want other inputs than random ones.
         return f"the model refused the inputs of the probe: {type(error).__name__}"
     for leaf, one, two, three in zip(spec.predictions.leaves, alone, together, shuffled, strict=True):
-        if not (_agree(one, two, leaf) and _agree(one[order], three, leaf)):
+        if not (probing.agree(one, two, leaf) and probing.agree(one[order], three, leaf)):
             return "rows had other predictions together than alone"
     return ""
-
-
-def _random(spec: TensorSpec, rows: int, rng: np.random.Generator) -> Array:
-    shape = specs.zeros(spec, rows, rows).shape
-    if spec.data_type is dtypes.STRING:
-        return rng.choice(np.array([b"", b"a", b"bc"], object), shape)
-    if spec.dtype.kind in "biu":
-        # Small: they may be indices.
-        return rng.integers(0, 2, shape).astype(spec.dtype)
-    return rng.standard_normal(shape).astype(spec.dtype)
-
-
-def _agree(one: Array, other: Array, spec: TensorSpec) -> bool:
-    if one.shape != other.shape:
-        return False
-    tolerance = _PROBE_TOLERANCE.get(spec.data_type.name)
-    if tolerance is None:
-        return bool(np.array_equal(one, other))
-    wide = np.complex128 if one.dtype.kind == "c" else np.float64
-    scale = max(float(np.abs(one.astype(wide)).max(initial=0)), 1e-6)
-    return bool(np.allclose(one.astype(wide), other.astype(wide), rtol=0, atol=tolerance * scale, equal_nan=True))

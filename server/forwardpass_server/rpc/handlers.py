@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import grpc
 
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.methods import SERVICES
+
+Method = Callable[[Any, object], Awaitable[bytes | Pieces]]
+"""A method that takes one request's bytes and returns its response's."""
 
 MAKERS = {
     (False, False): grpc.unary_unary_rpc_method_handler,
@@ -31,9 +35,12 @@ def of(service: str, servicer: object) -> grpc.GenericRpcHandler:
     )
 
 
-def _joined(
-    method: Callable[[bytes, object], Awaitable[bytes | Pieces]],
-) -> Callable[[bytes, object], Awaitable[bytes]]:
+def unary(service: str, servicer: object) -> dict[str, Method]:
+    """The methods of a service that take one request and give one response, by name."""
+    return {name: getattr(servicer, name) for name, method in SERVICES[service].items() if method.is_unary}
+
+
+def _joined(method: Method) -> Callable[[bytes, object], Awaitable[bytes]]:
     """The method, with responses that are in pieces put together."""
 
     async def joined(data: bytes, context: object) -> bytes:

@@ -22,8 +22,10 @@ _Key = tuple[int, int, tuple[tuple[int, ...], ...]]
 # How many turns of the event loop a call lets pass for others to arrive. From gRPC's thread to here a call takes
 # several, so that of 32 callers one turn hardly brings two together and 48 bring seven, with 1.7 times the calls/s
 # (measured). Whether others come is learned: for a lone caller it is one turn, and each batch of several raises it.
+# Calls that came in one message of a pipeline are all there at once: where none has come for some turns, none will.
 _MORE_TURNS = 16
 _MOST_TURNS = 48
+_QUIET_TURNS = 12
 
 
 class BatchObserver(Protocol):
@@ -74,11 +76,12 @@ class Batcher:
         made of that example alone. weights: the same object for the same weights.
         Raises what the model raises for this call alone, whatever others were run with it.
         """
-        rows = x[0].shape[0]
-        if any(leaf.shape[0] != rows for leaf in x):
+        shapes = tuple([leaf.shape for leaf in x])
+        rows = shapes[0][0]
+        if len(shapes) > 1 and any(shape[0] != rows for shape in shapes):
             # The model may broadcast one leaf over another.
             return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes)
-        key = id(plan), id(weights), tuple(leaf.shape[1:] for leaf in x)
+        key = id(plan), id(weights), tuple([shape[1:] for shape in shapes])
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = _Queue(plan, weights)
@@ -87,13 +90,17 @@ class Batcher:
         queue.waiting.append(waiting)
         if not queue.is_running:
             queue.is_running = True
-            loop.call_soon(self._wait, key, queue, self._turns)
+            loop.call_soon(self._wait, key, queue, self._turns, 0, 0)
         return await waiting.future
 
-    def _wait(self, key: _Key, queue: _Queue, turns: int) -> None:
-        """Lets the event loop turn, so that calls on their way arrive: a turn takes some microseconds, idle or not."""
-        if turns > 1:
-            asyncio.get_running_loop().call_soon(self._wait, key, queue, turns - 1)
+    def _wait(self, key: _Key, queue: _Queue, turns: int, quiet: int, calls: int) -> None:
+        """Lets the event loop turn, so that calls on their way arrive: a turn takes some microseconds, idle or not.
+
+        quiet: turns since there were no more calls than these.
+        """
+        quiet = quiet + 1 if len(queue.waiting) == calls else 0
+        if turns > 1 and quiet < _QUIET_TURNS:
+            asyncio.get_running_loop().call_soon(self._wait, key, queue, turns - 1, quiet, len(queue.waiting))
         else:
             self._start(key, queue)
 

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.structures import Structure
+from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.models import Leaf
 from forwardpass_server.serving.plans import Plan, Servable
 from forwardpass_server.serving.registry import Registry
 from forwardpass_server.serving.scheduling import Scheduler
 from forwardpass_server.serving.weights import WeightStore
-
-# Time for some calls to end, and too short to matter to a caller who was refused.
-_RETRY_AFTER_S = 0.1
 
 
 class CallObserver(Protocol):
@@ -29,8 +25,7 @@ class CallObserver(Protocol):
     def batch(self, model: str, function: Function, examples: int) -> None: ...
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """What a caller asks of a function of a model.
 
     version: 0 for the highest that is available. parts: its structures, named as in `spec.arguments`.
@@ -50,7 +45,7 @@ class Request:
 
 
 class Caller:
-    """Calls models. Beyond so many calls, or bytes of them, at once, further ones are refused."""
+    """Calls models, as many at once as are admitted."""
 
     def __init__(
         self,
@@ -59,57 +54,44 @@ class Caller:
         scheduler: Scheduler,
         batcher: Batcher,
         observer: CallObserver,
-        max_concurrent_calls: int,
-        max_concurrent_bytes: int,
+        admission: Admission,
     ) -> None:
         self._registry = registry
         self._weights = weights
         self._scheduler = scheduler
         self._batcher = batcher
         self._observer = observer
-        self._max_concurrent_calls = max_concurrent_calls
-        self._max_concurrent_bytes = max_concurrent_bytes
-        self._running = 0
-        self._running_bytes = 0
+        self._admission = admission
 
     async def call(self, request: Request) -> tuple[Servable, dict[str, Structure]]:
         """Returns the model that answered and its results, named as in `spec.results`.
 
-        Raises what `Registry.get` raises, FunctionNotAvailable, StructureMismatch, DTypeMismatch, ShapeMismatch,
-        WeightsNotFound, ServerOverloaded, and what the model raises.
+        Raises what `Registry.get` raises, ServerOverloaded, and what `run` raises.
         """
         servable = self._registry.get(request.name, request.version)
-        plan = servable.plan(request.function, request.training)
-        self._admit(request.size_bytes)
+        self._admission.enter(request.principal, request.size_bytes)
         try:
-            if not request.weights_id:
-                results = await self._run(request, plan, plan.flatten(request.parts))
-            else:
-                async with self._weights.use(request.principal, request.weights_id) as weights:
-                    placed = weights.leaves(servable.identity.content_hash, servable.spec.weights)
-                    leaves = plan.flatten(request.parts, placed)
-                    if servable.is_batchable and plan.is_prediction and not request.training:
-                        results = await self._run_batched(request, servable, placed, leaves[len(placed) :])
-                    else:
-                        results = await self._run(request, plan, leaves)
+            return servable, await self.run(servable, request)
         finally:
-            self._running -= 1
-            self._running_bytes -= request.size_bytes
-        return servable, plan.unflatten(results)
+            self._admission.leave(request.principal, request.size_bytes)
 
-    def _admit(self, size_bytes: int) -> None:
-        if self._running >= self._max_concurrent_calls:
-            raise errors.ServerOverloaded(
-                f"the server runs {self._running} calls, as many as it takes", retry_after_s=_RETRY_AFTER_S
-            )
-        # One call alone is always taken: its message has a limit of its own.
-        if self._running and self._running_bytes + size_bytes > self._max_concurrent_bytes:
-            raise errors.ServerOverloaded(
-                f"the server runs calls of {self._running_bytes} bytes, and takes {self._max_concurrent_bytes}",
-                retry_after_s=_RETRY_AFTER_S,
-            )
-        self._running += 1
-        self._running_bytes += size_bytes
+    async def run(self, servable: Servable, request: Request) -> dict[str, Structure]:
+        """The results of a call that was admitted, named as in `spec.results`, from a model that was found.
+
+        Raises FunctionNotAvailable, StructureMismatch, DTypeMismatch, ShapeMismatch, WeightsNotFound, and what the
+        model raises.
+        """
+        plan = servable.plan(request.function, request.training)
+        if not request.weights_id:
+            return plan.unflatten(await self._run(request, plan, plan.flatten(request.parts)))
+        async with self._weights.use(request.principal, request.weights_id) as weights:
+            placed = weights.leaves(servable.identity.content_hash, servable.spec.weights)
+            leaves = plan.flatten(request.parts, placed)
+            if servable.is_batchable and plan.is_prediction and not request.training:
+                results = await self._run_batched(request, servable, placed, leaves[len(placed) :])
+            else:
+                results = await self._run(request, plan, leaves)
+        return plan.unflatten(results)
 
     async def _run_batched(
         self, request: Request, servable: Servable, weights: Sequence[Leaf], leaves: Sequence[Array]

@@ -7,3 +7,7 @@ class ModelLoadError(Exception):
 
 class DeviceNotFound(Exception):
     """The device that the operator named is not there."""
+
+
+class SessionStoreError(Exception):
+    """The session store that the operator named cannot be used."""

@@ -21,7 +21,7 @@ _CACHED_CHILDREN = 1024
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RpcMetrics:
-    """What is counted of one method. handled: by code, as Go writes it, e.g. "InvalidArgument"."""
+    """What is counted of one method. handled: by gRPC's name of the status, e.g. "INVALID_ARGUMENT"."""
 
     started: prometheus.Counter
     handled: Callable[[str], prometheus.Counter]
@@ -47,6 +47,19 @@ class Metrics:
             "grpc_server_handling_seconds",
             "Seconds from the arrival of an RPC to its answer.",
             rpc,
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._pipeline_calls = prometheus.Counter(
+            "forwardpass_pipeline_calls_total",
+            "Calls on pipelines that ended, whatever their code. Each pipeline is one RPC besides.",
+            ("method", "code"),
+            registry=self.registry,
+        )
+        self._pipeline_seconds = prometheus.Histogram(
+            "forwardpass_pipeline_call_seconds",
+            "Seconds from the arrival of a whole call on a pipeline to its answer.",
+            ("method",),
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -99,6 +112,43 @@ class Metrics:
         self._weights_spill_failures = prometheus.Counter(
             "forwardpass_weights_spill_failures_total", "Sets that could not be kept on disk.", registry=self.registry
         )
+        self._sessions = prometheus.Gauge(
+            "forwardpass_sessions",
+            "Metric sessions that are open; where servers share them, those that this one has used of late.",
+            registry=self.registry,
+        )
+        self._sessions_expired = prometheus.Counter(
+            "forwardpass_sessions_expired_total", "Sessions dropped since nobody used them.", registry=self.registry
+        )
+        self._session_updates = prometheus.Counter(
+            "forwardpass_session_updates_total",
+            "Updates of sessions: applied, or answered since they had been applied before.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self._applied_updates = self._session_updates.labels("applied")
+        self._duplicate_updates = self._session_updates.labels("duplicate")
+        self._session_commit_seconds = prometheus.Histogram(
+            "forwardpass_session_commit_seconds",
+            "Seconds from handing a session's record to its store until it was kept.",
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._weights_disk_bytes = prometheus.Gauge(
+            "forwardpass_weights_disk_bytes",
+            "Tensors in the folder of weights; 0 where there is no folder.",
+            registry=self.registry,
+        )
+        self._weights_disk_budget = prometheus.Gauge(
+            "forwardpass_weights_disk_budget_bytes", "What they may take.", registry=self.registry
+        )
+        self._weights_disk_sets = prometheus.Gauge(
+            "forwardpass_weights_disk_sets", "Sets of weights in the folder.", registry=self.registry
+        )
+        self._pipeline_call_child = functools.lru_cache(_CACHED_CHILDREN)(
+            lambda method, status: self._pipeline_calls.labels(method, _go_name(status))
+        )
+        self._pipeline_seconds_child = functools.lru_cache(_CACHED_CHILDREN)(self._pipeline_seconds.labels)
         self._batch_child = functools.lru_cache(_CACHED_CHILDREN)(
             lambda model, function: self._batch_examples.labels(model, function.name.lower())
         )
@@ -108,9 +158,14 @@ class Metrics:
         labels = (kind, service, method)
         return RpcMetrics(
             self._started.labels(*labels),
-            functools.lru_cache(lambda code: self._handled.labels(*labels, code)),
+            functools.lru_cache(lambda status: self._handled.labels(*labels, _go_name(status))),
             self._seconds.labels(*labels),
         )
+
+    def pipeline_call(self, method: str, status: str, seconds: float) -> None:
+        """Counts a call that ended on a pipeline. status: as for `RpcMetrics.handled`."""
+        self._pipeline_call_child(method, status).inc()
+        self._pipeline_seconds_child(method).observe(seconds)
 
     def batch(self, model: str, function: Function, examples: int) -> None:
         self._batch_child(model, function).observe(examples)
@@ -142,6 +197,32 @@ class Metrics:
         self._weights_sets.set_function(sets)
         self._weights_tensors.set_function(tensors)
 
+    def session_store(self, count: Callable[[], int]) -> None:
+        """Shows count() as the number of open sessions."""
+        self._sessions.set_function(count)
+
+    def sessions_expired(self, count: int) -> None:
+        self._sessions_expired.inc(count)
+
+    def session_updates(self, applied: int, duplicates: int) -> None:
+        self._applied_updates.inc(applied)
+        self._duplicate_updates.inc(duplicates)
+
+    def session_commit(self, seconds: float) -> None:
+        self._session_commit_seconds.observe(seconds)
+
+    def weight_files(self, used_bytes: Callable[[], int], budget_bytes: int, sets: Callable[[], int]) -> None:
+        """Shows what the folder of weights holds."""
+        self._weights_disk_bytes.set_function(used_bytes)
+        self._weights_disk_budget.set(budget_bytes)
+        self._weights_disk_sets.set_function(sets)
+
     def models_in_state(self, state: str, count: Callable[[], int]) -> None:
         """Shows count() as the number of model versions in this state."""
         self._models.labels(state).set_function(count)
+
+
+def _go_name(status: str) -> str:
+    """As Go's codes print, in whose words dashboards for gRPC are written."""
+    special = {"OK": "OK", "CANCELLED": "Canceled"}
+    return special.get(status) or "".join(word.capitalize() for word in status.split("_"))

@@ -1,0 +1,135 @@
+"""The calls of metric sessions: requests from arguments, results from responses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from forwardpass import v1
+from forwardpass.wire import conform, errors, messages
+from forwardpass.wire.description import BatchOutput, Function
+from forwardpass.wire.methods import METHODS
+from forwardpass.wire.structures import Structure
+from forwardpass_client.calls import Call, ModelCalls, batch_output_values, nested, x_and_y
+
+
+class SessionCalls(ModelCalls):
+    """The calls of one version of a model, those of its metric sessions included.
+
+    update: which update of which session a call is.
+    """
+
+    def open_session(self, session_id: bytes, resume: bool, initial_state: Any) -> Call[int]:
+        """How many updates the session has counted. initial_state: None for the state before the first batch."""
+        request = v1.OpenSessionRequest(model=self._selector, session_id=session_id, resume=resume)
+        # Says so where the model has no metrics.
+        self._conform(Function.INITIALIZE_METRICS_STATE, {})
+        parts = {}
+        if initial_state is not None:
+            parts["initial_state"] = conform.conform(initial_state, self._spec.metrics_state, "initial_state")
+
+        def read(data: bytes) -> int:
+            response, _ = messages.decode(v1.OpenSessionResponse, data)
+            self._check_identity(response.model)
+            return response.updates
+
+        return self._call("OpenSession", request, parts, read)
+
+    def update_session(
+        self, update: v1.UpdateIdentity, labels: Any, batch_output: Any, sample_weight: Any
+    ) -> Call[None]:
+        values = {"labels": labels, "sample_weight": sample_weight, **batch_output_values(batch_output)}
+        function = Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
+        parts = self._conform(function, values, {"state"})
+        return self._call(
+            "UpdateSession",
+            v1.UpdateSessionRequest(update=update),
+            parts,
+            lambda data: self._acknowledge(v1.UpdateSessionResponse, data),
+        )
+
+    def forward_pass_in_session(
+        self,
+        update: v1.UpdateIdentity,
+        model_weights: Any,
+        batch_input: Any,
+        training: bool,
+        sample_weight: Any,
+        with_predictions: bool,
+    ) -> Call[BatchOutput]:
+        request = v1.ForwardPassInSessionRequest(
+            update=update, training=bool(training), without_predictions=not with_predictions
+        )
+
+        def read(data: bytes) -> BatchOutput:
+            parts = self._read(v1.ForwardPassInSessionResponse, data)
+            return BatchOutput(*(nested(parts, f"batch_output.{name}") for name in BatchOutput._fields))
+
+        return self._call_with_weights(
+            Function.FORWARD_PASS,
+            "ForwardPassInSession",
+            request,
+            model_weights,
+            self._batch_values(batch_input),
+            read,
+            self._sample_weight(sample_weight),
+        )
+
+    def merge_into_session(self, update: v1.UpdateIdentity, other_session_id: bytes, state: Any) -> Call[None]:
+        """state: None for that of the other session."""
+        if self.model.unmergeable_reason:
+            raise errors.FunctionNotAvailable(
+                f"model {self.model.identity}: merging metrics states is not available: {self.model.unmergeable_reason}"
+            )
+        parts = {} if state is None else {"state": conform.conform(state, self._spec.metrics_state, "state")}
+        return self._call(
+            "MergeIntoSession",
+            v1.MergeIntoSessionRequest(update=update, other_session_id=other_session_id),
+            parts,
+            lambda data: self._acknowledge(v1.MergeIntoSessionResponse, data),
+        )
+
+    def session_state(self, session_id: bytes) -> Call[Any]:
+        return self._call(
+            "GetSessionState",
+            v1.GetSessionStateRequest(session_id=session_id),
+            {},
+            lambda data: nested(self._read(v1.GetSessionStateResponse, data), "state"),
+        )
+
+    def session_result(self, session_id: bytes) -> Call[Any]:
+        return self._call(
+            "GetSessionResult",
+            v1.GetSessionResultRequest(session_id=session_id),
+            {},
+            lambda data: nested(self._read(v1.GetSessionResultResponse, data), "metrics"),
+        )
+
+    def evaluation_batch(self, batch_input: Any, sample_weight: Any, update_id: bytes) -> bytes:
+        """One batch of an evaluation."""
+        parts = {
+            **self._conform(Function.FORWARD_PASS, self._batch_values(batch_input)),
+            **self._sample_weight(sample_weight),
+        }
+        return messages.encode(v1.EvaluationBatch(update_id=update_id), parts, self._max_request_bytes)
+
+    def check_position(self, position: v1.EvaluationPosition) -> None:
+        """Raises ModelChanged where an evaluation runs on another model than the one that was looked up."""
+        self._check_identity(position.model)
+
+    def _batch_values(self, batch_input: Any) -> dict[str, Any]:
+        x, y = x_and_y(batch_input)
+        return {"batch_input.x": x, "batch_input.y": y}
+
+    def _sample_weight(self, sample_weight: Any) -> dict[str, Structure]:
+        if sample_weight is None:
+            return {}
+        self._check_available(Function.WEIGHTED_UPDATE_METRICS_STATE)
+        return {"sample_weight": conform.conform(sample_weight, self._spec.sample_weight, "sample_weight")}
+
+    def _acknowledge(self, response_type: Any, data: bytes) -> None:
+        self._read(response_type, data)
+
+
+def close_session(session_id: bytes) -> Call[None]:
+    request = v1.CloseSessionRequest(session_id=session_id)
+    return Call(METHODS["CloseSession"].path, request.SerializeToString(), lambda data: None)

@@ -1,0 +1,52 @@
+"""Opens the session store that the operator chose."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+
+from forwardpass.wire import errors
+from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.serving.session_store import SessionLimits, SessionObserver, SessionStore
+from forwardpass_server.serving.session_stores.memory import MemorySessionStore
+from forwardpass_server.serving.session_stores.sqlite import SqliteSessionStore
+
+# For a client that asks why its session is gone.
+_REMEMBER_S = 24 * 3600.0
+
+_SQLITE = "sqlite://"
+
+
+async def open_store(settings: Settings, observer: SessionObserver) -> SessionStore:
+    """Raises SettingsError where a package is missing, and SessionStoreError for a store that cannot be used.
+
+    One that is only away for now is no reason not to start.
+    """
+    limits = SessionLimits(
+        max_sessions=settings.max_sessions,
+        max_bytes=settings.sessions_bytes,
+        idle_expiry_s=settings.session_expiry_s,
+        remember_s=_REMEMBER_S,
+    )
+    url = settings.session_store
+    if url is None:
+        url = f"{_SQLITE}{_state_folder() / f'sessions-{settings.port}.sqlite3'}" if settings.port else "memory://"
+    if url.startswith(_SQLITE):
+        return SqliteSessionStore(pathlib.Path(url.removeprefix(_SQLITE)), limits, observer)
+    if url == "memory://":
+        return MemorySessionStore(limits, observer)
+    try:
+        from forwardpass_server.serving.session_stores.redis import RedisSessionStore
+    except ModuleNotFoundError:
+        raise SettingsError("--session-store: Redis needs a package: pip install 'forwardpass[redis]'") from None
+    store = RedisSessionStore(url, limits, observer)
+    with contextlib.suppress(errors.SessionStoreUnavailable):
+        await store.check()
+    return store
+
+
+def _state_folder() -> pathlib.Path:
+    """Source: the XDG base directory specification."""
+    home = os.environ.get("XDG_STATE_HOME") or pathlib.Path.home() / ".local" / "state"
+    return pathlib.Path(home) / "forwardpass"

@@ -1,0 +1,68 @@
+"""Whether a model's metrics states are sums, so that states of other batches may be added to them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from forwardpass.wire.description import Function, ModelSpec
+from forwardpass.wire.dtypes import Array
+from forwardpass_server.models import probing
+from forwardpass_server.models.execution import Execution
+
+_ROUNDS = 3
+_ROWS = 4
+
+
+def reason_against(execution: Execution, spec: ModelSpec) -> str:
+    """Why metrics states cannot be added to each other; "" where they can.
+
+    They can where counting one batch after another gives the sum of the states of each alone: tried on random batches,
+    with sample weights and without.
+    """
+    if Function.INITIALIZE_METRICS_STATE in spec.unavailable:
+        return "the model has no metrics"
+    for leaf, path in zip(spec.metrics_state.leaves, spec.metrics_state.tree.paths("state"), strict=True):
+        if leaf.dtype.kind in "bO":
+            return f"{path} holds no numbers: {leaf}"
+    rng = np.random.default_rng(0)
+    functions = [
+        function
+        for function in (Function.UPDATE_METRICS_STATE, Function.WEIGHTED_UPDATE_METRICS_STATE)
+        if function not in spec.unavailable
+    ]
+    try:
+        return next(
+            (
+                reason
+                for function in functions
+                for _ in range(_ROUNDS)
+                if (reason := _difference(execution, spec, function, rng))
+            ),
+            "",
+        )
+    except Exception as error:  # The model may want other batches than random ones.
+        return f"the model refused the batches of the probe: {type(error).__name__}"
+
+
+def _difference(execution: Execution, spec: ModelSpec, function: Function, rng: np.random.Generator) -> str:
+    """What tells the state after two batches from the sum of the states after each; "" where nothing does."""
+    arguments = [part for place, part in spec.arguments[function].items() if place != "state"]
+    # Between 0 and 1: predictions may have to be probabilities.
+    first, second = (
+        [probing.random(leaf, _ROWS, rng, rng.random) for part in arguments for leaf in part.leaves] for _ in range(2)
+    )
+
+    def update(state: Sequence[Array], batch: Sequence[Array]) -> list[Array]:
+        return execution.run(function, False, [*state, *batch])
+
+    initial = execution.run(Function.INITIALIZE_METRICS_STATE, False, [])
+    alone = update(initial, first), update(initial, second)
+    both = update(alone[0], second)
+    for leaf, path, one, other, sum_ in zip(
+        spec.metrics_state.leaves, spec.metrics_state.tree.paths("state"), *alone, both, strict=True
+    ):
+        if one.shape != other.shape or not probing.agree(sum_, one + other, leaf):
+            return f"{path} is no sum over batches"
+    return ""

@@ -1,0 +1,49 @@
+"""Random arrays that fit specs, and whether two results agree but for rounding: what a model is tried with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from forwardpass.wire import dtypes, specs
+from forwardpass.wire.dtypes import Array
+from forwardpass.wire.specs import TensorSpec
+
+# Kernels sum in another order for another number of rows. As a share of the largest number.
+_TOLERANCE = {
+    "float16": 2e-2,
+    "bfloat16": 1e-1,
+    "float32": 1e-4,
+    "float64": 1e-9,
+    "complex64": 1e-4,
+    "complex128": 1e-9,
+}
+
+
+def random(
+    spec: TensorSpec, rows: int, rng: np.random.Generator, draw: Callable[[Sequence[int]], Array] | None = None
+) -> Array:
+    """An array that fits a spec, free dimensions of size `rows`.
+
+    draw: floating-point numbers of a shape; None for those of a normal distribution.
+    """
+    shape = specs.zeros(spec, rows, rows).shape
+    if spec.data_type is dtypes.STRING:
+        return rng.choice(np.array([b"", b"a", b"bc"], object), shape)
+    if spec.dtype.kind in "biu":
+        # Small: they may be indices.
+        return rng.integers(0, 2, shape).astype(spec.dtype)
+    return np.asarray((draw or rng.standard_normal)(shape)).astype(spec.dtype)
+
+
+def agree(one: Array, other: Array, spec: TensorSpec) -> bool:
+    """Whether two arrays of a spec are equal but for rounding; exactly, where they hold no floating-point numbers."""
+    if one.shape != other.shape:
+        return False
+    tolerance = _TOLERANCE.get(spec.data_type.name)
+    if tolerance is None:
+        return bool(np.array_equal(one, other))
+    wide = np.complex128 if one.dtype.kind == "c" else np.float64
+    scale = max(float(np.abs(one.astype(wide)).max(initial=0)), 1e-6)
+    return bool(np.allclose(one.astype(wide), other.astype(wide), rtol=0, atol=tolerance * scale, equal_nan=True))

@@ -1,0 +1,101 @@
+"""The methods of MetricsSessionService."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from google.protobuf.message import Message
+
+from forwardpass import v1
+from forwardpass.wire import errors, fields, messages
+from forwardpass.wire.chunks import Pieces
+from forwardpass.wire.description import Function
+from forwardpass.wire.structures import Structure
+from forwardpass_server.rpc import principals
+from forwardpass_server.rpc.evaluation_stream import EvaluationStream
+from forwardpass_server.serving.calls import Request
+from forwardpass_server.serving.evaluation import Evaluations
+from forwardpass_server.serving.session_records import UpdateIdentity
+from forwardpass_server.serving.sessions import Session, Sessions
+
+
+class SessionsServicer:
+    """Each method has the name of its RPC, takes the request's bytes and returns the response's, or its pieces."""
+
+    def __init__(self, sessions: Sessions, evaluations: Evaluations, max_message_bytes: int) -> None:
+        self._sessions = sessions
+        self._evaluations = evaluations
+        self._max_message_bytes = max_message_bytes
+
+    async def OpenSession(self, data: bytes, context: object) -> bytes:
+        header, parts = messages.decode(v1.OpenSessionRequest, data)
+        session = await self._sessions.open(
+            principals.current(),
+            header.session_id,
+            header.model.name,
+            header.model.version,
+            resume=header.resume,
+            initial_state=parts.get("initial_state"),
+        )
+        identity = session.servable.identity.message()
+        return v1.OpenSessionResponse(model=identity, updates=session.record.updates).SerializeToString()
+
+    async def UpdateSession(self, data: bytes, context: object) -> bytes:
+        header, parts = messages.decode(v1.UpdateSessionRequest, data)
+        update = UpdateIdentity.of(header.update)
+        session = await self._sessions.update(principals.current(), update, parts, len(data))
+        return self._answer(v1.UpdateSessionResponse, session, {}).join()
+
+    async def ForwardPassInSession(self, data: bytes, context: object) -> Pieces:
+        header, parts = messages.decode(v1.ForwardPassInSessionRequest, data)
+        principal = principals.current()
+        request = Request("", 0, Function.FORWARD_PASS, parts, len(data), header.training, header.weights_id, principal)
+        update = UpdateIdentity.of(header.update)
+        session, results = await self._sessions.forward_pass(principal, update, request, header.without_predictions)
+        return self._answer(v1.ForwardPassInSessionResponse, session, results)
+
+    async def MergeIntoSession(self, data: bytes, context: object) -> bytes:
+        header, parts = messages.decode(v1.MergeIntoSessionRequest, data)
+        update = UpdateIdentity.of(header.update)
+        session = await self._sessions.merge(
+            principals.current(), update, header.other_session_id, parts.get("state"), len(data)
+        )
+        return self._answer(v1.MergeIntoSessionResponse, session, {}).join()
+
+    async def GetSessionState(self, data: bytes, context: object) -> Pieces:
+        header = fields.parse(v1.GetSessionStateRequest, data)
+        session = await self._sessions.get(principals.current(), header.session_id)
+        return self._answer(v1.GetSessionStateResponse, session, {"state": session.record.state})
+
+    async def GetSessionResult(self, data: bytes, context: object) -> Pieces:
+        header = fields.parse(v1.GetSessionResultRequest, data)
+        session, metrics = await self._sessions.result(principals.current(), header.session_id)
+        return self._answer(v1.GetSessionResultResponse, session, {"metrics": metrics})
+
+    async def CloseSession(self, data: bytes, context: object) -> bytes:
+        header = fields.parse(v1.CloseSessionRequest, data)
+        await self._sessions.close(principals.current(), header.session_id)
+        return b""
+
+    async def Evaluate(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
+        start = await _start(requests)
+        targets = [(target.session_id, target.weights_id) for target in start.targets]
+        principal = principals.current()
+        async with self._evaluations.begin(principal, start.writer_id, start.training, targets) as evaluation:
+            async for response in EvaluationStream(evaluation, self._max_message_bytes).run(requests):
+                yield response
+
+    def _answer(self, response_type: type[Message], session: Session, parts: Mapping[str, Structure]) -> Pieces:
+        header: Any = session.servable.response_header(response_type)
+        return messages.encode_pieces(header, parts, self._max_message_bytes)
+
+
+async def _start(requests: AsyncIterator[bytes]) -> v1.EvaluationStart:
+    """What the first message of an evaluation says. Raises InvalidRequest."""
+    async for message in requests:
+        request = fields.parse(v1.EvaluateRequest, message)
+        if request.HasField("start"):
+            return request.start
+        break
+    raise errors.InvalidRequest(place="first message", expected="start", found="none")

@@ -1,0 +1,196 @@
+"""Sessions in Redis, which any number of servers share."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import hashlib
+import importlib.resources
+import logging
+import time
+import urllib.parse
+from collections.abc import Callable
+from typing import Any
+
+import redis.asyncio
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+
+from forwardpass.wire import errors
+from forwardpass_server.serving.errors import SessionStoreError
+from forwardpass_server.serving.session_store import SessionKey, SessionLimits, SessionObserver, StoredSession
+from forwardpass_server.serving.session_stores import refusals
+from forwardpass_server.serving.session_stores.lifetimes import MAX_REMEMBERED
+
+_LOGGER = logging.getLogger(__name__)
+
+_SCRIPT = importlib.resources.files(__package__).joinpath("redis_step.lua").read_text()
+
+# Calls beyond so many wait here: Redis runs one step at a time, however many ask.
+_MAX_CONNECTIONS = 32
+
+_RETRY_AFTER_S = 1.0
+
+
+class RedisSessionStore:
+    """A SessionStore that is shared. What was acknowledged survives as Redis was set up to keep it.
+
+    Sessions expire by Redis's clock. What was sent on a connection that breaks is sent once more: a replacement that
+    was done the first time returns False then.
+    url: redis:// or rediss://, as redis-py reads it, with the password where there is one; it is shown nowhere.
+    timeout_s: of each call, with the waiting for a connection. clock: tells which sessions `count` counts.
+    Raises SessionStoreError for another url. Connects with the first call.
+    """
+
+    is_shared = True
+
+    def __init__(
+        self,
+        url: str,
+        limits: SessionLimits,
+        observer: SessionObserver,
+        *,
+        timeout_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        try:
+            parts = urllib.parse.urlsplit(url)
+            self.place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+            if parts.scheme not in ("redis", "rediss") or not parts.hostname:
+                raise ValueError
+            pool = redis.asyncio.BlockingConnectionPool.from_url(
+                url,
+                max_connections=_MAX_CONNECTIONS,
+                timeout=None,
+                # Connections from before a restart of Redis are noticed when they are used.
+                retry=Retry(NoBackoff(), 1),
+                socket_connect_timeout=timeout_s,
+                socket_timeout=timeout_s,
+            )
+            # An option that there is none of shows when a connection is made of it.
+            pool.connection_class(**pool.connection_kwargs)
+        except (TypeError, ValueError):
+            raise SessionStoreError(
+                "session store: expected redis://[:password@]host:port/db, or rediss:// with TLS"
+            ) from None
+        self._client = redis.asyncio.Redis.from_pool(pool)
+        self._script = self._client.register_script(_SCRIPT)
+        self._limits = limits
+        self._observer = observer
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._calls: set[asyncio.Future[Any]] = set()
+        self._is_failing = False
+        # When this server has used each session; what it has not used for the longest time stands first.
+        self._used: collections.OrderedDict[SessionKey, float] = collections.OrderedDict()
+
+    async def check(self) -> None:
+        """Raises SessionStoreError where Redis refuses this server, and SessionStoreUnavailable where it is not there.
+
+        Logs which of its settings may lose what was acknowledged.
+        """
+        try:
+            info = await self._bounded(self._client.info())
+        except errors.SessionStoreUnavailable as error:
+            if isinstance(error.__cause__, (redis.AuthenticationError, redis.ResponseError)):
+                raise SessionStoreError(f"session store {self.place}: {error}") from error
+            raise
+        if not info.get("aof_enabled"):
+            _LOGGER.warning("session store %s: appendonly is off; sessions end with Redis", self.place)
+        if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
+            _LOGGER.warning("session store %s: maxmemory-policy may drop open sessions", self.place)
+
+    async def create(self, key: SessionKey, record: bytes) -> StoredSession:
+        what, version, found = await self._step("create", key, 0, record)
+        return StoredSession(1, record) if what == b"created" else StoredSession(int(version), found)
+
+    async def load(self, key: SessionKey) -> StoredSession:
+        _, version, record = await self._step("load", key)
+        return StoredSession(int(version), record)
+
+    async def replace(self, key: SessionKey, version: int, record: bytes) -> bool:
+        what, _, _ = await self._step("replace", key, version, record)
+        return what == b"replaced"
+
+    def touch(self, key: SessionKey) -> None:
+        """Nothing: the record is in Redis."""
+
+    async def delete(self, key: SessionKey) -> None:
+        self._used.pop(key, None)
+        await self._call("delete", key)
+
+    async def sweep(self) -> None:
+        last = self._clock() - self._limits.idle_expiry_s
+        idle = []
+        while self._used and next(iter(self._used.values())) <= last:
+            idle.append(self._used.popitem(last=False)[0])
+        # Redis has dropped the records; a step of each principal makes it count them.
+        for key in {key.principal: key for key in idle}.values():
+            await self._call("sweep", key)
+
+    def count(self) -> int:
+        return len(self._used)
+
+    async def close(self) -> None:
+        if self._calls:
+            await asyncio.wait(self._calls)
+        await self._client.aclose()
+
+    async def _step(
+        self, action: str, key: SessionKey, version: int = 0, record: bytes = b""
+    ) -> tuple[bytes, Any, Any]:
+        """What came of a step of an open session, or of one to be made; what is refused is raised."""
+        started = time.perf_counter()
+        what, first, second = await self._call(action, key, version, record)
+        if what in (b"expired", b"closed", b"missing"):
+            self._used.pop(key, None)
+            raise refusals.not_found(key) if what == b"missing" else refusals.ended(key, what == b"expired")
+        if what == b"full":
+            refusals.check_room(self._limits, int(first), int(second))
+        if what in (b"created", b"replaced"):
+            self._observer.session_commit(time.perf_counter() - started)
+        self._used[key] = self._clock()
+        self._used.move_to_end(key)
+        return what, first, second
+
+    async def _call(
+        self, action: str, key: SessionKey, version: int = 0, record: bytes = b""
+    ) -> tuple[bytes, Any, Any]:
+        limits = self._limits
+        # Names of principals may hold anything, braces too, which mean something to a cluster.
+        principal = "forwardpass:{" + hashlib.sha256(key.principal.encode()).hexdigest()[:32] + "}"
+        keys = [f"{principal}:session:{key.session_id.hex()}"]
+        keys += [f"{principal}:{name}" for name in ("open", "sizes", "closed", "expired")]
+        sizes = [limits.max_sessions, limits.max_bytes]
+        spans_ms = [round(seconds * 1000) for seconds in (limits.idle_expiry_s, limits.remember_s)]
+        arguments: list[bytes | str | int]
+        arguments = [action, key.session_id, version, record, *sizes, *spans_ms, MAX_REMEMBERED]
+        what, first, second, expiries = await self._bounded(self._script(keys=keys, args=arguments))
+        if expiries:
+            self._observer.sessions_expired(expiries)
+        return what, first, second
+
+    async def _bounded(self, calling: Any) -> Any:
+        call = asyncio.ensure_future(calling)
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
+        try:
+            answer = await asyncio.wait_for(call, self._timeout_s)
+        except (redis.RedisError, OSError, asyncio.TimeoutError) as error:
+            if not self._is_failing:
+                _LOGGER.error("session store %s fails: %s: %s", self.place, type(error).__name__, error)
+                self._is_failing = True
+            raise errors.SessionStoreUnavailable(self._reason(error), retry_after_s=_RETRY_AFTER_S) from error
+        if self._is_failing:
+            _LOGGER.warning("session store %s answers again", self.place)
+            self._is_failing = False
+        return answer
+
+    def _reason(self, error: Exception) -> str:
+        if isinstance(error, redis.AuthenticationError):
+            return "the session store refuses the server's password"
+        if isinstance(error, redis.ResponseError):
+            return f"the session store refuses: {error}"
+        if isinstance(error, (redis.TimeoutError, asyncio.TimeoutError, TimeoutError)):
+            return f"the session store did not answer within {self._timeout_s:g} s"
+        return "the session store cannot be reached"

@@ -1,0 +1,132 @@
+"""One thread that works on a SQLite database: what waits is done in one transaction, and answered after its commit."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import sqlite3
+import threading
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from forwardpass.wire import errors
+
+_LOGGER = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# By then an operator may have made room. A client that asks sooner only adds to the load.
+_RETRY_AFTER_S = 1.0
+
+
+class _Job(NamedTuple, Generic[T]):
+    work: Callable[[], T]
+    done: Callable[[T], None] | None
+    future: asyncio.Future[T]
+
+
+class _Outcome(NamedTuple):
+    value: Any
+    error: Exception | None = None
+
+
+class SqliteWriter:
+    """Owns a connection, which is in autocommit mode (`isolation_level=None`). Used on one event loop."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+        self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
+        self._is_closed = False
+        self._is_failing = False
+        self._thread = threading.Thread(target=self._write, name="session-store", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[], T], done: Callable[[T], None] | None = None) -> asyncio.Future[T]:
+        """Hands work over, to be done after what was handed over before. Who stops waiting for it does not stop it.
+
+        work: run on the writer's thread within a transaction. Where it raises a ForwardPassError it must have changed
+        nothing: what else is in the transaction is committed.
+        done: called on the event loop with what work has returned, once it is committed, in the order of submission.
+        Fails with what work raises, and with SessionStoreUnavailable where the database fails.
+        """
+        if self._is_closed:
+            raise errors.SessionStoreUnavailable("the session store is closed: the server is about to end")
+        future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        # Who has left does not ask what came of it.
+        future.add_done_callback(lambda over: over.cancelled() or over.exception())
+        self._jobs.put(_Job(work, done, future))
+        return future
+
+    async def close(self) -> None:
+        """Commits what was handed over, and closes the connection."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._jobs.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _write(self) -> None:
+        while self._write_what_waits():
+            pass
+        self._connection.close()
+
+    def _write_what_waits(self) -> bool:
+        """Waits for something to do, and does all that is there. False when nothing will come any more."""
+        waiting = [self._jobs.get()]
+        while not self._jobs.empty():
+            waiting.append(self._jobs.get())
+        jobs = [job for job in waiting if job is not None]
+        if jobs:
+            outcomes = self._commit(jobs)
+            # Where the loop has ended, so have all who waited.
+            with contextlib.suppress(RuntimeError):
+                jobs[0].future.get_loop().call_soon_threadsafe(_answer, jobs, outcomes)
+        return None not in waiting
+
+    def _commit(self, jobs: list[_Job[Any]]) -> list[_Outcome]:
+        changes = self._connection.total_changes
+        try:
+            outcomes = self._transact(jobs)
+        except Exception as error:
+            with contextlib.suppress(sqlite3.Error):
+                self._connection.execute("ROLLBACK")
+            if len(jobs) > 1:
+                # Only what cannot be done must fail: a record that the disk has no room for, not those beside it.
+                return [outcome for job in jobs for outcome in self._commit([job])]
+            if not isinstance(error, sqlite3.Error):
+                return [_Outcome(None, error)]
+            if not self._is_failing:
+                _LOGGER.error("the session store fails: %s", error)
+                self._is_failing = True
+            unavailable = errors.SessionStoreUnavailable(
+                f"the session store cannot do it: {error}", retry_after_s=_RETRY_AFTER_S
+            )
+            return [_Outcome(None, unavailable)]
+        if self._is_failing and self._connection.total_changes > changes:
+            _LOGGER.warning("the session store works again")
+            self._is_failing = False
+        return outcomes
+
+    def _transact(self, jobs: list[_Job[Any]]) -> list[_Outcome]:
+        outcomes = []
+        self._connection.execute("BEGIN IMMEDIATE")
+        for job in jobs:
+            try:
+                outcomes.append(_Outcome(job.work()))
+            except errors.ForwardPassError as error:
+                outcomes.append(_Outcome(None, error))
+        self._connection.execute("COMMIT")
+        return outcomes
+
+
+def _answer(jobs: list[_Job[Any]], outcomes: list[_Outcome]) -> None:
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        if outcome.error is None and job.done is not None:
+            job.done(outcome.value)
+        if job.future.done():
+            continue
+        if outcome.error is None:
+            job.future.set_result(outcome.value)
+        else:
+            job.future.set_exception(outcome.error)
