@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
@@ -15,6 +14,8 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+
+import timing
 
 FOLDER = pathlib.Path(__file__).parent
 CACHE = FOLDER.parent / ".cache" / "benchmarks"
@@ -65,8 +66,7 @@ class Peer:
     def measure(self, workload: str, address: str, callers: int, seconds: float) -> dict[str, float]:
         command = [str(self.python), str(FOLDER / self.name / "load.py"), workload, f"--address={address}"]
         command += [f"--callers={callers}", f"--seconds={seconds}"]
-        found: dict[str, float] = json.loads(subprocess.check_output(command, stderr=subprocess.DEVNULL))
-        return found
+        return timing.figures(command)
 
 
 def _triton(peer: Peer) -> contextlib.AbstractContextManager[str]:

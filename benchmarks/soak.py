@@ -17,10 +17,8 @@ import os
 import pathlib
 import random
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import run
@@ -107,27 +105,6 @@ def resident_mib(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-@contextlib.contextmanager
-def server() -> Iterator[tuple[str, int]]:
-    process = subprocess.Popen(
-        [sys.executable, *COMMAND],
-        cwd=run.FOLDER,
-        env=run.ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        address = process.stdout.readline().removeprefix("listening on ").strip()
-        while not process.stdout.readline().startswith("ready"):
-            pass
-        yield address, process.pid
-    finally:
-        process.kill()
-        process.wait()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
@@ -135,7 +112,7 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     samples: list[tuple[float, float]] = []
     deaths = 0
-    with server() as (address, pid):
+    with run.server_process(COMMAND) as (address, pid):
         callers = [context.Process(target=caller, args=(address, seed), daemon=True) for seed in range(3)]
         for one in callers:
             one.start()

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import concurrent.futures
 import json
+import subprocess
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
@@ -73,3 +74,12 @@ def show(taken: list[float], callers: int, **more: float) -> None:
         "p99_ms": taken[int(len(taken) * 0.99)] * 1e3,
     }
     print(json.dumps(figures | more))
+
+
+def figures(command: list[str], **options: Any) -> dict[str, float]:
+    """What a `load.py` shows. Ends the program with what it says where it fails. options: as `subprocess.run` has."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False, **options)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}: {done.stderr[-2000:]}")
+    found: dict[str, float] = json.loads(done.stdout)
+    return found

@@ -11,8 +11,12 @@ from click.testing import CliRunner
 
 from forwardpass_client.cli import npz
 from forwardpass_client.cli.commands import forwardpass
+from forwardpass_server.serving import tokens
+from forwardpass_server.serving.tokens import Role
 from support import zoo
+from support.certificates import Signer
 from support.golden import golden
+from support.servers import ServerProcess
 
 
 @pytest.fixture
@@ -214,3 +218,42 @@ def test_without_click_the_command_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "forwardpass: the command line needs click: pip install 'forwardpass[cli]'\n"
+
+
+def test_a_server_with_tls_and_tokens_is_called(tmp_path):
+    signer = Signer(tmp_path / "signer")
+    secret, token = tokens.create("alice", [Role.CALL], None)
+    (tmp_path / "tokens").write_text(token.line() + "\n")
+    tls = signer.tls("bob")
+    (tmp_path / "bob.pem").write_bytes(tls.certificate)
+    (tmp_path / "bob.key").write_bytes(tls.key)
+    arguments = ("--factory", "slow=support.zoo:slow", *signer.arguments(mutual=True))
+    with ServerProcess(*arguments, "--tokens", str(tmp_path / "tokens")) as server:
+        call = ["models", server.address, "--ca", str(signer.ca)]
+        certificate = ["--cert", str(tmp_path / "bob.pem"), "--key", str(tmp_path / "bob.key")]
+        assert "slow" in CliRunner().invoke(forwardpass, [*call, *certificate]).output
+        environment = {"FORWARDPASS_TOKEN": secret}
+        assert "slow" in CliRunner().invoke(forwardpass, [*call, *certificate], env=environment).output
+        refused = CliRunner().invoke(forwardpass, [*call, *certificate, "--token", "nonsense"])
+        assert refused.exit_code == 1
+        assert refused.output == "Error: the server does not know this token, or no longer\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--token", "secret"), "token: expected tls beside"),
+        (("--ca", __file__, "--cert", __file__), "tls: expected a certificate with its key"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(arguments, message):
+    done = CliRunner().invoke(forwardpass, ["models", "example.org:1", *arguments])
+    assert done.exit_code == 1
+    assert message in done.output
+    assert "secret" not in done.output
+
+
+def test_every_command_that_calls_a_server_takes_the_options_of_how_to_get_there():
+    for command in forwardpass.commands.values():
+        names = {parameter.name for parameter in command.params}
+        assert {"host", "tls", "ca", "cert", "key", "token", "allow_insecure_token"} <= names

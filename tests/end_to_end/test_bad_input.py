@@ -483,8 +483,8 @@ ROWS = [
     ),
 ]
 
-# Shown where they can be brought about: a server that starts, changes or is full.
-ELSEWHERE = {"ModelLoading", "ModelChanged", "ServerOverloaded", "OutOfMemory"}
+# Shown where they can be brought about: a server that starts, changes, is full, or asks who calls.
+ELSEWHERE = {"ModelLoading", "ModelChanged", "ServerOverloaded", "OutOfMemory", "Unauthenticated", "PermissionDenied"}
 
 
 def manifest(shape: list[int], digest: bytes = bytes(32), size_bytes: int | None = None) -> v1.WeightsManifest:

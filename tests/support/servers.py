@@ -50,7 +50,7 @@ class ServerProcess:
         finally:
             watchdog.cancel()
         self.address = self._line("listening on ").removeprefix("listening on ")
-        self._metrics_url = self._line("metrics on ").removeprefix("metrics on ")
+        self.metrics_url = self._line("metrics on ").removeprefix("metrics on ")
 
     def _line(self, start: str) -> str:
         """The first line of stdout that starts so, waiting for it."""
@@ -76,7 +76,7 @@ class ServerProcess:
 
     def metrics(self) -> dict[str, float]:
         """Every sample that Prometheus would scrape, by name and labels as they are written."""
-        with urllib.request.urlopen(self._metrics_url) as response:
+        with urllib.request.urlopen(self.metrics_url) as response:
             text = response.read().decode()
         samples = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         return {name: float(value) for name, value in samples}

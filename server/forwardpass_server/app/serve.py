@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
@@ -45,6 +46,9 @@ from forwardpass_server.telemetry.metrics import Metrics
 _LOGGER = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
+
+# Between looks at the files of certificates and tokens: how long one that was revoked is still good.
+_WATCH_S = 1.0
 
 # Names and numbers of versions.
 _MAX_MANAGEMENT_BYTES = 2**20
@@ -142,9 +146,12 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     loading = asyncio.create_task(_load(registry, management, server, loader.device, announce))
     # What goes wrong in it otherwise than with one model must not leave a server that is never ready.
     loading.add_done_callback(lambda task: None if task.cancelled() or task.exception() is None else stop.set())
-    sweeping = asyncio.create_task(_sweep(store, session_store, security))
+    looking_after = [
+        asyncio.create_task(work) for work in (_sweep_weights(store), _sweep_sessions(session_store), _watch(security))
+    ]
     await stop.wait()
-    sweeping.cancel()
+    for task in looking_after:
+        task.cancel()
     is_loading = not loading.done()
     loading.cancel()
     began = time.monotonic()
@@ -207,14 +214,24 @@ def _management_server(
     )
 
 
-async def _sweep(store: WeightStore, session_store: SessionStore, security: Security) -> None:
+async def _sweep_weights(store: WeightStore) -> None:
     while True:
         await asyncio.sleep(_SWEEP_S)
         store.sweep()
-        await asyncio.to_thread(security.refresh)
+
+
+async def _sweep_sessions(store: SessionStore) -> None:
+    while True:
+        await asyncio.sleep(_SWEEP_S)
         # Whoever needs the store meanwhile is told what is wrong with it.
         with contextlib.suppress(errors.SessionStoreUnavailable):
-            await session_store.sweep()
+            await store.sweep()
+
+
+async def _watch(security: Security) -> None:
+    while True:
+        await asyncio.sleep(_WATCH_S)
+        await asyncio.to_thread(security.refresh)
 
 
 def _stop(stop: asyncio.Event, number: int) -> None:
@@ -236,6 +253,10 @@ async def _load(
 ) -> None:
     """Loads every model, one after another beside the event loop, and then says SERVING if any can be called."""
     await management.load_all()
+    # TensorFlow and the models are hundreds of thousands of objects that stay. The garbage collector would look at them
+    # again and again, while calls wait.
+    gc.collect()
+    gc.freeze()
     entries = registry.entries()
     # A server of which no model can be called is of use to nobody.
     is_useful = any(entry.state is State.AVAILABLE for entry in entries) or not entries

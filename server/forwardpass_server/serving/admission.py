@@ -49,8 +49,8 @@ class Admission:
         if own is None:
             own = self._by_principal[principal] = _Use()
         try:
-            _check(own, self._each, size_bytes, calls, "this principal's calls")
             _check(self._use, self._in_all, size_bytes, calls, "the server's calls")
+            _check(own, self._each, size_bytes, calls, "this principal's calls")
         except errors.ServerOverloaded:
             self._forget(principal, own)
             raise

@@ -38,7 +38,7 @@ class WatchedFiles(Generic[ValueT]):
                 return
             self._contents = contents
             self.value = self._read_whole(contents)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # Whatever it is: who watches must not end by it.
             # Said once of each state of the files, and not each second.
             if str(error) != self._complaint:
                 self._complaint = str(error)
