@@ -97,7 +97,14 @@ class ClientApi(abc.ABC):
 
     def is_ready(self, *, timeout_s: float | None = None) -> Any:
         """Whether the server has tried to load every model, and is not about to stop. Raises ServerUnavailable."""
-        return self._run(calls.check_health(), timeout_s)
+        return self.is_serving("", timeout_s=timeout_s)
+
+    def is_serving(self, service: str, *, timeout_s: float | None = None) -> Any:
+        """Whether grpc.health.v1 answers SERVING for a service, such as `model/NAME`; "" is the server as a whole.
+
+        Raises ServerUnavailable, DeadlineExceeded, ForwardPassError for a service that the server does not know.
+        """
+        return self._run(calls.check_health(service), timeout_s)
 
     @abc.abstractmethod
     def _model(self, found: FoundModel) -> Any:

@@ -36,6 +36,28 @@ def test_models_are_listed_with_their_states(run):
     assert "notes.txt" in shown
 
 
+def test_health_exits_with_0_where_the_server_or_a_model_is_serving_and_with_1_otherwise(run):
+    assert run("health") == "SERVING\n"
+    assert run("health", "--service", "model/keras_cnn") == "SERVING\n"
+    assert run("health", "--service", "model/broken", code=1) == "NOT_SERVING\n"
+    assert "NOT_FOUND" in run("health", "--service", "model/none", code=1)
+
+
+def test_health_exits_with_1_where_nothing_listens():
+    done = CliRunner().invoke(forwardpass, ["health", "127.0.0.1:1", "--timeout", "5"])
+    assert done.exit_code == 1
+    assert "cannot be reached" in done.output
+
+
+def test_health_imports_no_tensorflow(server):
+    code = (
+        "import sys; from click.testing import CliRunner; from forwardpass_client.cli.commands import forwardpass;"
+        f"assert CliRunner().invoke(forwardpass, ['health', {server.address!r}]).exit_code == 0;"
+        "assert not {'tensorflow', 'keras', 'forwardpass_server'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_model_is_described(run):
     shown = run("describe", "keras_cnn", "--version", 1)
     assert "keras_cnn/1" in shown

@@ -82,6 +82,22 @@ def models(host: Host) -> None:
 
 @forwardpass.command()
 @host_argument
+@click.option("--service", default="", help="Of one service, such as model/digits.  [default: the server as a whole]")
+@click.option("--timeout", default=3.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Seconds.")
+def health(host: Host, service: str, timeout: float) -> None:
+    """Ask whether a server is serving: exits with 0 if it says SERVING, with 1 otherwise.
+
+    Fit for a probe: it starts in a third of a second and asks once.
+    """
+    with _client(host) as client:
+        is_serving = client.is_serving(service, timeout_s=timeout)
+    click.echo("SERVING" if is_serving else "NOT_SERVING")
+    if not is_serving:
+        raise click.exceptions.Exit(1)
+
+
+@forwardpass.command()
+@host_argument
 @click.argument("model")
 @_version_option
 def describe(host: Host, model: str, version: int | None) -> None:
