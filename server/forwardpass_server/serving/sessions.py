@@ -198,6 +198,7 @@ class Sessions:
 
     async def _state_of(self, principal: str, session_id: bytes, into: Session) -> Structure:
         """The state of a session that is to be merged into another."""
+        check_id(session_id, "other_session_id")
         other = await self.get(principal, session_id)
         if other.key == into.key or other.record.identity != into.record.identity:
             raise errors.InvalidRequest(
