@@ -241,14 +241,22 @@ class ModelCalls:
         values: Mapping[str, Any],
         read: Callable[[bytes], ResultT],
         others: Mapping[str, Structure] | None = None,
+        *,
+        names_weights: bool = False,
     ) -> Call[ResultT]:
-        """A call with the weights by value or by id. others: structures that the function does not take."""
+        """A call with the weights by value or by id.
+
+        others: structures that the function does not take. names_weights: by id, whatever they take.
+        """
         parts = {**self._conform(function, values), **(others or {})}
         if isinstance(model_weights, WeightsHandleApi):
             held: HeldWeights | None = model_weights.held
         else:
             structure = self._weights(model_weights)
-            held = None if self._reuse is None else self._reuse.recognise(structure)
+            if names_weights:
+                held = HeldWeights.of(structure)
+            else:
+                held = None if self._reuse is None else self._reuse.recognise(structure)
             if held is None:
                 parts = {**self._spec.weights_parts(structure), **parts}
         if held is not None:

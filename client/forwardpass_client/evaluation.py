@@ -59,7 +59,8 @@ class BatchesInFlight:
         start = v1.EvaluationStart(writer_id=secrets.token_bytes(ID_BYTES), training=bool(training), targets=targets)
         self._start = v1.EvaluateRequest(start=start).SerializeToString()
         self._has_started = False
-        self._outbox = Outbox(answers=False)
+        # The server takes batches in the order of their numbers alone.
+        self._outbox = Outbox(answers=False, in_order=True)
         # In the order of their numbers.
         self._uncounted: collections.OrderedDict[int, _Uncounted] = collections.OrderedDict()
         self._completed: list[Completed] = []

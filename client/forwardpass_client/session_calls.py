@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from forwardpass import v1
-from forwardpass.wire import conform, errors, messages
+from forwardpass.wire import conform, errors, fields, messages
+from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.description import BatchOutput, Function
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
-from forwardpass_client.calls import Call, ModelCalls, batch_output_values, nested, x_and_y
+from forwardpass_client.calls import Call, ModelCalls, ResultT, batch_output_values, nested, x_and_y
 
 
 class SessionCalls(ModelCalls):
     """The calls of one version of a model, those of its metric sessions included.
 
-    update: which update of which session a call is.
+    An update does not say yet which it is: see `identified`.
     """
 
     def open_session(self, session_id: bytes, resume: bool, initial_state: Any) -> Call[int]:
@@ -34,31 +36,29 @@ class SessionCalls(ModelCalls):
 
         return self._call("OpenSession", request, parts, read)
 
-    def update_session(
-        self, update: v1.UpdateIdentity, labels: Any, batch_output: Any, sample_weight: Any
-    ) -> Call[None]:
+    def update_session(self, labels: Any, batch_output: Any, sample_weight: Any) -> Call[None]:
         values = {"labels": labels, "sample_weight": sample_weight, **batch_output_values(batch_output)}
         function = Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
         parts = self._conform(function, values, {"state"})
         return self._call(
             "UpdateSession",
-            v1.UpdateSessionRequest(update=update),
+            v1.UpdateSessionRequest(),
             parts,
             lambda data: self._acknowledge(v1.UpdateSessionResponse, data),
         )
 
     def forward_pass_in_session(
         self,
-        update: v1.UpdateIdentity,
         model_weights: Any,
         batch_input: Any,
         training: bool,
         sample_weight: Any,
         with_predictions: bool,
+        *,
+        names_weights: bool = False,
     ) -> Call[BatchOutput]:
-        request = v1.ForwardPassInSessionRequest(
-            update=update, training=bool(training), without_predictions=not with_predictions
-        )
+        """names_weights: also where they had better be sent: two calls with the same weights are equal then."""
+        request = v1.ForwardPassInSessionRequest(training=bool(training), without_predictions=not with_predictions)
 
         def read(data: bytes) -> BatchOutput:
             parts = self._read(v1.ForwardPassInSessionResponse, data)
@@ -72,9 +72,10 @@ class SessionCalls(ModelCalls):
             self._batch_values(batch_input),
             read,
             self._sample_weight(sample_weight),
+            names_weights=names_weights,
         )
 
-    def merge_into_session(self, update: v1.UpdateIdentity, other_session_id: bytes, state: Any) -> Call[None]:
+    def merge_into_session(self, other_session_id: bytes, state: Any) -> Call[None]:
         """state: None for that of the other session."""
         if self.model.unmergeable_reason:
             raise errors.FunctionNotAvailable(
@@ -83,7 +84,7 @@ class SessionCalls(ModelCalls):
         parts = {} if state is None else {"state": conform.conform(state, self._spec.metrics_state, "state")}
         return self._call(
             "MergeIntoSession",
-            v1.MergeIntoSessionRequest(update=update, other_session_id=other_session_id),
+            v1.MergeIntoSessionRequest(other_session_id=other_session_id),
             parts,
             lambda data: self._acknowledge(v1.MergeIntoSessionResponse, data),
         )
@@ -128,6 +129,18 @@ class SessionCalls(ModelCalls):
 
     def _acknowledge(self, response_type: Any, data: bytes) -> None:
         self._read(response_type, data)
+
+
+# The same in every request that is an update, and its first field.
+_UPDATE = v1.UpdateSessionRequest.DESCRIPTOR.fields_by_name["update"].number
+
+
+def identified(call: Call[ResultT], update: v1.UpdateIdentity) -> Call[ResultT]:
+    """An update that says which update of which session it is."""
+    identity = update.SerializeToString()
+    start = fields.prefix(_UPDATE, len(identity)) + identity
+    request = call.request.after(start) if isinstance(call.request, Pieces) else start + call.request
+    return dataclasses.replace(call, request=request)
 
 
 def close_session(session_id: bytes) -> Call[None]:

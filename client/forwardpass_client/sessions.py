@@ -6,6 +6,8 @@ import abc
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import hashlib
 import secrets
 import threading
 import time
@@ -28,18 +30,16 @@ ID_BYTES = 16
 
 _FIRST_PAUSE_S = 0.2
 
-# After these, and whatever is no error of the catalogue, nobody knows whether an update has counted.
-_DOUBTFUL = (*AWAY, errors.DeadlineExceeded, errors.InternalError)
-
-MakeCall = Callable[[v1.UpdateIdentity], Call[Any]]
+Content = Callable[[], Call[Any]]
+"""Makes the call once more, to be compared: the same request for the same update, another for any other."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Doubt:
-    """An update that was sent, and of which nobody knows whether it has counted."""
+    """An update that was sent, and of which nobody knows whether it has counted. digest: of its content."""
 
     identity: v1.UpdateIdentity
-    request: bytes | Pieces
+    digest: bytes
 
 
 class _Writer:
@@ -49,33 +49,31 @@ class _Writer:
         self._session_id = session_id
         self._writer_id = secrets.token_bytes(ID_BYTES)
         self._sequence = 1
-        self._doubt: _Doubt | None = None
+        # Of the present number. At most one of them has counted, or will.
+        self._doubts: list[_Doubt] = []
         self.updates = 0
 
-    def update(self, make: MakeCall, timeout_s: float | None) -> Steps:
-        """The steps of one update. make: the call with a given identity."""
-        doubt = self._doubt
-        identity = self._identity() if doubt is None else doubt.identity
-        call = make(identity)
-        if doubt is not None and call.joined().request != doubt.request:
-            # It is another update. Only one of the two can have this number.
-            identity = self._identity()
-            call = make(identity)
+    def update(self, call: Call[Any], content: Content, timeout_s: float | None) -> Steps:
+        """The steps of one update. call: without its identity."""
+        is_in_doubt = bool(self._doubts)
         try:
-            answer = yield from self._sent(identity, call, timeout_s)
+            answer = yield from self._sent(self._identity(content), call, content, timeout_s)
         except errors.SequenceMismatch:
-            if doubt is None:
+            if not is_in_doubt:
                 raise
-            # The one in doubt had counted.
+            # Another one of this number had counted.
             self._settle()
-            identity = self._identity()
-            call = make(identity)
-            answer = yield from self._sent(identity, call, timeout_s)
+            answer = yield from self._sent(self._identity(content), call, content, timeout_s)
         self._settle()
         return call.read(answer)
 
-    def _identity(self) -> v1.UpdateIdentity:
-        """That of the next update, whatever it is."""
+    def _identity(self, content: Content) -> v1.UpdateIdentity:
+        """That of an update that is in doubt and made again, or else of a new one."""
+        if self._doubts:
+            digest = _digest(content)
+            for doubt in self._doubts:
+                if doubt.digest == digest:
+                    return doubt.identity
         return v1.UpdateIdentity(
             session_id=self._session_id,
             writer_id=self._writer_id,
@@ -83,19 +81,30 @@ class _Writer:
             update_id=secrets.token_bytes(ID_BYTES),
         )
 
-    def _sent(self, identity: v1.UpdateIdentity, call: Call[Any], timeout_s: float | None) -> Steps:
+    def _sent(self, identity: v1.UpdateIdentity, call: Call[Any], content: Content, timeout_s: float | None) -> Steps:
         try:
-            return (yield from tried(call, timeout_s))
-        except BaseException as error:
-            if isinstance(error, _DOUBTFUL) or not isinstance(error, errors.ForwardPassError):
-                self._doubt = _Doubt(identity, call.joined().request)
+            return (yield from tried(session_calls.identified(call, identity), timeout_s))
+        except errors.SequenceMismatch:
+            raise
+        except BaseException:
+            # Whatever this says: an earlier try, of ours or of gRPC's, may have counted, and its answer been lost.
+            if all(doubt.identity != identity for doubt in self._doubts):
+                self._doubts.append(_Doubt(identity, _digest(content)))
             raise
 
     def _settle(self) -> None:
         """An update of the present number has counted."""
         self._sequence += 1
-        self._doubt = None
+        self._doubts.clear()
         self.updates += 1
+
+
+def _digest(content: Content) -> bytes:
+    request = content().request
+    hasher = hashlib.sha256()
+    for piece in request.views() if isinstance(request, Pieces) else [request]:
+        hasher.update(piece)
+    return hasher.digest()
 
 
 def tried(call: Call[Any], timeout_s: float | None) -> Steps:
@@ -151,9 +160,7 @@ class MetricsSessionApi(abc.ABC):
         self, labels: Any, batch_output: Any, sample_weight: Any = None, *, timeout_s: float | None = None
     ) -> Any:
         """Counts one batch. Arguments as of the model's `update_metrics_state`."""
-        return self._update(
-            lambda update: self._calls.update_session(update, labels, batch_output, sample_weight), timeout_s
-        )
+        return self._made(self._calls.update_session(labels, batch_output, sample_weight), timeout_s)
 
     def forward_pass(
         self,
@@ -170,12 +177,11 @@ class MetricsSessionApi(abc.ABC):
         Arguments as of the model's `forward_pass`. sample_weight: for the metrics, not for the loss.
         with_predictions: False to be sent the loss and the number of examples alone; `predictions` is None then.
         """
-        return self._update(
-            lambda update: self._calls.forward_pass_in_session(
-                update, model_weights, batch_input, training, sample_weight, with_predictions
-            ),
-            timeout_s,
+        make = functools.partial(
+            self._calls.forward_pass_in_session, model_weights, batch_input, training, sample_weight, with_predictions
         )
+        # Weights that went along the first time may be named the second.
+        return self._update(make(), lambda: make(names_weights=True), timeout_s)
 
     def merge(self, other: Any, *, timeout_s: float | None = None) -> Any:
         """Adds a state to this session's: that of another session of the same model, which stays as it is, or a value.
@@ -186,7 +192,7 @@ class MetricsSessionApi(abc.ABC):
             session_id, state = other._session_id, None
         else:
             session_id, state = b"", other
-        return self._update(lambda update: self._calls.merge_into_session(update, session_id, state), timeout_s)
+        return self._made(self._calls.merge_into_session(session_id, state), timeout_s)
 
     def result(self, *, timeout_s: float | None = None) -> Any:
         """The metrics so far, in the model's order. The session goes on."""
@@ -203,8 +209,12 @@ class MetricsSessionApi(abc.ABC):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id}>"
 
+    def _made(self, call: Call[Any], timeout_s: float | None) -> Any:
+        """`_update` with a request that is the same whenever it is made."""
+        return self._update(call, lambda: call, timeout_s)
+
     @abc.abstractmethod
-    def _update(self, make: MakeCall, timeout_s: float | None) -> Any:
+    def _update(self, call: Call[Any], content: Content, timeout_s: float | None) -> Any:
         """Makes an update, after those that are being made: returns its result, or what to await for it."""
 
     @abc.abstractmethod
@@ -234,8 +244,8 @@ class MetricsSession(MetricsSessionApi):
         self._writer.updates = self._run(self._open(resume, initial_state), None)
         return self
 
-    def _update(self, make: MakeCall, timeout_s: float | None) -> Any:
-        with self._updating, contextlib.closing(self._writer.update(make, self._deadline(timeout_s))) as steps:
+    def _update(self, call: Call[Any], content: Content, timeout_s: float | None) -> Any:
+        with self._updating, contextlib.closing(self._writer.update(call, content, self._deadline(timeout_s))) as steps:
             # Interrupted, the update is in doubt, and must know it before the next: closing tells it.
             return self._transport.run(steps, None)
 
@@ -267,9 +277,13 @@ class AsyncMetricsSession(MetricsSessionApi):
         self._writer.updates = await self._run(self._open(resume, initial_state), None)
         return self
 
-    async def _update(self, make: MakeCall, timeout_s: float | None) -> Any:
+    def _update(self, call: Call[Any], content: Content, timeout_s: float | None) -> Any:
+        # Now: until it is awaited, its arrays may be changed.
+        return self._update_joined(call.joined(), content, self._deadline(timeout_s))
+
+    async def _update_joined(self, call: Call[Any], content: Content, timeout_s: float | None) -> Any:
         async with self._updating:
-            with contextlib.closing(self._writer.update(make, self._deadline(timeout_s))) as steps:
+            with contextlib.closing(self._writer.update(call, content, timeout_s)) as steps:
                 return await self._transport.run(steps, None)
 
     async def _run(self, call: Call[Any], timeout_s: float | None) -> Any:

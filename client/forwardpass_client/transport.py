@@ -59,6 +59,8 @@ def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
         ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.max_receive_message_length", max_message_bytes),
+        # Within the patience of whoever waits for a server that starts anew; else gRPC waits for longer each time.
+        ("grpc.max_reconnect_backoff_ms", 2000),
         # A peer that is gone without a word is noticed while a call waits for it.
         ("grpc.keepalive_time_ms", 10_000),
         ("grpc.keepalive_timeout_ms", 5_000),

@@ -340,3 +340,71 @@ def ponder() -> FunctionalModel:
         loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(output),
         input_spec=(tf.TensorSpec([None, 4], tf.float32), tf.TensorSpec([None], tf.float32)),
     )
+
+
+def counting() -> FunctionalModel:
+    """Looks weights up by number; its metrics are the exact counts of what they have seen. Refuses labels below 0."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        return tf.gather(model_weights[0][0], x)
+
+    @tf.function
+    def initialize() -> Any:
+        zero = tf.constant(0, tf.int64)
+        return collections.OrderedDict(examples=zero, labels=zero, weights=tf.constant(0.0, tf.float64))
+
+    @tf.function
+    def update(state: Any, labels: Any, batch_output: Any, sample_weight: Any = None) -> Any:
+        weights = tf.ones_like(labels, tf.float32) if sample_weight is None else sample_weight
+        with tf.control_dependencies([tf.debugging.assert_non_negative(labels)]):
+            total = tf.reduce_sum(labels)
+        return collections.OrderedDict(
+            examples=state["examples"] + tf.size(labels, tf.int64),
+            labels=state["labels"] + total,
+            weights=state["weights"] + tf.reduce_sum(tf.cast(weights, tf.float64)),
+        )
+
+    return FunctionalModel(
+        initial_weights=((np.arange(10, dtype=np.float32),), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(output),
+        metrics_fns=(initialize, update, lambda state: state),
+        input_spec=(tf.TensorSpec([None], tf.int32), tf.TensorSpec([None], tf.int64)),
+    )
+
+
+def counting_batch(number: int, examples: int = 3) -> tuple[Any, Any]:
+    """A batch for `counting`, by whose labels it can be told from others."""
+    return np.arange(examples, dtype=np.int32) % 10, np.full(examples, number, np.int64)
+
+
+def _labels_only(add: Any) -> FunctionalModel:
+    """A model of no interest but for its metrics: a vector of labels, and how those of a batch come into it."""
+
+    @tf.function
+    def initialize() -> Any:
+        # Of a length that the graph does not say.
+        return {"labels": tf.compat.v1.placeholder_with_default(tf.zeros([0], tf.int64), [None])}
+
+    @tf.function
+    def update(state: Any, labels: Any, batch_output: Any, sample_weight: Any = None) -> Any:
+        return {"labels": add(state["labels"], labels)}
+
+    return FunctionalModel(
+        initial_weights=((np.float32(1),), ()),
+        predict_on_batch_fn=tf.function(lambda model_weights, x, training: x * model_weights[0][0]),
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(output),
+        metrics_fns=(initialize, update, lambda state: state),
+        input_spec=(tf.TensorSpec([None], tf.float32), tf.TensorSpec([None], tf.int64)),
+    )
+
+
+def remembering() -> FunctionalModel:
+    """Its metrics state holds every label that it has seen."""
+    return _labels_only(lambda state, labels: tf.concat([state, labels], 0))
+
+
+def rowwise() -> FunctionalModel:
+    """Its metrics state has a number for each row of the batches, which have as many rows each."""
+    return _labels_only(lambda state, labels: tf.cond(tf.size(state) == 0, lambda: labels, lambda: state + labels))

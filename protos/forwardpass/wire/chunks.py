@@ -31,6 +31,10 @@ class Pieces:
     def join(self) -> bytes:
         return b"".join(self._buffers)  # type: ignore[arg-type]  # Arrays are buffers; the stubs say so since numpy 2.
 
+    def after(self, start: bytes) -> Pieces:
+        """The message that begins with other bytes before these."""
+        return Pieces([start, *self._buffers], len(start) + self._size_bytes)
+
     def views(self) -> list[memoryview]:
         """Each piece as bytes, where it lies."""
         return [

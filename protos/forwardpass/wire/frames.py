@@ -259,11 +259,12 @@ class _Leaving:
 class Outbox:
     """Calls, or answers, that wait to be sent: put together to messages of about `CHUNK_BYTES`.
 
-    A long one leaves piece by piece, and lets others go between.
+    A long one leaves piece by piece, and lets others go between, unless they are to stay in order.
     """
 
-    def __init__(self, *, answers: bool) -> None:
+    def __init__(self, *, answers: bool, in_order: bool = False) -> None:
         self._data = _RESPONSE if answers else _REQUEST
+        self._in_order = in_order
         self._leaving: collections.deque[_Leaving] = collections.deque()
         self.size_bytes = 0
 
@@ -297,7 +298,9 @@ class Outbox:
             self.size_bytes -= size_bytes
             one.head = b""
             room -= size_bytes + len(head)
-            if one.data:
+            if one.data and self._in_order:
+                self._leaving.appendleft(one)
+            elif one.data:
                 self._leaving.append(one)
         return b"".join(pieces)
 

@@ -37,6 +37,7 @@ class SessionsServicer:
             header.model.version,
             resume=header.resume,
             initial_state=parts.get("initial_state"),
+            size_bytes=len(data),
         )
         identity = session.servable.identity.message()
         return v1.OpenSessionResponse(model=identity, updates=session.record.updates).SerializeToString()

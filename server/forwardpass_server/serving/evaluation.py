@@ -66,6 +66,9 @@ class Evaluations:
         check_id(writer_id, "start.writer_id")
         if not 1 <= len(targets) <= _MAX_TARGETS:
             raise errors.InvalidRequest(place="start.targets", expected=f"1 to {_MAX_TARGETS}", found=f"{len(targets)}")
+        if len({session_id for session_id, _ in targets}) < len(targets):
+            # Each batch would count once, under whichever weights came first.
+            raise errors.InvalidRequest(place="start.targets", expected="a session for each", found="one of them twice")
         async with contextlib.AsyncExitStack() as stack:
             found: list[Session] = []
             for session_id, weights_id in targets:
@@ -202,7 +205,7 @@ class Evaluation:
             if batch.sequence <= target.counted:
                 # By an earlier stream, that broke before another session had counted it.
                 continue
-            if self._failed is not None:
+            if self._failed is not None and batch.sequence >= self._failed[0]:
                 return
             try:
                 counted = self._sessions.submit(target.session, await self._run(target, batch))

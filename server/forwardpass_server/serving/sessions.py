@@ -64,10 +64,15 @@ class Session:
         self.is_committing = False
 
     def know(self, version: int, record: Record) -> None:
-        """Takes note of what the store holds, unless something newer is known."""
+        """Takes note of what the store held at some moment, unless something newer is known."""
         self.is_doubtful = False
         if version > self.version:
             self.version, self.record = version, record
+
+    def believe(self, version: int, record: Record) -> None:
+        """Takes note of what the store holds now: less than is known here, where it has lost some of it."""
+        self.is_doubtful = False
+        self.version, self.record = version, record
 
 
 class Sessions:
@@ -104,22 +109,25 @@ class Sessions:
         *,
         resume: bool = False,
         initial_state: Structure | None = None,
+        size_bytes: int = 0,
     ) -> Session:
         """Opens a session of a model, or finds one that is open. version: 0 for the highest that is available.
 
         resume: the session must be there already. initial_state: None for the state before the first batch.
-        Raises what `Registry.get` raises, FunctionNotAvailable, StructureMismatch, DTypeMismatch, ShapeMismatch,
-        SessionLimitExceeded, SessionNotFound, SessionExpired, InvalidRequest for a session of another model.
+        Raises ServerOverloaded, what `Registry.get` raises, FunctionNotAvailable, StructureMismatch, DTypeMismatch,
+        ShapeMismatch, SessionLimitExceeded, SessionNotFound, SessionExpired, InvalidRequest for a session of another
+        model.
         """
         check_id(session_id, "session_id")
         key = SessionKey(principal, session_id)
-        if resume:
-            session = await self._known(key)
-        else:
-            servable = self._registry.get(name, version)
-            record = Record(servable.identity, await self._initial_state(servable, initial_state))
-            self._check_size(record.state)
-            session = self._keep(key, await self._store.create(key, session_records.encode(record)))
+        with self._caller.admitted(size_bytes):
+            if resume:
+                session = await self._known(key)
+            else:
+                servable = self._registry.get(name, version)
+                record = Record(servable.identity, await self._initial_state(servable, initial_state))
+                self._check_size(record.state)
+                session = self._keep(key, await self._store.create(key, session_records.encode(record)))
         found = session.record.identity
         if found.name != name or version not in (0, found.version):
             raise errors.InvalidRequest(
@@ -193,6 +201,7 @@ class Sessions:
 
     async def _state_of(self, principal: str, session_id: bytes, into: Session) -> Structure:
         """The state of a session that is to be merged into another."""
+        check_id(session_id, "other_session_id")
         other = await self.get(principal, session_id)
         if other.key == into.key or other.record.identity != into.record.identity:
             raise errors.InvalidRequest(
@@ -210,6 +219,10 @@ class Sessions:
         added = conform.check(state, session.servable.spec.metrics_state, "state")
 
         async def add(servable: Servable, state: Structure) -> Structure:
+            for path, one, other in zip(state.tree.paths("state"), state.leaves, added, strict=True):
+                if one.shape != other.shape:
+                    # Which numpy might well add, by repeating one of them.
+                    raise errors.ShapeMismatch(place=path, expected=f"shape {one.shape}", found=f"{other.shape}")
             # A sum of two arrays without a dimension is no array.
             leaves = [np.asarray(one + other) for one, other in zip(state.leaves, added, strict=True)]
             return Structure(servable.spec.metrics_state.tree, leaves)
@@ -222,11 +235,12 @@ class Sessions:
         return await self._known(SessionKey(principal, session_id))
 
     async def result(self, principal: str, session_id: bytes) -> tuple[Session, Structure]:
-        """The metrics of a session so far."""
+        """The metrics of a session so far. Raises SessionNotFound, SessionExpired, ServerOverloaded."""
         session = await self.get(principal, session_id)
         identity, parts = session.record.identity, {"state": session.record.state}
         request = Request(identity.name, identity.version, Function.FINALIZE_METRICS, parts, 0)
-        return session, (await self._caller.run(session.servable, request))["metrics"]
+        with self._caller.admitted(0):
+            return session, (await self._caller.run(session.servable, request))["metrics"]
 
     async def close(self, principal: str, session_id: bytes) -> None:
         """Ends a session. That it is not there is no error."""
@@ -335,8 +349,9 @@ class Sessions:
         )
 
     async def _look_again(self, session: Session) -> None:
+        """For whoever commits: nothing newer can be known here meanwhile."""
         stored = await self._store.load(session.key)
-        session.know(stored.version, session_records.decode(stored.record))
+        session.believe(stored.version, session_records.decode(stored.record))
 
     async def _standing(self, session: Session, identity: UpdateIdentity) -> Standing:
         """How an update stands to a session, asking the store where another server may know better."""
@@ -349,7 +364,8 @@ class Sessions:
             else:
                 if standing is Standing.NEXT or not self._store.is_shared:
                     return standing
-        await self._look_again(session)
+        stored = await self._store.load(session.key)
+        session.know(stored.version, session_records.decode(stored.record))
         return session.record.standing(identity)
 
     async def _known(self, key: SessionKey) -> Session:

@@ -41,6 +41,13 @@ def test_arrays_of_every_dtype_come_back_as_they_went():
     assert [(one.dtype, one.tolist()) for one in found] == [(other.dtype, other.tolist()) for other in arrays]
 
 
+def test_a_number_of_any_dtype_is_an_array_without_dimensions():
+    for name in zoo.DTYPES:
+        if name not in ("string", "bool"):
+            found = run(lambda x, name=name: tf.cast(tf.reduce_sum(x), name), [1, 2])
+            assert (found.shape, found.dtype.name, int(found.real)) == ((), name, 3)
+
+
 @pytest.mark.parametrize("offset", [0, 1, 4, 16, 63, 64])
 def test_arrays_that_lie_askew_in_memory_are_read_right(offset):
     data = bytes(64 + offset) + np.arange(1000, dtype=np.float32).tobytes()

@@ -1,0 +1,150 @@
+"""Metric sessions of real models over a store, without a server around them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import functools
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import numpy as np
+
+from forwardpass.wire.description import Function
+from forwardpass.wire.structures import Structure
+from forwardpass_server.models.loading import TensorFlowLoader
+from forwardpass_server.models.placement import TensorFlowDevice
+from forwardpass_server.serving.batching import Batcher
+from forwardpass_server.serving.calls import Caller, Request
+from forwardpass_server.serving.evaluation import Evaluations
+from forwardpass_server.serving.models import ModelSource
+from forwardpass_server.serving.registry import Registry
+from forwardpass_server.serving.scheduling import Scheduler
+from forwardpass_server.serving.session_records import UpdateIdentity
+from forwardpass_server.serving.session_store import SessionLimits, SessionStore
+from forwardpass_server.serving.session_stores.memory import MemorySessionStore
+from forwardpass_server.serving.sessions import Sessions
+from forwardpass_server.serving.weights import StoreOptions, WeightStore
+from support import zoo
+
+LIMITS = SessionLimits(max_sessions=100, max_bytes=2**20, idle_expiry_s=3600.0, remember_s=3600.0)
+MAX_STATE_BYTES = 2**16
+SESSION, OTHER = b"s" * 16, b"o" * 16
+
+
+class Observer:
+    """Takes note of what it is told."""
+
+    def __init__(self) -> None:
+        self.applied = self.duplicates = 0
+
+    def session_updates(self, applied: int, duplicates: int) -> None:
+        self.applied += applied
+        self.duplicates += duplicates
+
+    def sessions_expired(self, count: int) -> None: ...
+
+    def session_commit(self, seconds: float) -> None: ...
+
+    def batch(self, model: str, function: Function, examples: int) -> None: ...
+
+    def batched_calls(self, calls: int) -> None: ...
+
+    def weights_hit(self) -> None: ...
+
+    def weights_missed(self) -> None: ...
+
+    def weights_evicted(self) -> None: ...
+
+    def weights_spill_failed(self) -> None: ...
+
+
+@functools.cache
+def registry_of(*names: str) -> Registry:
+    """Models of the zoo, loaded once for all tests."""
+    sources = [ModelSource(name, 1, factory=f"support.zoo:{name}") for name in names]
+    registry = Registry(sources)
+    for source in sources:
+        registry.load(source, TensorFlowLoader("cpu"))
+    return registry
+
+
+@dataclasses.dataclass
+class Rig:
+    """What a server joins for its sessions."""
+
+    sessions: Sessions
+    evaluations: Evaluations
+    caller: Caller
+    weights: WeightStore
+    observer: Observer
+    registry: Registry
+
+    async def result(self, session_id: bytes = SESSION, principal: str = "") -> dict[str, float]:
+        """The metrics of a session of `counting`."""
+        _, metrics = await self.sessions.result(principal, session_id)
+        return {name: value[()] for name, value in metrics.nested().items()}
+
+    async def update(self, writer: Writer, number: int, **changes: Any) -> None:
+        await self.sessions.update("", writer.identity(**changes), counted(number), 100)
+
+
+class Writer:
+    """Numbers updates as a client does."""
+
+    def __init__(self, name: str = "w", session_id: bytes = SESSION) -> None:
+        self._id = name.encode().ljust(16, b".")
+        self._session_id = session_id
+        self._sequence = 0
+
+    def identity(self, sequence: int | None = None, update_id: bytes | None = None) -> UpdateIdentity:
+        """The next; or that of a given number, whose id depends on nothing else unless it is given."""
+        if sequence is None:
+            sequence = self._sequence = self._sequence + 1
+        return UpdateIdentity(self._session_id, self._id, sequence, update_id or sequence.to_bytes(16, "big"))
+
+
+def counted(number: int, examples: int = 3) -> dict[str, Structure]:
+    """What an update of a session of `counting` holds."""
+    return {"labels": Structure.of(zoo.counting_batch(number, examples)[1])}
+
+
+def forward(number: int, examples: int = 3) -> Request:
+    """A forward pass of `counting`, weights by value."""
+    weights = {
+        "model_weights.trainable": Structure.of((np.arange(10, dtype=np.float32),)),
+        "model_weights.non_trainable": Structure.of(()),
+    }
+    parts = {**weights, **batch(number, examples)}
+    return Request("", 0, Function.FORWARD_PASS, parts, 100)
+
+
+def batch(number: int, examples: int = 3) -> dict[str, Structure]:
+    """A batch of `counting` as a request holds it."""
+    x, y = zoo.counting_batch(number, examples)
+    return {"batch_input.x": Structure.of(x), "batch_input.y": Structure.of(y)}
+
+
+@contextlib.asynccontextmanager
+async def rig(
+    store: SessionStore, registry: Registry, *, max_calls: int = 100, max_state_bytes: int = MAX_STATE_BYTES
+) -> AsyncIterator[Rig]:
+    observer, scheduler = Observer(), Scheduler(2)
+    weights = WeightStore(StoreOptions(budget_bytes=2**20), TensorFlowDevice("/device:CPU:0"), observer)
+    caller = Caller(registry, weights, scheduler, Batcher(scheduler, observer, 100), observer, max_calls, 2**30)
+    sessions = Sessions(store, registry, caller, observer, max_state_bytes)
+    try:
+        yield Rig(sessions, Evaluations(sessions, weights, caller), caller, weights, observer, registry)
+    finally:
+        await scheduler.close(10)
+
+
+def run(scenario: Any, store: SessionStore | None = None, names: Iterable[str] = ("counting",), **options: Any) -> None:
+    """Runs a scenario over a store, a new one in memory unless it is given."""
+
+    async def main() -> None:
+        async with rig(store or MemorySessionStore(LIMITS, Observer()), registry_of(*names), **options) as found:
+            await scenario(found)
+
+    asyncio.run(asyncio.wait_for(main(), 60))
