@@ -15,6 +15,7 @@ from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
+from forwardpass_server.serving.admission import Admission, Limits
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.evaluation import Evaluations
@@ -77,6 +78,7 @@ class Rig:
     sessions: Sessions
     evaluations: Evaluations
     caller: Caller
+    admission: Admission
     weights: WeightStore
     observer: Observer
     registry: Registry
@@ -132,10 +134,13 @@ async def rig(
 ) -> AsyncIterator[Rig]:
     observer, scheduler = Observer(), Scheduler(2)
     weights = WeightStore(StoreOptions(budget_bytes=2**20), TensorFlowDevice("/device:CPU:0"), observer)
-    caller = Caller(registry, weights, scheduler, Batcher(scheduler, observer, 100), observer, max_calls, 2**30)
-    sessions = Sessions(store, registry, caller, observer, max_state_bytes)
+    limits = Limits(calls=max_calls, size_bytes=2**30)
+    admission = Admission(limits, limits)
+    caller = Caller(registry, weights, scheduler, Batcher(scheduler, observer, 100), observer, admission)
+    sessions = Sessions(store, registry, caller, admission, observer, max_state_bytes)
+    evaluations = Evaluations(sessions, weights, caller, admission)
     try:
-        yield Rig(sessions, Evaluations(sessions, weights, caller), caller, weights, observer, registry)
+        yield Rig(sessions, evaluations, caller, admission, weights, observer, registry)
     finally:
         await scheduler.close(10)
 

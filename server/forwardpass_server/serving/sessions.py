@@ -120,7 +120,7 @@ class Sessions:
         """
         check_id(session_id, "session_id")
         key = SessionKey(principal, session_id)
-        with self._caller.admitted(size_bytes):
+        with self._admission.admitted(principal, size_bytes):
             if resume:
                 session = await self._known(key)
             else:
@@ -239,7 +239,7 @@ class Sessions:
         session = await self.get(principal, session_id)
         identity, parts = session.record.identity, {"state": session.record.state}
         request = Request(identity.name, identity.version, Function.FINALIZE_METRICS, parts, 0)
-        with self._caller.admitted(0):
+        with self._admission.admitted(principal, 0):
             return session, (await self._caller.run(session.servable, request))["metrics"]
 
     async def close(self, principal: str, session_id: bytes) -> None:
