@@ -28,6 +28,7 @@ from forwardpass_server.serving.session_stores.memory import MemorySessionStore
 from forwardpass_server.serving.sessions import Sessions
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
 from support import zoo
+from support.arrays import nested
 
 LIMITS = SessionLimits(max_sessions=100, max_bytes=2**20, idle_expiry_s=3600.0, remember_s=3600.0)
 MAX_STATE_BYTES = 2**16
@@ -86,7 +87,7 @@ class Rig:
     async def result(self, session_id: bytes = SESSION, principal: str = "") -> dict[str, float]:
         """The metrics of a session of `counting`."""
         _, metrics = await self.sessions.result(principal, session_id)
-        return {name: value[()] for name, value in metrics.nested().items()}
+        return {name: value[()] for name, value in nested(metrics).items()}
 
     async def update(self, writer: Writer, number: int, **changes: Any) -> None:
         await self.sessions.update("", writer.identity(**changes), counted(number), 100)
