@@ -447,6 +447,42 @@ ROWS = [
         wire=lambda s: s.send("LeaseWeights", v1.LeaseWeightsRequest(weights_id=b"\1" * 32, ttl_s=1), {}),
     ),
     Row(
+        "a session that is not there",
+        errors.SessionNotFound,
+        "NOT_FOUND",
+        f"there is no metrics session {'07' * 16}, or no longer",
+        sdk=lambda s: s.model.metrics_session("07" * 16),
+        wire=lambda s: s.send("GetSessionResult", v1.GetSessionResultRequest(session_id=b"\7" * 16), {}),
+    ),
+    Row(
+        "a session without an id",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "session_id: expected 16 bytes, got 3",
+        wire=lambda s: s.send("GetSessionState", v1.GetSessionStateRequest(session_id=b"abc"), {}),
+    ),
+    Row(
+        "an update that skips one",
+        errors.SequenceMismatch,
+        "FAILED_PRECONDITION",
+        "update.sequence: expected 1, got 3",
+        wire=lambda s: update_session(s, sequence=3),
+    ),
+    Row(
+        "an update without a writer",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "update.writer_id: expected 16 bytes, got 0",
+        wire=lambda s: update_session(s, writer_id=b""),
+    ),
+    Row(
+        "labels of another dtype for a session",
+        errors.DTypeMismatch,
+        "INVALID_ARGUMENT",
+        "labels: expected int64[None], got float32[4]",
+        wire=lambda s: update_session(s, labels=s.y.astype(np.float32)),
+    ),
+    Row(
         "a deadline that passes",
         errors.DeadlineExceeded,
         "DEADLINE_EXCEEDED",
@@ -483,8 +519,18 @@ ROWS = [
     ),
 ]
 
-# Shown where they can be brought about: a server that starts, changes, is full, or asks who calls.
-ELSEWHERE = {"ModelLoading", "ModelChanged", "ServerOverloaded", "OutOfMemory", "Unauthenticated", "PermissionDenied"}
+# Shown where they can be brought about: a server that starts, changes, is full, waits for long, or asks who calls.
+ELSEWHERE = {
+    "ModelLoading",
+    "ModelChanged",
+    "ServerOverloaded",
+    "OutOfMemory",
+    "Unauthenticated",
+    "PermissionDenied",
+    "SessionExpired",
+    "SessionLimitExceeded",
+    "SessionStoreUnavailable",
+}
 
 
 def manifest(shape: list[int], digest: bytes = bytes(32), size_bytes: int | None = None) -> v1.WeightsManifest:
@@ -493,6 +539,21 @@ def manifest(shape: list[int], digest: bytes = bytes(32), size_bytes: int | None
     size_bytes = 4 * int(np.prod(shape, dtype=object)) if size_bytes is None else size_bytes
     tensor = v1.TensorManifest(digest=digest, spec=spec, size_bytes=size_bytes)
     return v1.WeightsManifest(tree=v1.TreeDef(leaf=v1.TreeDef.Leaf()), tensors=[tensor])
+
+
+def update_session(situation: Situation, labels: Any = None, **changes: Any) -> None:
+    """An update of a session of its own, as a client without our checks would send it."""
+    output = situation.model.forward_pass(situation.weights, (situation.x, situation.y), training=False)
+    with situation.model.metrics_session() as session:
+        identity = {
+            "session_id": bytes.fromhex(session.id),
+            "writer_id": b"w" * 16,
+            "sequence": 1,
+            "update_id": b"u" * 16,
+        }
+        request = v1.UpdateSessionRequest(update=v1.UpdateIdentity(**{**identity, **changes}))
+        parts = {f"batch_output.{name}": value for name, value in output._asdict().items()}
+        situation.send("UpdateSession", request, {"labels": situation.y if labels is None else labels, **parts})
 
 
 def put_other_weights(situation: Situation) -> Any:
