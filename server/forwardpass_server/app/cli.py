@@ -44,6 +44,14 @@ def main() -> None:
     help="Folder NAME/VERSION/ of models.",
 )
 @click.option(
+    "--repository-poll",
+    default=Settings.repository_poll_s,
+    show_default=True,
+    envvar="FORWARDPASS_REPOSITORY_POLL",
+    show_envvar=True,
+    help="Seconds between looks for versions that came, changed or went; 0 means never.",
+)
+@click.option(
     "--factory",
     "factories",
     multiple=True,
@@ -326,6 +334,7 @@ def main() -> None:
 )
 def serve(
     model_repository: pathlib.Path | None,
+    repository_poll: float,
     factories: tuple[str, ...],
     host: str,
     port: int,
@@ -371,6 +380,7 @@ def serve(
     try:
         settings = Settings(
             model_repository=model_repository,
+            repository_poll_s=repository_poll,
             factories=app_settings.parse_factories(factories),
             host=host,
             port=port,
