@@ -170,6 +170,14 @@ def main() -> None:
     help="auto, cpu, gpu, or one of several as gpu:1. auto is the first GPU, else the CPU.",
 )
 @click.option(
+    "--device-timeout",
+    default=Settings.device_timeout_s,
+    show_default=True,
+    envvar="FORWARDPASS_DEVICE_TIMEOUT",
+    show_envvar=True,
+    help="Seconds that a small operation may take before the device counts as dead, and health says so.",
+)
+@click.option(
     "--max-message-mib",
     default=Settings.max_message_bytes // 2**20,
     show_default=True,
@@ -350,6 +358,7 @@ def serve(
     insecure: bool,
     connection_idle: float,
     device: str,
+    device_timeout: float,
     max_message_mib: int,
     execution_threads: int | None,
     max_concurrent_calls: int,
@@ -396,6 +405,7 @@ def serve(
             insecure=insecure,
             connection_idle_s=connection_idle,
             device=device,
+            device_timeout_s=device_timeout,
             max_message_bytes=max_message_mib * 2**20,
             **({} if execution_threads is None else {"execution_threads": execution_threads}),
             max_concurrent_calls=max_concurrent_calls,

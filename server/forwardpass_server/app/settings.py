@@ -58,6 +58,9 @@ class Settings:
     insecure: bool = False
     # The first GPU that TensorFlow sees, else the CPU.
     device: str = "auto"
+    # How long a small operation on the device may take before the server says that it is not alive. Longer than what
+    # queues up on a GPU before it, and not so long that a device that is gone goes unnoticed.
+    device_timeout_s: float = 30.0
     # 64 million float32 in one message. Larger ones cost memory on both sides several times over.
     max_message_bytes: int = 256 * 2**20
     # Computations beside the event loop. TensorFlow spreads each over all cores by itself: more than there are cores
@@ -171,6 +174,8 @@ class Settings:
         ):
             if not 0 <= seconds < float("inf"):
                 raise SettingsError(f"{flag}: expected seconds >= 0, got {seconds:g}")
+        if not 1 <= self.device_timeout_s < float("inf"):
+            raise SettingsError(f"--device-timeout: expected seconds >= 1, got {self.device_timeout_s:g}")
         if not 1 <= self.session_expiry_s < float("inf"):
             raise SettingsError(f"--session-expiry: expected seconds >= 1, got {self.session_expiry_s:g}")
         if self.session_store is not None and not _SESSION_STORE.match(self.session_store):
