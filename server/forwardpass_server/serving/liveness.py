@@ -14,7 +14,7 @@ class TriedDevice(Protocol):
     """A device that can be asked for a sign of life."""
 
     def try_out(self) -> None:
-        """Runs a small operation and waits for its result. Raises where the device fails; that it is full is no failure."""
+        """Runs a small operation and waits for its result. Raises where the device fails; being full is no failure."""
 
 
 class Liveness:

@@ -56,7 +56,7 @@ def file_states(folder: pathlib.Path) -> FileStates:
 
 
 def files_in(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Every file of a folder, those of folders in it included. Links are followed; a folder met again is passed over."""
+    """Every file of a folder and of those in it. Links are followed; a folder met again is passed over."""
     yield from _files_in(folder, {folder.resolve()})
 
 
