@@ -104,12 +104,17 @@ class ClientApi(abc.ABC):
     def __init__(self, options: Options) -> None:
         self._options = options
 
-    def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Any:
+    def model(
+        self, name: str, version: int | None = None, *, label: str | None = None, timeout_s: float | None = None
+    ) -> Any:
         """A model of the server; without a version, the highest that is available now, and that one from then on.
+
+        label: in place of a version, what the operator calls it, such as "stable" or "canary": the version that it
+          stands for now, and that one from then on.
 
         Raises ModelNotFound, ModelVersionNotFound, ModelFailed, or ModelLoading.
         """
-        call = calls.get_model(name, version)
+        call = calls.get_model(name, version, label)
         return self._run(dataclasses.replace(call, read=lambda data: self._model(call.read(data))), timeout_s)
 
     def models(self, *, timeout_s: float | None = None) -> Any:
@@ -146,8 +151,10 @@ class Client(ClientApi):
         super().__init__(options)
         self._transport = Transport(credentials, options)
 
-    def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> RemoteFunctionalModel:
-        model: RemoteFunctionalModel = super().model(name, version, timeout_s=timeout_s)
+    def model(
+        self, name: str, version: int | None = None, *, label: str | None = None, timeout_s: float | None = None
+    ) -> RemoteFunctionalModel:
+        model: RemoteFunctionalModel = super().model(name, version, label=label, timeout_s=timeout_s)
         return model
 
     def models(self, *, timeout_s: float | None = None) -> list[ModelVersion]:
@@ -193,9 +200,9 @@ class AsyncClient(ClientApi):
         self._transport = AsyncTransport(credentials, options)
 
     async def model(
-        self, name: str, version: int | None = None, *, timeout_s: float | None = None
+        self, name: str, version: int | None = None, *, label: str | None = None, timeout_s: float | None = None
     ) -> AsyncRemoteFunctionalModel:
-        model: AsyncRemoteFunctionalModel = await super().model(name, version, timeout_s=timeout_s)
+        model: AsyncRemoteFunctionalModel = await super().model(name, version, label=label, timeout_s=timeout_s)
         return model
 
     async def models(self, *, timeout_s: float | None = None) -> list[ModelVersion]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import threading
+from typing import Any
 
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.serving.management import RegistryManagement
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Registry, State
+from forwardpass_server.serving.version_policy import FILE, VersionPolicies
 
 
 class Loader:
@@ -38,7 +41,8 @@ class Situation:
         self.registry = Registry([])
         self.loader = Loader(repository)
         self.changes = []
-        self.management = RegistryManagement(self.registry, self.loader, folder, {}, self._change)
+        self.policies = VersionPolicies(folder)
+        self.management = RegistryManagement(self.registry, self.loader, folder, {}, self.policies, self._change)
 
     async def _change(self, source):
         self.changes.append(str(source))
@@ -51,6 +55,10 @@ class Situation:
 
     def states(self) -> dict[str, State]:
         return {str(entry.source): entry.state for entry in self.registry.entries()}
+
+    def rule(self, name: str, **policy: Any) -> None:
+        """Writes a model's version policy."""
+        (self.folder / name / FILE).write_text(json.dumps(policy))
 
     def overwrite(self, name: str, version: int) -> None:
         """Changes what is in a version's file, and no more."""

@@ -33,6 +33,7 @@ from forwardpass_server.serving import repository
 from forwardpass_server.serving.admission import Admission, Limits
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller
+from forwardpass_server.serving.errors import ModelLoadError
 from forwardpass_server.serving.evaluation import Evaluations
 from forwardpass_server.serving.liveness import Liveness
 from forwardpass_server.serving.management import Management, RegistryManagement
@@ -42,6 +43,7 @@ from forwardpass_server.serving.scheduling import Scheduler
 from forwardpass_server.serving.session_store import SessionStore
 from forwardpass_server.serving.sessions import Sessions
 from forwardpass_server.serving.tokens import Role
+from forwardpass_server.serving.version_policy import VersionPolicies
 from forwardpass_server.serving.weight_files import WeightFiles
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
 from forwardpass_server.telemetry.metrics import Metrics
@@ -70,12 +72,16 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     allocator.keep_freed_memory()
     metrics = Metrics()
     loader = TensorFlowLoader(settings.device, metrics.trace, settings.batching)
+    try:
+        policies = VersionPolicies(settings.model_repository)
+    except ModelLoadError as error:
+        raise SettingsError(f"--model-repository: {error}") from None
     sources = repository.from_factories(settings.factories)
     if settings.model_repository is not None:
         found = repository.scan(settings.model_repository)
         for taken in {str(source) for source in sources} & {str(source) for source in found}:
             raise SettingsError(f"--factory: the model repository has a {taken} already")
-        sources += found
+        sources += policies.served(found)
     registry = Registry(sources)
     for state in State:
         metrics.models_in_state(state.value, functools.partial(registry.count, state))
@@ -123,7 +129,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     liveness = Liveness(device, _TRIAL_S, settings.device_timeout_s)
     health = Health(server, registry, liveness)
     management = RegistryManagement(
-        registry, loader, settings.model_repository, settings.factories, health.model_changed
+        registry, loader, settings.model_repository, settings.factories, policies, health.model_changed
     )
     managing = None
     if settings.management_port is not None:
@@ -162,7 +168,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
             _sweep_sessions(session_store),
             _watch(security),
             health.watch(),
-            _follow_repository(settings, management, registry, loading),
+            _follow_repository(settings, management, policies, registry, loading),
         )
     ]
     await stop.wait()
@@ -260,12 +266,16 @@ def _stop(stop: asyncio.Event, number: int) -> None:
 
 
 async def _follow_repository(
-    settings: Settings, management: RegistryManagement, registry: Registry, loading: asyncio.Task[None]
+    settings: Settings,
+    management: RegistryManagement,
+    policies: VersionPolicies,
+    registry: Registry,
+    loading: asyncio.Task[None],
 ) -> None:
     if settings.model_repository is None or not settings.repository_poll_s:
         return
     known = [entry.source for entry in registry.entries() if entry.source.folder is not None]
-    watch = RepositoryWatch(management, settings.model_repository, known)
+    watch = RepositoryWatch(management, settings.model_repository, policies, known)
     # What the start has to load comes first.
     await asyncio.wait([loading])
     await watch.watch(settings.repository_poll_s)
@@ -275,6 +285,7 @@ async def _load(
     registry: Registry, management: RegistryManagement, health: Health, device: str, announce: Callable[[str], None]
 ) -> None:
     """Loads every model, one after another beside the event loop, and then says so."""
+    management.relabel()
     await management.load_all()
     # TensorFlow and the models are hundreds of thousands of objects that stay. The garbage collector would look at them
     # again and again, while calls wait.

@@ -15,6 +15,7 @@ from forwardpass_server.serving import repository
 from forwardpass_server.serving.models import ModelLoader, ModelSource
 from forwardpass_server.serving.registry import Entry, Registry, State
 from forwardpass_server.serving.repository import FileStates
+from forwardpass_server.serving.version_policy import VersionPolicies
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -51,6 +52,7 @@ class Management(Protocol):
 class RegistryManagement:
     """Management of a registry, over what its operator named at the start: see Management.
 
+    policies: which versions are served without being asked for, and their labels.
     on_change: is told of each version that was loaded, failed, or was unloaded.
     """
 
@@ -60,12 +62,14 @@ class RegistryManagement:
         loader: ModelLoader,
         folder: pathlib.Path | None,
         factories: Mapping[str, str],
+        policies: VersionPolicies,
         on_change: Callable[[ModelSource], Awaitable[None]],
     ) -> None:
         self._registry = registry
         self._loader = loader
         self._folder = folder
         self._factories = repository.from_factories(factories)
+        self._policies = policies
         self._on_change = on_change
         # What the files of each version were when it was last loaded, or tried.
         self._tried: dict[str, FileStates] = {}
@@ -104,9 +108,17 @@ class RegistryManagement:
                 await self._load_one(source)
 
     async def drop(self, source: ModelSource) -> None:
-        """Unloads a version whose files are gone: should the same come back, they are loaded again."""
+        """Unloads a version that is not to be served: should it be again, the same files are loaded again."""
         await self.unload(source.name, source.version)
         self._tried.pop(str(source), None)
+
+    def serves(self, source: ModelSource) -> bool:
+        """Whether a version can be called."""
+        return self._registry.is_available(source.name, source.version)
+
+    def relabel(self) -> None:
+        """Gives the versions the labels that they are to have, as far as they are available."""
+        self._registry.set_labels(self._policies.labels())
 
     async def describe(self) -> list[VersionDetail]:
         found = {(one.name, one.version): one for one in await asyncio.to_thread(self._loadable)}
@@ -132,6 +144,7 @@ class RegistryManagement:
 
     async def _load_one(self, source: ModelSource) -> Entry:
         entry = await asyncio.to_thread(self._load_files, source)
+        self.relabel()
         await self._on_change(source)
         return entry
 
@@ -144,6 +157,8 @@ class RegistryManagement:
         return self._registry.load(source, self._loader)
 
     def _find(self, name: str, version: int) -> ModelSource:
+        with contextlib.suppress(OSError):
+            self._policies.refresh()
         versions = [source for source in self._loadable() if source.name == name]
         if not versions:
             raise errors.ModelNotFound(place="model", expected="one of the model repository", found=repr(name[:128]))

@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from forwardpass.wire import errors
 from forwardpass_server.serving.errors import ModelLoadError
@@ -40,6 +40,7 @@ class Registry:
 
     def __init__(self, sources: Iterable[ModelSource]) -> None:
         self._entries: dict[str, dict[int, Entry]] = {}
+        self._labels: dict[str, dict[str, int]] = {}
         for source in sources:
             self._entries.setdefault(source.name, {})[source.version] = Entry(source, State.LOADING)
 
@@ -106,6 +107,39 @@ class Registry:
         if versions is None:
             raise errors.ModelNotFound(place="model", expected=_one_of(self._entries), found=repr(name[:128]))
         return [entry for _, entry in sorted(versions.items())]
+
+    def set_labels(self, labels: Mapping[str, Mapping[str, int]]) -> None:
+        """What versions are called: versions by label, by the name of the model.
+
+        A label moves once the version that it is to stand for is available.
+        """
+        self._labels = {name: self._movable(name, wanted) for name, wanted in labels.items()}
+
+    def _movable(self, name: str, wanted: Mapping[str, int]) -> dict[str, int]:
+        former = self._labels.get(name, {})
+        standing = {label: version for label, version in former.items() if self.is_available(name, version)}
+        return {
+            label: version if self.is_available(name, version) else standing.get(label, version)
+            for label, version in wanted.items()
+        }
+
+    def labels(self, source: ModelSource) -> list[str]:
+        """What a version is called."""
+        return sorted(
+            label for label, version in self._labels.get(source.name, {}).items() if version == source.version
+        )
+
+    def labelled(self, name: str, label: str) -> int:
+        """The version that a label stands for. Raises ModelNotFound, ModelVersionNotFound."""
+        self.versions(name)
+        labels = self._labels.get(name, {})
+        if label not in labels:
+            raise errors.ModelVersionNotFound(
+                place=f"label of model {name!r}",
+                expected=f"one of {', '.join(sorted(labels)[:10])}" if labels else "none: the model has no labels",
+                found=repr(label[:128]),
+            )
+        return labels[label]
 
     def holds(self, servable: Servable) -> bool:
         """Whether a model is what its name and version stand for now."""

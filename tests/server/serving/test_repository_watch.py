@@ -22,10 +22,11 @@ def situation(repository, tmp_path):
 
 async def watching(situation: Situation) -> RepositoryWatch:
     """A watch over a repository of which everything is loaded."""
-    known = repository.scan(situation.folder)
+    situation.policies.refresh()
+    known = situation.policies.served(repository.scan(situation.folder))
     for source in known:
         await situation.management.load(source.name, source.version)
-    return RepositoryWatch(situation.management, situation.folder, known)
+    return RepositoryWatch(situation.management, situation.folder, situation.policies, known)
 
 
 async def look(watch: RepositoryWatch, times: int = 2) -> None:
@@ -133,5 +134,66 @@ def test_a_repository_that_is_gone_or_empty_takes_no_model_away(situation, caplo
         await look(watch, 3)
         assert situation.states() == {"m/1": State.AVAILABLE}
         assert sum("served on as they are" in record.message for record in caplog.records) == 1
+
+    asyncio.run(run())
+
+
+def test_the_latest_versions_replace_those_before_once_they_can_be_called(situation):
+    async def run():
+        situation.write("m", 2)
+        situation.rule("m", serve={"latest": 1})
+        watch = await watching(situation)
+        assert situation.states() == {"m/2": State.AVAILABLE}
+        (situation.write("m", 3) / "model").unlink()
+        await look(watch, 4)
+        assert situation.states() == {"m/2": State.AVAILABLE, "m/3": State.FAILED}
+        situation.overwrite("m", 3)
+        await look(watch)
+        assert situation.states() == {"m/3": State.AVAILABLE}
+
+    asyncio.run(run())
+
+
+def test_labels_move_when_the_version_that_they_shall_stand_for_is_available(situation):
+    async def run():
+        situation.rule("m", serve=[1], labels={"stable": 1})
+        watch = await watching(situation)
+        await watch.look()
+        assert situation.registry.labelled("m", "stable") == 1
+        situation.rule("m", serve=[2], labels={"stable": 2})
+        (situation.write("m", 2) / "model").unlink()
+        await look(watch, 3)
+        assert situation.registry.labelled("m", "stable") == 1
+        assert situation.states()["m/1"] is State.AVAILABLE
+        situation.overwrite("m", 2)
+        await look(watch)
+        assert situation.registry.labelled("m", "stable") == 2
+        assert situation.states() == {"m/2": State.AVAILABLE}
+
+    asyncio.run(run())
+
+
+def test_a_policy_that_cannot_be_read_changes_nothing_and_is_said_once(situation, caplog):
+    async def run():
+        situation.write("m", 2)
+        situation.rule("m", serve=[1], labels={"stable": 1})
+        watch = await watching(situation)
+        situation.rule("m", serve=[], labels={"stable": 2})
+        await look(watch, 3)
+        assert situation.states() == {"m/1": State.AVAILABLE}
+        assert situation.registry.labelled("m", "stable") == 1
+        assert sum("stay as they were" in record.message for record in caplog.records) == 1
+
+    asyncio.run(run())
+
+
+def test_what_an_operator_loads_against_the_policy_stays(situation):
+    async def run():
+        situation.write("m", 2)
+        situation.rule("m", serve=[2])
+        watch = await watching(situation)
+        await situation.management.load("m", 1)
+        await look(watch, 3)
+        assert len(situation.states()) == 2
 
     asyncio.run(run())
