@@ -291,6 +291,14 @@ def test_a_port_that_is_taken_ends_the_program_with_one_line():
         assert f"Error: --metrics-port: cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
 
 
+def test_a_file_that_is_no_version_policy_ends_the_program_with_one_line(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "forwardpass-versions.json").write_text("{")
+    done = run_serve("--model-repository", str(tmp_path), "--port", "0")
+    assert done.returncode == 1
+    assert "Error: --model-repository: m/forwardpass-versions.json: expected JSON: " in done.stderr
+
+
 def test_a_factory_for_a_model_that_the_repository_has_is_refused(repository):
     name = "keras_cnn_emnist"
     done = run_serve("--model-repository", str(repository), "--factory", f"{name}=support.zoo:slow", "--port", "0")

@@ -178,6 +178,21 @@ def crashing() -> FunctionalModel:
     )
 
 
+def greedy() -> FunctionalModel:
+    """Takes as many floats of memory as its input says, for as long as the call lasts."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        return tf.cast(x, tf.float32) + tf.reduce_sum(tf.sqrt(tf.fill([tf.reduce_max(x)], 0.0)))
+
+    return FunctionalModel(
+        initial_weights=((), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(label),
+        input_spec=(tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.float32)),
+    )
+
+
 def keras_cnn(seed: int) -> keras.Model:
     """A convolutional model with batch normalisation and dropout, which TFF refuses."""
     keras.utils.set_random_seed(seed)
