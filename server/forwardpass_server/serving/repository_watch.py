@@ -42,7 +42,10 @@ class RepositoryWatch:
         """Looks every so many seconds, until it is cancelled."""
         while True:
             await asyncio.sleep(every_s)
-            await self.look()
+            try:
+                await self.look()
+            except Exception:  # Whatever it is: who watches must not end by it.
+                _LOGGER.exception("model repository: a look at it failed")
 
     async def look(self) -> None:
         """Loads what is new or has changed, one after another, and then unloads what is gone, or served no longer."""
