@@ -357,6 +357,8 @@ class RemoteFunctionalModel(FunctionalModelApi):
         """Counts batches in sessions, one for each of several weights."""
         handles = [one if isinstance(one, WeightsHandleApi) else self.put_weights(one) for one in model_weights]
         pairs = list(zip(sessions, handles, strict=True))
+        if not pairs:
+            return
         flying = BatchesInFlight(self._calls, pairs, training, progress)
         with Stream(self._transport, evaluation.PATH, flying, evaluation.TITLE) as stream:
             futures: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
@@ -490,6 +492,8 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         """See `RemoteFunctionalModel._count`."""
         handles = [one if isinstance(one, WeightsHandleApi) else await self.put_weights(one) for one in model_weights]
         pairs = list(zip(sessions, handles, strict=True))
+        if not pairs:
+            return
         flying = BatchesInFlight(self._calls, pairs, training, progress)
         async with AsyncStream(self._transport, evaluation.PATH, flying, evaluation.TITLE) as stream:
             futures: collections.deque[asyncio.Future[Any]] = collections.deque()
