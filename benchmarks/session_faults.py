@@ -15,13 +15,7 @@ import pathlib
 import sys
 import tempfile
 
-TESTS = pathlib.Path(__file__).parents[1] / "tests"
-sys.path.insert(0, str(TESTS))
-# The servers load their model from there.
-os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")]))
-
-from support import session_faults
-from support.redis_servers import RedisProcess
+TESTS = str(pathlib.Path(__file__).parents[1] / "tests")
 
 
 def main() -> None:
@@ -29,6 +23,12 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    sys.path.insert(0, TESTS)
+    # The servers load their model from there, too.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [TESTS, os.environ.get("PYTHONPATH")]))
+    from support import session_faults
+    from support.redis_servers import RedisProcess
+
     with contextlib.ExitStack() as stack:
         folder = pathlib.Path(stack.enter_context(tempfile.TemporaryDirectory()))
         file = [f"sqlite://{folder}/sessions.sqlite3"]
