@@ -201,6 +201,16 @@ async def measure_async(kind: str, address: str, name: str, callers: int, second
         return await repeat_async(lambda: method(request), callers, seconds)
 
 
+def figures(taken: list[float], callers: int) -> dict[str, float]:
+    """What the seconds of all calls come to."""
+    taken = sorted(taken)
+    return {
+        "calls_per_s": callers * len(taken) / sum(taken),
+        "p50_ms": taken[len(taken) // 2] * 1e3,
+        "p99_ms": taken[int(len(taken) * 0.99)] * 1e3,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=["local", "echo", "echo-id", "echo-stream", "naive", "tensorflow", *OURS])
@@ -218,19 +228,8 @@ def main() -> None:
         taken = asyncio.run(
             measure_async(options.kind, options.address, options.workload, options.callers, options.seconds)
         )
-    taken.sort()
-    print(
-        json.dumps(
-            {
-                "calls_per_s": options.callers * len(taken) / sum(taken),
-                "p50_ms": taken[len(taken) // 2] * 1e3,
-                "p99_ms": taken[int(len(taken) * 0.99)] * 1e3,
-                "request_bytes": request_bytes(
-                    options.workload, options.kind not in ("echo", "naive", "value", "local")
-                ),
-            }
-        )
-    )
+    by_id = options.kind not in ("echo", "naive", "value", "local")
+    print(json.dumps({**figures(taken, options.callers), "request_bytes": request_bytes(options.workload, by_id)}))
 
 
 if __name__ == "__main__":

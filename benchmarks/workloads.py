@@ -62,6 +62,11 @@ def batch(name: str) -> np.ndarray[Any, Any]:
     return np.random.default_rng(1).standard_normal(shape, np.float32)
 
 
+def labels(name: str) -> np.ndarray[Any, Any]:
+    """y of a workload that classifies."""
+    return np.random.default_rng(2).integers(0, 10, WORKLOADS[name].examples)
+
+
 def vector(seed: int, length: int) -> np.ndarray[Any, Any]:
     """Numbers of their own for each seed."""
     return np.random.default_rng(seed).standard_normal(length, np.float32)

@@ -207,7 +207,7 @@ def session_updates(server) -> float:
 def test_an_evaluation_that_is_interrupted_goes_on_with_the_command_that_it_prints(
     server, run, tmp_path, signals, code
 ):
-    examples = 60_000
+    examples = 9_000
     x, y = zoo.counting_batch(7, examples)
     np.savez(tmp_path / "data.npz", x=x, y=y)
     np.savez(tmp_path / "other weights.npz", **{"trainable/0": np.ones(10, np.float32)})
