@@ -49,14 +49,13 @@ class Estimates:
             and (not self._inline_from or self._inline_from.get(bucket, 0) < time.monotonic())
         )
 
-    def add(self, bucket: int, seconds: float, worked_s: float) -> None:
-        """Takes note of a run. worked_s: the processor time that the process took meanwhile."""
-        self._seconds[bucket] = min(seconds, self._seconds.get(bucket, seconds) * _RISE)
+    def add(self, bucket: int, seconds: float, worked_s: float, *, inline: bool) -> None:
+        """Takes note of a run.
 
-    def add_inline(self, bucket: int, seconds: float, worked_s: float) -> None:
-        """Takes note of a run on the event loop."""
-        self.add(bucket, seconds, worked_s)
-        if seconds > _LONG_STALL_S or min(seconds, worked_s) > _STALL_S:
+        worked_s: the processor time that the process took meanwhile. inline: it ran on the event loop.
+        """
+        self._seconds[bucket] = min(seconds, self._seconds.get(bucket, seconds) * _RISE)
+        if inline and (seconds > _LONG_STALL_S or min(seconds, worked_s) > _STALL_S):
             self._inline_from[bucket] = time.monotonic() + _STALL_FACTOR * seconds
 
 
@@ -79,9 +78,9 @@ class Scheduler:
         """The result of compute(leaves). `estimates` belongs to the computation; `size_bytes` is how much goes in."""
         bucket = size_bytes.bit_length()
         if estimates.is_short(bucket):
-            return _timed(compute, leaves, estimates.add_inline, bucket)
+            return _timed(compute, leaves, estimates, bucket, True)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, _timed, compute, leaves, estimates.add, bucket)
+        return await loop.run_in_executor(self._pool, _timed, compute, leaves, estimates, bucket, False)
 
     async def close(self, timeout_s: float) -> bool:
         """Waits for what runs, so long. Nothing may be run afterwards. Returns whether everything has ended."""
@@ -101,10 +100,11 @@ class Scheduler:
 def _timed(
     compute: Callable[[Sequence[Leaf]], ResultT],
     leaves: Sequence[Leaf],
-    note: Callable[[int, float, float], None],
+    estimates: Estimates,
     bucket: int,
+    inline: bool,
 ) -> ResultT:
     started, worked_s = time.perf_counter(), time.process_time()
     result = compute(leaves)
-    note(bucket, time.perf_counter() - started, time.process_time() - worked_s)
+    estimates.add(bucket, time.perf_counter() - started, time.process_time() - worked_s, inline=inline)
     return result
