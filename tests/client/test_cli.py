@@ -229,18 +229,19 @@ def session_updates(server) -> float:
     return server.metrics()['forwardpass_session_updates_total{outcome="applied"}']
 
 
-@pytest.mark.parametrize("signals, code", [(1, 130), (2, 1)])
+# The second signal may come when the first has done its work, or be one with it.
+@pytest.mark.parametrize("signals, codes", [(1, {130}), (2, {1, 130})])
 def test_an_evaluation_that_is_interrupted_goes_on_with_the_command_that_it_prints(
-    server, run, tmp_path, signals, code
+    server, run, tmp_path, signals, codes
 ):
-    examples = 60_000
+    examples = 9_000
     x, y = zoo.counting_batch(7, examples)
     np.savez(tmp_path / "data.npz", x=x, y=y)
     np.savez(tmp_path / "other weights.npz", **{"trainable/0": np.ones(10, np.float32)})
     run("weights", "counting", "-o", tmp_path / "one.npz")
     arguments = ["counting", "--data", tmp_path / "data.npz", "--batch-size", 3, "--weights", tmp_path / "one.npz"]
     left = Interrupted(server, [*arguments, "--weights", tmp_path / "other weights.npz"], signals=signals)
-    assert left.code == code
+    assert left.code in codes
     assert 0 < left.counted < left.total == examples
     assert left.shown == ""
     done = subprocess.run(
