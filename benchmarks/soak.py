@@ -3,9 +3,9 @@
     python benchmarks/soak.py [--minutes 30]
 
 Callers of several kinds at once: batches of all sizes by value, by id and over pipelines, uploads, deletions, metric
-sessions, evaluations, bad requests, clients that are killed. Prints the server's resident memory as it goes and, in the end, its slope over the
-second half of the time, in MiB an hour, and a verdict: where that is more than the noise of the measurements the
-memory grows, and the exit status is 1.
+sessions, evaluations, bad requests, clients that are killed. Prints the server's resident memory as it goes and, in the
+end, its slope over the second half of the time, in MiB an hour, and a verdict: where that is more than the noise of the
+measurements the memory grows, and the exit status is 1.
 """
 
 from __future__ import annotations
