@@ -4,14 +4,19 @@ PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
 REPOSITORY := .cache/models
+COMPILE = UV_CUSTOM_COMPILE_COMMAND="make requirements" $(VENV)/bin/uv pip compile --quiet --upgrade \
+	--generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28
 
-.PHONY: demo test serve lint protos benchmark clean
+.PHONY: demo test test-image serve lint protos requirements benchmark clean
 
 demo: $(STAMP)  ## Train, export, serve, call and compare: the main job on real data.
 	$(VENV)/bin/python examples/demo.py
 
 test: $(STAMP)  ## All tests.
 	$(VENV)/bin/python -m pytest
+
+test-image: $(STAMP)  ## Build the image from Debian's packages, run it, call it. Needs root and what .ci/image installs.
+	$(VENV)/bin/python -m pytest -m image
 
 serve: $(STAMP) $(REPOSITORY)/digits/1  ## Serve an example repository on localhost:8500 until Ctrl-C.
 	$(VENV)/bin/forwardpass-server serve --model-repository $(REPOSITORY)
@@ -22,11 +27,17 @@ lint: $(STAMP)  ## Format, lint, types, layers, protocol.
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 	npx --yes @bufbuild/buf@1.75.0 lint
+	$(VENV)/bin/hadolint Dockerfile
 
 protos:  ## Generate the Python beside the .proto files.
 	PYTHON=$(PYTHON) protos/generate.sh
 
-benchmark: $(STAMP)  ## Floors, peers and ours, side by side; the second part installs a peer of its own.
+requirements: $(STAMP)  ## Pin what the image installs, by version and hash: the newest that fit pyproject.toml.
+	$(COMPILE) deploy/image/build.in --output-file deploy/image/build.txt
+	$(COMPILE) pyproject.toml --extra server --extra redis --output-file deploy/image/server.txt
+	$(COMPILE) pyproject.toml --extra gpu --extra redis --output-file deploy/image/gpu.txt
+
+benchmark: $(STAMP)  ## Floors, peers and ours, side by side; the second part installs its peers.
 	$(VENV)/bin/python benchmarks/run.py
 	$(VENV)/bin/python benchmarks/targets.py
 

@@ -9,19 +9,17 @@ not a fight of threads over the client's Python.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import concurrent.futures
-import json
 import os
-import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import grpc
+import timing
 import workloads
+from timing import repeat, repeat_async
 
 import forwardpass_client
 from forwardpass import v1
@@ -72,6 +70,7 @@ def tensorflow_call(address: str, name: str) -> Callable[[], Any]:
         with tf.device("/job:worker/replica:0/task:0/device:CPU:0"):
             return concrete(tf.constant(x)).numpy()
 
+    workloads.check(name, call())
     return call
 
 
@@ -108,41 +107,6 @@ def local_call(name: str) -> Callable[[], Any]:
     execution = Execution(traced.functions, "/device:CPU:0")
     leaves = [*traced.initial_weights, workloads.batch(name)]
     return lambda: execution.run(Function.PREDICT_ON_BATCH, False, leaves)
-
-
-def repeat(call: Callable[[], Any], seconds: float) -> list[float]:
-    """The seconds of each call, for so long."""
-    for _ in range(5):
-        call()
-    taken = []
-    end = time.perf_counter() + seconds
-    while (started := time.perf_counter()) < end:
-        call()
-        taken.append(time.perf_counter() - started)
-    return taken
-
-
-async def repeat_async(call: Callable[[], Awaitable[Any]], callers: int, seconds: float) -> list[float]:
-    taken = []
-
-    async def caller() -> None:
-        for _ in range(2):
-            await call()
-        while True:
-            started = time.perf_counter()
-            await call()
-            taken.append(time.perf_counter() - started)
-            if time.perf_counter() > end:
-                break
-
-    end = time.perf_counter() + seconds
-    await asyncio.gather(*(caller() for _ in range(callers)))
-    return taken
-
-
-def repeat_on_threads(call: Callable[[], Any], callers: int, seconds: float) -> list[float]:
-    with concurrent.futures.ThreadPoolExecutor(callers) as pool:
-        return [one for taken in pool.map(lambda _: repeat(call, seconds), range(callers)) for one in taken]
 
 
 def measure(kind: str, address: str, name: str, seconds: float) -> list[float]:
@@ -201,35 +165,21 @@ async def measure_async(kind: str, address: str, name: str, callers: int, second
         return await repeat_async(lambda: method(request), callers, seconds)
 
 
-def figures(taken: list[float], callers: int) -> dict[str, float]:
-    """What the seconds of all calls come to."""
-    taken = sorted(taken)
-    return {
-        "calls_per_s": callers * len(taken) / sum(taken),
-        "p50_ms": taken[len(taken) // 2] * 1e3,
-        "p99_ms": taken[int(len(taken) * 0.99)] * 1e3,
-    }
+KINDS = ("local", "echo", "echo-id", "echo-stream", "naive", "tensorflow", *OURS)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=["local", "echo", "echo-id", "echo-stream", "naive", "tensorflow", *OURS])
-    parser.add_argument("workload", choices=list(workloads.WORKLOADS))
-    parser.add_argument("--address", default="")
-    parser.add_argument("--callers", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=2.0)
-    options = parser.parse_args()
-    if options.kind == "tensorflow" and options.callers > 1:
-        call = tensorflow_call(options.address, options.workload)
-        taken = repeat_on_threads(call, options.callers, options.seconds)
+    options = timing.arguments(__doc__, KINDS)
+    kind, address, name = options.kind, options.address, options.workload
+    if kind == "tensorflow" and options.callers > 1:
+        call = tensorflow_call(address, name)
+        taken = timing.on_threads(lambda: repeat(call, options.seconds), options.callers)
     elif options.callers == 1:
-        taken = measure(options.kind, options.address, options.workload, options.seconds)
+        taken = measure(kind, address, name, options.seconds)
     else:
-        taken = asyncio.run(
-            measure_async(options.kind, options.address, options.workload, options.callers, options.seconds)
-        )
-    by_id = options.kind not in ("echo", "naive", "value", "local")
-    print(json.dumps({**figures(taken, options.callers), "request_bytes": request_bytes(options.workload, by_id)}))
+        taken = asyncio.run(measure_async(kind, address, name, options.callers, options.seconds))
+    by_value = kind in ("echo", "naive", "value", "local")
+    timing.show(taken, options.callers, request_bytes=request_bytes(name, not by_value))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import pathlib
 import statistics
@@ -19,6 +18,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import timing
 import workloads
 
 FOLDER = pathlib.Path(__file__).parent
@@ -27,12 +27,20 @@ OURS = [
     *(f"--factory={name}=models:{name}" for name in ("mlp", "cnn", "scale")),
 ]
 SERVERS = {"echo": ["echo_server.py"], "naive": ["naive_server.py"], "ours": OURS}
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(FOLDER), "TF_CPP_MIN_LOG_LEVEL": "3"}
+PATHS = os.pathsep.join(filter(None, [str(FOLDER), os.environ.get("PYTHONPATH")]))
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PATHS, "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 @contextlib.contextmanager
 def server(command: list[str]) -> Iterator[str]:
     """Starts a server and gives its address, once it answers."""
+    with server_process(command) as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def server_process(command: list[str]) -> Iterator[tuple[str, int]]:
+    """As `server`; gives the process's id too."""
     process = subprocess.Popen(
         [sys.executable, *command],
         cwd=FOLDER,
@@ -45,9 +53,10 @@ def server(command: list[str]) -> Iterator[str]:
     try:
         address = process.stdout.readline().removeprefix("listening on ").strip()
         if "serve" in command:
-            while not process.stdout.readline().startswith("ready"):
-                pass
-        yield address
+            while not (line := process.stdout.readline()).startswith("ready"):
+                if not line:
+                    raise SystemExit(f"the server ended: {' '.join(command)}")
+        yield address, process.pid
     finally:
         process.kill()
         process.wait()
@@ -55,11 +64,7 @@ def server(command: list[str]) -> Iterator[str]:
 
 def measure(kind: str, workload: str, address: str, callers: int, seconds: float) -> dict[str, float]:
     command = [sys.executable, "load.py", kind, workload, f"--callers={callers}", f"--seconds={seconds}"]
-    output = subprocess.check_output(
-        [*command, f"--address={address}"], cwd=FOLDER, env=ENVIRONMENT, stderr=subprocess.DEVNULL
-    )
-    found: dict[str, float] = json.loads(output)
-    return found
+    return timing.figures([*command, f"--address={address}"], cwd=FOLDER, env=ENVIRONMENT)
 
 
 def median(rounds: list[dict[str, float]]) -> dict[str, float]:

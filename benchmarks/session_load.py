@@ -6,7 +6,6 @@ over one stream, by one caller; and the same in a local loop, by the shortest wa
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import itertools
@@ -15,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
-import load
+import timing
 import workloads
 
 import forwardpass_client
@@ -42,7 +41,7 @@ def one_caller(kind: str, address: str, name: str, seconds: float) -> list[float
         handle = model.put_weights(workloads.weights(model.name))
         with model.metrics_session() as session:
             output, state = model.forward_pass(handle, batch, training=False), model.initialize_metrics_state()
-            return load.repeat(call_of(kind, model, handle, session, state, output, batch), seconds)
+            return timing.repeat(call_of(kind, model, handle, session, state, output, batch), seconds)
 
 
 async def many_callers(kind: str, address: str, name: str, callers: int, seconds: float) -> list[float]:
@@ -56,7 +55,7 @@ async def many_callers(kind: str, address: str, name: str, callers: int, seconds
         for _ in range(callers):
             session = await stack.enter_async_context(await model.metrics_session())
             call = call_of(kind, model, handle, session, state, output, batch)
-            measuring.append(load.repeat_async(call, 1, seconds))
+            measuring.append(timing.repeat_async(call, 1, seconds))
         return [one for taken in await asyncio.gather(*measuring) for one in taken]
 
 
@@ -101,13 +100,7 @@ def looped(name: str, seconds: float) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("kind", choices=[*CALLS, "evaluate", "local"])
-    parser.add_argument("workload", choices=list(workloads.WORKLOADS))
-    parser.add_argument("--address", default="")
-    parser.add_argument("--callers", type=int, default=1)
-    parser.add_argument("--seconds", type=float, default=2.0)
-    options = parser.parse_args()
+    options = timing.arguments(__doc__, (*CALLS, "evaluate", "local"))
     if options.kind == "local":
         print(json.dumps({"examples_per_s": looped(options.workload, options.seconds)}))
         return
@@ -119,7 +112,7 @@ def main() -> None:
         taken = one_caller(*arguments, options.seconds)
     else:
         taken = asyncio.run(many_callers(*arguments, options.callers, options.seconds))
-    print(json.dumps(load.figures(taken, options.callers)))
+    timing.show(taken, options.callers)
 
 
 if __name__ == "__main__":

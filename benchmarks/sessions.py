@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import pathlib
-import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 
 import run
+import timing
 import workloads
 
 OURS = [
@@ -36,18 +34,12 @@ class Bench:
         self._rounds = rounds
 
     def measure(self, workload: str, callers: int, *kinds: str) -> list[dict[str, float]]:
-        taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
-        for _ in range(self._rounds):
-            for kind, found in taken.items():
-                found.append(self._once(kind, workload, callers))
-        return [{key: statistics.median(one[key] for one in found) for key in found[0]} for found in taken.values()]
+        return timing.in_turns(kinds, self._rounds, lambda kind: self._once(kind, workload, callers))
 
     def _once(self, kind: str, workload: str, callers: int) -> dict[str, float]:
         command = [sys.executable, "session_load.py", kind, workload, f"--callers={callers}"]
         command += [f"--seconds={self._seconds}", f"--address={self._address}"]
-        output = subprocess.check_output(command, cwd=run.FOLDER, env=run.ENVIRONMENT, stderr=subprocess.DEVNULL)
-        found: dict[str, float] = json.loads(output)
-        return found
+        return timing.figures(command, cwd=run.FOLDER, env=run.ENVIRONMENT)
 
 
 def rows(bench: Bench) -> Iterator[tuple[str, str, str, float, str]]:

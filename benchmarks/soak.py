@@ -2,9 +2,10 @@
 
     python benchmarks/soak.py [--minutes 30]
 
-Callers of several kinds at once: batches of all sizes by value, by id and over pipelines, uploads, deletions, bad
-requests, clients that are killed. Prints the server's resident memory as it goes and, in the end, its slope over the
-second half of the time, in MiB an hour; the exit status is 1 where that is more than the noise of the measurements.
+Callers of several kinds at once: batches of all sizes by value, by id and over pipelines, uploads, deletions, metric
+sessions, evaluations, bad requests, clients that are killed. Prints the server's resident memory as it goes and, in the
+end, its slope over the second half of the time, in MiB an hour, and a verdict: where that is more than the noise of the
+measurements the memory grows, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -16,10 +17,9 @@ import os
 import pathlib
 import random
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import run
@@ -30,7 +30,8 @@ from forwardpass_client import errors
 
 COMMAND = [
     *("-m", "forwardpass_server.app.cli", "serve", "--port", "0", "--metrics-port", "-1", "--weights-mib", "64"),
-    *("--upload-expiry", "5", *(f"--factory={name}=models:{name}" for name in ("mlp", "cnn", "scale"))),
+    *("--upload-expiry", "5", "--session-expiry", "60"),
+    *(f"--factory={name}=models:{name}" for name in ("mlp", "cnn", "scale")),
 ]
 SAMPLE_S = 2.0
 
@@ -67,6 +68,26 @@ def over_a_pipeline(client: forwardpass_client.Client, rng: random.Random) -> No
         pass
 
 
+def in_a_session(client: forwardpass_client.Client, rng: random.Random) -> None:
+    model = client.model("mlp")
+    handle = model.put_weights(workloads.weights("mlp"))
+    batch = workloads.batch("small-32"), workloads.labels("small-32")
+    session = model.metrics_session()
+    for _ in range(rng.randint(1, 30)):
+        output = session.forward_pass(handle, batch)
+        session.update(batch[1], output)
+    session.result()
+    if rng.random() < 0.5:
+        # Else it expires.
+        session.close()
+
+
+def evaluated(client: forwardpass_client.Client, rng: random.Random) -> None:
+    model = client.model("cnn")
+    batch = workloads.batch("medium"), workloads.labels("medium")
+    model.evaluate(workloads.weights("cnn"), (batch for _ in range(rng.randint(0, 40))))
+
+
 def large(client: forwardpass_client.Client, rng: random.Random) -> None:
     x = np.ones((rng.randint(1, 4096), 1024), np.float32)
     client.model("scale").predict_on_batch(workloads.weights("scale"), x)
@@ -87,6 +108,8 @@ KINDS: list[Callable[[forwardpass_client.Client, random.Random], None]] = [
     by_id,
     new_weights,
     over_a_pipeline,
+    in_a_session,
+    evaluated,
     large,
     wrong,
 ]
@@ -106,27 +129,6 @@ def resident_mib(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-@contextlib.contextmanager
-def server() -> Iterator[tuple[str, int]]:
-    process = subprocess.Popen(
-        [sys.executable, *COMMAND],
-        cwd=run.FOLDER,
-        env=run.ENVIRONMENT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        address = process.stdout.readline().removeprefix("listening on ").strip()
-        while not process.stdout.readline().startswith("ready"):
-            pass
-        yield address, process.pid
-    finally:
-        process.kill()
-        process.wait()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
@@ -134,7 +136,10 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     samples: list[tuple[float, float]] = []
     deaths = 0
-    with server() as (address, pid):
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        store = f"--session-store=sqlite://{folder}/sessions.sqlite3"
+        address, pid = stack.enter_context(run.server_process([*COMMAND, store]))
         callers = [context.Process(target=caller, args=(address, seed), daemon=True) for seed in range(3)]
         for one in callers:
             one.start()
@@ -142,7 +147,7 @@ def main() -> None:
         while (now := time.monotonic() - started) < options.minutes * 60:
             time.sleep(SAMPLE_S)
             samples.append((now, resident_mib(pid)))
-            if any(not one.is_alive() for one in callers[:2]):
+            if not all(one.is_alive() for one in callers):
                 raise SystemExit("a caller failed: its error stands above")
             if len(samples) % 5 == 0:
                 # One that is in the middle of something.
@@ -160,7 +165,9 @@ def main() -> None:
     noise = statistics.pstdev(mib for _, mib in second)
     grown = slope * (second[-1][0] - second[0][0])
     print(f"slope {slope * 3600:+.0f} MiB an hour, {grown:+.0f} MiB over the second half, noise {noise:.0f} MiB")
-    raise SystemExit(int(grown > 2 * noise + 8))
+    grows = grown > 2 * noise + 8
+    print(f"verdict: {'the memory grows' if grows else 'no slope'}")
+    raise SystemExit(int(grows))
 
 
 if __name__ == "__main__":

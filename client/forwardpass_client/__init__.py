@@ -10,6 +10,7 @@ from forwardpass.wire.description import BatchOutput
 from forwardpass.wire.specs import TensorSpec
 from forwardpass_client.calls import ModelVersion
 from forwardpass_client.client import AsyncClient, Client, connect, connect_async
+from forwardpass_client.credentials import Tls
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
 from forwardpass_client.sessions import AsyncMetricsSession, MetricsSession
 from forwardpass_client.weights import AsyncWeightsHandle, WeightsHandle
@@ -25,6 +26,7 @@ __all__ = [
     "ModelVersion",
     "RemoteFunctionalModel",
     "TensorSpec",
+    "Tls",
     "WeightsHandle",
     "connect",
     "connect_async",

@@ -90,10 +90,10 @@ def list_models() -> Call[list[ModelVersion]]:
     return Call(METHODS["ListModels"].path, b"", read)
 
 
-def check_health() -> Call[bool]:
-    """Whether the server says SERVING: it has tried to load every model, and is not about to stop.
+def check_health(service: str = "") -> Call[bool]:
+    """Whether the server says SERVING for a service; "" is the server as a whole.
 
-    Source: grpc.health.v1.Health.Check, whose request is empty and whose answer is one enum in field 1.
+    Source: grpc.health.v1.Health.Check, whose request is one string in field 1 and whose answer one enum in field 1.
     """
 
     def read(data: bytes) -> bool:
@@ -102,7 +102,8 @@ def check_health() -> Call[bool]:
             for number, _, _, start, end in fields.scan(data, 0, len(data))
         )
 
-    return Call("/grpc.health.v1.Health/Check", b"", read)
+    name = service.encode()
+    return Call("/grpc.health.v1.Health/Check", fields.prefix(1, len(name)) + name, read)
 
 
 def _version(message: v1.ModelVersionStatus) -> ModelVersion:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from forwardpass.wire import errors
 from forwardpass_client import calls
 from forwardpass_client.calls import Call, FoundModel, ModelVersion
+from forwardpass_client.credentials import Credentials, Tls, Token
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
 from forwardpass_client.options import Options
 from forwardpass_client.transport import AsyncTransport, Transport
@@ -29,6 +30,9 @@ def connect(
     timeout_s: float | None = DEFAULT_TIMEOUT_S,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     reuse_weights: bool = True,
+    tls: Tls | bool = False,
+    token: Token | None = None,
+    allow_insecure_token: bool = False,
 ) -> Client:
     """A client of the server at `target`, "host:port" or any other gRPC target. Nothing is sent yet.
 
@@ -37,9 +41,13 @@ def connect(
       in messages of 2 MiB, whatever they take.
     reuse_weights: weights of 1 MiB and more that are passed as the same arrays again are put on the server and named
       from then on. They may be changed in place: each call hashes them.
+    tls: True, or a `Tls`, for a server that is reached through TLS.
+    token: the bearer token of each call, or a function that is asked for it each time: let it return at once.
+    allow_insecure_token: send the token without TLS to another machine too, because something else encrypts.
     Calls that meet a server that is gone or stopping are sent again, up to four times within some seconds.
     """
-    return Client(target, _options(timeout_s, max_message_bytes, reuse_weights))
+    credentials = _credentials(target, tls, token, allow_insecure_token)
+    return Client(credentials, _options(timeout_s, max_message_bytes, reuse_weights))
 
 
 def connect_async(
@@ -48,13 +56,22 @@ def connect_async(
     timeout_s: float | None = DEFAULT_TIMEOUT_S,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
     reuse_weights: bool = True,
+    tls: Tls | bool = False,
+    token: Token | None = None,
+    allow_insecure_token: bool = False,
 ) -> AsyncClient:
     """`connect` for asyncio. Call it, and use the client, on one event loop."""
-    return AsyncClient(target, _options(timeout_s, max_message_bytes, reuse_weights))
+    credentials = _credentials(target, tls, token, allow_insecure_token)
+    return AsyncClient(credentials, _options(timeout_s, max_message_bytes, reuse_weights))
 
 
 def _options(timeout_s: float | None, max_message_bytes: int, reuse_weights: bool) -> Options:
     return Options(timeout_s=timeout_s, max_message_bytes=max_message_bytes, reuse_weights=reuse_weights)
+
+
+def _credentials(target: str, tls: Tls | bool, token: Token | None, allow_insecure_token: bool) -> Credentials:
+    found = tls if isinstance(tls, Tls) else Tls() if tls else None
+    return Credentials(target=target, tls=found, token=token, allow_insecure_token=allow_insecure_token)
 
 
 class ClientApi(abc.ABC):
@@ -80,7 +97,14 @@ class ClientApi(abc.ABC):
 
     def is_ready(self, *, timeout_s: float | None = None) -> Any:
         """Whether the server has tried to load every model, and is not about to stop. Raises ServerUnavailable."""
-        return self._run(calls.check_health(), timeout_s)
+        return self.is_serving("", timeout_s=timeout_s)
+
+    def is_serving(self, service: str, *, timeout_s: float | None = None) -> Any:
+        """Whether grpc.health.v1 answers SERVING for a service, such as `model/NAME`; "" is the server as a whole.
+
+        Raises ServerUnavailable, DeadlineExceeded, ForwardPassError for a service that the server does not know.
+        """
+        return self._run(calls.check_health(service), timeout_s)
 
     @abc.abstractmethod
     def _model(self, found: FoundModel) -> Any:
@@ -97,9 +121,9 @@ class ClientApi(abc.ABC):
 class Client(ClientApi):
     """One connection, for any number of threads. A context manager: leaving it closes the connection."""
 
-    def __init__(self, target: str, options: Options) -> None:
+    def __init__(self, credentials: Credentials, options: Options) -> None:
         super().__init__(options)
-        self._transport = Transport(target, options.max_message_bytes)
+        self._transport = Transport(credentials, options.max_message_bytes)
 
     def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> RemoteFunctionalModel:
         model: RemoteFunctionalModel = super().model(name, version, timeout_s=timeout_s)
@@ -143,9 +167,9 @@ class Client(ClientApi):
 class AsyncClient(ClientApi):
     """`Client` for asyncio: the same methods, whose results are to be awaited."""
 
-    def __init__(self, target: str, options: Options) -> None:
+    def __init__(self, credentials: Credentials, options: Options) -> None:
         super().__init__(options)
-        self._transport = AsyncTransport(target, options.max_message_bytes)
+        self._transport = AsyncTransport(credentials, options.max_message_bytes)
 
     async def model(
         self, name: str, version: int | None = None, *, timeout_s: float | None = None

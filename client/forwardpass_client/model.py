@@ -32,7 +32,7 @@ from forwardpass_client.weights import (
     HeldWeights,
     WeightsHandle,
     WeightsHandleApi,
-    with_weights,
+    after_put,
 )
 
 # Of each session that an evaluation had for itself, when it is over.
@@ -271,9 +271,12 @@ class RemoteFunctionalModel(FunctionalModelApi):
 
     def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
         deadline = self._deadline(timeout_s)
-        if call.held is not None:
-            return call.read(self._transport.run(with_weights(call.held, Unary(call.path, call.request)), deadline))
-        return call.read(self._transport.call(call.path, call.request, deadline))
+        try:
+            return call.read(self._transport.call(call.path, call.request, deadline))
+        except errors.WeightsNotFound:
+            if call.held is None:
+                raise
+        return call.read(self._transport.run(after_put(call.held, Unary(call.path, call.request)), deadline))
 
     def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> WeightsHandle:
         handle: WeightsHandle = super().put_weights(model_weights, progress=progress)
@@ -409,10 +412,12 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         return self._run_joined(call.joined(), self._deadline(timeout_s))
 
     async def _run_joined(self, call: Call[ResultT], deadline: float | None) -> ResultT:
-        if call.held is not None:
-            steps = with_weights(call.held, Unary(call.path, call.request))
-            return call.read(await self._transport.run(steps, deadline))
-        return call.read(await self._transport.call(call.path, call.request, deadline))
+        try:
+            return call.read(await self._transport.call(call.path, call.request, deadline))
+        except errors.WeightsNotFound:
+            if call.held is None:
+                raise
+        return call.read(await self._transport.run(after_put(call.held, Unary(call.path, call.request)), deadline))
 
     async def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> AsyncWeightsHandle:
         handle: AsyncWeightsHandle = await super().put_weights(model_weights, progress=progress)

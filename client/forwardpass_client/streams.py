@@ -80,14 +80,15 @@ class InFlight(Protocol):
 def complete(completed: Iterable[Completed]) -> None:
     """Completes futures that nobody has cancelled."""
     for future, result, error in completed:
-        # Cancelled between the question and the answer, one says that it is.
-        with contextlib.suppress(concurrent.futures.InvalidStateError, asyncio.InvalidStateError):
-            if future.done():
-                continue
+        if future.done():
+            continue
+        try:
             if error is None:
                 future.set_result(result)
             else:
                 future.set_exception(error)
+        except (concurrent.futures.InvalidStateError, asyncio.InvalidStateError):
+            continue  # Cancelled between the question and the answer.
 
 
 class Stream:
@@ -279,6 +280,12 @@ class AsyncStream:
         loop = asyncio.get_running_loop()
         future = loop.create_future()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        if not self._held_back and self._flying.has_room(item):
+            self._flying.add(item, future, deadline)
+            if deadline is not None and (self._timer is None or deadline < self._timed):
+                self._set_timer()
+            self._changed.set()
+            return future
         waiting = (item, future, deadline)
         self._held_back.append(waiting)
         self.advance()
@@ -297,6 +304,10 @@ class AsyncStream:
             if not future.done():
                 self._flying.add(item, future, deadline)
         del self._held_back[:sent]
+        self._set_timer()
+        self._changed.set()
+
+    def _set_timer(self) -> None:
         event = self._flying.next_event()
         if event is not None and (self._timer is None or event < self._timed):
             if self._timer is not None:
@@ -304,7 +315,6 @@ class AsyncStream:
             self._timed = event
             wait_s = max(event - time.monotonic(), 0)
             self._timer = asyncio.get_running_loop().call_later(wait_s, self._keep_time)
-        self._changed.set()
 
     def _keep_time(self) -> None:
         self._timer = None

@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
+from types import TracebackType
 from typing import Any
 
 import grpc
@@ -15,6 +16,7 @@ from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.methods import MODEL_SERVICE, SERVICES, SESSION_SERVICE, WEIGHTS_SERVICE
 from forwardpass_client import long_calls
+from forwardpass_client.credentials import Credentials
 from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, Unary
 
 # Every method is a pure function of its request, or an update that is applied once however often it comes: a call that
@@ -68,10 +70,11 @@ def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
 class Transport:
     """Calls over one channel, from any thread."""
 
-    def __init__(self, target: str, max_message_bytes: int) -> None:
-        self._channel = grpc.insecure_channel(target, _options(max_message_bytes))
+    def __init__(self, credentials: Credentials, max_message_bytes: int) -> None:
+        self._channel = credentials.channel(grpc, _options(max_message_bytes))
+        self._metadata = credentials.metadata
         self._max_message_bytes = max_message_bytes
-        self.is_closed = False
+        self._errors = _Errors()
         self._methods: dict[str, Any] = {}
 
     def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
@@ -80,8 +83,8 @@ class Transport:
             answer: bytes = self.run(long_calls.steps(path, request, timeout_s, self._max_message_bytes), timeout_s)
             return answer
         method = self._methods.get(path) or self._methods.setdefault(path, self._channel.unary_unary(path))
-        with self._errors():
-            response: bytes = method(request, timeout=timeout_s)
+        with self._errors:
+            response: bytes = method(request, timeout=timeout_s, metadata=self._metadata())
         return response
 
     def run(self, steps: Steps, timeout_s: float | None) -> Any:
@@ -105,11 +108,15 @@ class Transport:
         if isinstance(step, Exchange):
             with contextlib.closing(self.stream(step.path, step.requests, step.timeout_s)) as exchanged:
                 return next((answer for answer in map(step.take, exchanged) if answer is not None), None)
-        with self._errors():
+        with self._errors:
             if isinstance(step, Send):
-                return self._channel.stream_unary(step.path)(iter(step.requests), timeout=step.timeout_s)
+                return self._channel.stream_unary(step.path)(
+                    iter(step.requests), timeout=step.timeout_s, metadata=self._metadata()
+                )
             assert isinstance(step, Receive)
-            responses = self._channel.unary_stream(step.path)(step.request, timeout=step.timeout_s)
+            responses = self._channel.unary_stream(step.path)(
+                step.request, timeout=step.timeout_s, metadata=self._metadata()
+            )
             try:
                 for response in responses:
                     step.take(response)
@@ -127,38 +134,31 @@ class Transport:
 
         opened: is given what ends the stream, for another thread.
         """
-        with self._errors():
-            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s)
+        with self._errors:
+            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s, metadata=self._metadata())
             opened(responses.cancel)
             try:
                 yield from responses
             finally:
                 responses.cancel()
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Raises the errors that statuses stand for."""
-        try:
-            yield
-        except grpc.RpcError as error:
-            raise _decode(error) from None
-        except ValueError:
-            if self.is_closed:
-                raise errors.CallCancelled(_CLOSED) from None
-            raise
+    @property
+    def is_closed(self) -> bool:
+        return self._errors.is_closed
 
     def close(self) -> None:
-        self.is_closed = True
+        self._errors.is_closed = True
         self._channel.close()
 
 
 class AsyncTransport:
     """Calls over one channel, on the event loop that made it."""
 
-    def __init__(self, target: str, max_message_bytes: int) -> None:
-        self._channel = grpc.aio.insecure_channel(target, _options(max_message_bytes))
+    def __init__(self, credentials: Credentials, max_message_bytes: int) -> None:
+        self._channel = credentials.channel(grpc.aio, _options(max_message_bytes))
+        self._metadata = credentials.metadata
         self._max_message_bytes = max_message_bytes
-        self.is_closed = False
+        self._errors = _Errors()
         self._methods: dict[str, Any] = {}
 
     async def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
@@ -168,8 +168,8 @@ class AsyncTransport:
             answer: bytes = await self.run(steps, timeout_s)
             return answer
         method = self._methods.get(path) or self._methods.setdefault(path, self._channel.unary_unary(path))
-        with self._errors():
-            response: bytes = await method(request, timeout=timeout_s)
+        with self._errors:
+            response: bytes = await method(request, timeout=timeout_s, metadata=self._metadata())
         return response
 
     async def run(self, steps: Steps, timeout_s: float | None) -> Any:
@@ -197,11 +197,15 @@ class AsyncTransport:
                     if answer is not None:
                         return answer
             return None
-        with self._errors():
+        with self._errors:
             if isinstance(step, Send):
-                return await self._channel.stream_unary(step.path)(step.requests, timeout=step.timeout_s)
+                return await self._channel.stream_unary(step.path)(
+                    step.requests, timeout=step.timeout_s, metadata=self._metadata()
+                )
             assert isinstance(step, Receive)
-            responses = self._channel.unary_stream(step.path)(step.request, timeout=step.timeout_s)
+            responses = self._channel.unary_stream(step.path)(
+                step.request, timeout=step.timeout_s, metadata=self._metadata()
+            )
             try:
                 async for response in responses:
                     step.take(response)
@@ -212,31 +216,45 @@ class AsyncTransport:
         self, path: str, requests: AsyncIterator[bytes] | Iterator[bytes], timeout_s: float | None = None
     ) -> AsyncGenerator[bytes, None]:
         """The responses of a stream."""
-        with self._errors():
-            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s)
+        with self._errors:
+            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s, metadata=self._metadata())
             try:
                 async for response in responses:
                     yield response
             finally:
                 responses.cancel()
 
-    @contextlib.contextmanager
-    def _errors(self) -> Iterator[None]:
-        """Raises the errors that statuses stand for."""
-        try:
-            yield
-        except grpc.RpcError as error:
-            raise _decode(error) from None
-        except errors.ForwardPassError:
-            raise
-        except Exception:  # Of a class that grpc does not export.
-            if self.is_closed:
-                raise errors.CallCancelled(_CLOSED) from None
-            raise
+    @property
+    def is_closed(self) -> bool:
+        return self._errors.is_closed
 
     async def close(self) -> None:
-        self.is_closed = True
+        self._errors.is_closed = True
         await self._channel.close()
+
+
+class _Errors:
+    """Raises, in a `with`, the errors that statuses stand for. is_closed: whether its channel is.
+
+    A class: a generator would cost a small call more than all that it does.
+    """
+
+    def __init__(self) -> None:
+        self.is_closed = False
+
+    def __enter__(self) -> None:
+        return
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None or isinstance(error, errors.ForwardPassError) or not isinstance(error, Exception):
+            return
+        if isinstance(error, grpc.RpcError):
+            raise _decode(error) from None
+        # On a closed channel gRPC raises errors of several classes, not all of which it exports.
+        if self.is_closed:
+            raise errors.CallCancelled(_CLOSED) from None
 
 
 class _Answer:

@@ -131,8 +131,13 @@ def with_weights(held: HeldWeights, call: Unary) -> Steps:
     try:
         return (yield call)
     except errors.WeightsNotFound:
-        yield from held.put()
-        return (yield call)
+        return (yield from after_put(held, call))
+
+
+def after_put(held: HeldWeights, call: Unary) -> Steps:
+    """A call that names weights which the server does not hold: they are sent first."""
+    yield from held.put()
+    return (yield call)
 
 
 def _call(call: Unary) -> Steps:

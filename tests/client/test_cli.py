@@ -15,8 +15,12 @@ from click.testing import CliRunner
 
 from forwardpass_client.cli import npz
 from forwardpass_client.cli.commands import forwardpass
+from forwardpass_server.serving import tokens
+from forwardpass_server.serving.tokens import Role
 from support import zoo
+from support.certificates import Signer
 from support.golden import golden
+from support.servers import ServerProcess
 
 
 @pytest.fixture
@@ -34,6 +38,28 @@ def test_models_are_listed_with_their_states(run):
     assert "keras_cnn_emnist_head" in shown
     assert "failed" in shown
     assert "notes.txt" in shown
+
+
+def test_health_exits_with_0_where_the_server_or_a_model_is_serving_and_with_1_otherwise(run):
+    assert run("health") == "SERVING\n"
+    assert run("health", "--service", "model/keras_cnn") == "SERVING\n"
+    assert run("health", "--service", "model/broken", code=1) == "NOT_SERVING\n"
+    assert "NOT_FOUND" in run("health", "--service", "model/none", code=1)
+
+
+def test_health_exits_with_1_where_nothing_listens():
+    done = CliRunner().invoke(forwardpass, ["health", "127.0.0.1:1", "--timeout", "5"])
+    assert done.exit_code == 1
+    assert "cannot be reached" in done.output
+
+
+def test_health_imports_no_tensorflow(server):
+    code = (
+        "import sys; from click.testing import CliRunner; from forwardpass_client.cli.commands import forwardpass;"
+        f"assert CliRunner().invoke(forwardpass, ['health', {server.address!r}]).exit_code == 0;"
+        "assert not {'tensorflow', 'keras', 'forwardpass_server'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_model_is_described(run):
@@ -203,9 +229,10 @@ def session_updates(server) -> float:
     return server.metrics()['forwardpass_session_updates_total{outcome="applied"}']
 
 
-@pytest.mark.parametrize("signals, code", [(1, 130), (2, 1)])
+# The second signal may come when the first has done its work, or be one with it.
+@pytest.mark.parametrize("signals, codes", [(1, {130}), (2, {1, 130})])
 def test_an_evaluation_that_is_interrupted_goes_on_with_the_command_that_it_prints(
-    server, run, tmp_path, signals, code
+    server, run, tmp_path, signals, codes
 ):
     examples = 9_000
     x, y = zoo.counting_batch(7, examples)
@@ -214,7 +241,7 @@ def test_an_evaluation_that_is_interrupted_goes_on_with_the_command_that_it_prin
     run("weights", "counting", "-o", tmp_path / "one.npz")
     arguments = ["counting", "--data", tmp_path / "data.npz", "--batch-size", 3, "--weights", tmp_path / "one.npz"]
     left = Interrupted(server, [*arguments, "--weights", tmp_path / "other weights.npz"], signals=signals)
-    assert left.code == code
+    assert left.code in codes
     assert 0 < left.counted < left.total == examples
     assert left.shown == ""
     done = subprocess.run(
@@ -288,3 +315,42 @@ def test_without_click_the_command_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "forwardpass: the command line needs click: pip install 'forwardpass[cli]'\n"
+
+
+def test_a_server_with_tls_and_tokens_is_called(tmp_path):
+    signer = Signer(tmp_path / "signer")
+    secret, token = tokens.create("alice", [Role.CALL], None)
+    (tmp_path / "tokens").write_text(token.line() + "\n")
+    tls = signer.tls("bob")
+    (tmp_path / "bob.pem").write_bytes(tls.certificate)
+    (tmp_path / "bob.key").write_bytes(tls.key)
+    arguments = ("--factory", "slow=support.zoo:slow", *signer.arguments(mutual=True))
+    with ServerProcess(*arguments, "--tokens", str(tmp_path / "tokens")) as server:
+        call = ["models", server.address, "--ca", str(signer.ca)]
+        certificate = ["--cert", str(tmp_path / "bob.pem"), "--key", str(tmp_path / "bob.key")]
+        assert "slow" in CliRunner().invoke(forwardpass, [*call, *certificate]).output
+        environment = {"FORWARDPASS_TOKEN": secret}
+        assert "slow" in CliRunner().invoke(forwardpass, [*call, *certificate], env=environment).output
+        refused = CliRunner().invoke(forwardpass, [*call, *certificate, "--token", "nonsense"])
+        assert refused.exit_code == 1
+        assert refused.output == "Error: the server does not know this token, or no longer\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("--token", "secret"), "token: expected tls beside"),
+        (("--ca", __file__, "--cert", __file__), "tls: expected a certificate with its key"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_line(arguments, message):
+    done = CliRunner().invoke(forwardpass, ["models", "example.org:1", *arguments])
+    assert done.exit_code == 1
+    assert message in done.output
+    assert "secret" not in done.output
+
+
+def test_every_command_that_calls_a_server_takes_the_options_of_how_to_get_there():
+    for command in forwardpass.commands.values():
+        names = {parameter.name for parameter in command.params}
+        assert {"host", "tls", "ca", "cert", "key", "token", "allow_insecure_token"} <= names

@@ -44,7 +44,7 @@ def test_the_sdk_works_without_ml_dtypes():
         sent = conform.conform([1.0, 1 + 2**-8, 1 + 3 * 2**-8, np.nan], spec, "x")
         pieces, _ = structures.encode(sent)
         data = b"".join(pieces)
-        back = structures.decode(data, 0, len(data)).nested()
+        (back,) = structures.decode(data, 0, len(data)).leaves
         print(back.dtype, back.tolist(), data.hex()[-16:], back.flags.writeable)
     """
     # Rounded to nearest even: 1, 1, 1 + 2**-6.

@@ -610,6 +610,20 @@ ROWS = [
         sdk=lambda s: s.model.evaluate(s.weights, [(s.x[0], s.y)]),
     ),
     Row(
+        "an update without a writer",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "update.writer_id: expected 16 bytes, got 0",
+        wire=lambda s: in_session(s, "UpdateSession", 1, {"labels": s.y}, writer_id=b""),
+    ),
+    Row(
+        "labels of another dtype for a session",
+        errors.DTypeMismatch,
+        "INVALID_ARGUMENT",
+        "labels: expected int64[None], got float32[4]",
+        wire=lambda s: in_session(s, "UpdateSession", 1, {"labels": s.y.astype(np.float32)}),
+    ),
+    Row(
         "a deadline that passes",
         errors.DeadlineExceeded,
         "DEADLINE_EXCEEDED",
@@ -646,12 +660,14 @@ ROWS = [
     ),
 ]
 
-# Shown where they can be brought about: a server that starts, changes or is full.
+# Shown where they can be brought about: a server that starts, changes, is full, waits for long, or asks who calls.
 ELSEWHERE = {
     "ModelLoading",
     "ModelChanged",
     "ServerOverloaded",
     "OutOfMemory",
+    "Unauthenticated",
+    "PermissionDenied",
     "SessionExpired",
     "SessionLimitExceeded",
     "SessionStoreUnavailable",
@@ -662,10 +678,12 @@ def session_of(situation: Situation) -> forwardpass_client.MetricsSession:
     return situation.model.metrics_session()
 
 
-def in_session(situation: Situation, method: str, sequence: int, parts: dict[str, Any]) -> None:
+def in_session(
+    situation: Situation, method: str, sequence: int, parts: dict[str, Any], writer_id: bytes = bytes(16)
+) -> None:
     """An update of a session, as a client without our checks would send it."""
     session_id = bytes.fromhex(session_of(situation).id)
-    update = v1.UpdateIdentity(session_id=session_id, writer_id=bytes(16), sequence=sequence, update_id=bytes(16))
+    update = v1.UpdateIdentity(session_id=session_id, writer_id=writer_id, sequence=sequence, update_id=bytes(16))
     situation.send(method, METHODS[method].request(update=update), parts)
 
 

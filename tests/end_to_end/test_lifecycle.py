@@ -21,7 +21,7 @@ import forwardpass_client
 from forwardpass.wire.methods import MODEL_SERVICE
 from forwardpass_client import errors
 from support import zoo
-from support.servers import ServerProcess
+from support.servers import ServerProcess, wait_until
 
 SLOW = ("--factory", "slow=support.zoo:slow")
 
@@ -73,13 +73,6 @@ def test_a_slow_call_beside_quick_ones_of_the_same_size_does_not_hold_up_the_ser
 
 def started_calls(method: str) -> str:
     return f'grpc_server_started_total{{grpc_method="{method}",grpc_service="{MODEL_SERVICE}",grpc_type="unary"}}'
-
-
-def wait_until(condition, timeout_s: float = 30) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_callers_lose_no_call_when_their_server_stops_and_another_is_there(repository):
@@ -152,7 +145,7 @@ def test_calls_beyond_the_limit_are_refused_at_once():
             x = rounds_of(client, 2)
             running = [pool.submit(model.predict_on_batch, ((), ()), x) for _ in range(2)]
             wait_until(lambda: server.metrics().get(started_calls("PredictOnBatch"), 0) >= 3)
-            with pytest.raises(errors.ServerOverloaded, match="the server runs 2 calls, as many as it takes"):
+            with pytest.raises(errors.ServerOverloaded, match="calls: expected at most 2 at once, got 3"):
                 model.predict_on_batch(((), ()), [1])
             assert [call.result().tolist() for call in running] == [x, x]
             assert model.predict_on_batch(((), ()), [1]).tolist() == [1]
@@ -300,6 +293,31 @@ def test_a_factory_for_a_model_that_the_repository_has_is_refused(repository):
         ((*SLOW, "--max-concurrent-calls", "0"), "--max-concurrent-calls: expected at least 1, got 0"),
         ((*SLOW, "--drain-delay", "-1"), "--drain-delay: expected seconds >= 0, got -1"),
         ((*SLOW, "--drain-timeout", "nan"), "--drain-timeout: expected seconds >= 0, got nan"),
+        (
+            (*SLOW, "--host", "0.0.0.0"),
+            "--host: 0.0.0.0 can be reached from elsewhere, by anybody and unencrypted: give "
+            "--tls-certificate, --tls-key and --tokens or --tls-client-ca, or else --insecure",
+        ),
+        ((*SLOW, "--host", "::"), "--host: :: can be reached from elsewhere"),
+        (
+            (*SLOW, "--management-host", "0.0.0.0", "--management-port", "0"),
+            "--management-host: 0.0.0.0 can be reached from elsewhere, by anybody: give --tokens or --tls-client-ca",
+        ),
+        ((*SLOW, "--management-port", "65536"), "--management-port: expected 0 to 65535, got 65536"),
+        ((*SLOW, "--tls-certificate", "x"), "--tls-certificate: expected --tls-key beside"),
+        ((*SLOW, "--tls-client-ca", "x"), "--tls-client-ca: expected --tls-certificate and --tls-key beside"),
+        (
+            (*SLOW, "--tls-certificate", "/none", "--tls-key", "/none"),
+            "--tls-certificate, --tls-key, --tls-client-ca: ",
+        ),
+        ((*SLOW, "--tokens", "/none"), "--tokens: [Errno 2] No such file or directory: '/none'"),
+        ((*SLOW, "--tokens", __file__), "--tokens: test_lifecycle.py: line 1: expected sha256:HEX PRINCIPAL"),
+        ((*SLOW, "--open", "health"), "--open: expected --tokens or --tls-client-ca beside"),
+        (
+            (*SLOW, "--max-concurrent-calls-per-principal", "0"),
+            "--max-concurrent-calls-per-principal: expected at least",
+        ),
+        ((*SLOW, "--connection-idle", "-1"), "--connection-idle: expected seconds >= 0, got -1"),
         ((*SLOW, "--device", "tpu"), "device: expected auto, cpu, gpu or gpu:N, got 'tpu'"),
         ((*SLOW, "--device", "cpu:7"), "device: expected one of ['cpu:0'], got 'cpu:7'"),
     ],

@@ -38,7 +38,7 @@ def pair(request, client, repository) -> tuple[Any, FunctionalModel, Any]:
     if name == "structures":
         x, y = zoo.structures_batch(5)
         return remote, zoo.structures(), {"x": x, "y": y}
-    local, _ = formats.read(repository / name / version)
+    local, *_ = formats.read(repository / name / version)
     return remote, local, zoo.keras_batch(5)
 
 

@@ -441,3 +441,55 @@ def test_a_stream_that_its_caller_leaves_leaves_nothing_behind():
         with forwardpass_client.connect(server.address) as client:
             assert client.model("slow").predict_on_batch(((), ()), [1]).tolist() == [1]
         assert server.terminate() == 0
+
+
+def test_calls_on_a_pipeline_are_counted_by_method_and_code():
+    with ServerProcess(*SLOW) as server:
+        before = {name for name in server.metrics() if name.startswith("forwardpass_pipeline_call")}
+        assert before == set()
+        with forwardpass_client.connect(server.address) as client:
+            model = client.model("slow")
+            with model.pipeline(((), ())) as pipeline:
+                for _ in range(3):
+                    pipeline.predict_on_batch([1]).result()
+                with pytest.raises(errors.DeadlineExceeded):
+                    pipeline.predict_on_batch([10**8], timeout_s=0.5).result()
+        stream(server, v1.PipelineRequest(frames=[frame(1, "MadeUp"), frame(2, "MadeUpToo"), frame(3, "GetModel")]))
+        with grpc.insecure_channel(server.address) as channel:
+            request = v1.PipelineRequest(frames=[frame(1), frame(2, size_bytes=2**40)])
+            answers = channel.stream_stream(METHODS["Pipeline"].path)(iter([request.SerializeToString()]), timeout=30)
+            assert len([one for answer in answers for one in v1.PipelineResponse.FromString(answer).frames]) == 2
+        metrics = server.metrics()
+        start = "forwardpass_pipeline_calls_total"
+        assert {name.removeprefix(start): count for name, count in metrics.items() if name.startswith(start)} == {
+            '{code="OK",method="PredictOnBatch"}': 3,
+            '{code="DeadlineExceeded",method="PredictOnBatch"}': 1,
+            '{code="Unimplemented",method="unknown"}': 2,
+            '{code="NotFound",method="GetModel"}': 1,
+            '{code="OK",method="ListModels"}': 1,
+            '{code="ResourceExhausted",method="ListModels"}': 1,
+        }
+        seconds = 'forwardpass_pipeline_call_seconds_{}{{method="PredictOnBatch"}}'
+        assert metrics[seconds.format("count")] == 4
+        assert metrics[seconds.format("sum")] >= 0.5
+
+
+def test_calls_whose_caller_leaves_are_counted_as_cancelled():
+    with ServerProcess(*SLOW) as server:
+        left = 'forwardpass_pipeline_calls_total{code="Canceled",method="PredictOnBatch"}'
+        with forwardpass_client.connect(server.address) as client:
+            model = client.model("slow")
+
+            def leave() -> None:
+                with model.pipeline(((), ())) as pipeline:
+                    pipeline.predict_on_batch([10**9])
+                    # What is answered behind it shows that it has come.
+                    pipeline.predict_on_batch([]).result()
+                    raise ZeroDivisionError
+
+            with pytest.raises(ZeroDivisionError):
+                leave()
+            deadline = time.monotonic() + 60
+            while server.metrics().get(left) != 1:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)

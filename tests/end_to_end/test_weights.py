@@ -328,6 +328,27 @@ def test_a_folder_of_weights_outlives_kill_9(tmp_path):
         assert server.metrics()["forwardpass_weights_bytes"] <= 2 * MIB
 
 
+def test_metrics_show_what_the_folder_of_weights_holds(tmp_path):
+    arguments = (*WIDE, "--weights-folder", str(tmp_path / "weights"), "--weights-disk-mib", "2")
+
+    def on_disk(server) -> list[float]:
+        metrics = server.metrics()
+        return [metrics[f"forwardpass_weights_disk_{name}"] for name in ("sets", "bytes", "budget_bytes")]
+
+    with ServerProcess(*arguments) as server, forwardpass_client.connect(server.address) as client:
+        assert on_disk(server) == [0, 0, 2 * MIB]
+        model = client.model("wide_1m")
+        handles = [model.put_weights(zoo.wide_weights(MIB, seed=seed)) for seed in range(3)]
+        # The third has taken the place of the first, which is on the device still.
+        assert on_disk(server) == [2, 2 * MIB, 2 * MIB]
+        assert server.metrics()["forwardpass_weights_sets"] == 3
+        handles[2].delete()
+        assert on_disk(server) == [1, MIB, 2 * MIB]
+    with ServerProcess(*arguments) as server:
+        assert on_disk(server) == [1, MIB, 2 * MIB]
+        assert server.metrics()["forwardpass_weights_sets"] == 0
+
+
 def test_an_upload_takes_no_more_memory_than_the_weights_and_some_chunks():
     size = 128 * MIB
     script = """

@@ -1,4 +1,4 @@
-"""hypothesis strategies for arrays and structures of them."""
+"""Arrays and structures of them: hypothesis strategies, and what compares them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from forwardpass.wire import dtypes
+from forwardpass.wire import dtypes, trees
 from forwardpass.wire.dtypes import DType
+from forwardpass.wire.structures import Structure
 
 shapes = hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4)
 
@@ -71,6 +72,11 @@ def structures(leaves: st.SearchStrategy[Any] = any_array) -> st.SearchStrategy[
         ),
         max_leaves=8,
     )
+
+
+def nested(structure: Structure) -> trees.Nested:
+    """The containers with the arrays in them."""
+    return structure.tree.unflatten(structure.leaves)
 
 
 def same_bits(one: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> bool:

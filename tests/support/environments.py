@@ -44,34 +44,14 @@ def _pip(python: pathlib.Path, *arguments: str) -> None:
         raise RuntimeError(f"pip install {' '.join(arguments)}: {done.stderr[-2000:]}")
 
 
-# The newest release of TFF that installs. It pins packages that no longer fit each other: hence piece by piece.
-TFF = Environment(
-    "tff-0.87",
-    (
-        ("--no-deps", "tensorflow-federated==0.87.0"),
-        (
-            "tensorflow==2.14.1",
-            "jax==0.4.18",
-            "jaxlib==0.4.18",
-            "attrs~=23.1",
-            "cachetools~=5.3",
-            "dm-tree==0.1.8",
-            "dp-accounting==0.4.3",
-            "google-vizier==0.1.11",
-            "portpicker~=1.6",
-            "scipy>=1.9,<1.12",
-            "tensorflow-model-optimization==0.7.5",
-            "tensorflow-privacy==0.9.0",
-            "tqdm~=4.64",
-            "numpy~=1.25",
-            "googleapis-common-protos==1.61.0",
-            "grpcio>=1.60,<1.75",
-            "setuptools<70",
-        ),
-        # With a newer one TFF cannot save.
-        ("--no-deps", "typing-extensions==4.5.0"),
-    ),
-)
+def _requirements(name: str) -> tuple[str, ...]:
+    """What a file of requirements asks for."""
+    lines = (ROOT / "requirements" / name).read_text().splitlines()
+    return tuple(line for line in lines if line and not line.startswith("#"))
+
+
+# The newest release of TFF that installs.
+TFF = Environment("tff-0.87", (_requirements("tff-0.87.txt"), ("--no-deps", *_requirements("tff-0.87-no-deps.txt"))))
 
 # The client's oldest and newest, as pyproject.toml promises them.
 OLDEST = Environment("client-oldest", (("protobuf==4.25.*", "grpcio==1.60.*", "numpy==1.25.*"),))

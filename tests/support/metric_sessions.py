@@ -15,6 +15,7 @@ from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
+from forwardpass_server.serving.admission import Admission, Limits
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.evaluation import Evaluations
@@ -27,6 +28,7 @@ from forwardpass_server.serving.session_stores.memory import MemorySessionStore
 from forwardpass_server.serving.sessions import Sessions
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
 from support import zoo
+from support.arrays import nested
 
 LIMITS = SessionLimits(max_sessions=100, max_bytes=2**20, idle_expiry_s=3600.0, remember_s=3600.0)
 MAX_STATE_BYTES = 2**16
@@ -77,6 +79,7 @@ class Rig:
     sessions: Sessions
     evaluations: Evaluations
     caller: Caller
+    admission: Admission
     weights: WeightStore
     observer: Observer
     registry: Registry
@@ -84,7 +87,7 @@ class Rig:
     async def result(self, session_id: bytes = SESSION, principal: str = "") -> dict[str, float]:
         """The metrics of a session of `counting`."""
         _, metrics = await self.sessions.result(principal, session_id)
-        return {name: value[()] for name, value in metrics.nested().items()}
+        return {name: value[()] for name, value in nested(metrics).items()}
 
     async def update(self, writer: Writer, number: int, **changes: Any) -> None:
         await self.sessions.update("", writer.identity(**changes), counted(number), 100)
@@ -132,10 +135,13 @@ async def rig(
 ) -> AsyncIterator[Rig]:
     observer, scheduler = Observer(), Scheduler(2)
     weights = WeightStore(StoreOptions(budget_bytes=2**20), TensorFlowDevice("/device:CPU:0"), observer)
-    caller = Caller(registry, weights, scheduler, Batcher(scheduler, observer, 100), observer, max_calls, 2**30)
-    sessions = Sessions(store, registry, caller, observer, max_state_bytes)
+    limits = Limits(calls=max_calls, size_bytes=2**30)
+    admission = Admission(limits, limits)
+    caller = Caller(registry, weights, scheduler, Batcher(scheduler, observer, 100), observer, admission)
+    sessions = Sessions(store, registry, caller, admission, observer, max_state_bytes)
+    evaluations = Evaluations(sessions, weights, caller, admission)
     try:
-        yield Rig(sessions, Evaluations(sessions, weights, caller), caller, weights, observer, registry)
+        yield Rig(sessions, evaluations, caller, admission, weights, observer, registry)
     finally:
         await scheduler.close(10)
 

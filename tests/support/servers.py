@@ -10,9 +10,18 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 
 START_S = 120.0
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
+    """Waits for what other processes bring about."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 class ServerProcess:
@@ -41,7 +50,7 @@ class ServerProcess:
         finally:
             watchdog.cancel()
         self.address = self._line("listening on ").removeprefix("listening on ")
-        self._metrics_url = self._line("metrics on ").removeprefix("metrics on ")
+        self.metrics_url = self._line("metrics on ").removeprefix("metrics on ")
 
     def _line(self, start: str) -> str:
         """The first line of stdout that starts so, waiting for it."""
@@ -57,12 +66,17 @@ class ServerProcess:
         self.log.extend(self.process.stderr)
 
     @property
+    def management_address(self) -> str:
+        """Of a server with a `--management-port`."""
+        return self._line("management on ").removeprefix("management on ")
+
+    @property
     def port(self) -> int:
         return int(self.address.rpartition(":")[2])
 
     def metrics(self) -> dict[str, float]:
         """Every sample that Prometheus would scrape, by name and labels as they are written."""
-        with urllib.request.urlopen(self._metrics_url) as response:
+        with urllib.request.urlopen(self.metrics_url) as response:
             text = response.read().decode()
         samples = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
         return {name: float(value) for name, value in samples}

@@ -34,6 +34,7 @@ from forwardpass.wire import errors, trees
 from forwardpass.wire.description import Function
 from forwardpass_client.cli import npz
 from forwardpass_client.cli.evaluation import Evaluation
+from forwardpass_client.cli.hosts import Host, host_argument
 from forwardpass_client.cli.slices import Slices
 from forwardpass_client.model import RemoteFunctionalModel
 from forwardpass_client.patience import AWAY
@@ -62,12 +63,16 @@ _batch_size_option = click.option("--batch-size", default=256, show_default=True
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="forwardpass")
 def forwardpass() -> None:
-    """Call functional models on a forwardpass server. HOST is host:port, e.g. localhost:8500."""
+    """Call functional models on a forwardpass server. HOST is host:port, e.g. localhost:8500.
+
+    A server that asks for a token finds it best in the environment, as FORWARDPASS_TOKEN: other users of a machine see
+    its command lines.
+    """
 
 
 @forwardpass.command()
-@click.argument("host")
-def models(host: str) -> None:
+@host_argument
+def models(host: Host) -> None:
     """List the models of a server, those that failed to load included."""
     with _client(host) as client:
         found = client.models()
@@ -85,10 +90,26 @@ def models(host: str) -> None:
 
 
 @forwardpass.command()
-@click.argument("host")
+@host_argument
+@click.option("--service", default="", help="Of one service, such as model/digits.  [default: the server as a whole]")
+@click.option("--timeout", default=3.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Seconds.")
+def health(host: Host, service: str, timeout: float) -> None:
+    """Ask whether a server is serving: exits with 0 if it says SERVING, with 1 otherwise.
+
+    Fit for a probe: it starts in a third of a second and asks once.
+    """
+    with _client(host) as client:
+        is_serving = client.is_serving(service, timeout_s=timeout)
+    click.echo("SERVING" if is_serving else "NOT_SERVING")
+    if not is_serving:
+        raise click.exceptions.Exit(1)
+
+
+@forwardpass.command()
+@host_argument
 @click.argument("model")
 @_version_option
-def describe(host: str, model: str, version: int | None) -> None:
+def describe(host: Host, model: str, version: int | None) -> None:
     """Show what a model takes and returns, and which functions it has."""
     with _model(host, model, version) as remote:
         description = remote.description
@@ -130,12 +151,12 @@ def _summary(spec: Any) -> str:
 
 
 @forwardpass.command()
-@click.argument("host")
+@host_argument
 @click.argument("model")
 @click.option("--output", "-o", required=True, type=click.Path(dir_okay=False, path_type=pathlib.Path))
 @click.option("--id", "weights_id", help="Those under this id.  [default: those that the model was saved with]")
 @_version_option
-def weights(host: str, model: str, output: pathlib.Path, weights_id: str | None, version: int | None) -> None:
+def weights(host: Host, model: str, output: pathlib.Path, weights_id: str | None, version: int | None) -> None:
     """Write weights of a model into an .npz file: trainable/0, non_trainable/0 and so on."""
     with _model(host, model, version) as remote:
         if weights_id is None:
@@ -151,12 +172,12 @@ def weights(host: str, model: str, output: pathlib.Path, weights_id: str | None,
 
 
 @forwardpass.command("put-weights")
-@click.argument("host")
+@host_argument
 @click.argument("model")
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
 @click.option("--lease", type=click.FloatRange(min=0), help="Keep them on the server for so many seconds.")
 @_version_option
-def put_weights(host: str, model: str, file: pathlib.Path, lease: float | None, version: int | None) -> None:
+def put_weights(host: Host, model: str, file: pathlib.Path, lease: float | None, version: int | None) -> None:
     """Send the weights in an .npz file once, and print the id by which they can be named from then on.
 
     The server keeps them until it needs the room, or the lease ends.
@@ -169,17 +190,17 @@ def put_weights(host: str, model: str, file: pathlib.Path, lease: float | None, 
 
 
 @forwardpass.command("delete-weights")
-@click.argument("host")
+@host_argument
 @click.argument("model")
 @click.argument("weights_id", metavar="ID")
-def delete_weights(host: str, model: str, weights_id: str) -> None:
+def delete_weights(host: Host, model: str, weights_id: str) -> None:
     """Drop weights that were put."""
     with _model(host, model, None) as remote:
         remote.weights_handle(weights_id).delete()
 
 
 @forwardpass.command()
-@click.argument("host")
+@host_argument
 @click.argument("model")
 @_data_option
 @click.option(
@@ -193,7 +214,7 @@ def delete_weights(host: str, model: str, weights_id: str) -> None:
 @_batch_size_option
 @_version_option
 def predict(
-    host: str,
+    host: Host,
     model: str,
     data: pathlib.Path,
     output: pathlib.Path,
@@ -217,7 +238,7 @@ def predict(
 
 
 @forwardpass.command()
-@click.argument("host")
+@host_argument
 @click.argument("model")
 @_data_option
 @click.option(
@@ -239,7 +260,7 @@ def predict(
 @click.pass_context
 def evaluate(
     context: click.Context,
-    host: str,
+    host: Host,
     model: str,
     data: pathlib.Path,
     named_weights: tuple[str, ...],
@@ -261,8 +282,8 @@ def evaluate(
             )
         sessions = [remote.metrics_session(one) for one in session_ids or [None] * len(handles)]
         evaluation = Evaluation(remote, handles, sessions, slices)
-        command = ["forwardpass", "evaluate", host, model, "--data", str(data), "--batch-size", str(batch_size)]
-        command += ["--version", str(remote.version)]
+        command = ["forwardpass", "evaluate", *host.words(), model, "--data", str(data)]
+        command += ["--batch-size", str(batch_size), "--version", str(remote.version)]
         command += [argument for one in named_weights for argument in ("--weights", one)]
         command += [argument for one in sessions for argument in ("--session", one.id)]
         try:
@@ -332,17 +353,17 @@ def _show(metrics: list[Any], named_weights: tuple[str, ...], examples: int) -> 
 
 
 @contextlib.contextmanager
-def _client(host: str) -> Iterator[forwardpass_client.Client]:
+def _client(host: Host) -> Iterator[forwardpass_client.Client]:
     """A client whose errors, and those of files, end the program with one line."""
     try:
-        with forwardpass_client.connect(host) as client:
+        with host.connect() as client:
             yield client
     except (errors.ForwardPassError, ValueError) as error:
         raise click.ClickException(str(error)) from None
 
 
 @contextlib.contextmanager
-def _model(host: str, name: str, version: int | None) -> Iterator[RemoteFunctionalModel]:
+def _model(host: Host, name: str, version: int | None) -> Iterator[RemoteFunctionalModel]:
     with _client(host) as client:
         yield client.model(name, version)
 

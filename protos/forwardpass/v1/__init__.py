@@ -1,6 +1,20 @@
 """Messages of the protocol's version 1, generated from the .proto files beside this one."""
 
 from forwardpass.v1.error_pb2 import ErrorDetail
+from forwardpass.v1.management_pb2 import (
+    DESCRIPTOR as MANAGEMENT_FILE,
+)
+from forwardpass.v1.management_pb2 import (
+    DescribeModelsRequest,
+    DescribeModelsResponse,
+    LoadModelRequest,
+    LoadModelResponse,
+    ModelVersionDetail,
+    ReloadModelRequest,
+    ReloadModelResponse,
+    UnloadModelRequest,
+    UnloadModelResponse,
+)
 from forwardpass.v1.model_pb2 import (
     Batch,
     BatchOutput,

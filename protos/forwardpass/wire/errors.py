@@ -73,6 +73,16 @@ class ModelRefusedInput(InvalidRequest):
     sentence = "The model's graph refused the values or shapes that it was given."
 
 
+class Unauthenticated(ForwardPassError):
+    status = "UNAUTHENTICATED"
+    sentence = "The server wants to know who calls, and cannot tell."
+
+
+class PermissionDenied(ForwardPassError, PermissionError):
+    status = "PERMISSION_DENIED"
+    sentence = "The caller may not call this method."
+
+
 class ModelNotFound(ForwardPassError, LookupError):
     status = "NOT_FOUND"
     sentence = "The server has no model of this name."
@@ -196,6 +206,8 @@ CATALOGUE: dict[str, type[ForwardPassError]] = {
         DTypeMismatch,
         ShapeMismatch,
         ModelRefusedInput,
+        Unauthenticated,
+        PermissionDenied,
         ModelNotFound,
         ModelVersionNotFound,
         ModelLoading,
@@ -225,6 +237,8 @@ CATALOGUE: dict[str, type[ForwardPassError]] = {
 # What a bare status means where no detail came with it: gRPC itself, or something between, answered.
 _BY_STATUS: dict[str, type[ForwardPassError]] = {
     "INVALID_ARGUMENT": InvalidRequest,
+    "UNAUTHENTICATED": Unauthenticated,
+    "PERMISSION_DENIED": PermissionDenied,
     "RESOURCE_EXHAUSTED": ServerOverloaded,
     "DEADLINE_EXCEEDED": DeadlineExceeded,
     "CANCELLED": CallCancelled,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
+import functools
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,10 +44,11 @@ STATUSES = (
 _MAX_ARRIVING = 1024
 
 _DOUBLE = struct.Struct("<d")
+_CALL_TAG = fields.varint(_CALL << 3 | fields.VARINT)
+_TIMEOUT_TAG = fields.varint(_TIMEOUT << 3 | fields.FIXED64)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Frame:
+class Frame(NamedTuple):
     """One piece of a call or of an answer. data: a view of the message.
 
     Of a call, in its first piece: method, timeout_s (0 for no limit), size_bytes of the whole, and where in it the
@@ -67,15 +69,20 @@ class Frame:
 
 def encode_call(method: str, timeout_s: float | None, size_bytes: int, largest_array_offset: int = 0) -> bytes:
     """What the first piece of a call says besides its number and data."""
+    head = _encode_call(method, size_bytes, largest_array_offset)
+    return head if timeout_s is None else _TIMEOUT_TAG + _DOUBLE.pack(timeout_s) + head
+
+
+@functools.lru_cache(maxsize=1024)
+def _encode_call(method: str, size_bytes: int, largest_array_offset: int) -> bytes:
     name = method.encode()
     encoded = fields.prefix(_METHOD, len(name)) + name
-    if timeout_s is not None:
-        encoded += fields.varint(_TIMEOUT << 3 | fields.FIXED64) + _DOUBLE.pack(timeout_s)
     if largest_array_offset:
         encoded += _integer(_LARGEST, largest_array_offset)
     return encoded + _integer(_REQUEST_SIZE, size_bytes)
 
 
+@functools.lru_cache(maxsize=1024)
 def encode_answer(size_bytes: int) -> bytes:
     """What the first piece of an answer says besides its number and data."""
     return _integer(_RESPONSE_SIZE, size_bytes)
@@ -100,46 +107,113 @@ def _integer(number: int, value: int) -> bytes:
 
 def decode_calls(message: bytes) -> Iterator[Frame]:
     """The frames of a PipelineRequest. Raises InvalidRequest."""
-    view = memoryview(message)
-    for start, end in _frames(message):
-        call, size_bytes, timeout_s, method, largest = 0, 0, 0.0, "", 0
-        data = view[0:0]
-        for number, wire_type, _, value_start, value_end in fields.scan(message, start, end):
-            if number == _REQUEST and wire_type == fields.LENGTH_DELIMITED:
-                data = view[value_start:value_end]
-            elif number == _CALL and wire_type == fields.VARINT:
-                call, _ = fields.read_varint(message, value_start, value_end)
-            elif number == _METHOD and wire_type == fields.LENGTH_DELIMITED:
-                method = _text(message[value_start:value_end])
-            elif number == _TIMEOUT and wire_type == fields.FIXED64:
-                (timeout_s,) = _DOUBLE.unpack_from(message, value_start)
-            elif number == _REQUEST_SIZE and wire_type == fields.VARINT:
-                size_bytes, _ = fields.read_varint(message, value_start, value_end)
-            elif number == _LARGEST and wire_type == fields.VARINT:
-                largest, _ = fields.read_varint(message, value_start, value_end)
-        yield Frame(call, data, size_bytes, method, timeout_s, largest)
+    return _CALLS.read(message)
 
 
 def decode_answers(message: bytes) -> Iterator[Frame]:
     """The frames of a PipelineResponse. Raises InvalidRequest."""
-    view = memoryview(message)
-    for start, end in _frames(message):
-        call, size_bytes, status, text, detail = 0, 0, 0, "", b""
-        data = view[0:0]
-        for number, wire_type, _, value_start, value_end in fields.scan(message, start, end):
-            if number == _RESPONSE and wire_type == fields.LENGTH_DELIMITED:
-                data = view[value_start:value_end]
-            elif number == _CALL and wire_type == fields.VARINT:
-                call, _ = fields.read_varint(message, value_start, value_end)
-            elif number == _STATUS and wire_type == fields.VARINT:
-                status, _ = fields.read_varint(message, value_start, value_end)
-            elif number == _MESSAGE and wire_type == fields.LENGTH_DELIMITED:
-                text = _text(message[value_start:value_end])
-            elif number == _DETAIL and wire_type == fields.LENGTH_DELIMITED:
-                detail = message[value_start:value_end]
-            elif number == _RESPONSE_SIZE and wire_type == fields.VARINT:
-                size_bytes, _ = fields.read_varint(message, value_start, value_end)
-        yield Frame(call, data, size_bytes, status=status, message=text, detail=detail)
+    return _ANSWERS.read(message)
+
+
+def _decode_call(message: bytes, start: int, end: int) -> tuple[Frame, int]:
+    """One frame, and where its data ends."""
+    call, size_bytes, timeout_s, method, largest = 0, 0, 0.0, "", 0
+    data_start = data_end = start
+    for number, wire_type, _, value_start, value_end in fields.scan(message, start, end):
+        if number == _REQUEST and wire_type == fields.LENGTH_DELIMITED:
+            data_start, data_end = value_start, value_end
+        elif number == _CALL and wire_type == fields.VARINT:
+            call, _ = fields.read_varint(message, value_start, value_end)
+        elif number == _METHOD and wire_type == fields.LENGTH_DELIMITED:
+            method = _text(message[value_start:value_end])
+        elif number == _TIMEOUT and wire_type == fields.FIXED64:
+            (timeout_s,) = _DOUBLE.unpack_from(message, value_start)
+        elif number == _REQUEST_SIZE and wire_type == fields.VARINT:
+            size_bytes, _ = fields.read_varint(message, value_start, value_end)
+        elif number == _LARGEST and wire_type == fields.VARINT:
+            largest, _ = fields.read_varint(message, value_start, value_end)
+    data = memoryview(message)[data_start:data_end]
+    return Frame(call, data, size_bytes, method, timeout_s, largest), data_end
+
+
+def _decode_answer(message: bytes, start: int, end: int) -> tuple[Frame, int]:
+    """One frame, and where its data ends."""
+    call, size_bytes, status, text, detail = 0, 0, 0, "", b""
+    data_start = data_end = start
+    for number, wire_type, _, value_start, value_end in fields.scan(message, start, end):
+        if number == _RESPONSE and wire_type == fields.LENGTH_DELIMITED:
+            data_start, data_end = value_start, value_end
+        elif number == _CALL and wire_type == fields.VARINT:
+            call, _ = fields.read_varint(message, value_start, value_end)
+        elif number == _STATUS and wire_type == fields.VARINT:
+            status, _ = fields.read_varint(message, value_start, value_end)
+        elif number == _MESSAGE and wire_type == fields.LENGTH_DELIMITED:
+            text = _text(message[value_start:value_end])
+        elif number == _DETAIL and wire_type == fields.LENGTH_DELIMITED:
+            detail = message[value_start:value_end]
+        elif number == _RESPONSE_SIZE and wire_type == fields.VARINT:
+            size_bytes, _ = fields.read_varint(message, value_start, value_end)
+    data = memoryview(message)[data_start:data_end]
+    return Frame(call, data, size_bytes, status=status, message=text, detail=detail), data_end
+
+
+# Longer heads, or more of them, are not kept: strangers write them too.
+_KEPT_HEAD_BYTES = 64
+_KEPT_HEADS = 256
+
+
+class _Frames:
+    """Reads the frames of one direction.
+
+    As this module writes them, a frame begins with its number and, if it is a call, its timeout. From there to its data
+    it is the same from call to call: such a head is kept, under the number of bytes from its start to the frame's end,
+    with the frame that it was read in. Where the next frame has the same head, only what stands around it is read.
+    """
+
+    def __init__(self, decode: Callable[[bytes, int, int], tuple[Frame, int]], *, have_timeouts: bool) -> None:
+        self._decode = decode
+        self._have_timeouts = have_timeouts
+        self._heads: dict[int, tuple[bytes, Frame]] = {}
+
+    def read(self, message: bytes) -> Iterator[Frame]:
+        view = memoryview(message)
+        for number, wire_type, _, start, end in fields.scan(message, 0, len(message)):
+            if number != _FRAMES or wire_type != fields.LENGTH_DELIMITED:
+                continue
+            if not message.startswith(_CALL_TAG, start, end):
+                yield self._decode(message, start, end)[0]
+                continue
+            call, position = fields.read_varint(message, start + 1, end)
+            timeout_s = 0.0
+            if self._have_timeouts and message.startswith(_TIMEOUT_TAG, position) and position + 9 <= end:
+                (timeout_s,) = _DOUBLE.unpack_from(message, position + 1)
+                position += 9
+            head, first = self._heads.get(end - position, _NO_HEAD)
+            if head and message.startswith(head, position):
+                data = view[position + len(head) : end]
+                yield Frame(call, data, first.size_bytes, first.method, timeout_s, first.largest_array_offset)
+            else:
+                yield self._read_anew(message, start, position, end)
+
+    def _read_anew(self, message: bytes, start: int, head_start: int, end: int) -> Frame:
+        frame, data_end = self._decode(message, start, end)
+        head = message[head_start : end - len(frame.data)]
+        if (
+            frame.data
+            and data_end == end
+            and not (frame.status or frame.message or frame.detail)
+            and len(head) <= _KEPT_HEAD_BYTES
+            and not any(number in (_CALL, _TIMEOUT) for number, *_ in fields.scan(message, head_start, end))
+        ):
+            if len(self._heads) >= _KEPT_HEADS:
+                self._heads.clear()
+            self._heads[end - head_start] = head, frame._replace(data=memoryview(b""))
+        return frame
+
+
+_NO_HEAD = b"", Frame(0, memoryview(b""))
+_CALLS = _Frames(_decode_call, have_timeouts=True)
+_ANSWERS = _Frames(_decode_answer, have_timeouts=False)
 
 
 def check(frame: Frame) -> None:
@@ -149,26 +223,27 @@ def check(frame: Frame) -> None:
         raise errors.decode(name, frame.message, frame.detail)
 
 
-def _frames(message: bytes) -> Iterator[tuple[int, int]]:
-    for number, wire_type, _, start, end in fields.scan(message, 0, len(message)):
-        if number == _FRAMES and wire_type == fields.LENGTH_DELIMITED:
-            yield start, end
-
-
 def _text(data: bytes) -> str:
     return data.decode(errors="replace")
 
 
-@dataclasses.dataclass(eq=False, slots=True)
 class _Leaving:
-    """A call or an answer on its way out. head: for its first piece."""
+    """A call or an answer on its way out. head: for its first piece. data: what has not left."""
 
-    call: int
-    head: bytes
-    data: collections.deque[memoryview]
+    __slots__ = ("call", "data", "head")
 
-    def take(self, room: int) -> tuple[list[memoryview], int]:
+    def __init__(self, call: int, head: bytes, data: bytes | collections.deque[memoryview]) -> None:
+        self.call = call
+        self.head = head
+        self.data = data
+
+    def take(self, room: int) -> tuple[Sequence[bytes | memoryview], int]:
         """The next pieces, of at most `room` bytes, and their length."""
+        if isinstance(self.data, bytes):
+            if len(self.data) <= room:
+                whole, self.data = self.data, b""
+                return (whole,), len(whole)
+            self.data = collections.deque([memoryview(self.data)])
         parts = []
         size_bytes = 0
         while self.data and size_bytes < room:
@@ -198,8 +273,8 @@ class Outbox:
 
     def put(self, call: int, head: bytes, data: bytes | Pieces = b"") -> None:
         """head: of `encode_call`, `encode_answer` or `encode_error`."""
-        views = data.views() if isinstance(data, Pieces) else [memoryview(data)]
-        self._leaving.append(_Leaving(call, head, collections.deque(view for view in views if view)))
+        views = data if isinstance(data, bytes) else collections.deque(view for view in data.views() if view)
+        self._leaving.append(_Leaving(call, head, views))
         self.size_bytes += len(data)
 
     def clear(self) -> None:
@@ -215,7 +290,7 @@ class Outbox:
                 break
             one = self._leaving.popleft()
             parts, size_bytes = one.take(room)
-            head = _integer(_CALL, one.call) + one.head
+            head = _CALL_TAG + fields.varint(one.call) + one.head
             if size_bytes:
                 head += fields.prefix(self._data, size_bytes)
             pieces.append(fields.prefix(_FRAMES, len(head) + size_bytes) + head)
@@ -237,7 +312,7 @@ class Inbox:
         self._max_bytes = max_bytes
         self._total_bytes = total_bytes
         self._arriving: dict[int, _Arriving] = {}
-        self._size_bytes = 0
+        self.size_bytes = 0
 
     def take(self, frame: Frame) -> tuple[Frame, bytes | memoryview] | None:
         """The first piece of a call or an answer, and all of its data, once it is whole; None before.
@@ -250,7 +325,7 @@ class Inbox:
                 return frame, bytes(frame.data)
             self._check(frame)
             arriving = self._arriving[frame.call] = _Arriving(frame)
-            self._size_bytes += frame.size_bytes
+            self.size_bytes += frame.size_bytes
         end = arriving.received + len(frame.data)
         if end > len(arriving.buffer):
             self.drop(frame.call)
@@ -268,7 +343,7 @@ class Inbox:
         """Forgets a call that is not whole."""
         arriving = self._arriving.pop(call, None)
         if arriving is not None:
-            self._size_bytes -= len(arriving.buffer)
+            self.size_bytes -= len(arriving.buffer)
 
     def clear(self) -> None:
         for call in list(self._arriving):
@@ -279,9 +354,9 @@ class Inbox:
             raise errors.MessageTooLarge(
                 place=f"call {frame.call}", expected=f"at most {self._max_bytes} bytes", found=f"{frame.size_bytes}"
             )
-        if len(self._arriving) >= _MAX_ARRIVING or self._size_bytes + frame.size_bytes > self._total_bytes:
+        if len(self._arriving) >= _MAX_ARRIVING or self.size_bytes + frame.size_bytes > self._total_bytes:
             raise errors.ServerOverloaded(
-                f"{len(self._arriving)} calls of {self._size_bytes} bytes are on their way, and no more than "
+                f"{len(self._arriving)} calls of {self.size_bytes} bytes are on their way, and no more than "
                 f"{_MAX_ARRIVING} of {self._total_bytes} are taken",
                 retry_after_s=0.1,
             )
@@ -293,6 +368,6 @@ class Inbox:
 
 class _Arriving:
     def __init__(self, first: Frame) -> None:
-        self.first = dataclasses.replace(first, data=memoryview(b""))
+        self.first = first._replace(data=memoryview(b""))
         self.buffer = aligned_buffer(first.size_bytes, first.largest_array_offset)
         self.received = 0

@@ -26,44 +26,38 @@ class Layout(NamedTuple):
     """Where everything lies in messages of one type and length.
 
     head_end: where the fields end that are no structures; all of them come first.
-    parts: the structures by their places. framing: start, end and bytes of all between header and elements.
+    parts: the structures by their places.
+    gaps, framing: where there is something else behind the header than elements, and what.
     """
 
     head_end: int
     parts: Mapping[str, structures.Located]
-    framing: tuple[tuple[int, int, bytes], ...]
+    gaps: list[slice]
+    framing: list[bytes]
 
     @property
     def size_bytes(self) -> int:
-        return _ENTRY_BYTES + sum(len(framing) for _, _, framing in self.framing)
+        return _ENTRY_BYTES + sum(map(len, self.framing))
 
     def fits(self, data: bytes) -> bool:
-        """Whether what lies behind the header of a message of this length is this, but for elements."""
-        for start, end, framing in self.framing:
-            if data[start:end] != framing:
-                return False
-        return True
+        """Whether a message of this length has the same structures, but for the elements."""
+        return [data[gap] for gap in self.gaps] == self.framing
 
 
 def of(data: bytes, head_end: int, parts: Mapping[str, structures.Located]) -> Layout | None:
     """The layout of a message whose structures were located; None where it is not to be kept.
 
-    Strings are found by reading them, so that they are no mere elements.
+    Strings are found by reading them: they are no mere elements.
     """
     leaves = [leaf for part in parts.values() for leaf in part.leaves]
     if any(leaf.dtype is dtypes.STRING for leaf in leaves):
         return None
-    framing = []
-    position = head_end
-    room = _MAX_FRAMING_BYTES
-    for start, end in sorted([*((leaf.start, leaf.end) for leaf in leaves if leaf.count), (len(data), len(data))]):
-        room -= start - position
-        if room < 0:
-            return None
-        if start > position:
-            framing.append((position, start, bytes(data[position:start])))
-        position = end
-    return Layout(head_end, parts, tuple(framing))
+    spans = sorted((leaf.start, leaf.end) for leaf in leaves if leaf.num_elements)
+    starts, ends = [start for start, _ in spans], [end for _, end in spans]
+    gaps = list(map(slice, [head_end, *ends], [*starts, len(data)]))
+    if sum(gap.stop - gap.start for gap in gaps) > _MAX_FRAMING_BYTES:
+        return None
+    return Layout(head_end, parts, gaps, [bytes(data[gap]) for gap in gaps])
 
 
 class Layouts:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
@@ -125,7 +125,9 @@ def decode(
     head, head_end = _locate(schema, data, 0, len(data), parts, limits)
     if len(head) > _CACHED_BYTES:
         return fields.parse(message_type, head), _read(data, parts)
-    header = _header(message_type, head) or fields.parse(message_type, head)
+    header = _header(message_type, head)
+    if header is None:
+        header = fields.parse(message_type, head)
     if limits is DEFAULT and len(head) == head_end:
         layout = layouts.of(data, head_end, parts)
         if layout is not None:
@@ -138,8 +140,7 @@ _CACHED_BYTES = 512
 _layouts = layouts.Layouts()
 
 
-@functools.lru_cache(maxsize=1024)
-def _header(message_type: type[MessageT], head: bytes) -> MessageT | None:
+def _parse_header(message_type: type[MessageT], head: bytes) -> MessageT | None:
     """The fields of a message that are no structures; None for bytes that are no such fields, or hold others too."""
     schema = _structure_fields(message_type.DESCRIPTOR)
     try:
@@ -148,6 +149,9 @@ def _header(message_type: type[MessageT], head: bytes) -> MessageT | None:
         return fields.parse(message_type, head)
     except errors.InvalidRequest:
         return None  # Met again on the long way, which says what is wrong.
+
+
+_header: Any = functools.lru_cache(maxsize=1024)(_parse_header)
 
 
 def _locate(

@@ -34,10 +34,6 @@ class Structure:
         tree, leaves = trees.flatten(value, place, limits)
         return cls(tree, [np.asarray(leaf) for leaf in leaves])
 
-    def nested(self) -> trees.Nested:
-        """The containers with the arrays in them."""
-        return self.tree.unflatten(self.leaves)
-
 
 def encode(structure: Structure, place: str = "structure") -> tuple[list[tensors.Buffer], int]:
     """One structure as the pieces of a Structure message, and the sum of their lengths in bytes."""
@@ -92,7 +88,7 @@ def decode(data: bytes, start: int, end: int, place: str = "structure", limits: 
 
 
 def locate(data: bytes, start: int, end: int, place: str, limits: Limits) -> Located:
-    """Everything that the Structure message in data[start:end] says, but the elements of its arrays. Errors as there."""
+    """Everything that the Structure message in data[start:end] says, but the elements. Errors as of `decode`."""
     tree: trees.TreeDef | None = None
     spans: list[tuple[int, int]] = []
     for number, wire_type, _, value_start, value_end in fields.scan(data, start, end):
@@ -126,12 +122,10 @@ def locate(data: bytes, start: int, end: int, place: str, limits: Limits) -> Loc
 
 def read(data: bytes, located: Located, place: str) -> Structure:
     """The structure that was located in `data`, or in a message that is the same but for elements: see tensors.read."""
-    leaves: list[Array] = []
     try:
-        for leaf in located.leaves:
-            leaves.append(tensors.read(data, leaf, place))
+        leaves = [tensors.read(data, leaf, place) for leaf in located.leaves]
     except errors.InvalidRequest:
-        index = len(leaves)
-        tensors.read(data, located.leaves[index], located.tree.paths(place)[index])
+        for leaf, path in zip(located.leaves, located.tree.paths(place), strict=True):
+            tensors.read(data, leaf, path)
         raise
     return Structure(located.tree, leaves)

@@ -66,14 +66,14 @@ def encode_header(code: int, shape: tuple[int, ...], data_bytes: int) -> bytes:
 class Located(NamedTuple):
     """Where the elements of one array lie in a message, and what they are, all of it checked but the elements.
 
-    start, end: of the elements, in bytes. count: of the elements, the product of the shape.
+    start, end: of the elements, in bytes. num_elements: the product of the shape.
     """
 
     start: int
     end: int
     dtype: dtypes.DType
     shape: tuple[int, ...]
-    count: int
+    num_elements: int
 
 
 def decode(data: bytes, start: int, end: int, place: str = "tensor", limits: Limits = DEFAULT) -> Array:

@@ -15,7 +15,9 @@ import click
 from forwardpass_server.app import quiet
 from forwardpass_server.app import settings as app_settings
 from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.serving import tokens
 from forwardpass_server.serving.errors import DeviceNotFound, ModelLoadError, SessionStoreError
+from forwardpass_server.serving.tokens import Role
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -56,7 +58,7 @@ def main() -> None:
     show_default=True,
     envvar="FORWARDPASS_HOST",
     show_envvar=True,
-    help="Address to listen on. Whoever reaches it may run the models.",
+    help="Address to listen on. Beyond loopback it takes TLS or tokens, or --insecure.",
 )
 @click.option(
     "--port",
@@ -72,7 +74,84 @@ def main() -> None:
     show_default=True,
     envvar="FORWARDPASS_METRICS_PORT",
     show_envvar=True,
-    help="Port for Prometheus, on the same address; 0 takes a free one, -1 means none.",
+    help="Port for Prometheus; 0 takes a free one, -1 means none.",
+)
+@click.option(
+    "--metrics-host",
+    default=Settings.metrics_host,
+    show_default=True,
+    envvar="FORWARDPASS_METRICS_HOST",
+    show_envvar=True,
+    help="Address for Prometheus. Anybody who reaches it sees the metrics, which hold no data.",
+)
+@click.option(
+    "--management-port",
+    default=-1,
+    show_default=True,
+    envvar="FORWARDPASS_MANAGEMENT_PORT",
+    show_envvar=True,
+    help="Port for loading and unloading models; 0 takes a free one, -1 means none.",
+)
+@click.option(
+    "--management-host",
+    default=Settings.management_host,
+    show_default=True,
+    envvar="FORWARDPASS_MANAGEMENT_HOST",
+    show_envvar=True,
+    help="Address for management. With --tokens it takes one with the role manage.",
+)
+@click.option(
+    "--tls-certificate",
+    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    envvar="FORWARDPASS_TLS_CERTIFICATE",
+    show_envvar=True,
+    help="The server's certificate, in PEM, with those between it and its root. Read again when it changes.",
+)
+@click.option(
+    "--tls-key",
+    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    envvar="FORWARDPASS_TLS_KEY",
+    show_envvar=True,
+    help="The certificate's key, in PEM, unencrypted.",
+)
+@click.option(
+    "--tls-client-ca",
+    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    envvar="FORWARDPASS_TLS_CLIENT_CA",
+    show_envvar=True,
+    help="Take only clients whose certificates these sign, in PEM (mutual TLS). Who calls is the certificate's name.",
+)
+@click.option(
+    "--tokens",
+    "tokens_file",
+    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    envvar="FORWARDPASS_TOKENS",
+    show_envvar=True,
+    help="Take only calls with a token of this file: see `forwardpass-server token`. Read again when it changes.",
+)
+@click.option(
+    "--open",
+    "open_services",
+    multiple=True,
+    type=click.Choice(["health", "reflection"]),
+    envvar="FORWARDPASS_OPEN",
+    show_envvar=True,
+    help="Answer this service without a token. May be repeated.",
+)
+@click.option(
+    "--insecure",
+    is_flag=True,
+    envvar="FORWARDPASS_INSECURE",
+    show_envvar=True,
+    help="Listen beyond loopback with neither TLS nor tokens.",
+)
+@click.option(
+    "--connection-idle",
+    default=Settings.connection_idle_s,
+    show_default=True,
+    envvar="FORWARDPASS_CONNECTION_IDLE",
+    show_envvar=True,
+    help="Seconds without a call after which a connection is closed.",
 )
 @click.option(
     "--device",
@@ -114,6 +193,20 @@ def main() -> None:
     help="MiB of requests at once; further ones are refused with RESOURCE_EXHAUSTED.",
 )
 @click.option(
+    "--max-concurrent-calls-per-principal",
+    type=int,
+    envvar="FORWARDPASS_MAX_CONCURRENT_CALLS_PER_PRINCIPAL",
+    show_envvar=True,
+    help="Calls at once of one principal.  [default: half of all, where there are tokens or client certificates]",
+)
+@click.option(
+    "--max-concurrent-mib-per-principal",
+    type=int,
+    envvar="FORWARDPASS_MAX_CONCURRENT_MIB_PER_PRINCIPAL",
+    show_envvar=True,
+    help="MiB of requests at once of one principal.  [default: likewise]",
+)
+@click.option(
     "--batching/--no-batching",
     default=Settings.batching,
     show_default=True,
@@ -135,6 +228,13 @@ def main() -> None:
     envvar="FORWARDPASS_WEIGHTS_MIB",
     show_envvar=True,
     help="MiB of weights that callers put on the device.  [default: half of a GPU's memory, a quarter of the host's]",
+)
+@click.option(
+    "--weights-mib-per-principal",
+    type=int,
+    envvar="FORWARDPASS_WEIGHTS_MIB_PER_PRINCIPAL",
+    show_envvar=True,
+    help="MiB of weights of one principal.  [default: half of all, where there are tokens or client certificates]",
 )
 @click.option(
     "--weights-folder",
@@ -230,14 +330,27 @@ def serve(
     host: str,
     port: int,
     metrics_port: int,
+    metrics_host: str,
+    management_port: int,
+    management_host: str,
+    tls_certificate: pathlib.Path | None,
+    tls_key: pathlib.Path | None,
+    tls_client_ca: pathlib.Path | None,
+    tokens_file: pathlib.Path | None,
+    open_services: tuple[str, ...],
+    insecure: bool,
+    connection_idle: float,
     device: str,
     max_message_mib: int,
     execution_threads: int | None,
     max_concurrent_calls: int,
     max_concurrent_mib: int,
+    max_concurrent_calls_per_principal: int | None,
+    max_concurrent_mib_per_principal: int | None,
     batching: bool,
     max_batch_examples: int,
     weights_mib: int | None,
+    weights_mib_per_principal: int | None,
     weights_folder: pathlib.Path | None,
     weights_disk_mib: int,
     upload_expiry: float,
@@ -262,14 +375,27 @@ def serve(
             host=host,
             port=port,
             metrics_port=None if metrics_port < 0 else metrics_port,
+            metrics_host=metrics_host,
+            management_port=None if management_port < 0 else management_port,
+            management_host=management_host,
+            tls_certificate=tls_certificate,
+            tls_key=tls_key,
+            tls_client_ca=tls_client_ca,
+            tokens=tokens_file,
+            open_services=open_services,
+            insecure=insecure,
+            connection_idle_s=connection_idle,
             device=device,
             max_message_bytes=max_message_mib * 2**20,
             **({} if execution_threads is None else {"execution_threads": execution_threads}),
             max_concurrent_calls=max_concurrent_calls,
             max_concurrent_bytes=max_concurrent_mib * 2**20,
+            max_concurrent_calls_per_principal=max_concurrent_calls_per_principal,
+            max_concurrent_bytes_per_principal=_bytes(max_concurrent_mib_per_principal),
             batching=batching,
             max_batch_examples=max_batch_examples,
-            weights_bytes=None if weights_mib is None else weights_mib * 2**20,
+            weights_bytes=_bytes(weights_mib),
+            weights_bytes_per_principal=_bytes(weights_mib_per_principal),
             weights_folder=weights_folder,
             weights_disk_bytes=weights_disk_mib * 2**20,
             upload_expiry_s=upload_expiry,
@@ -326,6 +452,40 @@ def export(
     except Exception as error:  # The model's own code.
         raise click.ClickException(f"{source}: {type(error).__name__}: {error}") from error
     click.echo(f"wrote {folder}")
+
+
+@main.command()
+@click.argument("principal")
+@click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    type=click.Choice([role.value for role in Role]),
+    default=(Role.CALL.value,),
+    show_default=True,
+    help="What it is good for: calling models, or managing them. May be repeated.",
+)
+@click.option(
+    "--expires",
+    default="90d",
+    show_default=True,
+    help="A date or time (ISO 8601, UTC), so many days such as 30d, or never.",
+)
+def token(principal: str, roles: tuple[str, ...], expires: str) -> None:
+    """Make a bearer token for a caller, and print it with its line for the file of `serve --tokens`.
+
+    Nothing is stored: the token is for the caller, and the file holds no more than its hash.
+    """
+    try:
+        secret, made = tokens.create(principal, map(Role, roles), tokens.parse_expiry(expires))
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"token: {secret}")
+    click.echo(f"line:  {made.line()}")
+
+
+def _bytes(mib: int | None) -> int | None:
+    return None if mib is None else mib * 2**20
 
 
 async def _run(serving: Coroutine[Any, Any, bool]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
@@ -14,24 +15,30 @@ from collections.abc import Callable
 import prometheus_client
 
 from forwardpass.wire import errors
-from forwardpass.wire.methods import MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
+from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
 from forwardpass_server.app import allocator, session_stores
+from forwardpass_server.app.security import Security
 from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.rpc import handlers
+from forwardpass_server.rpc.management_servicer import ManagementServicer
 from forwardpass_server.rpc.server import MODEL_HEALTH_PREFIX, Server, ServerOptions, join_address
 from forwardpass_server.rpc.servicer import FunctionalModelServicer
 from forwardpass_server.rpc.sessions_servicer import SessionsServicer
 from forwardpass_server.rpc.weights_servicer import WeightsServicer
 from forwardpass_server.serving import repository
+from forwardpass_server.serving.admission import Admission, Limits
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller
 from forwardpass_server.serving.evaluation import Evaluations
+from forwardpass_server.serving.management import Management, RegistryManagement
+from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Registry, State
 from forwardpass_server.serving.scheduling import Scheduler
 from forwardpass_server.serving.session_store import SessionStore
 from forwardpass_server.serving.sessions import Sessions
+from forwardpass_server.serving.tokens import Role
 from forwardpass_server.serving.weight_files import WeightFiles
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
 from forwardpass_server.telemetry.metrics import Metrics
@@ -39,6 +46,12 @@ from forwardpass_server.telemetry.metrics import Metrics
 _LOGGER = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
+
+# Between looks at the files of certificates and tokens: how long one that was revoked is still good.
+_WATCH_S = 1.0
+
+# Names and numbers of versions.
+_MAX_MANAGEMENT_BYTES = 2**20
 
 
 async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
@@ -65,18 +78,20 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     weights_bytes = settings.weights_bytes or device.default_budget_bytes()
     store = _weight_store(settings, device, weights_bytes, metrics)
     batcher = Batcher(scheduler, metrics, settings.max_batch_examples)
-    caller = Caller(
-        registry, store, scheduler, batcher, metrics, settings.max_concurrent_calls, settings.max_concurrent_bytes
-    )
+    admission = _admission(settings)
+    caller = Caller(registry, store, scheduler, batcher, metrics, admission)
+    security = Security(settings)
     session_store = await session_stores.open_store(settings, metrics)
     metrics.session_store(session_store.count)
-    sessions = Sessions(session_store, registry, caller, metrics, settings.max_state_bytes)
-    sessions_servicer = SessionsServicer(sessions, Evaluations(sessions, store, caller), settings.max_message_bytes)
+    sessions = Sessions(session_store, registry, caller, admission, metrics, settings.max_state_bytes)
+    evaluations = Evaluations(sessions, store, caller, admission)
+    sessions_servicer = SessionsServicer(sessions, evaluations, settings.max_message_bytes)
     server = Server(
         ServerOptions(
             host=settings.host,
             port=settings.port,
             max_message_bytes=settings.max_message_bytes,
+            connection_idle_s=settings.connection_idle_s,
             drain_delay_s=settings.drain_delay_s,
             drain_timeout_s=settings.drain_timeout_s,
         ),
@@ -85,14 +100,27 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
                 registry,
                 caller,
                 settings.max_message_bytes,
-                settings.max_concurrent_bytes,
+                admission,
+                metrics,
                 handlers.unary(SESSION_SERVICE, sessions_servicer),
             ),
             WEIGHTS_SERVICE: WeightsServicer(store),
             SESSION_SERVICE: sessions_servicer,
         },
         metrics,
+        security.access(Role.CALL),
+        security.certificates,
     )
+    management = RegistryManagement(
+        registry,
+        loader,
+        settings.model_repository,
+        settings.factories,
+        functools.partial(_tell_health, server, registry),
+    )
+    managing = None
+    if settings.management_port is not None:
+        managing = _management_server(settings, settings.management_port, management, metrics, security)
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _stop, stop, number)
@@ -100,12 +128,14 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     if settings.metrics_port is not None:
         try:
             exporter, _ = prometheus_client.start_http_server(
-                settings.metrics_port, settings.host, registry=metrics.registry
+                settings.metrics_port, settings.metrics_host, registry=metrics.registry
             )
         except OSError as error:
-            address = join_address(settings.host, settings.metrics_port)
+            address = join_address(settings.metrics_host, settings.metrics_port)
             raise OSError(f"--metrics-port: cannot listen on {address}: {error.strerror}") from None
-        announce(f"metrics on http://{join_address(settings.host, exporter.server_port)}/metrics")
+        announce(f"metrics on http://{join_address(settings.metrics_host, exporter.server_port)}/metrics")
+    if managing is not None:
+        announce(f"management on {join_address(settings.management_host, await managing.start())}")
     port = await server.start()
     announce(f"listening on {join_address(settings.host, port)}")
     announce(
@@ -113,15 +143,20 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         + (f", kept in {settings.weights_folder}" if settings.weights_folder else "")
     )
     announce(f"metric sessions in {session_store.place}")
-    loading = asyncio.create_task(_load(registry, loader, server, announce))
+    loading = asyncio.create_task(_load(registry, management, server, loader.device, announce))
     # What goes wrong in it otherwise than with one model must not leave a server that is never ready.
     loading.add_done_callback(lambda task: None if task.cancelled() or task.exception() is None else stop.set())
-    sweeping = asyncio.create_task(_sweep(store, session_store))
+    looking_after = [
+        asyncio.create_task(work) for work in (_sweep_weights(store), _sweep_sessions(session_store), _watch(security))
+    ]
     await stop.wait()
-    sweeping.cancel()
+    for task in looking_after:
+        task.cancel()
     is_loading = not loading.done()
     loading.cancel()
     began = time.monotonic()
+    if managing is not None:
+        await managing.drain()
     await server.drain()
     remaining_s = settings.drain_delay_s + settings.drain_timeout_s - (time.monotonic() - began)
     has_ended = await scheduler.close(max(remaining_s, 0.0))
@@ -132,26 +167,71 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         exporter.shutdown()
     if not is_loading:
         loading.result()
-    return has_ended and not is_loading
+    return has_ended and not is_loading and not management.is_loading
 
 
 def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: int, metrics: Metrics) -> WeightStore:
     files = None
     if settings.weights_folder is not None:
-        files = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
-    options = StoreOptions(budget_bytes=budget_bytes, upload_expiry_s=settings.upload_expiry_s)
+        files = kept = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        metrics.weight_files(lambda: kept.size_bytes, settings.weights_disk_bytes, lambda: kept.set_count)
+    options = StoreOptions(
+        budget_bytes=budget_bytes,
+        principal_bytes=settings.share(settings.weights_bytes_per_principal, budget_bytes),
+        upload_expiry_s=settings.upload_expiry_s,
+    )
     store = WeightStore(options, device, metrics, files)
     metrics.weight_store(lambda: store.used_bytes, budget_bytes, lambda: store.set_count, lambda: store.tensor_count)
     return store
 
 
-async def _sweep(store: WeightStore, session_store: SessionStore) -> None:
+def _admission(settings: Settings) -> Admission:
+    in_all = Limits(calls=settings.max_concurrent_calls, size_bytes=settings.max_concurrent_bytes)
+    each = Limits(
+        calls=settings.share(settings.max_concurrent_calls_per_principal, in_all.calls),
+        size_bytes=settings.share(settings.max_concurrent_bytes_per_principal, in_all.size_bytes),
+    )
+    return Admission(in_all, each)
+
+
+def _management_server(
+    settings: Settings, port: int, management: Management, metrics: Metrics, security: Security
+) -> Server:
+    return Server(
+        ServerOptions(
+            host=settings.management_host,
+            port=port,
+            max_message_bytes=_MAX_MANAGEMENT_BYTES,
+            connection_idle_s=settings.connection_idle_s,
+            # No client is sent elsewhere, and a load that runs is given up.
+            drain_delay_s=0,
+            drain_timeout_s=0,
+        ),
+        {MANAGEMENT_SERVICE: ManagementServicer(management)},
+        metrics,
+        security.access(Role.MANAGE),
+        security.certificates,
+    )
+
+
+async def _sweep_weights(store: WeightStore) -> None:
     while True:
         await asyncio.sleep(_SWEEP_S)
         store.sweep()
+
+
+async def _sweep_sessions(store: SessionStore) -> None:
+    while True:
+        await asyncio.sleep(_SWEEP_S)
         # Whoever needs the store meanwhile is told what is wrong with it.
         with contextlib.suppress(errors.SessionStoreUnavailable):
-            await session_store.sweep()
+            await store.sweep()
+
+
+async def _watch(security: Security) -> None:
+    while True:
+        await asyncio.sleep(_WATCH_S)
+        await asyncio.to_thread(security.refresh)
 
 
 def _stop(stop: asyncio.Event, number: int) -> None:
@@ -161,21 +241,28 @@ def _stop(stop: asyncio.Event, number: int) -> None:
     stop.set()
 
 
-async def _load(registry: Registry, loader: TensorFlowLoader, server: Server, announce: Callable[[str], None]) -> None:
+async def _tell_health(server: Server, registry: Registry, source: ModelSource) -> None:
+    """Says of a model, and of its version, whether it can be called."""
+    name = MODEL_HEALTH_PREFIX + source.name
+    await server.set_serving(f"{name}/{source.version}", registry.is_available(source.name, source.version))
+    await server.set_serving(name, registry.is_available(source.name))
+
+
+async def _load(
+    registry: Registry, management: RegistryManagement, server: Server, device: str, announce: Callable[[str], None]
+) -> None:
     """Loads every model, one after another beside the event loop, and then says SERVING if any can be called."""
-    for entry in registry.entries():
-        source = entry.source
-        await asyncio.to_thread(registry.load, source, loader)
-        name = MODEL_HEALTH_PREFIX + source.name
-        is_available = registry.entry(source).state is State.AVAILABLE
-        await server.set_serving(f"{name}/{source.version}", is_available)
-        await server.set_serving(name, registry.is_available(source.name))
+    await management.load_all()
+    # TensorFlow and the models are hundreds of thousands of objects that stay. The garbage collector would look at them
+    # again and again, while calls wait.
+    gc.collect()
+    gc.freeze()
     entries = registry.entries()
     # A server of which no model can be called is of use to nobody.
     is_useful = any(entry.state is State.AVAILABLE for entry in entries) or not entries
     await server.set_all_serving(is_useful)
     failed = [str(entry.source) for entry in entries if entry.state is State.FAILED]
     announce(
-        f"ready on {loader.device.removeprefix('/device:')}: {len(entries) - len(failed)} of {len(entries)} models"
+        f"ready on {device.removeprefix('/device:')}: {len(entries) - len(failed)} of {len(entries)} models"
         + (f"; failed: {', '.join(failed)}" if failed else "")
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import os
 import pathlib
 import re
@@ -12,6 +13,8 @@ from forwardpass.wire.chunks import CHUNK_BYTES
 from forwardpass_server.serving.repository import MODEL_NAME
 
 _SESSION_STORE = re.compile(r"sqlite:///.|rediss?://.|memory://$")
+
+LOOPBACK = "127.0.0.1"
 
 
 class SettingsError(Exception):
@@ -27,11 +30,29 @@ class Settings:
     # Models that Python functions make: "module:function" by name.
     factories: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # Whoever reaches the port may run the models: loopback until the operator says otherwise.
-    host: str = "127.0.0.1"
+    host: str = LOOPBACK
     # TensorFlow Serving's port for gRPC.
     port: int = 8500
     # OpenTelemetry's port for Prometheus exporters; None for no metrics.
     metrics_port: int | None = 9464
+    # Metrics hold no data, but names of models and how much is called: whoever wants them elsewhere says so, which is
+    # why a public one needs no `insecure` beside.
+    metrics_host: str = LOOPBACK
+    # What is not asked for is not open: None for no management.
+    management_port: int | None = None
+    # Whoever reaches it without a token may unload models.
+    management_host: str = LOOPBACK
+    # In PEM; None for no TLS.
+    tls_certificate: pathlib.Path | None = None
+    tls_key: pathlib.Path | None = None
+    # Who signs clients' certificates; every client must have one then.
+    tls_client_ca: pathlib.Path | None = None
+    # See serving.tokens; None for callers without tokens.
+    tokens: pathlib.Path | None = None
+    # Services that answer without credentials: "health", "reflection".
+    open_services: tuple[str, ...] = ()
+    # Listen beyond loopback with neither TLS nor tokens.
+    insecure: bool = False
     # The first GPU that TensorFlow sees, else the CPU.
     device: str = "auto"
     # 64 million float32 in one message. Larger ones cost memory on both sides several times over.
@@ -41,8 +62,15 @@ class Settings:
     execution_threads: int = dataclasses.field(default_factory=lambda: max(2, os.cpu_count() or 1))
     # A call that waits holds its message: a thousand of a megabyte each are a gigabyte.
     max_concurrent_calls: int = 1024
-    # Of requests that wait or run, beyond the longest: four of them.
+    # Of requests that arrive in pieces, wait or run: four of the longest.
     max_concurrent_bytes: int = 2**30
+    # The share of one principal in calls, bytes and weights; None for half where principals are told apart, so that
+    # none can take all, and for everything where they are not.
+    max_concurrent_calls_per_principal: int | None = None
+    max_concurrent_bytes_per_principal: int | None = None
+    weights_bytes_per_principal: int | None = None
+    # Of a connection without a call: far more than the pauses of a caller who works, and a new one costs milliseconds.
+    connection_idle_s: float = 600.0
     # Whether concurrent calls with the same weights are run as one batch, where a model shows that it can be.
     batching: bool = True
     # Of a batch made of several calls: enough that the cost of a call of TensorFlow is nothing beside its work.
@@ -72,7 +100,23 @@ class Settings:
     # Kubernetes kills 30 s after SIGTERM: be done before.
     drain_timeout_s: float = 20.0
 
+    @property
+    def tells_principals_apart(self) -> bool:
+        """Whether callers have to say who they are."""
+        return self.tokens is not None or self.tls_client_ca is not None
+
+    def share(self, of_principal: int | None, in_all: int) -> int:
+        """What one principal may take of what there is in all."""
+        if of_principal is not None:
+            return of_principal
+        return max(in_all // 2, 1) if self.tells_principals_apart else in_all
+
     def __post_init__(self) -> None:
+        self._check_models()
+        self._check_numbers()
+        self._check_security()
+
+    def _check_models(self) -> None:
         if self.model_repository is None and not self.factories:
             raise SettingsError("--model-repository: expected a folder, or a --factory beside")
         if self.model_repository is not None and not self.model_repository.is_dir():
@@ -82,7 +126,13 @@ class Settings:
                 raise SettingsError(f"--factory: expected a model name like {MODEL_NAME.pattern}, got {name!r}")
             if not all(factory.partition(":")):
                 raise SettingsError(f"--factory: expected NAME=MODULE:FUNCTION, got {name}={factory}")
-        for flag, port in (("--port", self.port), ("--metrics-port", self.metrics_port)):
+
+    def _check_numbers(self) -> None:
+        for flag, port in (
+            ("--port", self.port),
+            ("--metrics-port", self.metrics_port),
+            ("--management-port", self.management_port),
+        ):
             if port is not None and not 0 <= port <= 65535:
                 raise SettingsError(f"{flag}: expected 0 to 65535, got {port}")
         # Chunks of weights have to fit, and gRPC cannot take longer messages than an int32 counts.
@@ -96,18 +146,22 @@ class Settings:
             ("--max-concurrent-calls", self.max_concurrent_calls),
             ("--max-concurrent-mib", self.max_concurrent_bytes),
             ("--max-batch-examples", self.max_batch_examples),
-            ("--weights-mib", 1 if self.weights_bytes is None else self.weights_bytes),
+            ("--weights-mib", self.weights_bytes),
             ("--weights-disk-mib", self.weights_disk_bytes),
             ("--max-sessions", self.max_sessions),
             ("--sessions-mib", self.sessions_bytes),
             ("--max-state-mib", self.max_state_bytes),
+            ("--max-concurrent-calls-per-principal", self.max_concurrent_calls_per_principal),
+            ("--max-concurrent-mib-per-principal", self.max_concurrent_bytes_per_principal),
+            ("--weights-mib-per-principal", self.weights_bytes_per_principal),
         ):
-            if number < 1:
+            if number is not None and number < 1:
                 raise SettingsError(f"{flag}: expected at least 1, got {number}")
         for flag, seconds in (
             ("--drain-delay", self.drain_delay_s),
             ("--drain-timeout", self.drain_timeout_s),
             ("--upload-expiry", self.upload_expiry_s),
+            ("--connection-idle", self.connection_idle_s),
         ):
             if not 0 <= seconds < float("inf"):
                 raise SettingsError(f"{flag}: expected seconds >= 0, got {seconds:g}")
@@ -116,6 +170,38 @@ class Settings:
         if self.session_store is not None and not _SESSION_STORE.match(self.session_store):
             # What was given may hold a password.
             raise SettingsError("--session-store: expected sqlite:///PATH, redis://..., rediss://... or memory://")
+
+    def _check_security(self) -> None:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise SettingsError("--tls-certificate: expected --tls-key beside, and the other way round")
+        if self.tls_client_ca is not None and self.tls_certificate is None:
+            raise SettingsError("--tls-client-ca: expected --tls-certificate and --tls-key beside")
+        if self.open_services and not self.tells_principals_apart:
+            raise SettingsError("--open: expected --tokens or --tls-client-ca beside: everything is open without")
+        if self.insecure:
+            return
+        if not is_loopback(self.host) and self.tls_certificate is None and self.tokens is None:
+            raise SettingsError(
+                f"--host: {self.host} can be reached from elsewhere, by anybody and unencrypted: give "
+                "--tls-certificate, --tls-key and --tokens or --tls-client-ca, or else --insecure"
+            )
+        is_managed = self.management_port is not None and not is_loopback(self.management_host)
+        # It is little to be encrypted where anybody may unload models.
+        if is_managed and not self.tells_principals_apart:
+            raise SettingsError(
+                f"--management-host: {self.management_host} can be reached from elsewhere, by anybody: give "
+                "--tokens or --tls-client-ca, or else --insecure"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to listen on can be reached from this machine alone, as far as its name tells."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def parse_factories(values: tuple[str, ...]) -> dict[str, str]:

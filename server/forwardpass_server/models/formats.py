@@ -16,20 +16,20 @@ from forwardpass_server.serving.errors import ModelLoadError
 KERAS_FORMAT = "keras"
 
 
-def read(folder: pathlib.Path) -> tuple[FunctionalModel, str]:
-    """The functional model in a version folder, and the name of its format.
+def read(folder: pathlib.Path) -> tuple[FunctionalModel, str, ModelConfig]:
+    """The functional model in a version folder, the name of its format, and what its forwardpass.json says.
 
     Raises ModelLoadError where the folder holds no model, or not what its forwardpass.json says of it.
     """
     config = model_config.read(folder / FILE_NAME)
     if (folder / export.SPEC_FILE_NAME).exists():
         _refuse(config, folder, "input_spec", "loss", "metrics", "sample_weight_spec")
-        return export.load_functional_model(folder), export.FORMAT
+        return export.load_functional_model(folder), export.FORMAT, config
     if (folder / "saved_model.pb").exists():
-        return _tff(folder, config)
+        return *_tff(folder, config), config
     archives = sorted(folder.glob("*.keras"))
     if len(archives) == 1:
-        return read_keras(archives[0], config), KERAS_FORMAT
+        return read_keras(archives[0], config), KERAS_FORMAT, config
     found = sorted(path.name for path in folder.iterdir())[:10]
     raise ModelLoadError(f"expected a saved_model.pb or one .keras file, found {found or 'an empty folder'}")
 

@@ -10,18 +10,10 @@ from forwardpass.wire import description
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
 from forwardpass_server.models import device as devices
-from forwardpass_server.models import (
-    formats,
-    graphs,
-    hashing,
-    mergeability,
-    model_config,
-    separability,
-    tracing,
-    warming,
-)
+from forwardpass_server.models import formats, graphs, hashing, mergeability, separability, tracing, warming
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
+from forwardpass_server.models.model_config import ModelConfig
 from forwardpass_server.models.tracing import TracedModel
 from forwardpass_server.serving.errors import ModelLoadError
 from forwardpass_server.serving.models import ModelSource
@@ -61,14 +53,14 @@ class TensorFlowLoader:
     def load(self, source: ModelSource) -> TensorFlowModel:
         if source.folder is not None:
             content_hash = hashing.of_folder(source.folder)
-            model, format_name = formats.read(source.folder)
+            model, format_name, config = formats.read(source.folder)
             traced = tracing.trace(model, self._on_trace)
             if hashing.of_folder(source.folder) != content_hash:
                 raise ModelLoadError("the files changed while they were read")
             if any(map(graphs.calls_python, traced.functions.values())):
                 raise ModelLoadError("the model calls Python functions, which no file holds: serve it by --factory")
         else:
-            model, format_name = from_factory(source.factory or ""), FACTORY_FORMAT
+            model, format_name, config = from_factory(source.factory or ""), FACTORY_FORMAT, ModelConfig()
             traced = tracing.trace(model, self._on_trace)
             content_hash = hashing.of_traced(traced)
         execution = Execution(traced.functions, self.device)
@@ -77,18 +69,15 @@ class TensorFlowLoader:
             ModelIdentity(source.name, source.version, content_hash),
             format_name,
             warming.with_batched_leaves(execution, traced.spec),
-            self._unbatchable_reason(source, traced, execution),
+            self._unbatchable_reason(config, traced, execution),
             mergeability.reason_against(execution, traced.spec),
         )
         # A client must be able to read it: what it could not, fails here.
         description.decode(description.encode(described))
         return TensorFlowModel(described, traced.initial_weights, execution)
 
-    def _unbatchable_reason(self, source: ModelSource, traced: TracedModel, execution: Execution) -> str:
-        folder = source.folder
-        if not self._batching or (
-            folder is not None and model_config.read(folder / model_config.FILE_NAME).batching is False
-        ):
+    def _unbatchable_reason(self, config: ModelConfig, traced: TracedModel, execution: Execution) -> str:
+        if not self._batching or config.batching is False:
             return "the operator forbids it"
         predict = traced.functions[Function.PREDICT_ON_BATCH, False]
         return separability.reason_against(execution, predict, traced.spec, traced.initial_weights)

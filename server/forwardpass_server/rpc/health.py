@@ -7,6 +7,8 @@ from typing import Any
 
 from grpc_health.v1 import health
 
+from forwardpass.wire import errors
+
 
 class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]
     """The library's servicer. Its watches last until the caller leaves: a server that drains would wait for them."""
@@ -25,6 +27,10 @@ class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]
             await asyncio.gather(*tasks, return_exceptions=True)
         if not tasks[0].cancelled():
             tasks[0].result()
+
+    async def List(self, request: Any, context: Any) -> Any:
+        # The library has the method and no answer, and fails.
+        raise errors.MethodNotSupported("health is not listed: ask for a service")
 
     def end_watches(self) -> None:
         """Ends every watch, those to come included. Their callers have been told NOT_SERVING before."""

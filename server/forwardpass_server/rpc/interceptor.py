@@ -1,4 +1,4 @@
-"""What every method of every service shares: requests read safely, errors as statuses, metrics."""
+"""What every method of every service shares: who may call, requests read safely, errors as statuses, metrics."""
 
 from __future__ import annotations
 
@@ -7,43 +7,97 @@ import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 
 from forwardpass.wire import errors
 from forwardpass_server.rpc import handlers
+from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.telemetry.metrics import Metrics
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 
+# What stands for every method that there is not. A name that a stranger made up must not be kept, nor become a label.
+_UNKNOWN = "/unknown/unknown"
+
+
+class _Method(NamedTuple):
+    """A method's handlers: for calls that are admitted, and for others. is_open: all are admitted."""
+
+    handler: Any
+    refusing: Any
+    is_open: bool
+
+
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every handler, those of health and reflection included. Nothing else aborts a call of ours."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, access: Access) -> None:
         self._metrics = metrics
-        self._wrapped: dict[str, Any] = {}
+        self._access = access
+        self._methods: dict[str, _Method] = {}
+        # gRPC answers UNIMPLEMENTED where there is no handler.
+        self._unknown = _Method(None, self._refusing(_UNKNOWN, "unary"), access.is_open)
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
-        wrapped = self._wrapped.get(details.method)
-        if wrapped is None:
-            handler = await continuation(details)
-            if handler is None:
-                # gRPC answers UNIMPLEMENTED. A name that a stranger made up must not be kept, nor become a label.
-                return None
-            wrapped = self._wrapped[details.method] = self._wrap(handler, details.method)
-        return wrapped
+        # Before any of the request is read.
+        method = self._methods.get(details.method) or await self._find(continuation, details)
+        if method.is_open or self._access.admits(details.invocation_metadata):
+            return method.handler
+        return method.refusing
 
-    def _wrap(self, handler: Any, path: str) -> Any:
+    async def _find(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> _Method:
+        handler, path = await continuation(details), details.method
+        if handler is None:
+            return self._unknown
+        kind = _KINDS[handler.request_streaming, handler.response_streaming]
+        is_open = self._access.is_open or path.split("/")[1] in self._access.open_services
+        method = _Method(self._wrap(handler, path, is_open), self._refusing(path, kind), is_open)
+        self._methods[path] = method
+        return method
+
+    def _refusing(self, path: str, kind: str) -> Any:
+        """What answers calls that are not admitted, of any kind."""
+
+        async def refuse(requests: Any, context: Any) -> None:
+            raise self._access.refusal(context.invocation_metadata())
+
+        return grpc.stream_stream_rpc_method_handler(self._guard(refuse, kind, path))
+
+    def _wrap(self, handler: Any, path: str, is_open: bool) -> Any:
         """The handler with `_guard` around it, of the same kind; requests reach it as bytes."""
         method = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         if handler.request_deserializer is not None:
             method = _reading(method, handler.request_deserializer, handler.request_streaming)
         answer = _writing(method) if handler.response_streaming else method
         streams = handler.request_streaming, handler.response_streaming
+        if not is_open:
+            answer = self._admitted(answer, handler.request_streaming)
         return handlers.MAKERS[streams](self._guard(answer, _KINDS[streams], path), None, handler.response_serializer)
+
+    def _admitted(self, answer: Callable[..., Awaitable[Any]], is_stream: bool) -> Callable[..., Awaitable[Any]]:
+        """`answer` for callers that a certificate names, and that stay who they are as long as they send requests."""
+        access = self._access
+
+        async def admitted(request: Any, context: Any) -> Any:
+            if access.has_client_certificates:
+                access.enter_by_certificate(context)
+            if is_stream and access.tokens is not None:
+                request = self._while_admitted(request, context)
+            return await answer(request, context)
+
+        return admitted if access.has_client_certificates or is_stream else answer
+
+    async def _while_admitted(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
+        """The requests of a stream until its token expires, or is taken from the file."""
+        metadata = context.invocation_metadata()
+        async for request in requests:
+            if not self._access.admits(metadata):
+                raise self._access.refusal(metadata)
+            yield request
 
     def _guard(self, answer: Callable[..., Awaitable[Any]], kind: str, path: str) -> Callable[..., Awaitable[Any]]:
         """`answer` with its errors turned into statuses, counted and timed."""
@@ -53,23 +107,23 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async def guarded(request: Any, context: Any) -> Any:
             started = time.perf_counter()
             metrics.started.inc()
-            code = grpc.StatusCode.OK
+            status = "OK"
             try:
                 return await answer(request, context)
             except grpc.aio.AbortError:
-                code = context.code()
+                status = context.code().name
                 raise
             except asyncio.CancelledError:
                 remaining = context.time_remaining()
                 expired = remaining is not None and remaining <= 0
-                code = grpc.StatusCode.DEADLINE_EXCEEDED if expired else grpc.StatusCode.CANCELLED
+                status = "DEADLINE_EXCEEDED" if expired else "CANCELLED"
                 raise
             except Exception as error:
                 failure = failure_of(error, path)
-                code = grpc.StatusCode[failure.status]
+                status = failure.status
             finally:
                 # Before the caller hears of it, who may look at once.
-                metrics.handled(_GO_NAMES[code]).inc()
+                metrics.handled(status).inc()
                 metrics.seconds.observe(time.perf_counter() - started)
             return await _abort(context, failure)
 
@@ -130,10 +184,3 @@ def _read(read: Callable[[bytes], Any], request: bytes) -> Any:
 async def _read_all(read: Callable[[bytes], Any], requests: AsyncIterator[bytes]) -> AsyncIterator[Any]:
     async for request in requests:
         yield _read(read, request)
-
-
-# As Go's codes print, in whose words dashboards for gRPC are written.
-_GO_NAMES = {code: "".join(word.capitalize() for word in code.name.split("_")) for code in grpc.StatusCode} | {
-    grpc.StatusCode.OK: "OK",
-    grpc.StatusCode.CANCELLED: "Canceled",
-}

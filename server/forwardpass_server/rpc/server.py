@@ -12,11 +12,19 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from forwardpass_server.rpc import handlers
+from forwardpass_server.rpc.access import Access
+from forwardpass_server.rpc.certificates import Certificates
 from forwardpass_server.rpc.health import HealthServicer
 from forwardpass_server.rpc.interceptor import Interceptor
 from forwardpass_server.telemetry.metrics import Metrics
 
 _LOGGER = logging.getLogger(__name__)
+
+OPENABLE = {"health": (health.SERVICE_NAME,), "reflection": (reflection.SERVICE_NAME,)}
+"""Services that an operator may open to callers without credentials, by what the operator calls them."""
+
+# On one connection; its further ones wait on the client's side. As many as calls are taken at once by default.
+_MAX_STREAMS = 1024
 
 MODEL_HEALTH_PREFIX = "model/"
 """grpc.health.v1 answers for `model/NAME` and `model/NAME/VERSION` too."""
@@ -29,6 +37,7 @@ class ServerOptions:
     host: str
     port: int
     max_message_bytes: int
+    connection_idle_s: float
     drain_delay_s: float
     drain_timeout_s: float
 
@@ -41,12 +50,20 @@ def join_address(host: str, port: int) -> str:
 class Server:
     """One gRPC server on an event loop."""
 
-    def __init__(self, options: ServerOptions, servicers: Mapping[str, object], metrics: Metrics) -> None:
-        """servicers: by the full names of their services."""
+    def __init__(
+        self,
+        options: ServerOptions,
+        servicers: Mapping[str, object],
+        metrics: Metrics,
+        access: Access,
+        certificates: Certificates | None = None,
+    ) -> None:
+        """servicers: by the full names of their services. certificates: None for a port without TLS."""
         self._options = options
+        self._certificates = certificates
         self._health = HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[Interceptor(metrics)],
+            interceptors=[Interceptor(metrics, access)],
             options=[
                 ("grpc.max_receive_message_length", options.max_message_bytes),
                 ("grpc.max_send_message_length", options.max_message_bytes),
@@ -58,8 +75,11 @@ class Server:
                 # Finds clients that are gone without a word.
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
-                # Closes sockets that never speak.
+                # Closes sockets that never speak, and connections that have nothing to say: a client opens another.
                 ("grpc.server_handshake_timeout_ms", 10_000),
+                ("grpc.max_connection_idle_ms", min(round(options.connection_idle_s * 1000), 2**31 - 1)),
+                # Nothing is advertised otherwise.
+                ("grpc.max_concurrent_streams", _MAX_STREAMS),
             ],
         )
         self._servicers = servicers
@@ -72,7 +92,11 @@ class Server:
         await self.set_all_serving(False)
         address = join_address(self._options.host, self._options.port)
         try:
-            port: int = self._server.add_insecure_port(address)
+            port: int = (
+                self._server.add_insecure_port(address)
+                if self._certificates is None
+                else self._server.add_secure_port(address, self._certificates.credentials())
+            )
         except RuntimeError as error:
             raise OSError(f"cannot listen on {address}: {error}") from None
         await self._server.start()

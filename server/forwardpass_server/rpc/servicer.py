@@ -15,8 +15,10 @@ from forwardpass.wire.structures import Structure
 from forwardpass_server.rpc import handlers, principals
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.rpc.pipeline import Pipeline
+from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.registry import Entry, Registry, State
+from forwardpass_server.telemetry.metrics import Metrics
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -39,14 +41,16 @@ class FunctionalModelServicer:
         registry: Registry,
         caller: Caller,
         max_message_bytes: int,
-        max_concurrent_bytes: int,
+        admission: Admission,
+        metrics: Metrics,
         others: Mapping[str, Method],
     ) -> None:
         """others: methods of other services that a pipeline may call too, by name."""
         self._registry = registry
         self._caller = caller
         self._max_message_bytes = max_message_bytes
-        self._max_concurrent_bytes = max_concurrent_bytes
+        self._admission = admission
+        self._metrics = metrics
         self._pipelined = {**handlers.unary(MODEL_SERVICE, self), **others}
 
     async def ForwardPass(self, data: bytes, context: object) -> Any:
@@ -88,14 +92,14 @@ class FunctionalModelServicer:
         model = self._registry.get(header.model.name, header.model.version).model
         response = v1.GetModelResponse(
             model=description.encode(model.description),
-            versions=[_status(entry) for entry in self._registry.versions(header.model.name)],
+            versions=[version_status(entry) for entry in self._registry.versions(header.model.name)],
             max_request_bytes=self._max_message_bytes,
         )
         return response.SerializeToString()
 
     async def ListModels(self, data: bytes, context: object) -> bytes:
         messages.decode(v1.ListModelsRequest, data)
-        response = v1.ListModelsResponse(models=[_status(entry) for entry in self._registry.entries()])
+        response = v1.ListModelsResponse(models=[version_status(entry) for entry in self._registry.entries()])
         return response.SerializeToString()
 
     async def GetInitialWeights(self, data: bytes, context: object) -> bytes:
@@ -106,7 +110,8 @@ class FunctionalModelServicer:
         return messages.encode(v1.GetInitialWeightsResponse(model=model.description.identity.message()), parts)
 
     def Pipeline(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
-        return Pipeline(self._pipelined, self._max_message_bytes, self._max_concurrent_bytes).run(requests, context)
+        pipeline = Pipeline(self._pipelined, self._max_message_bytes, self._admission, self._metrics)
+        return pipeline.run(requests, context)
 
     async def _call(
         self,
@@ -133,7 +138,7 @@ class FunctionalModelServicer:
         return pieces if len(pieces) >= _LONG_BYTES else pieces.join()
 
 
-def _status(entry: Entry) -> v1.ModelVersionStatus:
+def version_status(entry: Entry) -> v1.ModelVersionStatus:
     return v1.ModelVersionStatus(
         name=entry.source.name,
         version=entry.source.version,

@@ -21,9 +21,11 @@ _Key = tuple[int, int, tuple[tuple[int, ...], ...]]
 
 # How many turns of the event loop a call lets pass for others to arrive. From gRPC's thread to here a call takes
 # several, so that of 32 callers one turn hardly brings two together and 48 bring seven, with 1.7 times the calls/s
-# (measured). Whether others come is learned: for a lone caller it is one turn, and each batch of several raises it.
+# (measured). Whether others come is learned: a lone caller's calls run at once, and each batch of several raises it.
+# Calls that came in one message of a pipeline are all there at once: where none has come for some turns, none will.
 _MORE_TURNS = 16
 _MOST_TURNS = 48
+_QUIET_TURNS = 12
 
 
 class BatchObserver(Protocol):
@@ -80,21 +82,33 @@ class Batcher:
             # The model may broadcast one leaf over another.
             return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes)
         key = id(plan), id(weights), tuple([shape[1:] for shape in shapes])
+        loop = asyncio.get_running_loop()
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = _Queue(plan, weights)
-        loop = asyncio.get_running_loop()
+            if self._turns == 1:
+                # Calls have come alone of late. Those that come meanwhile, or in the same turn, make a batch.
+                queue.is_running = True
+                try:
+                    self._observer.batched_calls(1)
+                    return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes)
+                finally:
+                    loop.call_soon(self._start, key, queue)
         waiting = _Waiting(x, rows, size_bytes, loop.create_future())
         queue.waiting.append(waiting)
         if not queue.is_running:
             queue.is_running = True
-            loop.call_soon(self._wait, key, queue, self._turns)
+            loop.call_soon(self._wait, key, queue, self._turns, 0, 0)
         return await waiting.future
 
-    def _wait(self, key: _Key, queue: _Queue, turns: int) -> None:
-        """Lets the event loop turn, so that calls on their way arrive: a turn takes some microseconds, idle or not."""
-        if turns > 1:
-            asyncio.get_running_loop().call_soon(self._wait, key, queue, turns - 1)
+    def _wait(self, key: _Key, queue: _Queue, turns: int, quiet: int, calls: int) -> None:
+        """Lets the event loop turn, so that calls on their way arrive: a turn takes some microseconds, idle or not.
+
+        quiet: turns since there were no more calls than these.
+        """
+        quiet = quiet + 1 if len(queue.waiting) == calls else 0
+        if turns > 1 and quiet < _QUIET_TURNS:
+            asyncio.get_running_loop().call_soon(self._wait, key, queue, turns - 1, quiet, len(queue.waiting))
         else:
             self._start(key, queue)
 

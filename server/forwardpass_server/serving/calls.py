@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.structures import Structure
+from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.models import Leaf
 from forwardpass_server.serving.plans import Plan, Servable
 from forwardpass_server.serving.registry import Registry
 from forwardpass_server.serving.scheduling import Scheduler
 from forwardpass_server.serving.weights import WeightStore
-
-# Time for some calls to end, and too short to matter to a caller who was refused.
-_RETRY_AFTER_S = 0.1
 
 
 class CallObserver(Protocol):
@@ -51,7 +47,7 @@ class Request(NamedTuple):
 
 
 class Caller:
-    """Calls models. Beyond so many calls, or bytes of them, at once, further ones are refused."""
+    """Calls models, as many at once as are admitted."""
 
     def __init__(
         self,
@@ -60,18 +56,14 @@ class Caller:
         scheduler: Scheduler,
         batcher: Batcher,
         observer: CallObserver,
-        max_concurrent_calls: int,
-        max_concurrent_bytes: int,
+        admission: Admission,
     ) -> None:
         self._registry = registry
         self._weights = weights
         self._scheduler = scheduler
         self._batcher = batcher
         self._observer = observer
-        self._max_concurrent_calls = max_concurrent_calls
-        self._max_concurrent_bytes = max_concurrent_bytes
-        self._running = 0
-        self._running_bytes = 0
+        self._admission = admission
 
     async def call(self, request: Request) -> tuple[Servable, dict[str, Structure]]:
         """Returns the model that answered and its results, named as in `spec.results`.
@@ -79,29 +71,11 @@ class Caller:
         Raises what `Registry.get` raises, ServerOverloaded, and what `run` raises.
         """
         servable = self._registry.get(request.name, request.version)
-        with self.admitted(request.size_bytes):
-            return servable, await self.run(servable, request)
-
-    @contextlib.contextmanager
-    def admitted(self, size_bytes: int) -> Iterator[None]:
-        """Counts a call of so many bytes as long as it lasts. Raises ServerOverloaded."""
-        if self._running >= self._max_concurrent_calls:
-            raise errors.ServerOverloaded(
-                f"the server runs {self._running} calls, as many as it takes", retry_after_s=_RETRY_AFTER_S
-            )
-        # One call alone is always taken: its message has a limit of its own.
-        if self._running and self._running_bytes + size_bytes > self._max_concurrent_bytes:
-            raise errors.ServerOverloaded(
-                f"the server runs calls of {self._running_bytes} bytes, and takes {self._max_concurrent_bytes}",
-                retry_after_s=_RETRY_AFTER_S,
-            )
-        self._running += 1
-        self._running_bytes += size_bytes
+        self._admission.enter(request.principal, request.size_bytes)
         try:
-            yield
+            return servable, await self.run(servable, request)
         finally:
-            self._running -= 1
-            self._running_bytes -= size_bytes
+            self._admission.leave(request.principal, request.size_bytes)
 
     async def run(self, servable: Servable, request: Request) -> dict[str, Structure]:
         """The results of a call that was admitted, named as in `spec.results`, from a model that was found.

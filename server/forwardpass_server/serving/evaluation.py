@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
+from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.session_records import UpdateIdentity, check_id
 from forwardpass_server.serving.sessions import Session, Sessions, Update, update_parts
@@ -53,10 +54,11 @@ class _Target:
 class Evaluations:
     """Begins evaluations."""
 
-    def __init__(self, sessions: Sessions, weights: WeightStore, caller: Caller) -> None:
+    def __init__(self, sessions: Sessions, weights: WeightStore, caller: Caller, admission: Admission) -> None:
         self._sessions = sessions
         self._weights = weights
         self._caller = caller
+        self._admission = admission
 
     @contextlib.asynccontextmanager
     async def begin(
@@ -89,6 +91,7 @@ class Evaluations:
             evaluation = Evaluation(
                 self._sessions,
                 self._caller,
+                self._admission,
                 principal,
                 writer_id,
                 training,
@@ -110,6 +113,7 @@ class Evaluation:
         self,
         sessions: Sessions,
         caller: Caller,
+        admission: Admission,
         principal: str,
         writer_id: bytes,
         training: bool,
@@ -117,6 +121,7 @@ class Evaluation:
     ) -> None:
         self._sessions = sessions
         self._caller = caller
+        self._admission = admission
         self._principal = principal
         self._writer_id = writer_id
         self._training = training
@@ -163,7 +168,7 @@ class Evaluation:
         stack = contextlib.ExitStack()
         while True:
             try:
-                stack.enter_context(self._caller.admitted(size_bytes))
+                stack.enter_context(self._admission.admitted(self._principal, size_bytes))
             except errors.ServerOverloaded as error:
                 await asyncio.sleep(error.retry_after_s)
             else:

@@ -33,15 +33,22 @@ class Entry:
 
 
 class Registry:
-    """Which versions there are. Written by the one thread that loads, read by any: each entry is replaced whole."""
+    """Which versions there are. Written by one thread at a time, read by any: what is written is replaced whole."""
 
     def __init__(self, sources: Iterable[ModelSource]) -> None:
         self._entries: dict[str, dict[int, Entry]] = {}
         for source in sources:
             self._entries.setdefault(source.name, {})[source.version] = Entry(source, State.LOADING)
 
-    def load(self, source: ModelSource, loader: ModelLoader) -> None:
-        """Loads one version. What goes wrong is logged and kept with it, and hinders no other."""
+    def load(self, source: ModelSource, loader: ModelLoader) -> Entry:
+        """Loads one version, which need not be known yet, and returns what came of it.
+
+        What goes wrong is logged and hinders no other. It is kept with the version, unless one of the same name and
+        number is available: that stays.
+        """
+        former = self._entries.get(source.name, {}).get(source.version)
+        if former is None:
+            self._put(Entry(source, State.LOADING))
         started = time.monotonic()
         try:
             servable = Servable(loader.load(source))
@@ -54,7 +61,23 @@ class Registry:
         else:
             _LOGGER.info("model %s is available after %.2f s", source, time.monotonic() - started)
             entry = Entry(source, State.AVAILABLE, servable)
-        self._entries[source.name][source.version] = entry
+        if entry.servable is not None or former is None or former.servable is None:
+            self._put(entry)
+        return entry
+
+    def _put(self, entry: Entry) -> None:
+        name, version = entry.source.name, entry.source.version
+        self._entries = {**self._entries, name: {**self._entries.get(name, {}), version: entry}}
+
+    def unload(self, name: str, version: int) -> bool:
+        """Forgets a version, and returns whether it was there. Calls that use it go on."""
+        if version not in self._entries.get(name, {}):
+            return False
+        versions = {number: entry for number, entry in self._entries.get(name, {}).items() if number != version}
+        others = {other: entries for other, entries in self._entries.items() if other != name}
+        self._entries = {**others, name: versions} if versions else others
+        _LOGGER.info("model %s/%d is unloaded", name, version)
+        return True
 
     def entry(self, source: ModelSource) -> Entry:
         return self._entries[source.name][source.version]
@@ -63,21 +86,23 @@ class Registry:
         """How many versions are in this state."""
         return sum(entry.state is state for entry in self.entries())
 
-    def is_available(self, name: str) -> bool:
-        """Whether any version of a model is available."""
-        return any(entry.state is State.AVAILABLE for entry in self._entries.get(name, {}).values())
+    def is_available(self, name: str, version: int = 0) -> bool:
+        """Whether a version of a model is available; 0 for any."""
+        return any(
+            entry.state is State.AVAILABLE and version in (0, number)
+            for number, entry in self._entries.get(name, {}).items()
+        )
 
     def entries(self) -> list[Entry]:
         """Every version of every model, by name and version."""
-        return [
-            self._entries[name][version] for name in sorted(self._entries) for version in sorted(self._entries[name])
-        ]
+        return [entry for _, versions in sorted(self._entries.items()) for _, entry in sorted(versions.items())]
 
     def versions(self, name: str) -> list[Entry]:
         """Every version of one model, the highest last. Raises ModelNotFound."""
-        if name not in self._entries:
+        versions = self._entries.get(name)
+        if versions is None:
             raise errors.ModelNotFound(place="model", expected=_one_of(self._entries), found=repr(name[:128]))
-        return [self._entries[name][version] for version in sorted(self._entries[name])]
+        return [entry for _, entry in sorted(versions.items())]
 
     def holds(self, servable: Servable) -> bool:
         """Whether a model is what its name and version stand for now."""

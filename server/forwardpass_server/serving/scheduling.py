@@ -23,8 +23,11 @@ _INLINE_S = 300e-6
 _RISE = 1.05
 
 # What a computation costs may depend on its values, too. One that has held up the event loop for longer than this is
-# kept away from it a hundred times as long: it cannot hold it up for more than a hundredth of the time.
+# kept away from it a hundred times as long: it cannot hold it up for more than a hundredth of the time. Unless it took
+# that long, only what the process worked meanwhile counts: where others take the processor away for some milliseconds,
+# or the kernel's quota does, a thread is no better, and twice the work.
 _STALL_S = 10 * _INLINE_S
+_LONG_STALL_S = 10 * _STALL_S
 _STALL_FACTOR = 100
 
 
@@ -46,14 +49,13 @@ class Estimates:
             and (not self._inline_from or self._inline_from.get(bucket, 0) < time.monotonic())
         )
 
-    def add(self, bucket: int, seconds: float) -> None:
-        """Takes note of a run."""
-        self._seconds[bucket] = min(seconds, self._seconds.get(bucket, seconds) * _RISE)
+    def add(self, bucket: int, seconds: float, worked_s: float, *, inline: bool) -> None:
+        """Takes note of a run.
 
-    def add_inline(self, bucket: int, seconds: float) -> None:
-        """Takes note of a run on the event loop."""
-        self.add(bucket, seconds)
-        if seconds > _STALL_S:
+        worked_s: the processor time that the process took meanwhile. inline: it ran on the event loop.
+        """
+        self._seconds[bucket] = min(seconds, self._seconds.get(bucket, seconds) * _RISE)
+        if inline and (seconds > _LONG_STALL_S or min(seconds, worked_s) > _STALL_S):
             self._inline_from[bucket] = time.monotonic() + _STALL_FACTOR * seconds
 
 
@@ -76,9 +78,9 @@ class Scheduler:
         """The result of compute(leaves). `estimates` belongs to the computation; `size_bytes` is how much goes in."""
         bucket = size_bytes.bit_length()
         if estimates.is_short(bucket):
-            return _timed(compute, leaves, estimates.add_inline, bucket)
+            return _timed(compute, leaves, estimates, bucket, True)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, _timed, compute, leaves, estimates.add, bucket)
+        return await loop.run_in_executor(self._pool, _timed, compute, leaves, estimates, bucket, False)
 
     async def close(self, timeout_s: float) -> bool:
         """Waits for what runs, so long. Nothing may be run afterwards. Returns whether everything has ended."""
@@ -98,10 +100,11 @@ class Scheduler:
 def _timed(
     compute: Callable[[Sequence[Leaf]], ResultT],
     leaves: Sequence[Leaf],
-    note: Callable[[int, float], None],
+    estimates: Estimates,
     bucket: int,
+    inline: bool,
 ) -> ResultT:
-    started = time.perf_counter()
+    started, worked_s = time.perf_counter(), time.process_time()
     result = compute(leaves)
-    note(bucket, time.perf_counter() - started)
+    estimates.add(bucket, time.perf_counter() - started, time.process_time() - worked_s, inline=inline)
     return result

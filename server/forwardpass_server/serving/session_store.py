@@ -36,7 +36,8 @@ class SessionLimits:
 class SessionObserver(Protocol):
     """Is told what becomes of sessions."""
 
-    def sessions_expired(self, count: int) -> None: ...
+    def sessions_expired(self, count: int) -> None:
+        """So many have expired. Of a shared store, one server is told of each: whichever comes upon it first."""
 
     def session_commit(self, seconds: float) -> None:
         """A record was made or replaced, so long after it was handed over."""
@@ -57,7 +58,7 @@ class SessionStore(Protocol):
         """Where records are kept, for people."""
 
     async def create(self, key: SessionKey, record: bytes) -> StoredSession:
-        """Keeps a new record, at version 1; where there is one already, returns that and changes nothing.
+        """Keeps a new record, at version 1; where there is one already, returns that, which counts as used now.
 
         Raises SessionLimitExceeded; SessionNotFound or SessionExpired where a session of this key has ended.
         """
@@ -68,7 +69,8 @@ class SessionStore(Protocol):
     async def replace(self, key: SessionKey, version: int, record: bytes) -> bool:
         """Puts a record in the place of the one of this version, as one more than that; it counts as used now.
 
-        Returns False, and changes nothing, where it is of another version by now.
+        Returns False, and changes nothing, where it is of another version by now; in a shared store also where this
+        very replacement was done and the answer lost, so that it was sent again: the record tells.
         Raises SessionNotFound, SessionExpired or SessionLimitExceeded.
         """
 

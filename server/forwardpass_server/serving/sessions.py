@@ -14,6 +14,7 @@ from forwardpass.wire import conform, errors
 from forwardpass.wire.description import Function, ModelIdentity
 from forwardpass.wire.structures import Structure
 from forwardpass_server.serving import session_records
+from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.plans import Servable
 from forwardpass_server.serving.registry import Registry
@@ -85,12 +86,14 @@ class Sessions:
         store: SessionStore,
         registry: Registry,
         caller: Caller,
+        admission: Admission,
         observer: UpdateObserver,
         max_state_bytes: int,
     ) -> None:
         self._store = store
         self._registry = registry
         self._caller = caller
+        self._admission = admission
         self._observer = observer
         self._max_state_bytes = max_state_bytes
         self._cached: collections.OrderedDict[SessionKey, Session] = collections.OrderedDict()
@@ -117,7 +120,7 @@ class Sessions:
         """
         check_id(session_id, "session_id")
         key = SessionKey(principal, session_id)
-        with self._caller.admitted(size_bytes):
+        with self._admission.admitted(principal, size_bytes):
             if resume:
                 session = await self._known(key)
             else:
@@ -149,7 +152,7 @@ class Sessions:
         Raises SequenceMismatch, SessionNotFound, SessionExpired, SessionLimitExceeded, SessionStoreUnavailable, and
         what a call of update_metrics_state raises. After SessionStoreUnavailable the update may have counted.
         """
-        with self._caller.admitted(size_bytes):
+        with self._admission.admitted(principal, size_bytes):
             session = await self.find(principal, identity.session_id)
             await self.submit(session, self.counting(identity, parts, size_bytes))
         return session
@@ -161,7 +164,7 @@ class Sessions:
 
         Returns the results, without the predictions on request. Raises what `update` and a forward pass raise.
         """
-        with self._caller.admitted(request.size_bytes):
+        with self._admission.admitted(principal, request.size_bytes):
             session = await self.find(principal, identity.session_id)
             standing = await self._standing(session, identity)
             if standing is Standing.APPLIED:
@@ -190,7 +193,7 @@ class Sessions:
 
         Raises FunctionNotAvailable for a model whose states cannot be added, and what `update` raises.
         """
-        with self._caller.admitted(size_bytes):
+        with self._admission.admitted(principal, size_bytes):
             session = await self.find(principal, identity.session_id)
             added = state or await self._state_of(principal, other_session_id, session)
             await self.submit(session, self._adding(session, identity, added))
@@ -236,7 +239,7 @@ class Sessions:
         session = await self.get(principal, session_id)
         identity, parts = session.record.identity, {"state": session.record.state}
         request = Request(identity.name, identity.version, Function.FINALIZE_METRICS, parts, 0)
-        with self._caller.admitted(0):
+        with self._admission.admitted(principal, 0):
             return session, (await self._caller.run(session.servable, request))["metrics"]
 
     async def close(self, principal: str, session_id: bytes) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -17,8 +18,8 @@ from forwardpass.wire.chunks import aligned_buffer
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.manifests import TensorManifest
 
-# An announcement without a byte of data takes some hundred bytes itself.
-_MAX_ANNOUNCED = 2**17
+# An announcement without a byte of data takes some hundred bytes itself. Half of them for one principal.
+_MAX_ANNOUNCED = 2**18
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -46,16 +47,24 @@ class _Upload:
 class Uploads:
     """The uploads of all principals. Several callers may send the same tensor: whoever is ahead brings it forward.
 
-    reserve: makes room for so many bytes, or raises. place: puts a whole tensor, by its digest, on the device; called
-    on a thread. expiry_s: after which an upload that stands still is dropped.
+    reserve: makes room for so many bytes of a principal, or raises. place: puts a whole tensor, by its digest, on the
+    device; called on a thread. expiry_s: after which an upload that stands still is dropped.
     """
 
-    def __init__(self, reserve: Callable[[int], None], place: Callable[[bytes, Array], Any], expiry_s: float) -> None:
+    def __init__(
+        self, reserve: Callable[[str, int], None], place: Callable[[bytes, Array], Any], expiry_s: float
+    ) -> None:
         self._reserve = reserve
         self._place = place
         self._expiry_s = expiry_s
         self._uploads: dict[tuple[str, bytes], _Upload] = {}
+        self._announced: collections.Counter[str] = collections.Counter()
+        self._size_bytes: collections.Counter[str] = collections.Counter()
         self.size_bytes = 0
+
+    def size_bytes_of(self, principal: str) -> int:
+        """What the uploads of one principal take."""
+        return self._size_bytes[principal]
 
     def announce(self, principal: str, weights_id: bytes, wanted: Sequence[TensorManifest]) -> list[tuple[bytes, int]]:
         """Expects tensors of a set. Returns those that are not whole yet, each with how many of its bytes are there."""
@@ -70,10 +79,11 @@ class Uploads:
                 self.drop(principal, [tensor.digest])
                 upload = None
             if upload is None:
-                if len(self._uploads) >= _MAX_ANNOUNCED:
+                if len(self._uploads) >= _MAX_ANNOUNCED or self._announced[principal] >= _MAX_ANNOUNCED // 2:
                     raise errors.WeightStoreFull("too many tensors are announced and not sent", retry_after_s=1.0)
                 upload = _Upload(tensor, manifests.hasher_of(tensor.spec), group)
                 self._uploads[principal, tensor.digest] = upload
+                self._announced[principal] += 1
             upload.group = group
             if not upload.is_finished:
                 unfinished.append((tensor.digest, upload.received))
@@ -98,7 +108,7 @@ class Uploads:
             if upload.is_finished:
                 return
             try:
-                await self._append(upload, offset, data)
+                await self._append(principal, upload, offset, data)
                 if upload.received == upload.manifest.size_bytes:
                     await self._finish(upload)
             except errors.UploadOutOfStep:
@@ -108,7 +118,7 @@ class Uploads:
                     self.drop(principal, [digest])
                 raise
 
-    async def _append(self, upload: _Upload, offset: int, data: memoryview) -> None:
+    async def _append(self, principal: str, upload: _Upload, offset: int, data: memoryview) -> None:
         size_bytes = upload.manifest.size_bytes
         if offset > upload.received:
             raise errors.UploadOutOfStep(place="offset", expected=f"{upload.received}", found=f"{offset}")
@@ -119,9 +129,9 @@ class Uploads:
                 found=f"bytes {offset} to {offset + len(data)}",
             )
         if upload.buffer is None:
-            self._reserve(size_bytes)
+            self._reserve(principal, size_bytes)
             upload.buffer = aligned_buffer(size_bytes)
-            self.size_bytes += size_bytes
+            self._count(principal, size_bytes)
         # Another caller may be further than this one.
         data = data[upload.received - offset :]
         if data:
@@ -148,8 +158,11 @@ class Uploads:
         """Forgets uploads: published, broken, or given up."""
         for digest in digests:
             upload = self._uploads.pop((principal, digest), None)
-            if upload is not None and (upload.buffer is not None or upload.is_finished):
-                self.size_bytes -= upload.manifest.size_bytes
+            if upload is None:
+                continue
+            _subtract(self._announced, principal, 1)
+            if upload.buffer is not None or upload.is_finished:
+                self._count(principal, -upload.manifest.size_bytes)
 
     def sweep(self) -> None:
         """Drops the uploads of sets of which nothing has come for too long."""
@@ -158,13 +171,24 @@ class Uploads:
             self.drop(principal, [digest])
 
     @contextlib.contextmanager
-    def reserved(self, size_bytes: int) -> Iterator[None]:
+    def reserved(self, principal: str, size_bytes: int) -> Iterator[None]:
         """Counts bytes that are on their way from elsewhere."""
-        self.size_bytes += size_bytes
+        self._count(principal, size_bytes)
         try:
             yield
         finally:
-            self.size_bytes -= size_bytes
+            self._count(principal, -size_bytes)
+
+    def _count(self, principal: str, size_bytes: int) -> None:
+        self.size_bytes += size_bytes
+        _subtract(self._size_bytes, principal, -size_bytes)
+
+
+def _subtract(counter: collections.Counter[str], principal: str, number: int) -> None:
+    """Counts down, and forgets principals of whom nothing is left."""
+    counter[principal] -= number
+    if not counter[principal]:
+        del counter[principal]
 
 
 def _take(upload: _Upload, data: memoryview) -> None:

@@ -50,6 +50,10 @@ class WeightFiles:
         """What the tensors take."""
         return self._size_bytes
 
+    @property
+    def set_count(self) -> int:
+        return len(self._manifests)
+
     def has(self, principal: str, weights_id: bytes) -> bool:
         """Whether a set is there. Reads nothing from the disk."""
         return self._path(principal, weights_id) in self._manifests

@@ -7,7 +7,7 @@ import collections
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -54,9 +54,12 @@ class StoreObserver(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoreOptions:
-    """budget_bytes: of tensors and of uploads under way. upload_expiry_s: for an upload of which nothing comes."""
+    """budget_bytes: of tensors and of uploads under way. principal_bytes: the share of one principal; None for all.
+    upload_expiry_s: for an upload of which nothing comes.
+    """
 
     budget_bytes: int
+    principal_bytes: int | None = None
     upload_expiry_s: float = 60.0
 
 
@@ -124,6 +127,8 @@ class WeightStore:
         self._tensor_bytes = 0
         # For each principal the tensors that it may build on, and in how many of its sets each stands.
         self._held: dict[Key, int] = {}
+        # What these take: a tensor counts in full for each principal that has it, so that none learns of another.
+        self._held_bytes: collections.Counter[str] = collections.Counter()
         # Sets that are in use or under a lease: few, where the others may be many.
         self._kept: set[Key] = set()
         self._uploads = Uploads(self._reserve, self._place, options.upload_expiry_s)
@@ -156,9 +161,10 @@ class WeightStore:
             if key in self._sets:
                 self._sets.move_to_end(key)
             return []
-        if manifest.size_bytes > self._options.budget_bytes:
+        most = min(self._options.budget_bytes, self._share_bytes)
+        if manifest.size_bytes > most:
             raise errors.WeightStoreFull(
-                place="manifest", expected=f"at most {self._options.budget_bytes} bytes", found=f"{manifest.size_bytes}"
+                place="manifest", expected=f"at most {most} bytes", found=f"{manifest.size_bytes}"
             )
         missing = [tensor for digest, tensor in manifest.distinct.items() if not self._held.get((principal, digest))]
         for digest, tensor in manifest.distinct.items():
@@ -185,13 +191,12 @@ class WeightStore:
         self._saving.update(dict.fromkeys(names, saving))
         try:
             # Whatever is dropped meanwhile, room for this set stays.
-            with self._uploads.reserved(sum(tensor.size_bytes for tensor in missing)):
+            with self._uploads.reserved(principal, sum(tensor.size_bytes for tensor in missing)):
                 await asyncio.shield(saving)
         finally:
             for name in names:
                 del self._saving[name]
-        others = [one for digest, one in manifest.distinct.items() if digest not in self._tensors]
-        self._reserve(sum(tensor.size_bytes for tensor in others))
+        self._reserve_for(principal, manifest)
         self._publish(key, manifest, placed)
         return []
 
@@ -312,7 +317,10 @@ class WeightStore:
                 stored = self._tensors[digest] = _Tensor(tensor, placed[digest])
                 self._tensor_bytes += tensor.size_bytes
             stored.sets += 1
-            self._held[principal, digest] = self._held.get((principal, digest), 0) + 1
+            held = self._held.get((principal, digest), 0)
+            self._held[principal, digest] = held + 1
+            if not held:
+                self._held_bytes[principal] += tensor.size_bytes
         leaves = [self._tensors[tensor.digest].placed for tensor in manifest.tensors]
         self._sets[key] = WeightSet(manifest, leaves)
 
@@ -320,15 +328,18 @@ class WeightStore:
         principal, _ = key
         weights = self._sets.pop(key)
         self._kept.discard(key)
-        for digest in weights.manifest.distinct:
+        for digest, tensor in weights.manifest.distinct.items():
             stored = self._tensors[digest]
             stored.sets -= 1
             if not stored.sets:
                 del self._tensors[digest]
-                self._tensor_bytes -= stored.manifest.size_bytes
+                self._tensor_bytes -= tensor.size_bytes
             self._held[principal, digest] -= 1
             if not self._held[principal, digest]:
                 del self._held[principal, digest]
+                self._held_bytes[principal] -= tensor.size_bytes
+        if not self._held_bytes[principal]:
+            del self._held_bytes[principal]
 
     def _let_go(self, key: Key, weights: WeightSet) -> None:
         """Forgets that a set must be kept, if nothing says so any more."""
@@ -337,24 +348,60 @@ class WeightStore:
         if not weights.pins and not weights.leases and self._sets.get(key) is weights:
             self._kept.discard(key)
 
-    def _reserve(self, size_bytes: int) -> None:
-        """Makes room, dropping the sets that were used least recently. Raises WeightStoreFull, and drops none then."""
+    @property
+    def _share_bytes(self) -> int:
+        share = self._options.principal_bytes
+        return self._options.budget_bytes if share is None else share
+
+    def _used_by(self, principal: str) -> int:
+        return self._held_bytes[principal] + self._uploads.size_bytes_of(principal)
+
+    def _reserve_for(self, principal: str, manifest: WeightsManifest) -> None:
+        """Makes room for a set whose tensors are not all here, or not all this principal's."""
+        sizes = [(digest, tensor.size_bytes) for digest, tensor in manifest.distinct.items()]
+        absent = sum(size for digest, size in sizes if digest not in self._tensors)
+        self._reserve(principal, absent, sum(size for digest, size in sizes if (principal, digest) not in self._held))
+
+    def _reserve(self, principal: str, size_bytes: int, own_bytes: int | None = None) -> None:
+        """Makes room, dropping the sets that were used least recently. Raises WeightStoreFull, and drops none then.
+
+        own_bytes: what the principal's share is to hold in addition; None for as much.
+        """
+        own_bytes = size_bytes if own_bytes is None else own_bytes
         missing = self.used_bytes + size_bytes - self._options.budget_bytes
-        if missing <= 0:
+        own_missing = self._used_by(principal) + own_bytes - self._share_bytes
+        if missing <= 0 and own_missing <= 0:
             return
         for key in list(self._kept):
             self._let_go(key, self._sets[key])
-        kept: dict[bytes, int] = {}
-        for key in self._kept:
-            kept.update((digest, one.size_bytes) for digest, one in self._sets[key].manifest.distinct.items())
-        if self._tensor_bytes - sum(kept.values()) < missing:
+        own_kept_bytes = self._kept_bytes(key for key in self._kept if key[0] == principal)
+        if self._held_bytes[principal] - own_kept_bytes < own_missing:
             raise errors.WeightStoreFull(
-                f"no room for {size_bytes} bytes: of {self._options.budget_bytes}, {sum(kept.values())} are in use or "
+                f"no room for {own_bytes} bytes: of this principal's {self._share_bytes}, {own_kept_bytes} are in use "
+                f"or under a lease and {self._uploads.size_bytes_of(principal)} are being uploaded",
+                retry_after_s=1.0,
+            )
+        kept_bytes = self._kept_bytes(self._kept)
+        if self._tensor_bytes - kept_bytes < missing:
+            raise errors.WeightStoreFull(
+                f"no room for {size_bytes} bytes: of {self._options.budget_bytes}, {kept_bytes} are in use or "
                 f"under a lease and {self._uploads.size_bytes} are being uploaded",
                 retry_after_s=1.0,
             )
-        for key in [key for key in self._sets if key not in self._kept]:
-            if self.used_bytes + size_bytes <= self._options.budget_bytes:
+        self._evict(lambda key: key[0] == principal, lambda: self._used_by(principal) + own_bytes <= self._share_bytes)
+        self._evict(lambda key: True, lambda: self.used_bytes + size_bytes <= self._options.budget_bytes)
+
+    def _kept_bytes(self, keys: Iterable[Key]) -> int:
+        """What sets that must be kept take together."""
+        kept: dict[bytes, int] = {}
+        for key in keys:
+            kept.update((digest, one.size_bytes) for digest, one in self._sets[key].manifest.distinct.items())
+        return sum(kept.values())
+
+    def _evict(self, may_go: Callable[[Key], bool], is_enough: Callable[[], bool]) -> None:
+        """Drops sets that need not be kept, the one used least recently first, until it is enough."""
+        for key in [key for key in self._sets if key not in self._kept and may_go(key)]:
+            if is_enough():
                 return
             self._drop(key)
             self._observer.weights_evicted()
@@ -372,9 +419,8 @@ class WeightStore:
         try:
             manifest = await asyncio.to_thread(self._files.manifest, *key)
             wanted = [tensor for digest, tensor in manifest.distinct.items() if digest not in self._tensors]
-            size_bytes = sum(tensor.size_bytes for tensor in wanted)
-            self._reserve(size_bytes)
-            with self._uploads.reserved(size_bytes):
+            self._reserve_for(key[0], manifest)
+            with self._uploads.reserved(key[0], sum(tensor.size_bytes for tensor in wanted)):
                 placed = await asyncio.to_thread(self._place_from_disk, wanted)
         except (OSError, errors.InvalidRequest) as error:
             _LOGGER.error("weights %s cannot be read from disk: %s", key[1].hex(), error)

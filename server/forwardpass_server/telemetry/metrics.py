@@ -21,7 +21,7 @@ _CACHED_CHILDREN = 1024
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RpcMetrics:
-    """What is counted of one method. handled: by code, as Go writes it, e.g. "InvalidArgument"."""
+    """What is counted of one method. handled: by gRPC's name of the status, e.g. "INVALID_ARGUMENT"."""
 
     started: prometheus.Counter
     handled: Callable[[str], prometheus.Counter]
@@ -47,6 +47,19 @@ class Metrics:
             "grpc_server_handling_seconds",
             "Seconds from the arrival of an RPC to its answer.",
             rpc,
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self._pipeline_calls = prometheus.Counter(
+            "forwardpass_pipeline_calls_total",
+            "Calls on pipelines that ended, whatever their code. Each pipeline is one RPC besides.",
+            ("method", "code"),
+            registry=self.registry,
+        )
+        self._pipeline_seconds = prometheus.Histogram(
+            "forwardpass_pipeline_call_seconds",
+            "Seconds from the arrival of a whole call on a pipeline to its answer.",
+            ("method",),
             buckets=_SECONDS,
             registry=self.registry,
         )
@@ -121,6 +134,21 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self._weights_disk_bytes = prometheus.Gauge(
+            "forwardpass_weights_disk_bytes",
+            "Tensors in the folder of weights; 0 where there is no folder.",
+            registry=self.registry,
+        )
+        self._weights_disk_budget = prometheus.Gauge(
+            "forwardpass_weights_disk_budget_bytes", "What they may take.", registry=self.registry
+        )
+        self._weights_disk_sets = prometheus.Gauge(
+            "forwardpass_weights_disk_sets", "Sets of weights in the folder.", registry=self.registry
+        )
+        self._pipeline_call_child = functools.lru_cache(_CACHED_CHILDREN)(
+            lambda method, status: self._pipeline_calls.labels(method, _go_name(status))
+        )
+        self._pipeline_seconds_child = functools.lru_cache(_CACHED_CHILDREN)(self._pipeline_seconds.labels)
         self._batch_child = functools.lru_cache(_CACHED_CHILDREN)(
             lambda model, function: self._batch_examples.labels(model, function.name.lower())
         )
@@ -130,9 +158,14 @@ class Metrics:
         labels = (kind, service, method)
         return RpcMetrics(
             self._started.labels(*labels),
-            functools.lru_cache(lambda code: self._handled.labels(*labels, code)),
+            functools.lru_cache(lambda status: self._handled.labels(*labels, _go_name(status))),
             self._seconds.labels(*labels),
         )
+
+    def pipeline_call(self, method: str, status: str, seconds: float) -> None:
+        """Counts a call that ended on a pipeline. status: as for `RpcMetrics.handled`."""
+        self._pipeline_call_child(method, status).inc()
+        self._pipeline_seconds_child(method).observe(seconds)
 
     def batch(self, model: str, function: Function, examples: int) -> None:
         self._batch_child(model, function).observe(examples)
@@ -178,6 +211,18 @@ class Metrics:
     def session_commit(self, seconds: float) -> None:
         self._session_commit_seconds.observe(seconds)
 
+    def weight_files(self, used_bytes: Callable[[], int], budget_bytes: int, sets: Callable[[], int]) -> None:
+        """Shows what the folder of weights holds."""
+        self._weights_disk_bytes.set_function(used_bytes)
+        self._weights_disk_budget.set(budget_bytes)
+        self._weights_disk_sets.set_function(sets)
+
     def models_in_state(self, state: str, count: Callable[[], int]) -> None:
         """Shows count() as the number of model versions in this state."""
         self._models.labels(state).set_function(count)
+
+
+def _go_name(status: str) -> str:
+    """As Go's codes print, in whose words dashboards for gRPC are written."""
+    special = {"OK": "OK", "CANCELLED": "Canceled"}
+    return special.get(status) or "".join(word.capitalize() for word in status.split("_"))

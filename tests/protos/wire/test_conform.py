@@ -10,6 +10,7 @@ import pytest
 from forwardpass.wire import conform, dtypes, errors, trees
 from forwardpass.wire.specs import StructureSpec, TensorSpec
 from forwardpass.wire.structures import Structure
+from support.arrays import nested
 
 Pair = collections.namedtuple("Pair", ["second", "first"])
 
@@ -18,12 +19,12 @@ def leaf(dtype: str, *shape: int | None, batched: bool = False) -> TensorSpec:
     return TensorSpec(shape, dtypes.BY_NAME[dtype], batched)
 
 
-def spec(nested) -> StructureSpec:
-    return StructureSpec.of(nested)
+def spec(nested_spec) -> StructureSpec:
+    return StructureSpec.of(nested_spec)
 
 
 def conformed(value, nested_spec):
-    return conform.conform(value, spec(nested_spec), "x").nested()
+    return nested(conform.conform(value, spec(nested_spec), "x"))
 
 
 class HasArray:

@@ -75,6 +75,7 @@ def test_a_detail_that_is_no_message_is_passed_over():
     [
         (errors.ShapeMismatch, ValueError),
         (errors.DTypeMismatch, TypeError),
+        (errors.PermissionDenied, PermissionError),
         (errors.ModelNotFound, LookupError),
         (errors.ServerUnavailable, ConnectionError),
         (errors.DeadlineExceeded, TimeoutError),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forwardpass import v1
-from forwardpass.wire import errors, frames
+from forwardpass.wire import errors, fields, frames
 from forwardpass.wire.chunks import CHUNK_BYTES
 from forwardpass.wire.frames import Inbox, Outbox
 
@@ -141,6 +141,66 @@ def test_any_bytes_are_read_or_refused(data, at):
         with contextlib.suppress(errors.ForwardPassError):
             for frame in decode(broken):
                 inbox.take(frame)
+
+
+def outcome(read, message: bytes) -> str:
+    """The frames of a message, or the error that it is."""
+    try:
+        return repr([frame._replace(data=bytes(frame.data)) for frame in read(message)])
+    except errors.InvalidRequest as error:
+        return repr(error)
+
+
+def each_by_itself(decode):
+    def read(message: bytes):
+        return [
+            decode(message, start, end)[0]
+            for number, wire_type, _, start, end in fields.scan(message, 0, len(message))
+            if (number, wire_type) == (1, fields.LENGTH_DELIMITED)
+        ]
+
+    return read
+
+
+@settings(max_examples=300)
+@given(st.sampled_from([None, 1.5]), st.integers(0, 300), st.randoms(use_true_random=False))
+def test_whatever_bytes_follow_a_frame_they_are_read_as_if_it_had_not_come(timeout_s, call, rng):
+    calls, answers = Outbox(answers=False), Outbox(answers=True)
+    for number in range(call, call + 3):
+        calls.put(number, frames.encode_call("Loss", timeout_s, 30), bytes(30))
+        answers.put(number, frames.encode_answer(30), bytes(30))
+    for outbox, read, decode in (
+        (calls, frames.decode_calls, frames._decode_call),
+        (answers, frames.decode_answers, frames._decode_answer),
+    ):
+        data = bytearray(outbox.next_message())
+        assert outcome(read, bytes(data)) == outcome(each_by_itself(decode), bytes(data))
+        for _ in range(rng.randint(1, 3)):
+            data[rng.randrange(len(data))] = rng.choice([0, 1, 8, 0x19, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+        assert outcome(read, bytes(data)) == outcome(each_by_itself(decode), bytes(data))
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        v1.CallFrame(call=7, method="Loss", size_bytes=30, data=bytes(30)).SerializeToString() + b"\x08\x09",
+        v1.CallFrame(call=7, method="Loss", data=bytes(30)).SerializeToString() + b"\x19" + bytes(8),
+        b"\x08\x07" + v1.CallFrame(call=8, timeout_s=2.0, data=bytes(30)).SerializeToString(),
+        b"\x08\x07" + b"\x19" + bytes(8) + b"\x19" + bytes(7) + b"\x40" + v1.CallFrame(data=b"a").SerializeToString(),
+    ],
+    ids=["number twice", "timeout behind the data", "number and timeout twice", "timeout twice"],
+)
+def test_of_what_a_frame_says_twice_the_last_word_counts(frame):
+    message = fields.prefix(1, len(frame)) + frame
+    for _ in range(3):
+        (found,) = frames.decode_calls(message)
+        expected = v1.PipelineRequest.FromString(message).frames[0]
+        assert (found.call, found.timeout_s, found.method, bytes(found.data)) == (
+            expected.call,
+            expected.timeout_s,
+            expected.method,
+            expected.data,
+        )
 
 
 def test_statuses_stand_at_their_numbers():

@@ -13,7 +13,7 @@ from forwardpass.wire import errors, fields, trees
 from forwardpass.wire import structures as wire_structures
 from forwardpass.wire.limits import Limits
 from forwardpass.wire.structures import Structure
-from support.arrays import Point, same_bits, structures
+from support.arrays import Point, nested, same_bits, structures
 
 
 def encode(structure: Structure) -> bytes:
@@ -29,7 +29,7 @@ def decode(data: bytes, **limits: int) -> Structure:
 
 @given(structures())
 def test_every_structure_comes_back_with_its_containers(value):
-    decoded = decode(encode(Structure.of(value))).nested()
+    decoded = nested(decode(encode(Structure.of(value))))
     expected_tree, expected = trees.flatten(value)
     tree, leaves = trees.flatten(decoded)
     assert tree == expected_tree
@@ -57,24 +57,24 @@ def test_protobuf_reads_what_the_codec_writes(value):
 
 
 def test_the_deepest_structure_allowed_is_read():
-    assert decode(nested_message(24)).nested() is not None
+    assert nested(decode(nested_message(24))) is not None
 
 
 def test_a_named_tuple_comes_back_with_its_name_and_fields():
-    decoded = decode(encode(Structure.of(Point(y=np.int32(1), x=np.int32(2))))).nested()
+    decoded = nested(decode(encode(Structure.of(Point(y=np.int32(1), x=np.int32(2))))))
     assert type(decoded).__name__ == "Point"
     assert decoded._fields == ("y", "x")
     assert (decoded.y, decoded.x) == (1, 2)
 
 
 def test_named_tuples_of_one_kind_share_their_class():
-    first, second = (decode(encode(Structure.of(Point(np.int32(1), np.int32(2))))).nested() for _ in range(2))
+    first, second = (nested(decode(encode(Structure.of(Point(np.int32(1), np.int32(2)))))) for _ in range(2))
     assert type(first) is type(second)
 
 
 def test_mappings_keep_their_order():
     value = collections.OrderedDict(b=np.int8(1), a=np.int8(2))
-    assert list(decode(encode(Structure.of(value))).nested()) == ["b", "a"]
+    assert list(nested(decode(encode(Structure.of(value))))) == ["b", "a"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 import forwardpass_client
 from forwardpass_server.app.cli import main
+from forwardpass_server.serving.tokens import Tokens
 from support import zoo
 from support.servers import ServerProcess
 
@@ -26,7 +27,7 @@ def test_help_names_the_commands_and_shows_a_repository():
     assert "models/digits/1/" in shown
 
 
-@pytest.mark.parametrize("command", ["serve", "export"])
+@pytest.mark.parametrize("command", ["serve", "export", "token"])
 def test_every_option_says_what_it_does(command):
     for option in main.commands[command].params:
         assert option.param_type_name == "argument" or option.help, option.name
@@ -110,3 +111,27 @@ def test_an_export_that_fails_half_way_leaves_no_version(tmp_path, monkeypatch):
     assert done.exit_code == 1
     assert "disk full" in done.output
     assert list((tmp_path / "m").iterdir()) == []
+
+
+def test_a_token_is_made_with_its_line(tmp_path):
+    done = run("token", "alice", "--role", "call", "--role", "manage", "--expires", "2999-01-01")
+    assert done.exit_code == 0, done.output
+    secret, line = (line.partition(":")[2].strip() for line in done.output.splitlines())
+    assert line.endswith(" alice call,manage 2999-01-01T00:00:00Z")
+    (tmp_path / "tokens").write_text(line + "\n")
+    assert Tokens(tmp_path / "tokens").find(secret).principal == "alice"
+    assert " bob call 20" in run("token", "bob").output
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (("two words",), "principal: expected 1 to 128 characters"),
+        (("alice", "--expires", "soon"), "expiry: expected a date, a time, 30d or never, got 'soon'"),
+        (("alice", "--role", "root"), "'root' is not one of"),
+    ],
+)
+def test_a_token_that_would_be_none_is_refused(arguments, message):
+    done = run("token", *arguments)
+    assert done.exit_code
+    assert message in done.output

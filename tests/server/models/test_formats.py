@@ -26,7 +26,7 @@ def write(folder, content) -> None:
 
 def test_a_keras_file_with_its_configuration_is_read(keras_folder):
     write(keras_folder, zoo.KERAS_CONFIG)
-    model, format_name = formats.read(keras_folder)
+    model, format_name, _ = formats.read(keras_folder)
     assert format_name == "keras"
     assert list(model.initialize_metrics_state()) == [
         "sparse_categorical_accuracy",

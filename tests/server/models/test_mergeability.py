@@ -93,7 +93,7 @@ def test_a_model_that_refuses_the_probe_is_not_judged():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_golden_models_are_judged(name):
-    model, _ = formats.read(FOLDER / name / "saved_model")
+    model, *_ = formats.read(FOLDER / name / "saved_model")
     expected = "" if golden(name).manifest["metrics_in_saved_model"] else "the model has no metrics"
     assert reason(model) == expected
 

@@ -60,12 +60,20 @@ def predict(batcher, doubling, x, weights=WEIGHTS):
     return asyncio.ensure_future(batcher.predict(doubling.plan, weights, x, 100))
 
 
+async def come_together(batcher, doubling, observer) -> None:
+    """Teaches the batcher that calls come together."""
+    await asyncio.gather(*(predict(batcher, doubling, rows(0)) for _ in range(3)))
+    observer.calls.clear()
+
+
 def test_calls_that_wait_together_run_together_and_each_gets_its_own_rows():
     async def scenario(batcher, doubling, observer):
-        calls = [predict(batcher, doubling, rows(*range(count))) for count in range(6)]
-        found = [(await call)[0].tolist() for call in calls]
-        assert found == [[2 * value for value in range(count)] for count in range(6)]
-        assert observer.calls == [6]
+        # The first of calls that come together again finds nobody; from then on they are waited for.
+        for joined in ([1, 5], [6]):
+            calls = [predict(batcher, doubling, rows(*range(count))) for count in range(6)]
+            found = [(await call)[0].tolist() for call in calls]
+            assert found == [[2 * value for value in range(count)] for count in range(6)]
+            assert observer.calls[-len(joined) :] == joined
 
     run(scenario)
 
@@ -97,6 +105,7 @@ def test_a_call_alone_waits_for_nobody():
 def test_other_weights_and_rows_of_another_shape_have_batches_of_their_own():
     async def scenario(batcher, doubling, observer):
         other = (np.float32(3),)
+        await come_together(batcher, doubling, observer)
         calls = [
             predict(batcher, doubling, rows(1)),
             predict(batcher, doubling, rows(1), other),
@@ -139,6 +148,7 @@ def test_a_call_that_is_given_up_in_the_queue_never_runs():
 
 def test_a_batch_holds_no_more_rows_than_it_may_and_a_longer_call_runs_alone():
     async def scenario(batcher, doubling, observer):
+        await come_together(batcher, doubling, observer)
         calls = [predict(batcher, doubling, rows(*range(count))) for count in (4, 4, 4, 30, 2)]
         assert [len((await call)[0]) for call in calls] == [4, 4, 4, 30, 2]
         assert observer.calls == [2, 1, 1, 1]

@@ -13,6 +13,7 @@ from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
+from forwardpass_server.serving.admission import Admission, Limits
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.models import ModelSource
@@ -60,7 +61,9 @@ def test_no_call_builds_a_graph(registry, monkeypatch):
     async def run() -> None:
         scheduler = Scheduler(2)
         store = WeightStore(StoreOptions(budget_bytes=0), TensorFlowDevice("/device:CPU:0"), None)
-        caller = Caller(registry, store, scheduler, Batcher(scheduler, observer, 10), observer, 10, 1000)
+        limits = Limits(calls=10, size_bytes=1000)
+        admission = Admission(limits, limits)
+        caller = Caller(registry, store, scheduler, Batcher(scheduler, observer, 10), observer, admission)
         for size in range(200):
             parts = parts_for(registry, *zoo.keras_batch(size))
             for training in (True, False):

@@ -214,7 +214,7 @@ def test_long_batches_wait_for_each_other():
 def test_a_batch_waits_for_room_among_the_servers_calls_and_takes_it():
     async def scenario(rig):
         async with evaluation(rig) as found:
-            with rig.caller.admitted(0):
+            with rig.admission.admitted("", 0):
                 adding = asyncio.ensure_future(add_all(found, 3))
                 done, _ = await asyncio.wait([adding], timeout=0.3)
                 assert not done
@@ -223,7 +223,7 @@ def test_a_batch_waits_for_room_among_the_servers_calls_and_takes_it():
             found.complete()
             assert (await finish(found))[-1] == 3
             # All of it is given back.
-            with rig.caller.admitted(0):
+            with rig.admission.admitted("", 0):
                 pass
         assert await counts_of(rig) == (3, 18)
 
@@ -236,7 +236,7 @@ def test_what_an_evaluation_left_behind_takes_no_room():
             async with evaluation(rig, writer_id=WRITER) as found:
                 for number in range(found.position + 1, found.position + 3):
                     await found.add(numbered(number))
-        with rig.caller.admitted(0), rig.caller.admitted(0):
+        with rig.admission.admitted("", 0), rig.admission.admitted("", 0):
             pass
 
     run(scenario, max_calls=2)

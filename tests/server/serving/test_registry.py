@@ -107,3 +107,30 @@ def test_what_an_error_of_an_unknown_kind_says_is_for_the_log_alone():
     registry = Registry(SOURCES[:1])
     registry.load(SOURCES[0], Broken())
     assert registry.entry(SOURCES[0]).error == "KeyError; the server's log says more"
+
+
+def test_what_cannot_be_loaded_again_leaves_what_is_served():
+    registry = loaded(1)
+    before = registry.get("m", 1)
+    assert registry.load(SOURCES[0], Loader(failing=[1])).state is State.FAILED
+    assert registry.get("m", 1) is before
+    assert registry.load(SOURCES[0], Loader()).state is State.AVAILABLE
+    assert registry.get("m", 1) is not before
+
+
+def test_a_version_that_was_not_known_is_loaded_and_unloaded():
+    registry = Registry([])
+    registry.load(SOURCES[1], Loader())
+    assert registry.get("m", 0).identity.version == 2
+    assert registry.unload("m", 2)
+    assert not registry.unload("m", 2)
+    with pytest.raises(errors.ModelNotFound):
+        registry.get("m", 0)
+
+
+def test_another_version_stays_when_one_is_unloaded():
+    registry = loaded(1, 2)
+    assert registry.unload("m", 2)
+    assert registry.get("m", 0).identity.version == 1
+    with pytest.raises(errors.ModelVersionNotFound):
+        registry.get("m", 2)

@@ -101,6 +101,16 @@ def test_a_computation_that_held_up_the_event_loop_is_kept_away_from_it():
     assert asyncio.run(threads(*steps)) == [False, True, False, False, False, False, False]
 
 
+@pytest.mark.parametrize(
+    "seconds, worked_s, is_short", [(0.02, 0.0001, True), (0.02, 0.02, False), (0.05, 0.0001, False)]
+)
+def test_a_processor_taken_away_for_some_milliseconds_is_no_fault_of_a_computation(seconds, worked_s, is_short):
+    estimates = Estimates()
+    estimates.add(SMALL, 1e-5, 1e-5, inline=True)
+    estimates.add(SMALL, seconds, worked_s, inline=True)
+    assert estimates.is_short(SMALL) is is_short
+
+
 def test_closing_does_not_wait_longer_than_it_may():
     async def run() -> tuple[bool, float]:
         scheduler = Scheduler(1)

@@ -376,7 +376,7 @@ def test_states_of_other_shapes_are_not_added():
 def test_calls_beyond_those_that_the_server_takes_are_refused():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
-        with rig.caller.admitted(0):
+        with rig.admission.admitted("", 0):
             for call in (
                 rig.update(Writer(), 1),
                 rig.result(),

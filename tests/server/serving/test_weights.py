@@ -61,10 +61,15 @@ class Set:
 def make(request, tmp_path):
     """Makes a store; called again, one over the same folder, as after a restart."""
 
-    def make(budget_kib: float = 100, disk_kib: int = 1000, expiry_s: float = 60.0) -> tuple[WeightStore, Counts]:
+    def make(
+        budget_kib: float = 100, disk_kib: int = 1000, expiry_s: float = 60.0, share_kib: int | None = None
+    ) -> tuple[WeightStore, Counts]:
         counts = Counts()
         files = WeightFiles(tmp_path / "weights", disk_kib * KIB) if request.param == "disk" else None
-        options = StoreOptions(budget_bytes=int(budget_kib * KIB), upload_expiry_s=expiry_s)
+        share_bytes = None if share_kib is None else share_kib * KIB
+        options = StoreOptions(
+            budget_bytes=int(budget_kib * KIB), principal_bytes=share_bytes, upload_expiry_s=expiry_s
+        )
         return WeightStore(options, TensorFlowDevice("/device:CPU:0"), counts, files), counts
 
     make.is_durable = request.param == "disk"
@@ -594,6 +599,86 @@ def test_a_full_disk_costs_the_copy_on_disk_and_nothing_else(tmp_path):
         await upload(store, one)
         assert await holds(store, one)
         assert counts.spill_failures == 1
+
+    asyncio.run(run())
+
+
+async def on_device(store, one: Set, principal: str) -> bool:
+    weights = store.acquire(principal, one.id)
+    if weights is not None:
+        store.release(principal, one.id, weights)
+    return weights is not None
+
+
+def test_beyond_its_share_a_principal_loses_sets_of_its_own_and_no_others(make):
+    async def run():
+        store, counts = make(budget_kib=10, share_kib=4)
+        sets = [Set(seed) for seed in range(4)]
+        await upload(store, sets[0], "bob")
+        for one in sets[1:]:
+            await upload(store, one, "alice")
+        assert [await on_device(store, one, "alice") for one in sets[1:]] == [False, True, True]
+        assert await on_device(store, sets[0], "bob")
+        assert counts.evictions == 1
+        assert store.used_bytes == 6 * KIB
+
+    asyncio.run(run())
+
+
+def test_a_share_that_is_in_use_is_refused_by_its_name_and_nothing_is_dropped(make):
+    async def run():
+        store, counts = make(budget_kib=10, share_kib=4)
+        one, other, third = Set(1), Set(2), Set(3)
+        await upload(store, one, "alice")
+        await upload(store, other, "alice")
+        async with store.use("alice", one.id):
+            await store.lease("alice", other.id, b"lease", 60)
+            with pytest.raises(errors.WeightStoreFull, match="of this principal's 4096, 4096 are in use") as caught:
+                await upload(store, third, "alice")
+            assert caught.value.retry_after_s > 0
+            assert counts.evictions == 0
+            await upload(store, third, "bob")
+        await upload(store, third, "alice")
+        assert await on_device(store, other, "alice")
+        with pytest.raises(errors.WeightStoreFull, match="manifest: expected at most 4096 bytes, got 6144"):
+            await store.put("alice", Set(4, kib=5).manifest)
+
+    asyncio.run(run())
+
+
+def test_tensors_that_others_have_too_count_in_a_share(make):
+    async def run():
+        store, _ = make(budget_kib=10, share_kib=4)
+        sets = [Set(seed) for seed in range(3)]
+        for principal in ("bob", "alice"):
+            for one in sets:
+                await upload(store, one, principal)
+        for principal in ("bob", "alice"):
+            assert [await on_device(store, one, principal) for one in sets] == [False, True, True]
+        assert store.used_bytes == 4 * KIB
+        for one in sets:
+            await store.delete("alice", one.id)
+        await upload(store, sets[0], "alice")
+        assert await on_device(store, sets[0], "alice")
+
+    asyncio.run(run())
+
+
+def test_uploads_count_in_a_share(make):
+    async def run():
+        store, _ = make(budget_kib=10, share_kib=3)
+        one, other = Set(1), Set(2)
+        for half in (one, other):
+            ((digest, _), *_) = await store.put("alice", half.manifest)
+            await store.upload("alice", digest, 0, memoryview(half.data(digest)[:100]))
+        second = one.manifest.tensors[1].digest
+        await store.upload("alice", second, 0, memoryview(one.data(second)))
+        last = other.manifest.tensors[1].digest
+        with pytest.raises(
+            errors.WeightStoreFull, match=r"this principal's 3072, 0 are in use .* 3072 are being uploaded"
+        ):
+            await store.upload("alice", last, 0, memoryview(other.data(last)))
+        await upload(store, other, "bob")
 
     asyncio.run(run())
 

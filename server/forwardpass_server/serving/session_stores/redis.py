@@ -9,6 +9,7 @@ import importlib.resources
 import logging
 import time
 import urllib.parse
+from collections.abc import Callable
 from typing import Any
 
 import redis.asyncio
@@ -34,18 +35,27 @@ _RETRY_AFTER_S = 1.0
 class RedisSessionStore:
     """A SessionStore that is shared. What was acknowledged survives as Redis was set up to keep it.
 
-    Sessions expire by Redis's clock. A step whose answer was lost is sent once more: one that was done is recognised.
+    Sessions expire by Redis's clock. What was sent on a connection that breaks is sent once more: a replacement that
+    was done the first time returns False then.
     url: redis:// or rediss://, as redis-py reads it, with the password where there is one; it is shown nowhere.
-    timeout_s: of each call, with the waiting for a connection.
+    timeout_s: of each call, with the waiting for a connection. clock: tells which sessions `count` counts.
     Raises SessionStoreError for another url. Connects with the first call.
     """
 
     is_shared = True
 
-    def __init__(self, url: str, limits: SessionLimits, observer: SessionObserver, *, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        url: str,
+        limits: SessionLimits,
+        observer: SessionObserver,
+        *,
+        timeout_s: float = 5.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         try:
             parts = urllib.parse.urlsplit(url)
-            self.place = f"{parts.scheme}://{parts.hostname}:{parts.port or 6379}{parts.path or '/0'}"
+            self.place = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
             if parts.scheme not in ("redis", "rediss") or not parts.hostname:
                 raise ValueError
             pool = redis.asyncio.BlockingConnectionPool.from_url(
@@ -57,7 +67,9 @@ class RedisSessionStore:
                 socket_connect_timeout=timeout_s,
                 socket_timeout=timeout_s,
             )
-        except ValueError:
+            # An option that there is none of shows when a connection is made of it.
+            pool.connection_class(**pool.connection_kwargs)
+        except (TypeError, ValueError):
             raise SessionStoreError(
                 "session store: expected redis://[:password@]host:port/db, or rediss:// with TLS"
             ) from None
@@ -66,6 +78,7 @@ class RedisSessionStore:
         self._limits = limits
         self._observer = observer
         self._timeout_s = timeout_s
+        self._clock = clock
         self._calls: set[asyncio.Future[Any]] = set()
         self._is_failing = False
         # When this server has used each session; what it has not used for the longest time stands first.
@@ -77,7 +90,7 @@ class RedisSessionStore:
         Logs which of its settings may lose what was acknowledged.
         """
         try:
-            info = await self._bounded(self._client.info("all"))
+            info = await self._bounded(self._client.info())
         except errors.SessionStoreUnavailable as error:
             if isinstance(error.__cause__, (redis.AuthenticationError, redis.ResponseError)):
                 raise SessionStoreError(f"session store {self.place}: {error}") from error
@@ -107,7 +120,7 @@ class RedisSessionStore:
         await self._call("delete", key)
 
     async def sweep(self) -> None:
-        last = time.monotonic() - self._limits.idle_expiry_s
+        last = self._clock() - self._limits.idle_expiry_s
         idle = []
         while self._used and next(iter(self._used.values())) <= last:
             idle.append(self._used.popitem(last=False)[0])
@@ -136,7 +149,7 @@ class RedisSessionStore:
             refusals.check_room(self._limits, int(first), int(second))
         if what in (b"created", b"replaced"):
             self._observer.session_commit(time.perf_counter() - started)
-        self._used[key] = time.monotonic()
+        self._used[key] = self._clock()
         self._used.move_to_end(key)
         return what, first, second
 
@@ -148,15 +161,10 @@ class RedisSessionStore:
         principal = "forwardpass:{" + hashlib.sha256(key.principal.encode()).hexdigest()[:32] + "}"
         keys = [f"{principal}:session:{key.session_id.hex()}"]
         keys += [f"{principal}:{name}" for name in ("open", "sizes", "closed", "expired")]
-        arguments: list[bytes | str | int] = [
-            action,
-            key.session_id,
-            version,
-            record,
-            limits.max_sessions,
-            limits.max_bytes,
-        ]
-        arguments += [round(limits.idle_expiry_s * 1000), round(limits.remember_s * 1000), MAX_REMEMBERED]
+        sizes = [limits.max_sessions, limits.max_bytes]
+        spans_ms = [round(seconds * 1000) for seconds in (limits.idle_expiry_s, limits.remember_s)]
+        arguments: list[bytes | str | int]
+        arguments = [action, key.session_id, version, record, *sizes, *spans_ms, MAX_REMEMBERED]
         what, first, second, expiries = await self._bounded(self._script(keys=keys, args=arguments))
         if expiries:
             self._observer.sessions_expired(expiries)
@@ -174,7 +182,7 @@ class RedisSessionStore:
                 self._is_failing = True
             raise errors.SessionStoreUnavailable(self._reason(error), retry_after_s=_RETRY_AFTER_S) from error
         if self._is_failing:
-            _LOGGER.info("session store %s answers again", self.place)
+            _LOGGER.warning("session store %s answers again", self.place)
             self._is_failing = False
         return answer
 

@@ -21,7 +21,7 @@ end
 -- A session is over: it counts no more, and its end is remembered.
 local function finish(one, ended, at)
   redis.call('ZREM', open, one)
-  redis.call('HINCRBY', sizes, 'total', -size(one))
+  redis.call('HINCRBY', sizes, 'total', 0 - size(one))
   redis.call('HDEL', sizes, one)
   redis.call('ZADD', ended, at + remember_ms, one)
   redis.call('ZREMRANGEBYRANK', ended, 0, -max_ended - 1)
@@ -44,10 +44,15 @@ local function put(new_version, more_bytes)
   use()
 end
 
+local function is_remembered(ended)
+  return tonumber(redis.call('ZSCORE', ended, id) or 0) > now
+end
+
 local function act()
+  if action == 'sweep' then return 'swept', 0, '' end
   if not redis.call('ZSCORE', open, id) then
-    if redis.call('ZSCORE', expired, id) then return 'expired', 0, '' end
-    if redis.call('ZSCORE', closed, id) then return 'closed', 0, '' end
+    if is_remembered(expired) then return 'expired', 0, '' end
+    if is_remembered(closed) then return 'closed', 0, '' end
     if action ~= 'create' then return 'missing', 0, '' end
     local sessions, bytes = redis.call('ZCARD', open) + 1, size('total') + #record
     if sessions > tonumber(max_sessions) or bytes > tonumber(max_bytes) then return 'full', sessions, bytes end
@@ -81,10 +86,12 @@ end
 if redis.call('ZSCORE', open, id) and redis.call('EXISTS', session) == 0 then
   finish_expired(id, now)
 end
-redis.call('ZREMRANGEBYSCORE', closed, '-inf', now)
-redis.call('ZREMRANGEBYSCORE', expired, '-inf', now)
 
 local what, first, second = act()
+
+-- Last, for a Redis that is full refuses the first thing that a script writes, and nothing after it.
+redis.call('ZREMRANGEBYSCORE', closed, '-inf', now)
+redis.call('ZREMRANGEBYSCORE', expired, '-inf', now)
 
 -- What is known of a principal outlives the last of its sessions for as long as that is remembered. Twice as long, so
 -- that few steps have to say so.

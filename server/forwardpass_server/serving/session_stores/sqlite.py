@@ -6,11 +6,14 @@ import asyncio
 import pathlib
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from forwardpass_server.serving.session_store import SessionKey, SessionLimits, SessionObserver, StoredSession
 from forwardpass_server.serving.session_stores.lifetimes import Lifetimes
 from forwardpass_server.serving.session_stores.sqlite_file import SqliteFile
 from forwardpass_server.serving.session_stores.sqlite_writer import SqliteWriter
+
+T = TypeVar("T")
 
 
 class SqliteSessionStore:
@@ -48,8 +51,6 @@ class SqliteSessionStore:
         started = time.perf_counter()
         self._expire()
         self._lifetimes.refuse_ended(key)
-        # In the file, what has expired still takes room that may be needed.
-        self._write_ends()
 
         def done(created: tuple[StoredSession, bool]) -> None:
             _, is_new = created
@@ -57,7 +58,7 @@ class SqliteSessionStore:
             if is_new:
                 self._observer.session_commit(time.perf_counter() - started)
 
-        stored, _ = await self._writer.submit(lambda: self._file.create(key, record), done)
+        stored, _ = await self._write_after_ends(lambda: self._file.create(key, record), done)
         return stored
 
     async def load(self, key: SessionKey) -> StoredSession:
@@ -82,21 +83,19 @@ class SqliteSessionStore:
 
     async def delete(self, key: SessionKey) -> None:
         self._expire()
-        # In the file, what has expired is still open, and would be closed now.
-        self._write_ends()
 
         def done(was_there: bool) -> None:
             if was_there:
                 self._lifetimes.end(key, is_expired=False)
 
-        await self._writer.submit(lambda: self._file.end(key, is_expired=False), done)
+        await self._write_after_ends(lambda: self._file.end(key, is_expired=False), done)
 
     async def sweep(self) -> None:
         self._expire()
         self._forgotten.update(self._lifetimes.forget())
-        written = self._write_ends()
-        if written is not None:
-            await written
+        ends = self._write_ends()
+        if ends is not None:
+            await ends
 
     def count(self) -> int:
         return len(self._lifetimes)
@@ -106,6 +105,14 @@ class SqliteSessionStore:
 
     def _expire(self) -> None:
         self._expired.update(self._lifetimes.expire())
+
+    async def _write_after_ends(self, work: Callable[[], T], done: Callable[[T], None]) -> T:
+        """In the file, what has expired may still be open, and take the room that is needed, or be closed now."""
+        ends = self._write_ends()
+        written = self._writer.submit(work, done)
+        if ends is not None:
+            await ends
+        return await written
 
     def _write_ends(self) -> asyncio.Future[None] | None:
         """Hands over what the file does not say yet. Where that fails, it is handed over again the next time."""

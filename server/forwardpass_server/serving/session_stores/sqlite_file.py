@@ -71,7 +71,7 @@ class SqliteFile:
         self.connection.execute("PRAGMA synchronous = FULL")
         # A log that has grown once is cut back to 16 MiB: large enough for what is written between checkpoints.
         self.connection.execute(f"PRAGMA journal_size_limit = {2**24}")
-        # Reads the file once, some GB/s: numbers that a disk has mixed up must not be counted on.
+        # Reads the file once, a second or two for each GB: numbers that a disk has mixed up must not be counted on.
         (found,) = self.connection.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
             raise SessionStoreError(f"it is damaged: {found}")

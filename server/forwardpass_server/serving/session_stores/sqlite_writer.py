@@ -104,7 +104,7 @@ class SqliteWriter:
             )
             return [_Outcome(None, unavailable)]
         if self._is_failing and self._connection.total_changes > changes:
-            _LOGGER.info("the session store works again")
+            _LOGGER.warning("the session store works again")
             self._is_failing = False
         return outcomes
 

@@ -1,0 +1,99 @@
+"""How a connection is encrypted, and what it shows of its caller."""
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import re
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import grpc
+
+Token: TypeAlias = str | Callable[[], str]
+"""A bearer token, or what is asked for one at each call: it may answer otherwise from one to the next."""
+
+_ADDRESS_SCHEMES = re.compile(r"(?:ipv4|ipv6|dns)(?=:)")
+_TOKEN = re.compile(r"[!-~]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tls:
+    """An encrypted connection. All files in PEM, as bytes.
+
+    root_certificates: whom to believe that the server is who it says; None for those that come with gRPC.
+    certificate, key: who this client is, for a server that asks; with those between it and its root.
+    server_name: what the server's certificate names it, where that is not the host of the target.
+    """
+
+    root_certificates: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = dataclasses.field(default=None, repr=False)
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("tls: expected a certificate with its key, got one without the other")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Credentials:
+    """What a channel is opened with. Raises ValueError for a token that would be there for all to read."""
+
+    target: str
+    tls: Tls | None = None
+    token: Token | None = dataclasses.field(default=None, repr=False)
+    allow_insecure_token: bool = False
+
+    def __post_init__(self) -> None:
+        if self.token is None or self.tls is not None or self.allow_insecure_token or is_loopback(self.target):
+            return
+        raise ValueError(
+            f"token: expected tls beside, for {self.target} is another machine, and whoever is between could read it; "
+            "where something else encrypts, say allow_insecure_token=True"
+        )
+
+    def channel(self, api: Any, options: list[tuple[str, Any]]) -> Any:
+        """The channel. api: `grpc` or `grpc.aio`."""
+        if self.tls is None:
+            if self.token is not None and not self.allow_insecure_token:
+                # A proxy of the environment may be another machine after all.
+                options = [*options, ("grpc.enable_http_proxy", 0)]
+            return api.insecure_channel(self.target, options)
+        if self.tls.server_name is not None:
+            options = [*options, ("grpc.ssl_target_name_override", self.tls.server_name)]
+        tls = grpc.ssl_channel_credentials(self.tls.root_certificates, self.tls.key, self.tls.certificate)
+        return api.secure_channel(self.target, tls, options)
+
+    def metadata(self) -> tuple[tuple[str, str], ...] | None:
+        """What a call carries. Raises ValueError for a token that no header can hold, and what asking for one raises.
+
+        Not by gRPC's own call credentials: these take no insecure channel, and ask for the token on another thread.
+        """
+        if self.token is None:
+            return None
+        token = self.token() if callable(self.token) else self.token
+        if not isinstance(token, str) or not _TOKEN.fullmatch(token):
+            # What it is must not be said.
+            raise ValueError("token: expected a str of ASCII without spaces")
+        return (("authorization", f"Bearer {token}"),)
+
+
+def is_loopback(target: str) -> bool:
+    """Whether a gRPC target is this machine, as far as its name tells."""
+    if target.startswith(("unix:", "unix-abstract:")):
+        return True
+    scheme = _ADDRESS_SCHEMES.match(target)
+    addresses = target[scheme.end() :].lstrip(":/") if scheme else target
+    return all(map(_is_loopback, addresses.split(",")))
+
+
+def _is_loopback(address: str) -> bool:
+    host = re.fullmatch(r"\[(.*)\](?::\d+)?|([^:]*)(?::\d+)?", address)
+    name = (host[1] or host[2]) if host else ""
+    if name == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return False

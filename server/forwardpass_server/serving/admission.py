@@ -1,0 +1,98 @@
+"""How much may be done at once: for everybody, and for each principal."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+from forwardpass.wire import errors
+
+# Time for some calls to end, and too short to matter to a caller who was refused.
+_RETRY_AFTER_S = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """calls: that wait or run. size_bytes: of their requests, those included that are still arriving in pieces."""
+
+    calls: int
+    size_bytes: int
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class _Use:
+    """What is being done: for everybody, or for one principal."""
+
+    calls: int = 0
+    size_bytes: int = 0
+
+
+class Admission:
+    """Counts, and refuses what would be too much. Used on one event loop alone.
+
+    in_all: for everybody together. each: for one principal.
+    """
+
+    def __init__(self, in_all: Limits, each: Limits) -> None:
+        self._in_all = in_all
+        self._each = each
+        self._use = _Use()
+        self._by_principal: dict[str, _Use] = {}
+
+    def enter(self, principal: str, size_bytes: int, calls: int = 1) -> None:
+        """Takes a call, or with `calls` 0 a part of one that arrives. Raises ServerOverloaded, which names the limit.
+
+        What is taken must `leave`.
+        """
+        own = self._by_principal.get(principal)
+        if own is None:
+            own = self._by_principal[principal] = _Use()
+        try:
+            _check(self._use, self._in_all, size_bytes, calls, "the server's calls")
+            _check(own, self._each, size_bytes, calls, "this principal's calls")
+        except errors.ServerOverloaded:
+            self._forget(principal, own)
+            raise
+        for use in (own, self._use):
+            use.calls += calls
+            use.size_bytes += size_bytes
+
+    def leave(self, principal: str, size_bytes: int, calls: int = 1) -> None:
+        """Ends what `enter` began."""
+        own = self._by_principal[principal]
+        for use in (own, self._use):
+            use.calls -= calls
+            use.size_bytes -= size_bytes
+        self._forget(principal, own)
+
+    @contextlib.contextmanager
+    def admitted(self, principal: str, size_bytes: int) -> Iterator[None]:
+        """A call, as long as it lasts. Raises ServerOverloaded."""
+        self.enter(principal, size_bytes)
+        try:
+            yield
+        finally:
+            self.leave(principal, size_bytes)
+
+    def _forget(self, principal: str, own: _Use) -> None:
+        if not own.calls and not own.size_bytes:
+            del self._by_principal[principal]
+
+
+def _check(use: _Use, limits: Limits, size_bytes: int, calls: int, place: str) -> None:
+    if use.calls + calls > limits.calls:
+        raise errors.ServerOverloaded(
+            place=place,
+            expected=f"at most {limits.calls} at once",
+            found=f"{use.calls + calls}",
+            retry_after_s=_RETRY_AFTER_S,
+        )
+    # One alone is always taken: its message has a limit of its own.
+    if use.size_bytes and use.size_bytes + size_bytes > limits.size_bytes:
+        raise errors.ServerOverloaded(
+            place=place,
+            expected=f"at most {limits.size_bytes} bytes at once",
+            found=f"{use.size_bytes + size_bytes}",
+            retry_after_s=_RETRY_AFTER_S,
+        )

@@ -1,0 +1,134 @@
+"""Which versions are served, as an operator has it while the server runs."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import pathlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Protocol
+
+from forwardpass.wire import errors
+from forwardpass_server.serving import repository
+from forwardpass_server.serving.models import ModelLoader, ModelSource
+from forwardpass_server.serving.registry import Entry, Registry, State
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class VersionDetail:
+    """One version. entry: None where it is not loaded. is_loadable: its files, or its factory, are there."""
+
+    source: ModelSource
+    entry: Entry | None
+    is_loadable: bool
+
+
+class Management(Protocol):
+    """What an operator can do. Models are named, never located. Any method may be called again."""
+
+    async def load(self, name: str, version: int) -> VersionDetail:
+        """Loads a version, 0 for the highest that there is, unless it is available. Returns once it can be called.
+
+        Raises ModelNotFound, ModelVersionNotFound or ModelFailed.
+        """
+
+    async def reload(self, name: str, version: int) -> VersionDetail:
+        """Loads a version anew, whatever is served under its name until then. Raises what `load` raises.
+
+        If it fails, what was served is served on.
+        """
+
+    async def unload(self, name: str, version: int) -> None:
+        """Serves a version no longer. Calls that use it go on; that it is not served is no error."""
+
+    async def describe(self) -> list[VersionDetail]:
+        """Every version that is served or could be, by name and version."""
+
+
+class RegistryManagement:
+    """Management of a registry, over what its operator named at the start: see Management.
+
+    on_change: is told of each version that was loaded, failed, or was unloaded.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        loader: ModelLoader,
+        folder: pathlib.Path | None,
+        factories: Mapping[str, str],
+        on_change: Callable[[ModelSource], Awaitable[None]],
+    ) -> None:
+        self._registry = registry
+        self._loader = loader
+        self._folder = folder
+        self._factories = repository.from_factories(factories)
+        self._on_change = on_change
+        # One writes the registry at a time.
+        self._writing = asyncio.Lock()
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether a version is being loaded, on a thread that only the end of the process can end."""
+        return self._writing.locked()
+
+    async def load(self, name: str, version: int) -> VersionDetail:
+        return await self._load(name, version, anew=False)
+
+    async def reload(self, name: str, version: int) -> VersionDetail:
+        return await self._load(name, version, anew=True)
+
+    async def load_all(self) -> None:
+        """Loads every version that the registry knows, one after another, whatever becomes of each."""
+        async with self._writing:
+            for entry in self._registry.entries():
+                await self._load_one(entry.source)
+
+    async def unload(self, name: str, version: int) -> None:
+        async with self._writing:
+            if self._registry.unload(name, version):
+                await self._on_change(ModelSource(name, version))
+
+    async def describe(self) -> list[VersionDetail]:
+        found = {(one.name, one.version): one for one in await asyncio.to_thread(self._loadable)}
+        entries = {(one.source.name, one.source.version): one for one in self._registry.entries()}
+        return [
+            VersionDetail(entries[key].source if key in entries else found[key], entries.get(key), key in found)
+            for key in sorted(found.keys() | entries.keys())
+        ]
+
+    async def _load(self, name: str, version: int, anew: bool) -> VersionDetail:
+        # A load goes on whatever becomes of who asked for it.
+        return await asyncio.shield(asyncio.ensure_future(self._load_in_turn(name, version, anew)))
+
+    async def _load_in_turn(self, name: str, version: int, anew: bool) -> VersionDetail:
+        async with self._writing:
+            source = await asyncio.to_thread(self._find, name, version)
+            served = [entry for entry in self._registry.entries() if str(entry.source) == str(source)]
+            if anew or not served or served[0].state is not State.AVAILABLE:
+                loaded = await self._load_one(source)
+                if loaded.servable is None:
+                    raise errors.ModelFailed(f"model {source} failed to load: {loaded.error}")
+            return VersionDetail(source, self._registry.entry(source), True)
+
+    async def _load_one(self, source: ModelSource) -> Entry:
+        entry = await asyncio.to_thread(self._registry.load, source, self._loader)
+        await self._on_change(source)
+        return entry
+
+    def _find(self, name: str, version: int) -> ModelSource:
+        versions = [source for source in self._loadable() if source.name == name]
+        if not versions:
+            raise errors.ModelNotFound(place="model", expected="one of the model repository", found=repr(name[:128]))
+        wanted = version or versions[-1].version
+        for source in versions:
+            if source.version == wanted:
+                return source
+        raise errors.ModelVersionNotFound(
+            place=f"version of model {name!r}",
+            expected=f"one of {', '.join(str(source.version) for source in versions[-10:])}",
+            found=str(version),
+        )
+
+    def _loadable(self) -> list[ModelSource]:
+        return self._factories + ([] if self._folder is None else repository.scan(self._folder))

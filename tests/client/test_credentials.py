@@ -1,0 +1,79 @@
+"""What a client shows of its caller, and to whom it does not."""
+
+from __future__ import annotations
+
+import pytest
+
+import forwardpass_client
+from forwardpass_client import Tls
+from forwardpass_client.credentials import is_loopback
+
+
+@pytest.mark.parametrize(
+    "target, expected",
+    [
+        ("localhost:8500", True),
+        ("localhost", True),
+        ("127.0.0.1:8500", True),
+        ("127.8.8.8:1", True),
+        ("[::1]:8500", True),
+        ("ipv4:127.0.0.1:1,127.0.0.1:2", True),
+        ("ipv6:[::1]:1", True),
+        ("dns:localhost:1", True),
+        ("dns:///localhost:1", True),
+        ("unix:/run/forwardpass.sock", True),
+        ("example.org:8500", False),
+        ("10.0.0.1:8500", False),
+        ("0.0.0.0:8500", False),
+        ("localhost.example.org:1", False),
+        ("ipv4:127.0.0.1:1,10.0.0.1:2", False),
+        ("dns://10.0.0.1/localhost:1", False),
+        ("dns:///example.org:1", False),
+        ("[::2]:1", False),
+        ("xds:///localhost", False),
+        ("", False),
+    ],
+)
+def test_targets_are_this_machine_or_may_be_another(target, expected):
+    assert is_loopback(target) is expected
+
+
+@pytest.mark.parametrize("connect", [forwardpass_client.connect, forwardpass_client.connect_async])
+def test_a_token_does_not_go_unencrypted_to_another_machine(connect):
+    with pytest.raises(ValueError, match="expected tls beside, for example") as caught:
+        connect("example.org:1", token="secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_a_token_goes_where_something_encrypts():
+    for more in ({"tls": True}, {"allow_insecure_token": True}):
+        forwardpass_client.connect("example.org:1", token="secret", **more).close()
+
+
+@pytest.mark.parametrize("token", ["", "two words", "line\n", "\u4e2d", None, b"secret"])
+@pytest.mark.parametrize("is_asked", [True, False])
+def test_what_no_header_can_hold_is_no_token(token, is_asked):
+    if token is None and not is_asked:
+        return
+    with forwardpass_client.connect("localhost:1", token=(lambda: token) if is_asked else token) as client:
+        with pytest.raises(ValueError, match="token: expected a str of ASCII without spaces"):
+            client.models()
+
+
+def test_what_goes_wrong_while_a_token_is_asked_for_reaches_the_caller():
+    def ask() -> str:
+        raise LookupError("no token today")
+
+    with forwardpass_client.connect("localhost:1", token=ask) as client, pytest.raises(LookupError, match="today"):
+        client.models()
+
+
+def test_a_certificate_goes_with_its_key():
+    with pytest.raises(ValueError, match="tls: expected a certificate with its key"):
+        Tls(certificate=b"x")
+    with pytest.raises(ValueError, match="tls: expected a certificate with its key"):
+        Tls(key=b"x")
+
+
+def test_secrets_are_not_shown():
+    assert "secret" not in repr(Tls(certificate=b"x", key=b"secret"))

@@ -1,0 +1,255 @@
+"""The Kubernetes manifests: valid, and in step with the server that they start."""
+
+from __future__ import annotations
+
+import copy
+import re
+import shutil
+
+import kubernetes_validate
+import pytest
+import tomllib
+import yaml
+
+from forwardpass_client.cli.commands import forwardpass
+from forwardpass_server.app.cli import main
+from forwardpass_server.app.settings import Settings
+from support.environments import ROOT
+from support.manifests import RENDERED, find, is_custom, render, render_folder, validate_custom
+
+# The oldest with gRPC probes, matchLabelKeys and unhealthyPodEvictionPolicy switched on; the newest that there is.
+VERSIONS = ("1.27", "1.37")
+
+# Health services that the server answers for, besides models: see the probes' documentation in deploy/README.md.
+HEALTH_SERVICES = {"startup", "ready", "live"}
+
+# What TensorFlow takes before it has a model, with room for some.
+SERVER_MIB = 1024
+
+each = pytest.mark.parametrize("name", RENDERED)
+
+
+def pod_of(name: str):
+    return find(name, "Deployment")["spec"]["template"]
+
+
+def container_of(name: str):
+    (container,) = pod_of(name)["spec"]["containers"]
+    return container
+
+
+def environment_of(name: str) -> dict[str, str]:
+    return {entry["name"]: entry.get("value", "") for entry in container_of(name)["env"]}
+
+
+def probes_of(name: str):
+    return {kind: container_of(name)[kind] for kind in ("startupProbe", "readinessProbe", "livenessProbe")}
+
+
+@each
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_object_is_valid_for_the_oldest_and_the_newest_kubernetes(name, version):
+    for rendered in render(name):
+        if not is_custom(rendered):
+            kubernetes_validate.validate(copy.deepcopy(rendered), version, strict=True)
+
+
+@each
+def test_objects_of_extensions_are_as_these_define_them(name):
+    validate_custom([rendered for rendered in render(name) if is_custom(rendered)])
+
+
+@pytest.mark.parametrize(
+    "kind, spec, lacks",
+    [
+        ("Certificate", {}, "secretName"),
+        ("PodMonitor", {}, "selector"),
+        ("PrometheusRule", {"groups": [{"name": "forwardpass", "rules": [{"alert": "Lost"}]}]}, "expr"),
+    ],
+)
+def test_an_object_of_an_extension_that_lacks_something_is_noticed(kind, spec, lacks):
+    with pytest.raises(AssertionError, match=f"must have required property {lacks}"):
+        validate_custom([{**find("overlays/production", kind), "spec": spec}])
+
+
+@each
+def test_every_object_is_in_the_namespace(name):
+    for rendered in render(name):
+        place = "name" if rendered["kind"] == "Namespace" else "namespace"
+        assert rendered["metadata"][place] == "forwardpass"
+
+
+@each
+def test_the_container_runs_serve_with_settings_that_it_has(name):
+    known = {option.envvar for option in main.commands["serve"].params}
+    assert container_of(name)["args"] == ["serve"]
+    assert set(environment_of(name)) <= known
+
+
+@each
+def test_ports_are_those_that_the_server_listens_on(name):
+    ports = {port["name"]: port["containerPort"] for port in container_of(name)["ports"]}
+    assert ports == {"grpc": Settings.port, "metrics": Settings.metrics_port}
+    (service_port,) = find(name, "Service")["spec"]["ports"]
+    assert (service_port["port"], service_port["targetPort"]) == (Settings.port, "grpc")
+    (exposed,) = re.findall(r"^EXPOSE (.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    assert sorted(map(int, exposed.split())) == sorted(ports.values())
+    opened = [port["port"] for rule in find(name, "NetworkPolicy")["spec"]["ingress"] for port in rule["ports"]]
+    assert opened == ["grpc", "metrics"]
+
+
+@each
+def test_the_service_is_headless_so_that_callers_see_every_replica(name):
+    assert find(name, "Service")["spec"]["clusterIP"] == "None"
+
+
+@each
+def test_probes_ask_the_server_for_startup_ready_and_live(name):
+    asked = []
+    options = {option for parameter in forwardpass.commands["health"].params for option in parameter.opts}
+    for probe in probes_of(name).values():
+        if "grpc" in probe:
+            assert probe["grpc"]["port"] == Settings.port
+            asked.append(probe["grpc"]["service"])
+        else:
+            command, subcommand, host, *arguments = probe["exec"]["command"]
+            assert (command, subcommand, host) == ("forwardpass", "health", f"localhost:{Settings.port}")
+            values = dict(argument.split("=") for argument in arguments)
+            assert set(values) <= options
+            asked.append(values["--service"])
+    assert asked == ["startup", "ready", "live"]
+    assert set(asked) == HEALTH_SERVICES
+
+
+@each
+def test_the_server_has_the_time_to_drain_before_it_is_killed(name):
+    environment = environment_of(name)
+    drain_s = float(environment["FORWARDPASS_DRAIN_DELAY"]) + float(environment["FORWARDPASS_DRAIN_TIMEOUT"])
+    # The rest is for sessions to be committed and Python to end.
+    assert pod_of(name)["spec"]["terminationGracePeriodSeconds"] >= drain_s + 5
+
+
+@each
+def test_what_the_server_may_keep_fits_into_its_memory(name):
+    environment = environment_of(name)
+    limit = container_of(name)["resources"]["limits"]["memory"]
+    assert limit.endswith("Gi")
+    kept_mib = sum(int(environment.get(f"FORWARDPASS_{what}_MIB", 0)) for what in ("WEIGHTS", "MAX_CONCURRENT"))
+    assert kept_mib + SERVER_MIB <= int(limit.removesuffix("Gi")) * 1024
+    assert container_of(name)["resources"]["requests"]["memory"] == limit
+    assert environment["FORWARDPASS_EXECUTION_THREADS"] == container_of(name)["resources"]["requests"]["cpu"]
+
+
+@each
+def test_the_pod_has_no_right_and_writes_only_where_it_may(name):
+    pod, container = pod_of(name)["spec"], container_of(name)
+    assert not pod["automountServiceAccountToken"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    assert (
+        f"USER {pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}\n"
+        in (ROOT / "Dockerfile").read_text()
+    )
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False,
+        "readOnlyRootFilesystem": True,
+        "capabilities": {"drop": ["ALL"]},
+    }
+    writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
+    assert writable == {"/tmp", "/data"}
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+
+
+@each
+def test_everything_that_selects_pods_selects_these(name):
+    labels = pod_of(name)["metadata"]["labels"]
+    selectors = [
+        find(name, "Deployment")["spec"]["selector"]["matchLabels"],
+        find(name, "Service")["spec"]["selector"],
+        find(name, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
+        find(name, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"],
+        *(spread["labelSelector"]["matchLabels"] for spread in pod_of(name)["spec"]["topologySpreadConstraints"]),
+        *(found["spec"]["selector"]["matchLabels"] for found in render(name) if found["kind"] == "PodMonitor"),
+    ]
+    assert all(selector and selector.items() <= labels.items() for selector in selectors)
+
+
+@each
+def test_the_image_is_of_this_version(name):
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert container_of(name)["image"].removesuffix("-gpu") == f"forwardpass:{version}"
+    assert f"\nARG VERSION={version}\n" in (ROOT / "Dockerfile").read_text()
+    put_models = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "put-models.yaml").read_text())
+    assert put_models["spec"]["containers"][0]["image"] == f"forwardpass:{version}"
+
+
+def test_a_pod_puts_models_into_the_volume_that_the_server_reads():
+    put_models = yaml.safe_load((ROOT / "deploy" / "kubernetes" / "put-models.yaml").read_text())
+    for version in VERSIONS:
+        kubernetes_validate.validate(copy.deepcopy(put_models), version, strict=True)
+    claim = find("base", "PersistentVolumeClaim")["metadata"]["name"]
+    for spec in (put_models["spec"], pod_of("base")["spec"]):
+        (models,) = (volume for volume in spec["volumes"] if volume["name"] == "models")
+        assert models["persistentVolumeClaim"]["claimName"] == claim
+    assert put_models["spec"]["securityContext"] == pod_of("base")["spec"]["securityContext"]
+
+
+def test_the_overlay_that_the_readme_shows_is_rendered(tmp_path):
+    (shown,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "deploy" / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "kustomization.yaml").write_text(shown)
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    deployments = [found for found in render_folder(tmp_path / "cluster") if found["kind"] == "Deployment"]
+    (container,) = deployments[0]["spec"]["template"]["spec"]["containers"]
+    assert container["image"].startswith("registry.example.com/forwardpass:")
+
+
+def test_a_node_whose_gpus_are_taken_can_take_an_update():
+    assert container_of("overlays/gpu")["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert container_of("overlays/gpu")["image"].endswith("-gpu")
+    assert find("overlays/gpu", "Deployment")["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 0
+    # By default half of the GPU's memory: that of the host is of no concern.
+    assert "FORWARDPASS_WEIGHTS_MIB" not in environment_of("overlays/gpu")
+
+
+@pytest.mark.parametrize("name", ["overlays/redis", "overlays/production"])
+def test_the_address_of_redis_comes_from_a_secret_and_can_be_reached(name):
+    (store,) = (entry for entry in container_of(name)["env"] if entry["name"] == "FORWARDPASS_SESSION_STORE")
+    assert store["valueFrom"]["secretKeyRef"] == {"name": "forwardpass-sessions", "key": "url"}
+    opened = [port["port"] for rule in find(name, "NetworkPolicy")["spec"]["egress"] for port in rule["ports"]]
+    assert opened == [53, 53, 6379]
+
+
+@pytest.mark.parametrize("name", ["overlays/tls", "overlays/production"])
+def test_with_tls_the_server_reads_what_cert_manager_writes_and_nothing_is_insecure(name):
+    environment = environment_of(name)
+    assert "FORWARDPASS_INSECURE" not in environment
+    certificate = find(name, "Certificate")["spec"]
+    (volume,) = (volume for volume in pod_of(name)["spec"]["volumes"] if volume["name"] == "tls")
+    (mount,) = (mount for mount in container_of(name)["volumeMounts"] if mount["name"] == "tls")
+    assert volume["secret"]["secretName"] == certificate["secretName"]
+    files = {value for key, value in environment.items() if key.startswith("FORWARDPASS_TLS_")}
+    assert files == {f"{mount['mountPath']}/{key}" for key in ("tls.crt", "tls.key", "ca.crt")}
+    # The kubelet's own gRPC probes know no TLS. Ours call by this name, and with this certificate.
+    assert all("grpc" not in probe for probe in probes_of(name).values())
+    assert "localhost" in certificate["dnsNames"]
+    assert certificate["usages"] == ["server auth", "client auth"]
+
+
+@pytest.mark.parametrize("name", ["overlays/autoscaling", "overlays/production"])
+def test_replicas_follow_a_metric_that_the_adapter_serves(name):
+    scaler = find(name, "HorizontalPodAutoscaler")["spec"]
+    assert scaler["scaleTargetRef"]["name"] == find(name, "Deployment")["metadata"]["name"]
+    assert "replicas" not in find(name, "Deployment")["spec"]
+    (metric,) = scaler["metrics"]
+    adapter = yaml.safe_load((ROOT / "deploy" / "prometheus" / "adapter.yaml").read_text())
+    assert [rule["name"]["as"] for rule in adapter["rules"]["custom"]] == [metric["pods"]["metric"]["name"]]
+
+
+@pytest.mark.parametrize("name", ["overlays/monitoring", "overlays/production"])
+def test_prometheus_and_grafana_get_what_lies_in_their_folders(name):
+    rules = yaml.safe_load((ROOT / "deploy" / "prometheus" / "rules.yml").read_text())
+    assert find(name, "PrometheusRule")["spec"] == rules
+    dashboards = {path.name: path.read_text() for path in (ROOT / "deploy" / "grafana").glob("*.json")}
+    assert find(name, "ConfigMap")["data"] == dashboards
+    (endpoint,) = find(name, "PodMonitor")["spec"]["podMetricsEndpoints"]
+    assert endpoint["port"] in {port["name"] for port in container_of(name)["ports"]}

@@ -1,0 +1,158 @@
+"""Messages of a form that came before are read like any other, to the last bit and the last word of an error."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forwardpass import v1
+from forwardpass.wire import errors, layouts, messages, structures
+from forwardpass.wire.limits import Limits
+from forwardpass.wire.structures import Structure
+from support.arrays import structures as any_structures
+
+
+def request(value, name="digits", training=False, weights_id=b"") -> bytes:
+    header = v1.PredictOnBatchRequest(
+        model=v1.ModelSelector(name=name, version=3), training=training, weights_id=weights_id
+    )
+    return messages.encode(header, {"x": Structure.of(value)})
+
+
+def outcome(data: bytes, kind=v1.PredictOnBatchRequest, **limits):
+    """All that comes of a message. With limits of its own it is read anew, whatever came before."""
+    try:
+        header, parts = messages.decode(kind, data, **limits)
+    except errors.InvalidRequest as error:
+        return type(error), str(error)
+    return header, {
+        place: (
+            part.tree,
+            [
+                (leaf.dtype, leaf.shape, leaf.tobytes() if leaf.dtype != object else leaf.tolist())
+                for leaf in part.leaves
+            ],
+        )
+        for place, part in parts.items()
+    }
+
+
+anew = functools.partial(outcome, limits=Limits())
+
+
+def same(data: bytes, kind=v1.PredictOnBatchRequest) -> None:
+    assert outcome(data, kind) == anew(data, kind)
+
+
+@settings(max_examples=200)
+@given(any_structures(), st.randoms(use_true_random=False))
+def test_whatever_bytes_follow_a_message_they_are_read_as_if_it_had_not_come(value, rng):
+    before = request(value, weights_id=bytes(32))
+    for _ in range(8):
+        outcome(before)
+        data = bytearray(before)
+        for _ in range(rng.randint(0, 3)):
+            data[rng.randrange(len(data))] = rng.choice([0, 1, 2, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+        same(bytes(data))
+        same(bytes(data[: rng.randrange(len(data) + 1)]))
+        # Cut off in the middle, and as long as before.
+        at = rng.randrange(len(data))
+        same(bytes(data[at:]) + bytes(data[:at]))
+
+
+@settings(max_examples=100)
+@given(any_structures(), st.binary(min_size=2, max_size=60))
+def test_a_header_of_any_bytes_is_read_by_itself(value, head):
+    body = messages.encode(v1.PredictOnBatchRequest(), {"x": Structure.of(value)})
+    outcome(v1.PredictOnBatchRequest(weights_id=bytes(len(head) - 2)).SerializeToString() + body)
+    same(head + body)
+
+
+def test_the_elements_are_those_of_each_message():
+    for index in range(5):
+        value = {"a": np.float32([[index, 1]]), "b": (np.int64(index), np.zeros((0, index), np.int8))}
+        weights_id = bytes([index]) * 32
+        header, parts = messages.decode(v1.PredictOnBatchRequest, request(value, weights_id=weights_id))
+        assert header.weights_id == weights_id
+        a, b, _ = parts["x"].leaves
+        assert (a.tolist(), b.tolist()) == ([[index, 1.0]], index)
+        assert not a.flags.writeable
+
+
+def test_shapes_and_types_of_the_same_length_are_told_apart():
+    arrays = [
+        np.arange(6, dtype=np.int16).reshape(shape).astype(dtype)
+        for shape in [(2, 3), (3, 2), (1, 6), (6, 1)]
+        for dtype in ("int16", "float16", "uint16")
+    ]
+    for array in [*arrays, *reversed(arrays)]:
+        _, parts = messages.decode(v1.PredictOnBatchRequest, request(array))
+        (leaf,) = parts["x"].leaves
+        assert (leaf.dtype, leaf.tolist()) == (array.dtype, array.tolist())
+
+
+def test_a_bool_that_is_none_is_refused_by_its_leafs_name_in_a_form_that_came_before():
+    data = request({"mask": np.bool_([True, False, True])})
+    messages.decode(v1.PredictOnBatchRequest, data)
+    with pytest.raises(errors.InvalidRequest, match=r"x\['mask'\]: malformed tensor: a bool that is neither 0 nor 1"):
+        messages.decode(v1.PredictOnBatchRequest, data[:-1] + b"\x02")
+
+
+def test_strings_are_found_in_each_message_anew():
+    for value in ([b"a", b"bcd"], [b"abc", b"d"], [b"", b"abcd"]):
+        _, parts = messages.decode(v1.PredictOnBatchRequest, request(np.array(value, object)))
+        assert parts["x"].leaves[0].tolist() == value
+
+
+def test_a_structure_hidden_in_a_header_of_the_same_length_is_refused():
+    hidden = messages.encode(v1.PredictOnBatchRequest(), {"x": Structure.of(np.int8(1))})
+    body = messages.encode(v1.PredictOnBatchRequest(), {"x": Structure.of(np.zeros(100))})
+    head = v1.PredictOnBatchRequest(weights_id=bytes(len(hidden) - 2)).SerializeToString()
+    messages.decode(v1.PredictOnBatchRequest, head + body)
+    with pytest.raises(errors.InvalidRequest, match="a second structure"):
+        messages.decode(v1.PredictOnBatchRequest, hidden + body)
+
+
+def test_a_header_that_swallows_the_structures_behind_it_leaves_none():
+    data = request(np.zeros(3), weights_id=bytes(32))
+    messages.decode(v1.PredictOnBatchRequest, data)
+    at = data.index(b"\x22\x20")
+    swallowed = data[:at] + b"\x22" + bytes([len(data) - at - 2]) + data[at + 2 :]
+    assert len(swallowed) == len(data)
+    header, parts = messages.decode(v1.PredictOnBatchRequest, swallowed)
+    assert parts == {}
+    assert len(header.weights_id) == len(data) - at - 2
+
+
+def test_a_message_of_another_type_is_none_of_the_same_form():
+    data = messages.encode(v1.LossRequest(), {"output": Structure.of(np.float32(1))})
+    assert set(messages.decode(v1.LossRequest, data)[1]) == {"output"}
+    same(data, v1.PredictOnBatchRequest)
+    same(data, v1.FinalizeMetricsRequest)
+    assert set(messages.decode(v1.LossRequest, data)[1]) == {"output"}
+
+
+def layout(framing_bytes: int) -> layouts.Layout:
+    return layouts.Layout(0, {}, [slice(0, framing_bytes)], [bytes(framing_bytes)])
+
+
+def test_what_is_kept_is_bounded_and_the_oldest_goes():
+    kept = layouts.Layouts()
+    for size in range(10_000):
+        kept.keep(v1.LossRequest, size, layout(200))
+        kept.keep(v1.LossRequest, size, layout(100))
+    assert kept.find(v1.LossRequest, bytes(9_999)) is not None
+    assert kept.find(v1.LossRequest, bytes(1)) is None
+    assert sum(kept.find(v1.LossRequest, bytes(size)) is not None for size in range(10_000)) < 1000
+
+
+@pytest.mark.parametrize("leaves, is_kept", [(10, True), (2000, False)])
+def test_a_long_framing_is_not_kept(leaves, is_kept):
+    pieces, _ = structures.encode(Structure.of([np.float32(index) for index in range(leaves)]))
+    data = b"".join(pieces)
+    part = structures.locate(data, 0, len(data), "x", Limits())
+    assert (layouts.of(data, 0, {"x": part}) is not None) is is_kept

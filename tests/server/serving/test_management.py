@@ -1,0 +1,162 @@
+"""Versions that are loaded, reloaded and unloaded while others are served."""
+
+from __future__ import annotations
+
+import asyncio
+import pathlib
+import threading
+
+import pytest
+
+from forwardpass.wire import errors
+from forwardpass_server.models.loading import TensorFlowLoader
+from forwardpass_server.serving.management import RegistryManagement
+from forwardpass_server.serving.models import ModelSource
+from forwardpass_server.serving.registry import Registry, State
+
+
+class Loader:
+    """Loads one real model for each source, when its gate is open; fails for folders that hold nothing."""
+
+    def __init__(self, repository: pathlib.Path) -> None:
+        self._loader = TensorFlowLoader("cpu")
+        self._folder = repository / "no_metrics" / "1"
+        self.started = threading.Event()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.loads = []
+
+    def load(self, source):
+        self.started.set()
+        self.gate.wait(30)
+        self.loads.append(str(source))
+        if not (source.folder / "model").exists():
+            raise KeyError("nothing in it")
+        return self._loader.load(ModelSource(source.name, source.version, folder=self._folder))
+
+
+class Situation:
+    def __init__(self, repository: pathlib.Path, folder: pathlib.Path) -> None:
+        self.folder = folder
+        self.registry = Registry([])
+        self.loader = Loader(repository)
+        self.changes = []
+        self.management = RegistryManagement(self.registry, self.loader, folder, {}, self._change)
+
+    async def _change(self, source):
+        self.changes.append(str(source))
+
+    def write(self, name: str, version: int) -> pathlib.Path:
+        folder = self.folder / name / str(version)
+        folder.mkdir(parents=True)
+        (folder / "model").touch()
+        return folder
+
+    def states(self) -> dict[str, State]:
+        return {str(entry.source): entry.state for entry in self.registry.entries()}
+
+
+@pytest.fixture
+def situation(repository, tmp_path):
+    return Situation(repository, tmp_path)
+
+
+def test_a_version_that_appeared_is_loaded_once(situation):
+    async def run():
+        situation.write("m", 1)
+        situation.write("m", 2)
+        loaded = await situation.management.load("m", 0)
+        assert loaded.source.version == 2
+        await situation.management.load("m", 2)
+        assert situation.loader.loads == situation.changes == ["m/2"]
+        assert situation.registry.get("m", 0).identity.version == 2
+
+    asyncio.run(run())
+
+
+def test_a_version_that_fails_is_an_error_and_is_tried_again_when_asked(situation):
+    async def run():
+        folder = situation.write("m", 1)
+        (folder / "model").unlink()
+        with pytest.raises(errors.ModelFailed, match="model m/1 failed to load: KeyError; the server's log says more"):
+            await situation.management.load("m", 1)
+        assert situation.states() == {"m/1": State.FAILED}
+        (folder / "model").touch()
+        await situation.management.load("m", 1)
+        assert situation.states() == {"m/1": State.AVAILABLE}
+
+    asyncio.run(run())
+
+
+def test_a_reload_that_fails_leaves_what_is_served(situation):
+    async def run():
+        folder = situation.write("m", 1)
+        await situation.management.load("m", 1)
+        served = situation.registry.get("m", 1)
+        (folder / "model").unlink()
+        with pytest.raises(errors.ModelFailed):
+            await situation.management.reload("m", 1)
+        assert situation.registry.get("m", 1) is served
+        (folder / "model").touch()
+        await situation.management.reload("m", 1)
+        assert situation.registry.get("m", 1) is not served
+
+    asyncio.run(run())
+
+
+def test_what_was_unloaded_can_be_loaded_again_and_what_is_not_there_is_no_error(situation):
+    async def run():
+        situation.write("m", 1)
+        await situation.management.load("m", 1)
+        for _ in range(2):
+            await situation.management.unload("m", 1)
+        assert situation.states() == {}
+        assert situation.changes == ["m/1", "m/1"]
+        await situation.management.load("m", 1)
+        assert situation.states() == {"m/1": State.AVAILABLE}
+
+    asyncio.run(run())
+
+
+def test_one_load_goes_on_behind_another_and_outlives_who_asked(situation):
+    async def run():
+        for version in (1, 2):
+            situation.write("m", version)
+        situation.loader.gate.clear()
+        asked = [asyncio.ensure_future(situation.management.load("m", version)) for version in (1, 2)]
+        await asyncio.to_thread(situation.loader.started.wait, 30)
+        assert situation.states() == {"m/1": State.LOADING}
+        assert situation.management.is_loading
+        asked[0].cancel()
+        situation.loader.gate.set()
+        await asked[1]
+        assert not situation.management.is_loading
+        assert situation.states() == {"m/1": State.AVAILABLE, "m/2": State.AVAILABLE}
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("name", ["other", "../m", "m/1", ".", "a\0b", "/"])
+def test_what_is_no_model_of_the_repository_is_not_found(situation, name):
+    situation.write("m", 1)
+    for method in (situation.management.load, situation.management.reload):
+        with pytest.raises(errors.ModelNotFound, match="model: expected one of the model repository, got "):
+            asyncio.run(method(name, 1))
+    with pytest.raises(errors.ModelVersionNotFound, match="version of model 'm': expected one of 1, got 7"):
+        asyncio.run(situation.management.load("m", 7))
+    assert situation.changes == []
+
+
+def test_everything_that_is_served_or_could_be_is_described(situation):
+    async def run():
+        for version in (1, 2):
+            situation.write("m", version)
+        await situation.management.load("m", 2)
+        (situation.folder / "m" / "2").rename(situation.folder / "gone")
+        found = await situation.management.describe()
+        assert [(one.source.version, one.entry is not None, one.is_loadable) for one in found] == [
+            (1, False, True),
+            (2, True, False),
+        ]
+
+    asyncio.run(run())
