@@ -272,7 +272,7 @@ class RemoteFunctionalModel(FunctionalModelApi):
     def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
         deadline = self._deadline(timeout_s)
         try:
-            return call.read(self._transport.call(call.path, call.request, deadline))
+            return call.read(self._transport.call(call.path, call.request, deadline, stays=call.held is not None))
         except errors.WeightsNotFound:
             if call.held is None:
                 raise
@@ -413,7 +413,7 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
 
     async def _run_joined(self, call: Call[ResultT], deadline: float | None) -> ResultT:
         try:
-            return call.read(await self._transport.call(call.path, call.request, deadline))
+            return call.read(await self._transport.call(call.path, call.request, deadline, stays=call.held is not None))
         except errors.WeightsNotFound:
             if call.held is None:
                 raise

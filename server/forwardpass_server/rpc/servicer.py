@@ -13,6 +13,7 @@ from forwardpass.wire.description import Function
 from forwardpass.wire.methods import MODEL_SERVICE
 from forwardpass.wire.structures import Structure
 from forwardpass_server.rpc import handlers, principals
+from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.rpc.pipeline import Pipeline
 from forwardpass_server.serving.admission import Admission
@@ -44,6 +45,7 @@ class FunctionalModelServicer:
         admission: Admission,
         metrics: Metrics,
         others: Mapping[str, Method],
+        departure: Departure,
     ) -> None:
         """others: methods of other services that a pipeline may call too, by name."""
         self._registry = registry
@@ -51,6 +53,7 @@ class FunctionalModelServicer:
         self._max_message_bytes = max_message_bytes
         self._admission = admission
         self._metrics = metrics
+        self._departure = departure
         self._pipelined = {**handlers.unary(MODEL_SERVICE, self), **others}
 
     async def ForwardPass(self, data: bytes, context: object) -> Any:
@@ -110,7 +113,7 @@ class FunctionalModelServicer:
         return messages.encode(v1.GetInitialWeightsResponse(model=model.description.identity.message()), parts)
 
     def Pipeline(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
-        pipeline = Pipeline(self._pipelined, self._max_message_bytes, self._admission, self._metrics)
+        pipeline = Pipeline(self._pipelined, self._max_message_bytes, self._admission, self._metrics, self._departure)
         return pipeline.run(requests, context)
 
     async def _call(

@@ -13,6 +13,7 @@ from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.rpc import principals
+from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.evaluation_stream import EvaluationStream
 from forwardpass_server.serving.calls import Request
 from forwardpass_server.serving.evaluation import Evaluations
@@ -23,10 +24,13 @@ from forwardpass_server.serving.sessions import Session, Sessions
 class SessionsServicer:
     """Each method has the name of its RPC, takes the request's bytes and returns the response's, or its pieces."""
 
-    def __init__(self, sessions: Sessions, evaluations: Evaluations, max_message_bytes: int) -> None:
+    def __init__(
+        self, sessions: Sessions, evaluations: Evaluations, max_message_bytes: int, departure: Departure
+    ) -> None:
         self._sessions = sessions
         self._evaluations = evaluations
         self._max_message_bytes = max_message_bytes
+        self._departure = departure
 
     async def OpenSession(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.OpenSessionRequest, data)
@@ -84,7 +88,7 @@ class SessionsServicer:
         targets = [(target.session_id, target.weights_id) for target in start.targets]
         principal = principals.current()
         async with self._evaluations.begin(principal, start.writer_id, start.training, targets) as evaluation:
-            async for response in EvaluationStream(evaluation, self._max_message_bytes).run(requests):
+            async for response in EvaluationStream(evaluation, self._max_message_bytes, self._departure).run(requests):
                 yield response
 
     def _answer(self, response_type: type[Message], session: Session, parts: Mapping[str, Structure]) -> Pieces:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
@@ -12,6 +14,7 @@ from forwardpass.wire import errors
 from forwardpass_server.serving import repository
 from forwardpass_server.serving.models import ModelLoader, ModelSource
 from forwardpass_server.serving.registry import Entry, Registry, State
+from forwardpass_server.serving.repository import FileStates
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class RegistryManagement:
         self._folder = folder
         self._factories = repository.from_factories(factories)
         self._on_change = on_change
+        # What the files of each version were when it was last loaded, or tried.
+        self._tried: dict[str, FileStates] = {}
         # One writes the registry at a time.
         self._writing = asyncio.Lock()
 
@@ -89,6 +94,20 @@ class RegistryManagement:
             if self._registry.unload(name, version):
                 await self._on_change(ModelSource(name, version))
 
+    async def follow(self, source: ModelSource, files: FileStates) -> None:
+        """Loads a version, anew if it is loaded, unless its files are those that were tried last.
+
+        What goes wrong is kept with the version.
+        """
+        async with self._writing:
+            if self._tried.get(str(source)) != files:
+                await self._load_one(source)
+
+    async def drop(self, source: ModelSource) -> None:
+        """Unloads a version whose files are gone: should the same come back, they are loaded again."""
+        await self.unload(source.name, source.version)
+        self._tried.pop(str(source), None)
+
     async def describe(self) -> list[VersionDetail]:
         found = {(one.name, one.version): one for one in await asyncio.to_thread(self._loadable)}
         entries = {(one.source.name, one.source.version): one for one in self._registry.entries()}
@@ -112,9 +131,17 @@ class RegistryManagement:
             return VersionDetail(source, self._registry.entry(source), True)
 
     async def _load_one(self, source: ModelSource) -> Entry:
-        entry = await asyncio.to_thread(self._registry.load, source, self._loader)
+        entry = await asyncio.to_thread(self._load_files, source)
         await self._on_change(source)
         return entry
+
+    def _load_files(self, source: ModelSource) -> Entry:
+        if source.folder is not None:
+            # Before they are read: what changes meanwhile is another state.
+            self._tried.pop(str(source), None)
+            with contextlib.suppress(OSError):
+                self._tried[str(source)] = repository.file_states(source.folder)
+        return self._registry.load(source, self._loader)
 
     def _find(self, name: str, version: int) -> ModelSource:
         versions = [source for source in self._loadable() if source.name == name]
@@ -131,4 +158,4 @@ class RegistryManagement:
         )
 
     def _loadable(self) -> list[ModelSource]:
-        return self._factories + ([] if self._folder is None else repository.scan(self._folder))
+        return self._factories + ([] if self._folder is None else repository.scan(self._folder, logging.DEBUG))

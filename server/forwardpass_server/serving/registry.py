@@ -24,7 +24,10 @@ class State(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """One version of a model. servable: set once it is available. error: why it failed; "" otherwise."""
+    """One version of a model.
+
+    servable: set once it is available. error: why it failed to load, or to load anew while it is available; or "".
+    """
 
     source: ModelSource
     state: State
@@ -43,8 +46,8 @@ class Registry:
     def load(self, source: ModelSource, loader: ModelLoader) -> Entry:
         """Loads one version, which need not be known yet, and returns what came of it.
 
-        What goes wrong is logged and hinders no other. It is kept with the version, unless one of the same name and
-        number is available: that stays.
+        What goes wrong is logged and hinders no other. It is kept with the version; where one of the same name and
+        number is available, that stays available.
         """
         former = self._entries.get(source.name, {}).get(source.version)
         if former is None:
@@ -61,8 +64,8 @@ class Registry:
         else:
             _LOGGER.info("model %s is available after %.2f s", source, time.monotonic() - started)
             entry = Entry(source, State.AVAILABLE, servable)
-        if entry.servable is not None or former is None or former.servable is None:
-            self._put(entry)
+        is_kept = entry.servable is None and former is not None and former.servable is not None
+        self._put(dataclasses.replace(former, error=entry.error) if former is not None and is_kept else entry)
         return entry
 
     def _put(self, entry: Entry) -> None:
