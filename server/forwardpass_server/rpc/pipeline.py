@@ -14,7 +14,7 @@ from forwardpass_server.rpc import principals
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.serving.admission import Admission
-from forwardpass_server.telemetry.metrics import Metrics
+from forwardpass_server.telemetry.rpcs import RpcMetrics
 
 # Of one stream at once; beyond it no more is read of it, and its caller has to wait.
 _MAX_CALLS = 1024
@@ -53,7 +53,7 @@ class Pipeline:
     """
 
     def __init__(
-        self, methods: Mapping[str, Method], max_message_bytes: int, admission: Admission, metrics: Metrics
+        self, methods: Mapping[str, Method], max_message_bytes: int, admission: Admission, metrics: RpcMetrics
     ) -> None:
         self._methods = methods
         # How much is arriving is for the admission to say, which knows of other streams too.
