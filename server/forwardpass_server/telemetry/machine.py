@@ -10,7 +10,7 @@ import prometheus_client as prometheus
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from forwardpass_server.telemetry.families import Families, Family
+from forwardpass_server.telemetry.families import Families
 
 
 class DeviceReading(NamedTuple):
@@ -25,22 +25,20 @@ ReadDevice = Callable[[], DeviceReading | None]
 """Reads the device; None where it cannot be read, as the CPU cannot."""
 
 _DEVICE = (
-    Family("forwardpass_device_memory_used_bytes", "gauge", (), "The GPU's memory that is taken, by whomever."),
-    Family("forwardpass_device_memory_total_bytes", "gauge", (), "The GPU's memory."),
-    Family(
-        "forwardpass_device_utilisation_ratio", "gauge", (), "The share of the last second in which the GPU worked."
-    ),
+    ("forwardpass_device_memory_used_bytes", "gauge", "The GPU's memory that is taken, by whomever."),
+    ("forwardpass_device_memory_total_bytes", "gauge", "The GPU's memory."),
+    ("forwardpass_device_utilisation_ratio", "gauge", "The share of the last second in which the GPU worked."),
 )
-DEVICE_FAMILIES = frozenset(family.name for family in _DEVICE)
+GPU_ONLY = frozenset(name for name, _, _ in _DEVICE)
 """What there is of a server on a GPU alone."""
 
 _PROCESS = (
-    Family("process_cpu_seconds_total", "counter", (), "Processor time that the process took, in seconds."),
-    Family("process_resident_memory_bytes", "gauge", (), "Memory of the process that is in RAM."),
-    Family("process_virtual_memory_bytes", "gauge", (), "Addresses that the process has mapped."),
-    Family("process_start_time_seconds", "gauge", (), "When the process started, in seconds since 1970."),
-    Family("process_open_fds", "gauge", (), "Files and sockets that are open."),
-    Family("process_max_fds", "gauge", (), "How many may be."),
+    ("process_cpu_seconds_total", "counter", "Processor time that the process took, in seconds."),
+    ("process_resident_memory_bytes", "gauge", "Memory of the process that is in RAM."),
+    ("process_virtual_memory_bytes", "gauge", "Addresses that the process has mapped."),
+    ("process_start_time_seconds", "gauge", "When the process started, in seconds since 1970."),
+    ("process_open_fds", "gauge", "Files and sockets that are open."),
+    ("process_max_fds", "gauge", "How many may be."),
 )
 
 
@@ -53,8 +51,8 @@ class MachineMetrics:
         self._build = families.gauge(
             "forwardpass_build_info", "1, labelled with what runs.", ("version", "tensorflow", "device")
         )
-        families.collector(_DeviceCollector(self), _DEVICE)
-        families.collector(prometheus.ProcessCollector(registry=None), _PROCESS)
+        families.read(_DeviceCollector(self), _DEVICE)
+        families.read(prometheus.ProcessCollector(registry=None), _PROCESS)
 
     def build(self, version: str, tensorflow: str, device: str) -> None:
         """Shows what runs. device: as in "CPU:0"."""
@@ -68,10 +66,10 @@ class _DeviceCollector(Collector):
         self._machine = machine
 
     def describe(self) -> Iterable[GaugeMetricFamily]:
-        return [GaugeMetricFamily(family.name, family.meaning) for family in _DEVICE]
+        return [GaugeMetricFamily(name, meaning) for name, _, meaning in _DEVICE]
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
         reading = self._machine.read_device()
         if reading is not None:
-            for family, value in zip(_DEVICE, reading, strict=True):
-                yield GaugeMetricFamily(family.name, family.meaning, value)
+            for (name, _, meaning), value in zip(_DEVICE, reading, strict=True):
+                yield GaugeMetricFamily(name, meaning, value)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from forwardpass_server.telemetry.families import Families
+import prometheus_client as prometheus
+
+from forwardpass_server.telemetry.families import Families, Family
 from forwardpass_server.telemetry.machine import MachineMetrics
 from forwardpass_server.telemetry.models import ModelMetrics
 from forwardpass_server.telemetry.rpcs import RpcMetrics
@@ -11,14 +13,16 @@ from forwardpass_server.telemetry.weights import WeightMetrics
 
 
 class Metrics:
-    """All metrics of one server, in a registry of their own. `families`: what there is, by subject."""
+    """All metrics of one server, in a registry of their own. `families`: what there is, subject by subject."""
 
     def __init__(self) -> None:
-        made = Families()
-        self.registry = made.registry
-        self.families = made.made
-        self.rpcs = RpcMetrics(made)
-        self.models = ModelMetrics(made)
-        self.weights = WeightMetrics(made)
-        self.sessions = SessionMetrics(made)
-        self.machine = MachineMetrics(made)
+        self.registry = prometheus.CollectorRegistry()
+        self.families: list[Family] = []
+        self.rpcs = RpcMetrics(self._about("Remote calls"))
+        self.models = ModelMetrics(self._about("Models"))
+        self.weights = WeightMetrics(self._about("Weights"))
+        self.sessions = SessionMetrics(self._about("Metric sessions"))
+        self.machine = MachineMetrics(self._about("Process and device"))
+
+    def _about(self, subject: str) -> Families:
+        return Families(subject, self.registry, self.families)

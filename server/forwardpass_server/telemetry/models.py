@@ -42,6 +42,9 @@ class ModelMetrics:
             ("outcome",),
             _LOAD_SECONDS,
         )
+        # Prometheus sees no growth in a series that begins with it.
+        for outcome in ("loaded", "failed"):
+            self._load_seconds.labels(outcome)
         self._traces = families.counter(
             "forwardpass_traces_total", "Graphs traced from Python: only loading a model makes them."
         )
