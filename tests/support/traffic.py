@@ -17,6 +17,7 @@ from support.servers import ServerProcess
 
 ARGUMENTS = (
     *("--factory", "counting=support.zoo:counting", "--factory", "wide=support.zoo:wide_1m"),
+    *("--factory", "slow=support.zoo:slow"),
     *("--factory", "crashing=support.zoo:crashing", "--factory", "broken=support.zoo:missing"),
     *("--weights-mib", "2", "--max-concurrent-calls", "64", "--management-port", "0"),
 )
@@ -76,3 +77,5 @@ def _fail(client: forwardpass_client.Client) -> None:
         client.model("broken")
     with pytest.raises(errors.InternalError):
         client.model("crashing").predict_on_batch(((), ()), np.float32([1]))
+    with client.model("slow").pipeline(((), ())) as pipeline, pytest.raises(errors.DeadlineExceeded):
+        pipeline.predict_on_batch([10**5], timeout_s=0.1).result()
