@@ -32,6 +32,9 @@ lint: $(STAMP)  ## Format, lint, types, layers, protocol.
 protos:  ## Generate the Python beside the .proto files.
 	PYTHON=$(PYTHON) protos/generate.sh
 
+docs/metrics.md: $(STAMP) $(wildcard server/forwardpass_server/telemetry/*.py)  ## Write the catalogue of metrics.
+	$(VENV)/bin/python -m forwardpass_server.telemetry.catalogue > $@
+
 requirements: $(STAMP)  ## Pin what the image installs, by version and hash: the newest that fit pyproject.toml.
 	$(COMPILE) deploy/image/build.in --output-file deploy/image/build.txt
 	$(COMPILE) pyproject.toml --extra server --extra redis --output-file deploy/image/server.txt

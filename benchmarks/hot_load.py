@@ -89,7 +89,7 @@ def main() -> None:
         arguments = ["--factory=mlp=models:mlp", "--model-repository", folder, "--management-port", "0"]
         command = [
             sys.executable,
-            *"-m",
+            "-m",
             "forwardpass_server.app.cli",
             "serve",
             "--port",

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import gc
+import importlib.metadata
 import logging
 import os
 import signal
@@ -36,7 +37,9 @@ from forwardpass_server.serving.calls import Caller
 from forwardpass_server.serving.errors import ModelLoadError
 from forwardpass_server.serving.evaluation import Evaluations
 from forwardpass_server.serving.liveness import Liveness
+from forwardpass_server.serving.loading import ObservedLoader
 from forwardpass_server.serving.management import Management, RegistryManagement
+from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Registry, State
 from forwardpass_server.serving.repository_watch import RepositoryWatch
 from forwardpass_server.serving.scheduling import Scheduler
@@ -46,7 +49,9 @@ from forwardpass_server.serving.tokens import Role
 from forwardpass_server.serving.version_policy import VersionPolicies
 from forwardpass_server.serving.weight_files import WeightFiles
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
+from forwardpass_server.telemetry import gpus
 from forwardpass_server.telemetry.metrics import Metrics
+from forwardpass_server.telemetry.models import ModelMetrics
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -70,8 +75,14 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     can end it. Raises DeviceNotFound, SettingsError, or OSError where a port is taken.
     """
     allocator.keep_freed_memory()
+    # When a series began is a series more for each, and what rates are made of says it too.
+    prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics()
-    loader = TensorFlowLoader(settings.device, metrics.trace, settings.batching)
+    tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
+    device_name = tensorflow.device.removeprefix("/device:")
+    metrics.machine.build(importlib.metadata.version("forwardpass"), tensorflow.tensorflow_version, device_name)
+    metrics.machine.read_device = gpus.reader(device_name)
+    loader = ObservedLoader(tensorflow, metrics.models)
     try:
         policies = VersionPolicies(settings.model_repository)
     except ModelLoadError as error:
@@ -84,21 +95,21 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         sources += policies.served(found)
     registry = Registry(sources)
     for state in State:
-        metrics.models_in_state(state.value, functools.partial(registry.count, state))
+        metrics.models.in_state(state.value, functools.partial(registry.count, state))
     scheduler = Scheduler(settings.execution_threads)
-    device = TensorFlowDevice(loader.device)
+    device = TensorFlowDevice(tensorflow.device)
     weights_bytes = settings.weights_bytes or device.default_budget_bytes()
     store = _weight_store(settings, device, weights_bytes, metrics)
-    batcher = Batcher(scheduler, metrics, settings.max_batch_examples)
+    batcher = Batcher(scheduler, metrics.models, settings.max_batch_examples)
     admission = _admission(settings)
-    caller = Caller(registry, store, scheduler, batcher, metrics, admission)
+    caller = Caller(registry, store, scheduler, batcher, metrics.models, admission)
     security = Security(settings)
-    session_store = await session_stores.open_store(settings, metrics)
-    metrics.session_store(session_store.count)
-    sessions = Sessions(session_store, registry, caller, admission, metrics, settings.max_state_bytes)
+    session_store = await session_stores.open_store(settings, metrics.sessions)
+    metrics.sessions.store(session_store.count)
+    sessions = Sessions(session_store, registry, caller, admission, metrics.sessions, settings.max_state_bytes)
     evaluations = Evaluations(sessions, store, caller, admission)
     departure = Departure()
-    sessions_servicer = SessionsServicer(sessions, evaluations, settings.max_message_bytes, departure)
+    sessions_servicer = SessionsServicer(sessions, evaluations, settings.max_message_bytes, metrics.models, departure)
     server = Server(
         ServerOptions(
             host=settings.host,
@@ -129,7 +140,12 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     liveness = Liveness(device, _TRIAL_S, settings.device_timeout_s)
     health = Health(server, registry, liveness)
     management = RegistryManagement(
-        registry, loader, settings.model_repository, settings.factories, policies, health.model_changed
+        registry,
+        loader,
+        settings.model_repository,
+        settings.factories,
+        policies,
+        functools.partial(_model_changed, health, registry, loader, metrics.models),
     )
     managing = None
     if settings.management_port is not None:
@@ -153,12 +169,12 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     port = await server.start()
     announce(f"listening on {join_address(settings.host, port)}")
     announce(
-        f"weights: up to {weights_bytes / 2**20:,.0f} MiB on {loader.device.removeprefix('/device:')}"
+        f"weights: up to {weights_bytes / 2**20:,.0f} MiB on {device_name}"
         + (f", kept in {settings.weights_folder}" if settings.weights_folder else "")
     )
     announce(f"metric sessions in {session_store.place}")
     liveness.start()
-    loading = asyncio.create_task(_load(registry, management, health, loader.device, announce))
+    loading = asyncio.create_task(_load(registry, management, health, device_name, announce))
     # What goes wrong in it otherwise than with one model must not leave a server that is never ready.
     loading.add_done_callback(lambda task: None if task.cancelled() or task.exception() is None else stop.set())
     looking_after = [
@@ -197,14 +213,14 @@ def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: in
     files = None
     if settings.weights_folder is not None:
         files = kept = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
-        metrics.weight_files(lambda: kept.size_bytes, settings.weights_disk_bytes, lambda: kept.set_count)
+        metrics.weights.files(lambda: kept.size_bytes, settings.weights_disk_bytes, lambda: kept.set_count)
     options = StoreOptions(
         budget_bytes=budget_bytes,
         principal_bytes=settings.share(settings.weights_bytes_per_principal, budget_bytes),
         upload_expiry_s=settings.upload_expiry_s,
     )
-    store = WeightStore(options, device, metrics, files)
-    metrics.weight_store(lambda: store.used_bytes, budget_bytes, lambda: store.set_count, lambda: store.tensor_count)
+    store = WeightStore(options, device, metrics.weights, files)
+    metrics.weights.store(lambda: store.used_bytes, budget_bytes, lambda: store.set_count, lambda: store.tensor_count)
     return store
 
 
@@ -281,6 +297,18 @@ async def _follow_repository(
     await watch.watch(settings.repository_poll_s)
 
 
+async def _model_changed(
+    health: Health, registry: Registry, loader: ObservedLoader, metrics: ModelMetrics, source: ModelSource
+) -> None:
+    """Says of a model, and of its version, whether it can be called; forgets what there was of one that is gone."""
+    known = [(entry.source.name, entry.source.version) for entry in registry.entries()]
+    if (source.name, source.version) not in known:
+        loader.forget(source)
+    if source.name not in dict(known):
+        metrics.forget(source.name)
+    await health.model_changed(source)
+
+
 async def _load(
     registry: Registry, management: RegistryManagement, health: Health, device: str, announce: Callable[[str], None]
 ) -> None:
@@ -295,6 +323,6 @@ async def _load(
     await health.models_tried()
     failed = [str(entry.source) for entry in entries if entry.state is State.FAILED]
     announce(
-        f"ready on {device.removeprefix('/device:')}: {len(entries) - len(failed)} of {len(entries)} models"
+        f"ready on {device}: {len(entries) - len(failed)} of {len(entries)} models"
         + (f"; failed: {', '.join(failed)}" if failed else "")
     )

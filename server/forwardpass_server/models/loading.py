@@ -6,6 +6,8 @@ import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
 
+import tensorflow as tf
+
 from forwardpass.wire import description
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
@@ -47,6 +49,7 @@ class TensorFlowLoader:
         self, device: str = "auto", on_trace: Callable[[], None] = lambda: None, batching: bool = True
     ) -> None:
         self.device = devices.choose(device)
+        self.tensorflow_version: str = tf.__version__
         self._on_trace = on_trace
         self._batching = batching
 

@@ -15,7 +15,7 @@ from forwardpass.wire import errors
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.failures import failure_of
-from forwardpass_server.telemetry.metrics import Metrics
+from forwardpass_server.telemetry.rpcs import MethodMetrics, RpcMetrics
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
@@ -35,7 +35,7 @@ class _Method(NamedTuple):
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every handler, those of health and reflection included. Nothing else aborts a call of ours."""
 
-    def __init__(self, metrics: Metrics, access: Access) -> None:
+    def __init__(self, metrics: RpcMetrics, access: Access) -> None:
         self._metrics = metrics
         self._access = access
         self._methods: dict[str, _Method] = {}
@@ -65,18 +65,24 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         async def refuse(requests: Any, context: Any) -> None:
             raise self._access.refusal(context.invocation_metadata())
 
-        return grpc.stream_stream_rpc_method_handler(self._guard(refuse, kind, path))
+        return grpc.stream_stream_rpc_method_handler(
+            self._guard(refuse, path, self._metrics.method(kind, *_names(path)))
+        )
 
     def _wrap(self, handler: Any, path: str, is_open: bool) -> Any:
         """The handler with `_guard` around it, of the same kind; requests reach it as bytes."""
         method = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         if handler.request_deserializer is not None:
             method = _reading(method, handler.request_deserializer, handler.request_streaming)
-        answer = _writing(method) if handler.response_streaming else method
         streams = handler.request_streaming, handler.response_streaming
+        metrics = self._metrics.method(_KINDS[streams], *_names(path))
+        # Those of health and reflection are no bytes yet, and too few to matter.
+        if handler.response_serializer is None:
+            method = _measured(method, metrics, *streams)
+        answer = _writing(method) if handler.response_streaming else method
         if not is_open:
             answer = self._admitted(answer, handler.request_streaming)
-        return handlers.MAKERS[streams](self._guard(answer, _KINDS[streams], path), None, handler.response_serializer)
+        return handlers.MAKERS[streams](self._guard(answer, path, metrics), None, handler.response_serializer)
 
     def _admitted(self, answer: Callable[..., Awaitable[Any]], is_stream: bool) -> Callable[..., Awaitable[Any]]:
         """`answer` for callers that a certificate names, and that stay who they are as long as they send requests."""
@@ -99,10 +105,10 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 raise self._access.refusal(metadata)
             yield request
 
-    def _guard(self, answer: Callable[..., Awaitable[Any]], kind: str, path: str) -> Callable[..., Awaitable[Any]]:
+    def _guard(
+        self, answer: Callable[..., Awaitable[Any]], path: str, metrics: MethodMetrics
+    ) -> Callable[..., Awaitable[Any]]:
         """`answer` with its errors turned into statuses, counted and timed."""
-        _, service, method = path.split("/")
-        metrics = self._metrics.rpc(kind, service, method)
 
         async def guarded(request: Any, context: Any) -> Any:
             started = time.perf_counter()
@@ -130,6 +136,12 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return guarded
 
 
+def _names(path: str) -> tuple[str, str]:
+    """Of the service and its method."""
+    _, service, method = path.split("/")
+    return service, method
+
+
 async def _abort(context: Any, error: errors.ForwardPassError) -> None:
     await context.abort(
         grpc.StatusCode[error.status],
@@ -153,6 +165,35 @@ def _reading(
     """The method, given what `read` makes of each request. streams: the requests are a stream."""
     read_requests = functools.partial(_read_all if streams else _read, read)
     return lambda request, context: method(read_requests(request), context)
+
+
+def _measured(
+    method: Callable[[Any, Any], Any], metrics: MethodMetrics, streams_requests: bool, streams_responses: bool
+) -> Callable[[Any, Any], Any]:
+    """The method, with the bytes of its requests and responses counted."""
+    received, sent = metrics.received_bytes.inc, metrics.sent_bytes.inc
+
+    async def answer(request: Any, context: Any) -> Any:
+        if not streams_requests:
+            received(len(request))
+        response = await method(_counted(request, received) if streams_requests else request, context)
+        sent(len(response))
+        return response
+
+    def respond(request: Any, context: Any) -> AsyncIterator[bytes]:
+        if not streams_requests:
+            received(len(request))
+        return _counted(method(_counted(request, received) if streams_requests else request, context), sent)
+
+    return respond if streams_responses else answer
+
+
+async def _counted(messages: Any, count: Callable[[int], None]) -> AsyncIterator[bytes]:
+    # What grpc gives is an iterator that has no end but its own.
+    async with contextlib.aclosing(messages) if hasattr(messages, "aclose") else contextlib.nullcontext():
+        async for message in messages:
+            count(len(message))
+            yield message
 
 
 def _writing(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitable[None]]:

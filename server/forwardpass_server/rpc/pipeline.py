@@ -15,7 +15,7 @@ from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.serving.admission import Admission
-from forwardpass_server.telemetry.metrics import Metrics
+from forwardpass_server.telemetry.rpcs import RpcMetrics
 
 # Of one stream at once; beyond it no more is read of it, and its caller has to wait.
 _MAX_CALLS = 1024
@@ -58,7 +58,7 @@ class Pipeline:
         methods: Mapping[str, Method],
         max_message_bytes: int,
         admission: Admission,
-        metrics: Metrics,
+        metrics: RpcMetrics,
         departure: Departure,
     ) -> None:
         self._methods = methods

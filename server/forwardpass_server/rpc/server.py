@@ -75,7 +75,7 @@ class Server:
         self._departure = departure
         self._health = HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[Interceptor(metrics, access)],
+            interceptors=[Interceptor(metrics.rpcs, access)],
             options=[
                 ("grpc.max_receive_message_length", options.max_message_bytes),
                 ("grpc.max_send_message_length", options.max_message_bytes),

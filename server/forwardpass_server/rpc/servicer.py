@@ -13,6 +13,7 @@ from forwardpass.wire.description import Function
 from forwardpass.wire.methods import MODEL_SERVICE
 from forwardpass.wire.structures import Structure
 from forwardpass_server.rpc import handlers, principals
+from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.rpc.pipeline import Pipeline
@@ -54,40 +55,41 @@ class FunctionalModelServicer:
         self._admission = admission
         self._metrics = metrics
         self._departure = departure
+        self._codec = Codec(max_message_bytes, metrics.models)
         self._pipelined = {**handlers.unary(MODEL_SERVICE, self), **others}
 
     async def ForwardPass(self, data: bytes, context: object) -> Any:
-        header, parts = messages.decode(v1.ForwardPassRequest, data)
+        header, parts = self._codec.decode(v1.ForwardPassRequest, data)
         function = Function.FORWARD_PASS
         return await self._call(
             v1.ForwardPassResponse, header, function, parts, len(data), header.training, header.weights_id
         )
 
     async def PredictOnBatch(self, data: bytes, context: object) -> Any:
-        header, parts = messages.decode(v1.PredictOnBatchRequest, data)
+        header, parts = self._codec.decode(v1.PredictOnBatchRequest, data)
         function = Function.PREDICT_ON_BATCH
         return await self._call(
             v1.PredictOnBatchResponse, header, function, parts, len(data), header.training, header.weights_id
         )
 
     async def Loss(self, data: bytes, context: object) -> Any:
-        header, parts = messages.decode(v1.LossRequest, data)
+        header, parts = self._codec.decode(v1.LossRequest, data)
         function = Function.WEIGHTED_LOSS if "sample_weight" in parts else Function.LOSS
         return await self._call(v1.LossResponse, header, function, parts, len(data))
 
     async def InitializeMetricsState(self, data: bytes, context: object) -> Any:
-        header, parts = messages.decode(v1.InitializeMetricsStateRequest, data)
+        header, parts = self._codec.decode(v1.InitializeMetricsStateRequest, data)
         function = Function.INITIALIZE_METRICS_STATE
         return await self._call(v1.InitializeMetricsStateResponse, header, function, parts, len(data))
 
     async def UpdateMetricsState(self, data: bytes, context: object) -> Any:
-        header, parts = messages.decode(v1.UpdateMetricsStateRequest, data)
+        header, parts = self._codec.decode(v1.UpdateMetricsStateRequest, data)
         weighted = "sample_weight" in parts
         function = Function.WEIGHTED_UPDATE_METRICS_STATE if weighted else Function.UPDATE_METRICS_STATE
         return await self._call(v1.UpdateMetricsStateResponse, header, function, parts, len(data))
 
     async def FinalizeMetrics(self, data: bytes, context: object) -> Any:
-        header, parts = messages.decode(v1.FinalizeMetricsRequest, data)
+        header, parts = self._codec.decode(v1.FinalizeMetricsRequest, data)
         return await self._call(v1.FinalizeMetricsResponse, header, Function.FINALIZE_METRICS, parts, len(data))
 
     async def GetModel(self, data: bytes, context: object) -> bytes:
@@ -113,7 +115,9 @@ class FunctionalModelServicer:
         return messages.encode(v1.GetInitialWeightsResponse(model=model.description.identity.message()), parts)
 
     def Pipeline(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
-        pipeline = Pipeline(self._pipelined, self._max_message_bytes, self._admission, self._metrics, self._departure)
+        pipeline = Pipeline(
+            self._pipelined, self._max_message_bytes, self._admission, self._metrics.rpcs, self._departure
+        )
         return pipeline.run(requests, context)
 
     def _version(self, selector: v1.ModelSelector) -> int:
@@ -148,7 +152,7 @@ class FunctionalModelServicer:
             principals.current(),
         )
         servable, results = await self._caller.call(request)
-        pieces = messages.encode_pieces(servable.response_header(response_type), results, self._max_message_bytes)
+        pieces = self._codec.encode(servable.response_header(response_type), results)
         return pieces if len(pieces) >= _LONG_BYTES else pieces.join()
 
 

@@ -13,6 +13,7 @@ from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.rpc import principals
+from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.evaluation_stream import EvaluationStream
 from forwardpass_server.rpc.selectors import without_label
@@ -20,18 +21,25 @@ from forwardpass_server.serving.calls import Request
 from forwardpass_server.serving.evaluation import Evaluations
 from forwardpass_server.serving.session_records import UpdateIdentity
 from forwardpass_server.serving.sessions import Session, Sessions
+from forwardpass_server.telemetry.models import ModelMetrics
 
 
 class SessionsServicer:
     """Each method has the name of its RPC, takes the request's bytes and returns the response's, or its pieces."""
 
     def __init__(
-        self, sessions: Sessions, evaluations: Evaluations, max_message_bytes: int, departure: Departure
+        self,
+        sessions: Sessions,
+        evaluations: Evaluations,
+        max_message_bytes: int,
+        metrics: ModelMetrics,
+        departure: Departure,
     ) -> None:
         self._sessions = sessions
         self._evaluations = evaluations
         self._max_message_bytes = max_message_bytes
         self._departure = departure
+        self._codec = Codec(max_message_bytes, metrics)
 
     async def OpenSession(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.OpenSessionRequest, data)
@@ -49,13 +57,13 @@ class SessionsServicer:
         return v1.OpenSessionResponse(model=identity, updates=session.record.updates).SerializeToString()
 
     async def UpdateSession(self, data: bytes, context: object) -> bytes:
-        header, parts = messages.decode(v1.UpdateSessionRequest, data)
+        header, parts = self._codec.decode(v1.UpdateSessionRequest, data)
         update = UpdateIdentity.of(header.update)
         session = await self._sessions.update(principals.current(), update, parts, len(data))
         return self._answer(v1.UpdateSessionResponse, session, {}).join()
 
     async def ForwardPassInSession(self, data: bytes, context: object) -> Pieces:
-        header, parts = messages.decode(v1.ForwardPassInSessionRequest, data)
+        header, parts = self._codec.decode(v1.ForwardPassInSessionRequest, data)
         principal = principals.current()
         request = Request("", 0, Function.FORWARD_PASS, parts, len(data), header.training, header.weights_id, principal)
         update = UpdateIdentity.of(header.update)
@@ -63,7 +71,7 @@ class SessionsServicer:
         return self._answer(v1.ForwardPassInSessionResponse, session, results)
 
     async def MergeIntoSession(self, data: bytes, context: object) -> bytes:
-        header, parts = messages.decode(v1.MergeIntoSessionRequest, data)
+        header, parts = self._codec.decode(v1.MergeIntoSessionRequest, data)
         update = UpdateIdentity.of(header.update)
         session = await self._sessions.merge(
             principals.current(), update, header.other_session_id, parts.get("state"), len(data)
@@ -95,7 +103,7 @@ class SessionsServicer:
 
     def _answer(self, response_type: type[Message], session: Session, parts: Mapping[str, Structure]) -> Pieces:
         header: Any = session.servable.response_header(response_type)
-        return messages.encode_pieces(header, parts, self._max_message_bytes)
+        return self._codec.encode(header, parts)
 
 
 async def _start(requests: AsyncIterator[bytes]) -> v1.EvaluationStart:

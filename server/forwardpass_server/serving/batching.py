@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import numpy as np
 from forwardpass.wire.dtypes import Array
 from forwardpass_server.serving.models import Leaf
 from forwardpass_server.serving.plans import Plan
-from forwardpass_server.serving.scheduling import Scheduler
+from forwardpass_server.serving.scheduling import Passage, Scheduler
 
 _Key = tuple[int, int, tuple[tuple[int, ...], ...]]
 """A plan, weights, and the shapes of rows: calls that agree in these can share a batch."""
@@ -33,6 +34,9 @@ class BatchObserver(Protocol):
 
     def batched_calls(self, calls: int) -> None: ...
 
+    def batch_wait(self, seconds: float) -> None:
+        """One call waited so long for others."""
+
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Waiting:
@@ -41,6 +45,7 @@ class _Waiting:
     x: Sequence[Array]
     rows: int
     size_bytes: int
+    passage: Passage
     future: asyncio.Future[list[Array]]
 
 
@@ -69,7 +74,9 @@ class Batcher:
         self._turns = 1
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def predict(self, plan: Plan, weights: Sequence[Leaf], x: Sequence[Array], size_bytes: int) -> list[Array]:
+    async def predict(
+        self, plan: Plan, weights: Sequence[Leaf], x: Sequence[Array], size_bytes: int, passage: Passage
+    ) -> list[Array]:
         """The leaves of the predictions of one call.
 
         plan: of a function whose leaves, but for the weights, and whose results all have a row for each example, each
@@ -80,7 +87,7 @@ class Batcher:
         rows = shapes[0][0]
         if len(shapes) > 1 and any(shape[0] != rows for shape in shapes):
             # The model may broadcast one leaf over another.
-            return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes)
+            return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes, [passage])
         key = id(plan), id(weights), tuple([shape[1:] for shape in shapes])
         loop = asyncio.get_running_loop()
         queue = self._queues.get(key)
@@ -91,10 +98,10 @@ class Batcher:
                 queue.is_running = True
                 try:
                     self._observer.batched_calls(1)
-                    return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes)
+                    return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes, [passage])
                 finally:
                     loop.call_soon(self._start, key, queue)
-        waiting = _Waiting(x, rows, size_bytes, loop.create_future())
+        waiting = _Waiting(x, rows, size_bytes, passage, loop.create_future())
         queue.waiting.append(waiting)
         if not queue.is_running:
             queue.is_running = True
@@ -139,6 +146,9 @@ class Batcher:
 
     async def _run(self, queue: _Queue, batch: Sequence[_Waiting]) -> None:
         self._observer.batched_calls(len(batch))
+        now = time.perf_counter()
+        for waiting in batch:
+            self._observer.batch_wait(now - waiting.passage.arrived)
         if len(batch) == 1:
             await self._run_alone(queue, batch[0])
             return
@@ -146,7 +156,11 @@ class Batcher:
             joined = [np.concatenate(leaves) for leaves in zip(*(waiting.x for waiting in batch), strict=True)]
             size_bytes = sum(waiting.size_bytes for waiting in batch)
             results = await self._scheduler.run(
-                queue.plan.run, [*queue.weights, *joined], queue.plan.estimates, size_bytes
+                queue.plan.run,
+                [*queue.weights, *joined],
+                queue.plan.estimates,
+                size_bytes,
+                [waiting.passage for waiting in batch],
             )
             rows = sum(waiting.rows for waiting in batch)
             if any(leaf.shape[0] != rows for leaf in results):
@@ -169,7 +183,7 @@ class Batcher:
         plan = queue.plan
         try:
             results = await self._scheduler.run(
-                plan.run, [*queue.weights, *waiting.x], plan.estimates, waiting.size_bytes
+                plan.run, [*queue.weights, *waiting.x], plan.estimates, waiting.size_bytes, [waiting.passage]
             )
         except Exception as error:
             if not waiting.future.done():

@@ -15,7 +15,7 @@ from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.models import Leaf
 from forwardpass_server.serving.plans import Plan, Servable
 from forwardpass_server.serving.registry import Registry
-from forwardpass_server.serving.scheduling import Scheduler
+from forwardpass_server.serving.scheduling import Passage, Scheduler
 from forwardpass_server.serving.weights import WeightStore
 
 
@@ -23,6 +23,9 @@ class CallObserver(Protocol):
     """Is told of each call that runs."""
 
     def batch(self, model: str, function: Function, examples: int) -> None: ...
+
+    def call_ran(self, model: str, function: Function, arrived: float, began: float, ended: float) -> None:
+        """A call has run, or failed, or was given up: see `Passage`. Said where the call's own context is current."""
 
 
 class Request(NamedTuple):
@@ -32,6 +35,7 @@ class Request(NamedTuple):
     size_bytes: its length, by which calls are told to take longer or shorter.
     weights_id: of weights that the store holds; b"" where they are among the parts, or not needed.
     principal: who asks; "" where nobody has to say so.
+    is_alone: no other call would come to share a batch with it.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Request(NamedTuple):
     training: bool = False
     weights_id: bytes = b""
     principal: str = ""
+    is_alone: bool = False
 
 
 class Caller:
@@ -83,37 +88,49 @@ class Caller:
         """
         plan = servable.plan(request.function, request.training)
         if not request.weights_id:
-            return plan.unflatten(await self._run(request, plan, plan.flatten(request.parts)))
+            return plan.unflatten(await self._run(request, servable, plan, plan.flatten(request.parts)))
         async with self._weights.use(request.principal, request.weights_id) as weights:
             placed = weights.leaves(servable.identity.content_hash, servable.spec.weights)
             leaves = plan.flatten(request.parts, placed)
-            if servable.is_batchable and plan.is_prediction and not request.training:
+            if servable.is_batchable and plan.is_prediction and not request.training and not request.is_alone:
                 results = await self._run_batched(request, servable, placed, leaves[len(placed) :])
             else:
-                results = await self._run(request, plan, leaves)
+                results = await self._run(request, servable, plan, leaves)
         return plan.unflatten(results)
 
     async def _run_batched(
         self, request: Request, servable: Servable, weights: Sequence[Leaf], leaves: Sequence[Array]
     ) -> list[Array]:
         """The predictions with those of other calls; the loss, where it is wanted, for each call by itself."""
-        self._observe(request)
+        self._observe(request, servable)
         inputs = len(servable.spec.x.leaves)
         x, y = leaves[:inputs], leaves[inputs:]
-        predict = servable.plan(Function.PREDICT_ON_BATCH)
-        predictions = await self._batcher.predict(predict, weights, x, request.size_bytes)
-        if request.function is Function.PREDICT_ON_BATCH:
-            return predictions
-        loss = servable.plan(Function.LOSS)
-        results = await self._scheduler.run(loss.run, [*predictions, *y], loss.estimates, request.size_bytes)
+        predict, size_bytes = servable.plan(Function.PREDICT_ON_BATCH), request.size_bytes
+        passage = Passage()
+        try:
+            predictions = await self._batcher.predict(predict, weights, x, size_bytes, passage)
+            if request.function is Function.PREDICT_ON_BATCH:
+                return predictions
+            loss = servable.plan(Function.LOSS)
+            results = await self._scheduler.run(loss.run, [*predictions, *y], loss.estimates, size_bytes, [passage])
+        finally:
+            self._observe_end(request, servable, passage)
         (num_examples,) = servable.spec.batch_output.named_child("num_examples").leaves
         return [*results, *predictions, np.array(predictions[0].shape[0], num_examples.dtype)]
 
-    def _observe(self, request: Request) -> None:
+    def _observe(self, request: Request, servable: Servable) -> None:
         x = request.parts.get("x") or request.parts.get("batch_input.x")
         if x is not None and x.leaves and x.leaves[0].ndim:
-            self._observer.batch(request.name, request.function, x.leaves[0].shape[0])
+            self._observer.batch(servable.identity.name, request.function, x.leaves[0].shape[0])
 
-    async def _run(self, request: Request, plan: Plan, leaves: Sequence[Leaf]) -> list[Array]:
-        self._observe(request)
-        return await self._scheduler.run(plan.run, leaves, plan.estimates, request.size_bytes)
+    def _observe_end(self, request: Request, servable: Servable, passage: Passage) -> None:
+        name = servable.identity.name
+        self._observer.call_ran(name, request.function, passage.arrived, passage.began, passage.ended)
+
+    async def _run(self, request: Request, servable: Servable, plan: Plan, leaves: Sequence[Leaf]) -> list[Array]:
+        self._observe(request, servable)
+        passage = Passage()
+        try:
+            return await self._scheduler.run(plan.run, leaves, plan.estimates, request.size_bytes, [passage])
+        finally:
+            self._observe_end(request, servable, passage)

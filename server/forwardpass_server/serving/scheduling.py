@@ -49,15 +49,28 @@ class Estimates:
             and (not self._inline_from or self._inline_from.get(bucket, 0) < time.monotonic())
         )
 
-    def add(self, bucket: int, seconds: float, worked_s: float) -> None:
-        """Takes note of a run. worked_s: the processor time that the process took meanwhile."""
-        self._seconds[bucket] = min(seconds, self._seconds.get(bucket, seconds) * _RISE)
+    def add(self, bucket: int, seconds: float, worked_s: float, *, inline: bool) -> None:
+        """Takes note of a run.
 
-    def add_inline(self, bucket: int, seconds: float, worked_s: float) -> None:
-        """Takes note of a run on the event loop."""
-        self.add(bucket, seconds, worked_s)
-        if seconds > _LONG_STALL_S or min(seconds, worked_s) > _STALL_S:
+        worked_s: the processor time that the process took meanwhile. inline: it ran on the event loop.
+        """
+        self._seconds[bucket] = min(seconds, self._seconds.get(bucket, seconds) * _RISE)
+        if inline and (seconds > _LONG_STALL_S or min(seconds, worked_s) > _STALL_S):
             self._inline_from[bucket] = time.monotonic() + _STALL_FACTOR * seconds
+
+
+class Passage:
+    """A call's way through what runs it. Each moment by time.perf_counter; 0 for one that has not been.
+
+    arrived: when it came, which is now. began, ended: of its computation, of the first and the last where it takes two.
+    """
+
+    __slots__ = ("arrived", "began", "ended")
+
+    def __init__(self) -> None:
+        self.arrived = time.perf_counter()
+        self.began = 0.0
+        self.ended = 0.0
 
 
 class Scheduler:
@@ -75,13 +88,17 @@ class Scheduler:
         leaves: Sequence[Leaf],
         estimates: Estimates,
         size_bytes: int,
+        passages: Sequence[Passage] = (),
     ) -> ResultT:
-        """The result of compute(leaves). `estimates` belongs to the computation; `size_bytes` is how much goes in."""
+        """The result of compute(leaves). `estimates` belongs to the computation; `size_bytes` is how much goes in.
+
+        passages: of the calls that it is for.
+        """
         bucket = size_bytes.bit_length()
         if estimates.is_short(bucket):
-            return _timed(compute, leaves, estimates.add_inline, bucket)
+            return _timed(compute, leaves, estimates, bucket, True, passages)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, _timed, compute, leaves, estimates.add, bucket)
+        return await loop.run_in_executor(self._pool, _timed, compute, leaves, estimates, bucket, False, passages)
 
     async def close(self, timeout_s: float) -> bool:
         """Waits for what runs, so long. Nothing may be run afterwards. Returns whether everything has ended."""
@@ -101,10 +118,19 @@ class Scheduler:
 def _timed(
     compute: Callable[[Sequence[Leaf]], ResultT],
     leaves: Sequence[Leaf],
-    note: Callable[[int, float, float], None],
+    estimates: Estimates,
     bucket: int,
+    inline: bool,
+    passages: Sequence[Passage],
 ) -> ResultT:
     started, worked_s = time.perf_counter(), time.process_time()
-    result = compute(leaves)
-    note(bucket, time.perf_counter() - started, time.process_time() - worked_s)
+    for passage in passages:
+        passage.began = passage.began or started
+    try:
+        result = compute(leaves)
+    finally:
+        ended = time.perf_counter()
+        for passage in passages:
+            passage.ended = ended
+    estimates.add(bucket, ended - started, time.process_time() - worked_s, inline=inline)
     return result

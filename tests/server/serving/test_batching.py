@@ -11,7 +11,7 @@ import pytest
 
 from forwardpass.wire import errors
 from forwardpass_server.serving.batching import Batcher
-from forwardpass_server.serving.scheduling import Estimates, Scheduler
+from forwardpass_server.serving.scheduling import Estimates, Passage, Scheduler
 
 WEIGHTS = (np.float32(2),)
 
@@ -22,6 +22,9 @@ class Observer:
 
     def batched_calls(self, calls):
         self.calls.append(calls)
+
+    def batch_wait(self, seconds):
+        assert seconds >= 0
 
 
 class Doubling:
@@ -57,7 +60,7 @@ def rows(*values) -> list[np.ndarray]:
 
 
 def predict(batcher, doubling, x, weights=WEIGHTS):
-    return asyncio.ensure_future(batcher.predict(doubling.plan, weights, x, 100))
+    return asyncio.ensure_future(batcher.predict(doubling.plan, weights, x, 100, Passage()))
 
 
 async def come_together(batcher, doubling, observer) -> None:
@@ -95,7 +98,7 @@ def test_calls_that_come_while_a_batch_runs_make_the_next():
 def test_a_call_alone_waits_for_nobody():
     async def scenario(batcher, doubling, observer):
         for value in range(20):
-            assert (await batcher.predict(doubling.plan, WEIGHTS, rows(value), 100))[0].tolist() == [2 * value]
+            assert (await predict(batcher, doubling, rows(value)))[0].tolist() == [2 * value]
         assert observer.calls == [1] * 20
         assert batcher._turns == 1
 
@@ -158,7 +161,7 @@ def test_a_batch_holds_no_more_rows_than_it_may_and_a_longer_call_runs_alone():
 
 def test_leaves_of_different_length_are_left_to_the_model():
     async def scenario(batcher, doubling, observer):
-        found = await batcher.predict(doubling.plan, WEIGHTS, [np.float32([1]), np.float32([1, 2])], 100)
+        found = await predict(batcher, doubling, [np.float32([1]), np.float32([1, 2])])
         assert [leaf.tolist() for leaf in found] == [[2], [2, 4]]
         assert observer.calls == []
 
@@ -177,7 +180,7 @@ def test_a_result_with_another_number_of_rows_is_never_split():
 def test_no_queue_is_left_behind():
     async def scenario(batcher, doubling, observer):
         for value in range(10):
-            await batcher.predict(doubling.plan, (np.float32(value),), rows(1), 100)
+            await predict(batcher, doubling, rows(1), (np.float32(value),))
         await asyncio.sleep(0)
         assert batcher._queues == {}
         assert not batcher._tasks

@@ -30,6 +30,9 @@ class Batches:
     def batch(self, model, function, examples):
         self.seen.append((model, function, examples))
 
+    def call_ran(self, model, function, arrived, began, ended):
+        assert arrived <= began <= ended
+
 
 @pytest.fixture(scope="module")
 def registry(repository):

@@ -1,0 +1,39 @@
+"""What is counted of metric sessions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from forwardpass_server.telemetry.families import Families
+
+
+class SessionMetrics:
+    """Of one server's sessions."""
+
+    def __init__(self, families: Families) -> None:
+        self._open = families.gauge(
+            "forwardpass_sessions",
+            "Metric sessions that are open; where servers share them, those that this one has used of late.",
+        )
+        self.sessions_expired = families.counter(
+            "forwardpass_sessions_expired_total", "Sessions dropped since nobody used them."
+        ).inc
+        updates = families.counter(
+            "forwardpass_session_updates_total",
+            "Updates of sessions: applied, or answered since they had been applied before.",
+            ("outcome",),
+        )
+        self._applied = updates.labels("applied")
+        self._duplicates = updates.labels("duplicate")
+        self.session_commit = families.histogram(
+            "forwardpass_session_commit_seconds",
+            "Seconds from handing a session's record to its store until it was kept.",
+        ).observe
+
+    def store(self, count: Callable[[], int]) -> None:
+        """Shows count() as the number of open sessions."""
+        self._open.set_function(count)
+
+    def session_updates(self, applied: int, duplicates: int) -> None:
+        self._applied.inc(applied)
+        self._duplicates.inc(duplicates)
