@@ -17,9 +17,11 @@ import prometheus_client
 
 from forwardpass.wire import errors
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
-from forwardpass_server.app import allocator, session_stores
+from forwardpass_server.app import allocator, session_stores, status_page
+from forwardpass_server.app.monitoring import MonitoringServer
 from forwardpass_server.app.security import Security
 from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.app.status_page import Status
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.rpc import handlers
@@ -46,6 +48,7 @@ from forwardpass_server.serving.weights import StoreOptions, WeightStore
 from forwardpass_server.telemetry import gpus
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.telemetry.models import ModelMetrics
+from forwardpass_server.telemetry.recent import INTERVAL_S, Recent
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -71,7 +74,8 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     metrics = Metrics()
     tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
     device_name = tensorflow.device.removeprefix("/device:")
-    metrics.machine.build(importlib.metadata.version("forwardpass"), tensorflow.tensorflow_version, device_name)
+    version = importlib.metadata.version("forwardpass")
+    metrics.machine.build(version, tensorflow.tensorflow_version, device_name)
     metrics.machine.read_device = gpus.reader(device_name)
     loader = ObservedLoader(tensorflow, metrics.models)
     sources = repository.from_factories(settings.factories)
@@ -134,16 +138,26 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _stop, stop, number)
-    exporter = None
+    recent = Recent(metrics.registry)
+    monitoring = None
     if settings.metrics_port is not None:
-        try:
-            exporter, _ = prometheus_client.start_http_server(
-                settings.metrics_port, settings.metrics_host, registry=metrics.registry
+
+        def page() -> str:
+            return status_page.render(
+                Status(
+                    version=version,
+                    tensorflow=tensorflow.tensorflow_version,
+                    device=device_name,
+                    started=metrics.machine.started,
+                    is_draining=stop.is_set(),
+                    entries=registry.entries(),
+                    loads=loader.loads,
+                    recent=recent.window(),
+                )
             )
-        except OSError as error:
-            address = join_address(settings.metrics_host, settings.metrics_port)
-            raise OSError(f"--metrics-port: cannot listen on {address}: {error.strerror}") from None
-        announce(f"metrics on http://{join_address(settings.metrics_host, exporter.server_port)}/metrics")
+
+        monitoring = _monitoring_server(settings.metrics_host, settings.metrics_port, metrics, page)
+        announce(f"metrics on http://{join_address(settings.metrics_host, monitoring.port)}/metrics")
     if managing is not None:
         announce(f"management on {join_address(settings.management_host, await managing.start())}")
     port = await server.start()
@@ -157,7 +171,8 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     # What goes wrong in it otherwise than with one model must not leave a server that is never ready.
     loading.add_done_callback(lambda task: None if task.cancelled() or task.exception() is None else stop.set())
     looking_after = [
-        asyncio.create_task(work) for work in (_sweep_weights(store), _sweep_sessions(session_store), _watch(security))
+        asyncio.create_task(work)
+        for work in (_sweep_weights(store), _sweep_sessions(session_store), _watch(security), _remember(recent))
     ]
     await stop.wait()
     for task in looking_after:
@@ -173,8 +188,8 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     await session_store.close()
     if not has_ended:
         _LOGGER.warning("a computation still ran when the time to drain was over")
-    if exporter is not None:
-        exporter.shutdown()
+    if monitoring is not None:
+        monitoring.close()
     if not is_loading:
         loading.result()
     return has_ended and not is_loading and not management.is_loading
@@ -242,6 +257,19 @@ async def _watch(security: Security) -> None:
     while True:
         await asyncio.sleep(_WATCH_S)
         await asyncio.to_thread(security.refresh)
+
+
+async def _remember(recent: Recent) -> None:
+    while True:
+        await asyncio.sleep(INTERVAL_S)
+        await asyncio.to_thread(recent.take)
+
+
+def _monitoring_server(host: str, port: int, metrics: Metrics, page: Callable[[], str]) -> MonitoringServer:
+    try:
+        return MonitoringServer(host, port, metrics.registry, page)
+    except OSError as error:
+        raise OSError(f"--metrics-port: cannot listen on {join_address(host, port)}: {error.strerror}") from None
 
 
 def _stop(stop: asyncio.Event, number: int) -> None:
