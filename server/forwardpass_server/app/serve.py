@@ -12,6 +12,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import prometheus_client
 
@@ -50,6 +51,9 @@ from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.telemetry.models import ModelMetrics
 from forwardpass_server.telemetry.recent import INTERVAL_S, Recent
 
+if TYPE_CHECKING:
+    from forwardpass_server.telemetry.tracing import Tracing
+
 _LOGGER = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
@@ -72,6 +76,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     # When a series began is a series more for each, and what rates are made of says it too.
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics()
+    tracing = _tracing(settings.trace_endpoint)
     tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
     device_name = tensorflow.device.removeprefix("/device:")
     version = importlib.metadata.version("forwardpass")
@@ -93,7 +98,9 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     store = _weight_store(settings, device, weights_bytes, metrics)
     batcher = Batcher(scheduler, metrics.models, settings.max_batch_examples)
     admission = _admission(settings)
-    caller = Caller(registry, store, scheduler, batcher, metrics.models, admission)
+    caller = Caller(
+        registry, store, scheduler, batcher, tracing.of_calls(metrics.models) if tracing else metrics.models, admission
+    )
     security = Security(settings)
     session_store = await session_stores.open_store(settings, metrics.sessions)
     metrics.sessions.store(session_store.count)
@@ -117,6 +124,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
                 admission,
                 metrics,
                 handlers.unary(SESSION_SERVICE, sessions_servicer),
+                tracing,
             ),
             WEIGHTS_SERVICE: WeightsServicer(store),
             SESSION_SERVICE: sessions_servicer,
@@ -124,6 +132,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         metrics,
         security.access(Role.CALL),
         security.certificates,
+        tracing,
     )
     management = RegistryManagement(
         registry,
@@ -190,6 +199,8 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         _LOGGER.warning("a computation still ran when the time to drain was over")
     if monitoring is not None:
         monitoring.close()
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
     if not is_loading:
         loading.result()
     return has_ended and not is_loading and not management.is_loading
@@ -257,6 +268,16 @@ async def _watch(security: Security) -> None:
     while True:
         await asyncio.sleep(_WATCH_S)
         await asyncio.to_thread(security.refresh)
+
+
+def _tracing(endpoint: str | None) -> Tracing | None:
+    if endpoint is None:
+        return None
+    try:
+        from forwardpass_server.telemetry.tracing import Tracing
+    except ImportError:
+        raise SettingsError("--trace-endpoint: expected OpenTelemetry: install forwardpass[tracing]") from None
+    return Tracing(endpoint)
 
 
 async def _remember(recent: Recent) -> None:

@@ -52,6 +52,7 @@ a{color:var(--link)}
 }
 @media (max-width:640px){
 main{padding:20px 14px}
+header p{font-size:13px}
 section{padding:16px}
 .tiles{grid-template-columns:repeat(2,1fr);gap:10px}
 .cards thead{display:none}
