@@ -69,8 +69,9 @@ class Credentials:
         return api.secure_channel(self.target, tls, options)
 
     def metadata(self) -> Metadata | None:
-        """What a call carries: the token, and the trace that it belongs to. Raises ValueError for a token that no header can hold, and what asking for one raises.
+        """What a call carries: the token, and the trace that it belongs to.
 
+        Raises ValueError for a token that no header can hold, and what asking for one raises.
         Not by gRPC's own call credentials: these take no insecure channel, and ask for the token on another thread.
         """
         context = trace_context.metadata()
