@@ -10,6 +10,9 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from forwardpass_client import trace_context
+from forwardpass_client.trace_context import Metadata
+
 Token: TypeAlias = str | Callable[[], str]
 """A bearer token, or what is asked for one at each call: it may answer otherwise from one to the next."""
 
@@ -65,18 +68,20 @@ class Credentials:
         tls = grpc.ssl_channel_credentials(self.tls.root_certificates, self.tls.key, self.tls.certificate)
         return api.secure_channel(self.target, tls, options)
 
-    def metadata(self) -> tuple[tuple[str, str], ...] | None:
-        """What a call carries. Raises ValueError for a token that no header can hold, and what asking for one raises.
+    def metadata(self) -> Metadata | None:
+        """What a call carries: the token, and the trace that it belongs to.
 
+        Raises ValueError for a token that no header can hold, and what asking for one raises.
         Not by gRPC's own call credentials: these take no insecure channel, and ask for the token on another thread.
         """
+        context = trace_context.metadata()
         if self.token is None:
-            return None
+            return context or None
         token = self.token() if callable(self.token) else self.token
         if not isinstance(token, str) or not _TOKEN.fullmatch(token):
             # What it is must not be said.
             raise ValueError("token: expected a str of ASCII without spaces")
-        return (("authorization", f"Bearer {token}"),)
+        return (("authorization", f"Bearer {token}"), *context)
 
 
 def is_loopback(target: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import contextvars
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -105,7 +106,13 @@ class Stream:
         self._stream = 0
         self._cancel: Callable[[], None] = lambda: None
         self._threads = [
-            threading.Thread(target=target, name=f"forwardpass-{title}-{target.__name__}", daemon=True)
+            # In the context of whoever opens it: a trace is one.
+            threading.Thread(
+                target=contextvars.copy_context().run,
+                args=(target,),
+                name=f"forwardpass-{title}-{target.__name__}",
+                daemon=True,
+            )
             for target in (self._receive, self._keep_time)
         ]
         for thread in self._threads:

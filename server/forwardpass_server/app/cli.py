@@ -6,13 +6,12 @@ import asyncio
 import logging
 import os
 import pathlib
-import sys
 from collections.abc import Coroutine
 from typing import Any
 
 import click
 
-from forwardpass_server.app import quiet
+from forwardpass_server.app import logs, quiet
 from forwardpass_server.app import settings as app_settings
 from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.serving import tokens
@@ -332,6 +331,14 @@ def main() -> None:
     help="Seconds for running calls to end, after that.",
 )
 @click.option(
+    "--trace-endpoint",
+    metavar="URL",
+    envvar="FORWARDPASS_TRACE_ENDPOINT",
+    show_envvar=True,
+    help="Send a span for each call to this collector of OpenTelemetry, http://HOST:PORT for OTLP over gRPC.  [default:"
+    " none are made]",
+)
+@click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
     default="info",
@@ -339,6 +346,15 @@ def main() -> None:
     envvar="FORWARDPASS_LOG_LEVEL",
     show_envvar=True,
     help="What is logged to stderr.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(logs.FORMATS),
+    default="text",
+    show_default=True,
+    envvar="FORWARDPASS_LOG_FORMAT",
+    show_envvar=True,
+    help="Lines for a person, or a JSON object for each event. Neither holds what callers send.",
 )
 def serve(
     model_repository: pathlib.Path | None,
@@ -379,13 +395,15 @@ def serve(
     max_state_mib: int,
     drain_delay: float,
     drain_timeout: float,
+    trace_endpoint: str | None,
     log_level: str,
+    log_format: str,
 ) -> None:
     """Serve models until SIGTERM or Ctrl-C.
 
     Prints where it listens and, once the models are loaded, which of them failed; a model that fails hinders no other.
     """
-    _configure_logging(log_level)
+    _configure_logging(log_level, log_format)
     try:
         settings = Settings(
             model_repository=model_repository,
@@ -395,6 +413,7 @@ def serve(
             port=port,
             metrics_port=None if metrics_port < 0 else metrics_port,
             metrics_host=metrics_host,
+            trace_endpoint=trace_endpoint,
             management_port=None if management_port < 0 else management_port,
             management_host=management_host,
             tls_certificate=tls_certificate,
@@ -520,10 +539,8 @@ def _announce(line: str) -> None:
     print(line, flush=True)
 
 
-def _configure_logging(level: str) -> None:
-    logging.basicConfig(
-        stream=sys.stderr, level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+def _configure_logging(level: str, log_format: str = "text") -> None:
+    logs.configure(level, log_format)
     # Before TensorFlow is imported. Its own lines say nothing that ours do not.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")

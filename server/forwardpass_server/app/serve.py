@@ -12,15 +12,18 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import prometheus_client
 
 from forwardpass.wire import errors
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
-from forwardpass_server.app import allocator, session_stores
+from forwardpass_server.app import allocator, session_stores, status_page
 from forwardpass_server.app.health import Health
+from forwardpass_server.app.monitoring import MonitoringServer
 from forwardpass_server.app.security import Security
 from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.app.status_page import Status
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.rpc import handlers
@@ -52,6 +55,10 @@ from forwardpass_server.serving.weights import StoreOptions, WeightStore
 from forwardpass_server.telemetry import gpus
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.telemetry.models import ModelMetrics
+from forwardpass_server.telemetry.recent import INTERVAL_S, Recent
+
+if TYPE_CHECKING:
+    from forwardpass_server.telemetry.tracing import Tracing
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -78,9 +85,11 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     # When a series began is a series more for each, and what rates are made of says it too.
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     metrics = Metrics()
+    tracing = _tracing(settings.trace_endpoint)
     tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
     device_name = tensorflow.device.removeprefix("/device:")
-    metrics.machine.build(importlib.metadata.version("forwardpass"), tensorflow.tensorflow_version, device_name)
+    version = importlib.metadata.version("forwardpass")
+    metrics.machine.build(version, tensorflow.tensorflow_version, device_name)
     metrics.machine.read_device = gpus.reader(device_name)
     loader = ObservedLoader(tensorflow, metrics.models)
     try:
@@ -102,7 +111,9 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     store = _weight_store(settings, device, weights_bytes, metrics)
     batcher = Batcher(scheduler, metrics.models, settings.max_batch_examples)
     admission = _admission(settings)
-    caller = Caller(registry, store, scheduler, batcher, metrics.models, admission)
+    caller = Caller(
+        registry, store, scheduler, batcher, tracing.of_calls(metrics.models) if tracing else metrics.models, admission
+    )
     security = Security(settings)
     session_store = await session_stores.open_store(settings, metrics.sessions)
     metrics.sessions.store(session_store.count)
@@ -128,6 +139,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
                 metrics,
                 handlers.unary(SESSION_SERVICE, sessions_servicer),
                 departure,
+                tracing,
             ),
             WEIGHTS_SERVICE: WeightsServicer(store),
             SESSION_SERVICE: sessions_servicer,
@@ -136,6 +148,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         security.access(Role.CALL),
         security.certificates,
         departure,
+        tracing,
     )
     liveness = Liveness(device, _TRIAL_S, settings.device_timeout_s)
     health = Health(server, registry, liveness)
@@ -153,16 +166,26 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, _stop, stop, number)
-    exporter = None
+    recent = Recent(metrics.registry)
+    monitoring = None
     if settings.metrics_port is not None:
-        try:
-            exporter, _ = prometheus_client.start_http_server(
-                settings.metrics_port, settings.metrics_host, registry=metrics.registry
+
+        def page() -> str:
+            return status_page.render(
+                Status(
+                    version=version,
+                    tensorflow=tensorflow.tensorflow_version,
+                    device=device_name,
+                    started=metrics.machine.started,
+                    is_draining=stop.is_set(),
+                    entries=registry.entries(),
+                    loads=loader.loads,
+                    recent=recent.window(),
+                )
             )
-        except OSError as error:
-            address = join_address(settings.metrics_host, settings.metrics_port)
-            raise OSError(f"--metrics-port: cannot listen on {address}: {error.strerror}") from None
-        announce(f"metrics on http://{join_address(settings.metrics_host, exporter.server_port)}/metrics")
+
+        monitoring = _monitoring_server(settings.metrics_host, settings.metrics_port, metrics, page)
+        announce(f"metrics on http://{join_address(settings.metrics_host, monitoring.port)}/metrics")
     if managing is not None:
         announce(f"management on {join_address(settings.management_host, await managing.start())}")
     await health.open()
@@ -183,6 +206,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
             _sweep_weights(store),
             _sweep_sessions(session_store),
             _watch(security),
+            _remember(recent),
             health.watch(),
             _follow_repository(settings, management, policies, registry, loading),
         )
@@ -202,8 +226,10 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     await session_store.close()
     if not has_ended:
         _LOGGER.warning("a computation still ran when the time to drain was over")
-    if exporter is not None:
-        exporter.shutdown()
+    if monitoring is not None:
+        monitoring.close()
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
     if not is_loading:
         loading.result()
     return has_ended and not is_loading and not management.is_loading
@@ -272,6 +298,29 @@ async def _watch(security: Security) -> None:
     while True:
         await asyncio.sleep(_WATCH_S)
         await asyncio.to_thread(security.refresh)
+
+
+def _tracing(endpoint: str | None) -> Tracing | None:
+    if endpoint is None:
+        return None
+    try:
+        from forwardpass_server.telemetry.tracing import Tracing
+    except ImportError:
+        raise SettingsError("--trace-endpoint: expected OpenTelemetry: install forwardpass[tracing]") from None
+    return Tracing(endpoint)
+
+
+async def _remember(recent: Recent) -> None:
+    while True:
+        await asyncio.sleep(INTERVAL_S)
+        await asyncio.to_thread(recent.take)
+
+
+def _monitoring_server(host: str, port: int, metrics: Metrics, page: Callable[[], str]) -> MonitoringServer:
+    try:
+        return MonitoringServer(host, port, metrics.registry, page)
+    except OSError as error:
+        raise OSError(f"--metrics-port: cannot listen on {join_address(host, port)}: {error.strerror}") from None
 
 
 def _stop(stop: asyncio.Event, number: int) -> None:

@@ -14,6 +14,8 @@ from forwardpass_server.serving.repository import MODEL_NAME
 
 _SESSION_STORE = re.compile(r"sqlite:///.|rediss?://.|memory://$")
 
+_TRACE_ENDPOINT = re.compile(r"https?://[^/]+:\d+/?$")
+
 LOOPBACK = "127.0.0.1"
 
 
@@ -41,6 +43,8 @@ class Settings:
     # Metrics hold no data, but names of models and how much is called: whoever wants them elsewhere says so, which is
     # why a public one needs no `insecure` beside.
     metrics_host: str = LOOPBACK
+    # Where spans of calls go, by OTLP over gRPC; None for nowhere: each costs as much as a small call.
+    trace_endpoint: str | None = None
     # What is not asked for is not open: None for no management.
     management_port: int | None = None
     # Whoever reaches it without a token may unload models.
@@ -181,6 +185,8 @@ class Settings:
         if self.session_store is not None and not _SESSION_STORE.match(self.session_store):
             # What was given may hold a password.
             raise SettingsError("--session-store: expected sqlite:///PATH, redis://..., rediss://... or memory://")
+        if self.trace_endpoint is not None and not _TRACE_ENDPOINT.match(self.trace_endpoint):
+            raise SettingsError("--trace-endpoint: expected http://HOST:PORT, or https://HOST:PORT for TLS")
 
     def _check_security(self) -> None:
         if (self.tls_certificate is None) != (self.tls_key is None):

@@ -21,5 +21,6 @@ def failure_of(error: Exception, what: str) -> errors.ForwardPassError:
     request_id = secrets.token_hex(8)
     # Its message may hold an example or a weight: where it happened must do.
     places = "".join(traceback.format_tb(error.__traceback__))
-    _LOGGER.error("request %s: %s failed: %s\n%s", request_id, what, type(error).__name__, places)
+    fields = {"request_id": request_id, "failed": what, "error": type(error).__name__}
+    _LOGGER.error("request %s: %s failed: %s\n%s", *fields.values(), places, extra=fields)
     return errors.InternalError(f"the server failed; request {request_id}", request_id=request_id)

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
 
@@ -16,6 +16,9 @@ from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.telemetry.rpcs import MethodMetrics, RpcMetrics
+
+if TYPE_CHECKING:
+    from forwardpass_server.telemetry.tracing import Tracing
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
@@ -35,8 +38,9 @@ class _Method(NamedTuple):
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every handler, those of health and reflection included. Nothing else aborts a call of ours."""
 
-    def __init__(self, metrics: RpcMetrics, access: Access) -> None:
+    def __init__(self, metrics: RpcMetrics, access: Access, tracing: Tracing | None) -> None:
         self._metrics = metrics
+        self._tracing = tracing
         self._access = access
         self._methods: dict[str, _Method] = {}
         # gRPC answers UNIMPLEMENTED where there is no handler.
@@ -133,7 +137,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 metrics.seconds.observe(time.perf_counter() - started)
             return await _abort(context, failure)
 
-        return guarded
+        return guarded if self._tracing is None else self._tracing.of_rpc(guarded, path)
 
 
 def _names(path: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -18,6 +19,9 @@ from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.health import HealthServicer
 from forwardpass_server.rpc.interceptor import Interceptor
 from forwardpass_server.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from forwardpass_server.telemetry.tracing import Tracing
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -65,17 +69,18 @@ class Server:
         access: Access,
         certificates: Certificates | None,
         departure: Departure,
+        tracing: Tracing | None = None,
     ) -> None:
         """servicers: by the full names of their services. certificates: None for a port without TLS.
 
-        departure: is announced when no more calls are taken.
+        departure: is announced when no more calls are taken. tracing: None for no spans.
         """
         self._options = options
         self._certificates = certificates
         self._departure = departure
         self._health = HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[Interceptor(metrics.rpcs, access)],
+            interceptors=[Interceptor(metrics.rpcs, access, tracing)],
             options=[
                 ("grpc.max_receive_message_length", options.max_message_bytes),
                 ("grpc.max_send_message_length", options.max_message_bytes),

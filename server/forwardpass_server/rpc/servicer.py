@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message
 
@@ -21,6 +21,9 @@ from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.registry import Entry, Registry, State
 from forwardpass_server.telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from forwardpass_server.telemetry.tracing import Tracing
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -47,8 +50,9 @@ class FunctionalModelServicer:
         metrics: Metrics,
         others: Mapping[str, Method],
         departure: Departure,
+        tracing: Tracing | None = None,
     ) -> None:
-        """others: methods of other services that a pipeline may call too, by name."""
+        """others: methods of other services that a pipeline may call too, by name. tracing: None for no spans."""
         self._registry = registry
         self._caller = caller
         self._max_message_bytes = max_message_bytes
@@ -57,6 +61,8 @@ class FunctionalModelServicer:
         self._departure = departure
         self._codec = Codec(max_message_bytes, metrics.models)
         self._pipelined = {**handlers.unary(MODEL_SERVICE, self), **others}
+        if tracing is not None:
+            self._pipelined = tracing.of_pipeline(self._pipelined)
 
     async def ForwardPass(self, data: bytes, context: object) -> Any:
         header, parts = self._codec.decode(v1.ForwardPassRequest, data)

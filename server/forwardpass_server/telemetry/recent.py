@@ -1,0 +1,103 @@
+"""The last minute of metrics, for whoever looks without a Prometheus."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+
+import prometheus_client as prometheus
+
+WINDOW_S = 60.0
+INTERVAL_S = 5.0
+
+_Series = dict[tuple[tuple[str, str], ...], float]
+_Snapshot = dict[str, _Series]
+
+
+class Recent:
+    """Remembers what a registry held. Let `take` be called every `INTERVAL_S`, on any one thread."""
+
+    def __init__(self, registry: prometheus.CollectorRegistry) -> None:
+        self._registry = registry
+        self._taken: collections.deque[tuple[float, _Snapshot]] = collections.deque(maxlen=round(WINDOW_S / INTERVAL_S))
+        self.take()
+
+    def take(self) -> None:
+        """Remembers what there is now."""
+        self._taken.append((time.monotonic(), self._read()))
+
+    def window(self) -> Window:
+        """What has become since the oldest that is remembered."""
+        then_s, then = self._taken[0]
+        return Window(max(time.monotonic() - then_s, 1e-3), self._read(), then)
+
+    def _read(self) -> _Snapshot:
+        snapshot: _Snapshot = collections.defaultdict(dict)
+        for family in self._registry.collect():
+            for sample in family.samples:
+                snapshot[sample.name][tuple(sorted(sample.labels.items()))] = sample.value
+        return snapshot
+
+
+class Window:
+    """Two moments of all metrics, `seconds` apart. Labels choose series: those that have them with these values."""
+
+    def __init__(self, seconds: float, now: _Snapshot, then: _Snapshot) -> None:
+        self.seconds = seconds
+        self._now = now
+        self._then = then
+
+    def labels(self, name: str, label: str) -> list[str]:
+        """The values of a label, in order."""
+        return sorted({dict(labels)[label] for labels in self._now.get(name, {})})
+
+    def total(self, name: str, **labels: str) -> float:
+        """The sum of what there is now."""
+        return sum(value for _, value in _chosen(self._now, name, labels))
+
+    def growth(self, name: str, **labels: str) -> float:
+        before = dict(_chosen(self._then, name, labels))
+        return sum(value - before.get(key, 0.0) for key, value in _chosen(self._now, name, labels))
+
+    def rate(self, name: str, **labels: str) -> float:
+        """Growth per second."""
+        return self.growth(name, **labels) / self.seconds
+
+    def mean(self, histogram: str, **labels: str) -> float | None:
+        """Of what was observed; None where nothing was."""
+        count = self.growth(f"{histogram}_count", **labels)
+        return self.growth(f"{histogram}_sum", **labels) / count if count else None
+
+    def quantile(self, share: float, histograms: Mapping[str, Mapping[str, str]]) -> float | None:
+        """Below which that share of what was observed lies, evenly spread within a bucket; None where nothing was.
+
+        histograms: of one kind of buckets, with the labels of each.
+        """
+        grown: dict[float, float] = collections.defaultdict(float)
+        for histogram, labels in histograms.items():
+            before = dict(_chosen(self._then, f"{histogram}_bucket", labels))
+            for key, value in _chosen(self._now, f"{histogram}_bucket", labels):
+                grown[float(dict(key)["le"])] += value - before.get(key, 0.0)
+        bounds = sorted(grown)
+        if not bounds or not grown[bounds[-1]]:
+            return None
+        wanted = share * grown[bounds[-1]]
+        for below, bound in itertools.pairwise([0.0, *bounds]):
+            if grown[bound] >= wanted:
+                inside = grown[bound] - grown.get(below, 0.0)
+                # Of the last bucket no more is known than where it begins.
+                return (
+                    below
+                    if bound == float("inf")
+                    else below + (bound - below) * ((wanted - grown.get(below, 0.0)) / inside if inside else 1.0)
+                )
+        return None
+
+
+def _chosen(
+    snapshot: _Snapshot, name: str, labels: Mapping[str, str]
+) -> Iterator[tuple[tuple[tuple[str, str], ...], float]]:
+    wanted = set(labels.items())
+    return ((key, value) for key, value in snapshot.get(name, {}).items() if wanted.issubset(key))

@@ -1,0 +1,134 @@
+"""Spans of calls, by OpenTelemetry: one for each call, with children for its wait and its computation."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol
+
+from opentelemetry import trace
+from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, SpanKind, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+from forwardpass.wire import errors
+from forwardpass.wire.description import Function
+
+# Statuses that are the caller's own, or nobody's, are no failures of a server's span.
+_FAILURES = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
+
+
+class CallObserver(Protocol):
+    """See `serving.calls.CallObserver`."""
+
+    def batch(self, model: str, function: Function, examples: int) -> None: ...
+
+    def call_ran(self, model: str, function: Function, arrived: float, began: float, ended: float) -> None: ...
+
+
+class Tracing:
+    """Makes spans, and sends them to a collector on a thread of its own.
+
+    endpoint: of the collector, where it takes OTLP over gRPC; without TLS where it begins with http://.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        self._provider = TracerProvider()
+        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        self._tracer = self._provider.get_tracer("forwardpass")
+        self._propagator = TraceContextTextMapPropagator()
+
+    def of_rpc(self, answer: Callable[..., Awaitable[Any]], path: str) -> Callable[..., Awaitable[Any]]:
+        """A handler of gRPC's, with a span around it, below the one that the caller's metadata name."""
+        name = path.removeprefix("/")
+
+        async def traced(request: Any, context: Any) -> Any:
+            with self._span(name, context.invocation_metadata()) as span:
+                status = "CANCELLED"
+                try:
+                    response = await answer(request, context)
+                    status = "OK"
+                    return response
+                except Exception:
+                    status = context.code().name
+                    raise
+                finally:
+                    _end(span, status)
+
+        return traced
+
+    def of_pipeline(self, methods: Mapping[str, Any]) -> dict[str, Any]:
+        """The methods that pipelines call, each with a span around it, below that of its pipeline."""
+        return {name: self._of_method(name, method) for name, method in methods.items()}
+
+    def _of_method(self, name: str, method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Any]:
+        async def traced(data: Any, context: Any) -> Any:
+            with self._span(f"pipeline/{name}") as span:
+                try:
+                    response = await method(data, context)
+                except Exception as error:
+                    _end(span, error.status if isinstance(error, errors.ForwardPassError) else "INTERNAL")
+                    raise
+                except asyncio.CancelledError:
+                    _end(span, "CANCELLED")
+                    raise
+                _end(span, "OK")
+                return response
+
+        return traced
+
+    @contextlib.contextmanager
+    def _span(self, name: str, metadata: Iterable[tuple[str, str | bytes]] | None = None) -> Iterator[Span]:
+        parent = None
+        if metadata is not None:
+            parent = self._propagator.extract({key: value for key, value in metadata if isinstance(value, str)})
+        # What an exception says may hold an example or a weight.
+        with self._tracer.start_as_current_span(
+            name,
+            parent,
+            SpanKind.SERVER if metadata is not None else SpanKind.INTERNAL,
+            {"rpc.system": "grpc"},
+            record_exception=False,
+            set_status_on_exception=False,
+        ) as span:
+            yield span
+
+    def of_calls(self, observer: CallObserver) -> CallObserver:
+        """What tells `observer` of calls, and makes spans of what it tells."""
+        return _CallSpans(observer, self._tracer)
+
+    def close(self) -> None:
+        """Sends what has not been sent, or gives it up after some seconds."""
+        self._provider.shutdown()
+
+
+class _CallSpans:
+    """See `Tracing.of_calls`."""
+
+    def __init__(self, observer: CallObserver, tracer: trace.Tracer) -> None:
+        self._tracer = tracer
+        self._observer = observer
+        self.batch = observer.batch
+
+    def call_ran(self, model: str, function: Function, arrived: float, began: float, ended: float) -> None:
+        self._observer.call_ran(model, function, arrived, began, ended)
+        call = trace.get_current_span()
+        if not call.is_recording():
+            return
+        call.set_attribute("forwardpass.model", model)
+        call.set_attribute("forwardpass.function", function.name.lower())
+        now_s, now_ns = time.perf_counter(), time.time_ns()
+        for name, start, end in (("queue", arrived, began or now_s), ("execute", began, ended)):
+            if start and end:
+                start_ns, end_ns = (now_ns - round((now_s - moment) * 1e9) for moment in (start, end))
+                self._tracer.start_span(name, start_time=start_ns).end(end_ns)
+
+
+def _end(span: Span, status: str) -> None:
+    span.set_attribute("rpc.grpc.status", status)
+    if status in _FAILURES:
+        span.set_status(StatusCode.ERROR)
