@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -27,8 +28,12 @@ _MAX_UPDATES_PER_COMMIT = 64
 # Of a commit that finds another server's before it, each time.
 _MAX_ATTEMPTS = 50
 
-# Of states at hand; others are read from the store again.
+# Of sessions at hand, with what each takes besides its record; others are read from the store again.
 _CACHED_BYTES = 2**27
+_OVERHEAD_BYTES = 4096
+
+# Without a use, until a session is no longer at hand: most that are left so long are never used again.
+_CACHED_S = 60.0
 
 _RETRY_AFTER_S = 0.1
 
@@ -58,6 +63,7 @@ class Session:
         self.version = version
         self.record = record
         self.size_bytes = size_bytes
+        self.used = time.monotonic()
         # A write of which nobody knows what became of it: the store is to be asked.
         self.is_doubtful = False
         self.waiting: collections.deque[tuple[Update, asyncio.Future[None]]] = collections.deque()
@@ -78,7 +84,7 @@ class Session:
 class Sessions:
     """The sessions of all principals. Used on one event loop alone.
 
-    max_state_bytes: of one session.
+    max_state_bytes: of one session. expiry_s: after which the store drops one that nobody uses.
     """
 
     def __init__(
@@ -89,6 +95,7 @@ class Sessions:
         admission: Admission,
         observer: UpdateObserver,
         max_state_bytes: int,
+        expiry_s: float,
     ) -> None:
         self._store = store
         self._registry = registry
@@ -96,6 +103,7 @@ class Sessions:
         self._admission = admission
         self._observer = observer
         self._max_state_bytes = max_state_bytes
+        self._expiry_s = expiry_s
         self._cached: collections.OrderedDict[SessionKey, Session] = collections.OrderedDict()
         self._cached_bytes = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -255,7 +263,7 @@ class Sessions:
         session = self._cached.get(key)
         if session is None or not self._store.is_shared:
             return await self._known(key)
-        self._cached.move_to_end(key)
+        self._use(session)
         return session
 
     def counting(
@@ -382,30 +390,47 @@ class Sessions:
         except errors.SessionNotFound:
             self._forget(key)
             raise
-        self._cached.move_to_end(key)
+        self._use(session)
         return session
 
     def _keep(self, key: SessionKey, stored: StoredSession) -> Session:
         session = self._cached.get(key)
         if session is None:
             record = session_records.decode(stored.record)
-            session = Session(key, self._servable(record.identity), stored.version, record, len(stored.record))
+            size_bytes = len(stored.record) + _OVERHEAD_BYTES
+            session = Session(key, self._servable(record.identity), stored.version, record, size_bytes)
             self._cached[key] = session
             self._cached_bytes += session.size_bytes
             self._shrink()
         else:
             session.know(stored.version, session_records.decode(stored.record))
-            self._cached.move_to_end(key)
+            self._use(session)
         return session
+
+    def _use(self, session: Session) -> None:
+        session.used = time.monotonic()
+        self._cached.move_to_end(session.key)
 
     def _shrink(self) -> None:
         """Forgets the sessions that were used least recently: the store has them."""
         for key, session in list(self._cached.items()):
             if self._cached_bytes <= _CACHED_BYTES:
                 return
-            # A model that was unloaded lives on in its sessions.
-            if not session.is_committing and self._registry.holds(session.servable):
+            if self._may_go(session):
                 self._forget(key)
+
+    def sweep(self) -> None:
+        """Forgets the sessions that nobody has used for a while: the store has them. To be called now and then."""
+        now = time.monotonic()
+        for key, session in list(self._cached.items()):
+            if session.used > now - _CACHED_S:
+                return
+            if self._may_go(session) or session.used <= now - self._expiry_s:
+                self._forget(key)
+
+    def _may_go(self, session: Session) -> bool:
+        # A model that was unloaded lives on in its sessions.
+        return not session.is_committing and self._registry.holds(session.servable)
 
     def _forget(self, key: SessionKey) -> None:
         session = self._cached.pop(key, None)

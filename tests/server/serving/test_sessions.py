@@ -299,7 +299,8 @@ def test_a_state_larger_than_may_be_is_refused_and_the_session_goes_on():
 
 
 def test_sessions_that_are_not_at_hand_are_read_from_the_store(monkeypatch):
-    monkeypatch.setattr(sessions_module, "_CACHED_BYTES", 1000)
+    # Each takes 4 KiB and its record.
+    monkeypatch.setattr(sessions_module, "_CACHED_BYTES", 2**15)
 
     async def scenario(rig):
         ids = [index.to_bytes(16, "big") for index in range(20)]
@@ -308,9 +309,26 @@ def test_sessions_that_are_not_at_hand_are_read_from_the_store(monkeypatch):
             await rig.sessions.open("", one, "counting", 0)
         for _ in range(3):
             await asyncio.gather(*(rig.update(writer, 2) for writer in writers))
-        assert len(rig.sessions._cached) < 10
-        assert rig.sessions._cached_bytes <= 1000
+        assert 0 < len(rig.sessions._cached) < 10
+        assert rig.sessions._cached_bytes <= 2**15
         assert [await found(rig, one) for one in ids] == [counts(3, 9, 18)] * 20
+
+    run(scenario)
+
+
+def test_sessions_that_nobody_uses_are_no_longer_at_hand_and_go_on_all_the_same(monkeypatch):
+    async def scenario(rig):
+        writer = Writer()
+        await rig.sessions.open("", SESSION, "counting", 0)
+        await rig.update(writer, 2)
+        rig.sessions.sweep()
+        assert len(rig.sessions._cached) == 1
+        monkeypatch.setattr(sessions_module, "_CACHED_S", 0.0)
+        rig.sessions.sweep()
+        assert not rig.sessions._cached
+        assert not rig.sessions._cached_bytes
+        await rig.update(writer, 2)
+        assert await found(rig) == counts(2, 6, 12)
 
     run(scenario)
 

@@ -1,0 +1,265 @@
+"""What a server is made of, joined from its settings."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+from typing import TYPE_CHECKING
+
+from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
+from forwardpass_server.app import session_stores
+from forwardpass_server.app.health import Health
+from forwardpass_server.app.security import Security
+from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.models.loading import TensorFlowLoader
+from forwardpass_server.models.placement import TensorFlowDevice
+from forwardpass_server.rpc import handlers
+from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.management_servicer import ManagementServicer
+from forwardpass_server.rpc.server import Server, ServerOptions
+from forwardpass_server.rpc.servicer import FunctionalModelServicer
+from forwardpass_server.rpc.sessions_servicer import SessionsServicer
+from forwardpass_server.rpc.weights_servicer import WeightsServicer
+from forwardpass_server.serving import repository
+from forwardpass_server.serving.admission import Admission, Limits
+from forwardpass_server.serving.batching import Batcher
+from forwardpass_server.serving.calls import Caller
+from forwardpass_server.serving.errors import ModelLoadError
+from forwardpass_server.serving.evaluation import Evaluations
+from forwardpass_server.serving.liveness import Liveness
+from forwardpass_server.serving.loading import ObservedLoader
+from forwardpass_server.serving.management import Management, RegistryManagement
+from forwardpass_server.serving.models import ModelSource
+from forwardpass_server.serving.registry import Registry, State
+from forwardpass_server.serving.scheduling import Scheduler
+from forwardpass_server.serving.session_store import SessionStore
+from forwardpass_server.serving.sessions import Sessions
+from forwardpass_server.serving.tokens import Role
+from forwardpass_server.serving.version_policy import VersionPolicies
+from forwardpass_server.serving.weight_files import WeightFiles
+from forwardpass_server.serving.weights import StoreOptions, WeightStore
+from forwardpass_server.telemetry import gpus
+from forwardpass_server.telemetry.metrics import Metrics
+from forwardpass_server.telemetry.models import ModelMetrics
+
+if TYPE_CHECKING:
+    from forwardpass_server.telemetry.tracing import Tracing
+
+# Between trials of the device: probes come every ten seconds or so.
+_TRIAL_S = 5.0
+
+# Names and numbers of versions.
+_MAX_MANAGEMENT_BYTES = 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What starts, runs and ends together.
+
+    device, version, tensorflow_version: for people. managing: the server of the management port; None for none.
+    """
+
+    settings: Settings
+    version: str
+    tensorflow_version: str
+    device: str
+    metrics: Metrics
+    tracing: Tracing | None
+    security: Security
+    policies: VersionPolicies
+    registry: Registry
+    loader: ObservedLoader
+    scheduler: Scheduler
+    weights: WeightStore
+    weights_bytes: int
+    session_store: SessionStore
+    sessions: Sessions
+    server: Server
+    liveness: Liveness
+    health: Health
+    management: RegistryManagement
+    managing: Server | None
+
+
+async def join(settings: Settings) -> Parts:
+    """Raises DeviceNotFound, SettingsError, or SessionStoreError for what the settings name and cannot be used."""
+    metrics = Metrics()
+    tracing = _tracing(settings.trace_endpoint)
+    security = Security(settings)
+    tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
+    device = tensorflow.device.removeprefix("/device:")
+    version = importlib.metadata.version("forwardpass")
+    metrics.machine.build(version, tensorflow.tensorflow_version, device)
+    metrics.machine.read_device = gpus.reader(device)
+    policies, registry = _models(settings)
+    for state in State:
+        metrics.models.in_state(state.value, functools.partial(registry.count, state))
+    placing = TensorFlowDevice(tensorflow.device)
+    weights_bytes = settings.weights_bytes or placing.default_budget_bytes()
+    weights = _weight_store(settings, placing, weights_bytes, metrics)
+    scheduler = Scheduler(settings.execution_threads)
+    batcher = Batcher(scheduler, metrics.models, settings.max_batch_examples)
+    admission = _admission(settings)
+    observer = tracing.of_calls(metrics.models) if tracing else metrics.models
+    caller = Caller(registry, weights, scheduler, batcher, observer, admission)
+    session_store = await session_stores.open_store(settings, metrics.sessions)
+    metrics.sessions.store(session_store.count)
+    sessions = Sessions(
+        session_store,
+        registry,
+        caller,
+        admission,
+        metrics.sessions,
+        settings.max_state_bytes,
+        settings.session_expiry_s,
+    )
+    evaluations = Evaluations(sessions, weights, caller, admission)
+    departure = Departure()
+    sessions_servicer = SessionsServicer(sessions, evaluations, settings.max_message_bytes, metrics.models, departure)
+    server = Server(
+        ServerOptions(
+            host=settings.host,
+            port=settings.port,
+            max_message_bytes=settings.max_message_bytes,
+            connection_idle_s=settings.connection_idle_s,
+            drain_delay_s=settings.drain_delay_s,
+            drain_timeout_s=settings.drain_timeout_s,
+        ),
+        {
+            MODEL_SERVICE: FunctionalModelServicer(
+                registry,
+                caller,
+                settings.max_message_bytes,
+                admission,
+                metrics,
+                handlers.unary(SESSION_SERVICE, sessions_servicer),
+                departure,
+                tracing,
+            ),
+            WEIGHTS_SERVICE: WeightsServicer(weights),
+            SESSION_SERVICE: sessions_servicer,
+        },
+        metrics,
+        security.access(Role.CALL),
+        security.certificates,
+        departure,
+        tracing,
+    )
+    liveness = Liveness(placing, _TRIAL_S, settings.device_timeout_s)
+    health = Health(server, registry, liveness)
+    loader = ObservedLoader(tensorflow, metrics.models)
+    management = RegistryManagement(
+        registry,
+        loader,
+        settings.model_repository,
+        settings.factories,
+        policies,
+        functools.partial(_model_changed, health, registry, loader, metrics.models),
+    )
+    return Parts(
+        settings=settings,
+        version=version,
+        tensorflow_version=tensorflow.tensorflow_version,
+        device=device,
+        metrics=metrics,
+        tracing=tracing,
+        security=security,
+        policies=policies,
+        registry=registry,
+        loader=loader,
+        scheduler=scheduler,
+        weights=weights,
+        weights_bytes=weights_bytes,
+        session_store=session_store,
+        sessions=sessions,
+        server=server,
+        liveness=liveness,
+        health=health,
+        management=management,
+        managing=_management_server(settings, management, metrics, security),
+    )
+
+
+def _models(settings: Settings) -> tuple[VersionPolicies, Registry]:
+    """The versions that are to be served at the start."""
+    try:
+        policies = VersionPolicies(settings.model_repository)
+    except ModelLoadError as error:
+        raise SettingsError(f"--model-repository: {error}") from None
+    sources = repository.from_factories(settings.factories)
+    if settings.model_repository is not None:
+        found = repository.scan(settings.model_repository)
+        for taken in {str(source) for source in sources} & {str(source) for source in found}:
+            raise SettingsError(f"--factory: the model repository has a {taken} already")
+        sources += policies.served(found)
+    return policies, Registry(sources)
+
+
+def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: int, metrics: Metrics) -> WeightStore:
+    files = None
+    if settings.weights_folder is not None:
+        files = kept = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        metrics.weights.files(lambda: kept.size_bytes, settings.weights_disk_bytes, lambda: kept.set_count)
+    options = StoreOptions(
+        budget_bytes=budget_bytes,
+        principal_bytes=settings.share(settings.weights_bytes_per_principal, budget_bytes),
+        upload_expiry_s=settings.upload_expiry_s,
+    )
+    store = WeightStore(options, device, metrics.weights, files)
+    metrics.weights.store(lambda: store.used_bytes, budget_bytes, lambda: store.set_count, lambda: store.tensor_count)
+    return store
+
+
+def _admission(settings: Settings) -> Admission:
+    in_all = Limits(calls=settings.max_concurrent_calls, size_bytes=settings.max_concurrent_bytes)
+    each = Limits(
+        calls=settings.share(settings.max_concurrent_calls_per_principal, in_all.calls),
+        size_bytes=settings.share(settings.max_concurrent_bytes_per_principal, in_all.size_bytes),
+    )
+    return Admission(in_all, each)
+
+
+def _management_server(
+    settings: Settings, management: Management, metrics: Metrics, security: Security
+) -> Server | None:
+    if settings.management_port is None:
+        return None
+    return Server(
+        ServerOptions(
+            host=settings.management_host,
+            port=settings.management_port,
+            max_message_bytes=_MAX_MANAGEMENT_BYTES,
+            connection_idle_s=settings.connection_idle_s,
+            # No client is sent elsewhere, and a load that runs is given up.
+            drain_delay_s=0,
+            drain_timeout_s=0,
+        ),
+        {MANAGEMENT_SERVICE: ManagementServicer(management)},
+        metrics,
+        security.access(Role.MANAGE),
+        security.certificates,
+        Departure(),
+    )
+
+
+def _tracing(endpoint: str | None) -> Tracing | None:
+    if endpoint is None:
+        return None
+    try:
+        from forwardpass_server.telemetry.tracing import Tracing
+    except ImportError:
+        raise SettingsError("--trace-endpoint: expected OpenTelemetry: install forwardpass[tracing]") from None
+    return Tracing(endpoint)
+
+
+async def _model_changed(
+    health: Health, registry: Registry, loader: ObservedLoader, metrics: ModelMetrics, source: ModelSource
+) -> None:
+    """Says of a model, and of its version, whether it can be called; forgets what there was of one that is gone."""
+    known = [(entry.source.name, entry.source.version) for entry in registry.entries()]
+    if (source.name, source.version) not in known:
+        loader.forget(source)
+    if source.name not in dict(known):
+        metrics.forget(source.name)
+    await health.model_changed(source)
