@@ -128,13 +128,14 @@ def test_a_context_that_is_none_does_no_harm(context):
             assert call(request, timeout=10, metadata=(("traceparent", context),))
 
 
-def test_a_collector_that_is_gone_holds_up_no_call():
+def test_a_collector_that_is_gone_holds_up_neither_calls_nor_the_end():
     with ServerProcess(*FACTORIES, "--trace-endpoint", "http://127.0.0.1:1") as server:
         with forwardpass_client.connect(server.address) as client:
             model = client.model("counting")
             x, _ = zoo.counting_batch(1)
             for _ in range(20):
                 model.predict_on_batch(model.initial_weights, x, timeout_s=10)
+        assert server.terminate() == 0
 
 
 def test_without_an_endpoint_opentelemetry_is_not_even_imported():
