@@ -15,8 +15,28 @@ def _model(name: str, shape: list[int], labels: tf.TensorSpec, predict: Any, los
         initial_weights=workloads.weights(name),
         predict_on_batch_fn=tf.function(predict),
         loss_fn=loss,
+        metrics_fns=_ACCURACY if labels.dtype == tf.int64 else None,
         input_spec=(tf.TensorSpec([None, *shape], tf.float32), labels),
     )
+
+
+@tf.function
+def _no_examples() -> Any:
+    return {"right": tf.constant(0), "examples": tf.constant(0)}
+
+
+@tf.function
+def _count(state: Any, labels: Any, batch_output: Any, sample_weight: Any = None) -> Any:
+    right = tf.cast(tf.argmax(batch_output.predictions, 1) == labels, tf.int32)
+    return {"right": state["right"] + tf.reduce_sum(right), "examples": state["examples"] + tf.size(labels)}
+
+
+@tf.function
+def _ratio(state: Any) -> Any:
+    return {"accuracy": state["right"] / state["examples"]}
+
+
+_ACCURACY = (_no_examples, _count, _ratio)
 
 
 def _cross_entropy(output: Any, label: Any, sample_weight: Any = None) -> Any:

@@ -2,10 +2,10 @@
 
     python benchmarks/soak.py [--minutes 30]
 
-Callers of several kinds at once: batches of all sizes by value, by id and over pipelines, uploads, deletions, bad
-requests, clients that are killed. Prints the server's resident memory as it goes and, in the end, its slope over the
-second half of the time, in MiB an hour, and a verdict: where that is more than the noise of the measurements the
-memory grows, and the exit status is 1.
+Callers of several kinds at once: batches of all sizes by value, by id and over pipelines, uploads, deletions, metric
+sessions, evaluations, bad requests, clients that are killed. Prints the server's resident memory as it goes and, in the
+end, its slope over the second half of the time, in MiB an hour, and a verdict: where that is more than the noise of the
+measurements the memory grows, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import pathlib
 import random
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -29,7 +30,8 @@ from forwardpass_client import errors
 
 COMMAND = [
     *("-m", "forwardpass_server.app.cli", "serve", "--port", "0", "--metrics-port", "-1", "--weights-mib", "64"),
-    *("--upload-expiry", "5", *(f"--factory={name}=models:{name}" for name in ("mlp", "cnn", "scale"))),
+    *("--upload-expiry", "5", "--session-expiry", "60"),
+    *(f"--factory={name}=models:{name}" for name in ("mlp", "cnn", "scale")),
 ]
 SAMPLE_S = 2.0
 
@@ -66,6 +68,26 @@ def over_a_pipeline(client: forwardpass_client.Client, rng: random.Random) -> No
         pass
 
 
+def in_a_session(client: forwardpass_client.Client, rng: random.Random) -> None:
+    model = client.model("mlp")
+    handle = model.put_weights(workloads.weights("mlp"))
+    batch = workloads.batch("small-32"), workloads.labels("small-32")
+    session = model.metrics_session()
+    for _ in range(rng.randint(1, 30)):
+        output = session.forward_pass(handle, batch)
+        session.update(batch[1], output)
+    session.result()
+    if rng.random() < 0.5:
+        # Else it expires.
+        session.close()
+
+
+def evaluated(client: forwardpass_client.Client, rng: random.Random) -> None:
+    model = client.model("cnn")
+    batch = workloads.batch("medium"), workloads.labels("medium")
+    model.evaluate(workloads.weights("cnn"), (batch for _ in range(rng.randint(0, 40))))
+
+
 def large(client: forwardpass_client.Client, rng: random.Random) -> None:
     x = np.ones((rng.randint(1, 4096), 1024), np.float32)
     client.model("scale").predict_on_batch(workloads.weights("scale"), x)
@@ -86,6 +108,8 @@ KINDS: list[Callable[[forwardpass_client.Client, random.Random], None]] = [
     by_id,
     new_weights,
     over_a_pipeline,
+    in_a_session,
+    evaluated,
     large,
     wrong,
 ]
@@ -112,7 +136,10 @@ def main() -> None:
     context = multiprocessing.get_context("spawn")
     samples: list[tuple[float, float]] = []
     deaths = 0
-    with run.server_process(COMMAND) as (address, pid):
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        store = f"--session-store=sqlite://{folder}/sessions.sqlite3"
+        address, pid = stack.enter_context(run.server_process([*COMMAND, store]))
         callers = [context.Process(target=caller, args=(address, seed), daemon=True) for seed in range(3)]
         for one in callers:
             one.start()

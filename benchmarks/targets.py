@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import statistics
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import peers
 import run
+import timing
 import workloads
 
 import forwardpass_client
@@ -36,11 +36,7 @@ class Bench:
         self._rounds = rounds
 
     def measure(self, workload: str, callers: int, *kinds: str) -> list[dict[str, float]]:
-        taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
-        for _ in range(self._rounds):
-            for kind, found in taken.items():
-                found.append(self._once(kind, workload, callers))
-        return [{key: statistics.median(one[key] for one in found) for key in found[0]} for found in taken.values()]
+        return timing.in_turns(kinds, self._rounds, lambda kind: self._once(kind, workload, callers))
 
     def _once(self, kind: str, workload: str, callers: int) -> dict[str, float]:
         if kind in peers.PEERS:

@@ -9,6 +9,7 @@ import argparse
 import asyncio
 import concurrent.futures
 import json
+import statistics
 import subprocess
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -74,6 +75,15 @@ def show(taken: list[float], callers: int, **more: float) -> None:
         "p99_ms": taken[int(len(taken) * 0.99)] * 1e3,
     }
     print(json.dumps(figures | more))
+
+
+def in_turns(kinds: Sequence[str], rounds: int, once: Callable[[str], dict[str, float]]) -> list[dict[str, float]]:
+    """The medians of the figures of some rounds, in each of which all kinds are measured once."""
+    taken: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+    for _ in range(rounds):
+        for kind, found in taken.items():
+            found.append(once(kind))
+    return [{key: statistics.median(one[key] for one in found) for key in found[0]} for found in taken.values()]
 
 
 def figures(command: list[str], **options: Any) -> dict[str, float]:

@@ -73,6 +73,11 @@ def check(name: str, predictions: Any) -> None:
         raise SystemExit(f"{name}: these are not the predictions")
 
 
+def labels(name: str) -> np.ndarray[Any, Any]:
+    """y of a workload that classifies."""
+    return np.random.default_rng(2).integers(0, 10, WORKLOADS[name].examples)
+
+
 def vector(seed: int, length: int) -> np.ndarray[Any, Any]:
     """Numbers of their own for each seed."""
     return np.random.default_rng(seed).standard_normal(length, np.float32)

@@ -43,8 +43,8 @@ class Call(Generic[ResultT]):
 class ModelVersion:
     """One version of a model on the server.
 
-    state: "available", "loading" or "failed". error: why it failed to load; "" otherwise.
-    content_hash: SHA-256 of what it was loaded from, in hex; "" until it is available.
+    state: "available", "loading" or "failed". error: why it failed to load, or to load anew; "" otherwise.
+    content_hash: SHA-256 of what it was loaded from, in hex; "" until it is available. labels: what it is called.
     """
 
     name: str
@@ -52,6 +52,7 @@ class ModelVersion:
     state: str
     error: str
     content_hash: str
+    labels: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,15 +64,19 @@ class FoundModel:
     max_request_bytes: int
 
 
-def get_model(name: str, version: int | None) -> Call[FoundModel]:
-    """version: None for the highest that is available."""
+def get_model(name: str, version: int | None, label: str | None) -> Call[FoundModel]:
+    """version, label: at most one of them; without both it is the highest version that is available."""
     if not isinstance(name, str):
         raise TypeError(f"name: expected a str, got {type(name).__name__}")
+    if version is not None and label is not None:
+        raise ValueError("model: expected a version or a label, got both")
     if version is not None and not 1 <= version < 2**63:
         raise errors.ModelVersionNotFound(place="version", expected="an integer from 1 on, or None", found=f"{version}")
     if not name.isprintable():
         raise errors.ModelNotFound(place="model", expected="a name", found=ascii(name[:128]))
-    request = v1.GetModelRequest(model=v1.ModelSelector(name=name, version=version or 0))
+    if label is not None and not (label and label.isprintable()):
+        raise errors.ModelVersionNotFound(place="label", expected="a name", found=ascii(label[:128]))
+    request = v1.GetModelRequest(model=v1.ModelSelector(name=name, version=version or 0, label=label or ""))
 
     def read(data: bytes) -> FoundModel:
         response, _ = messages.decode(v1.GetModelResponse, data)
@@ -108,7 +113,9 @@ def check_health(service: str = "") -> Call[bool]:
 
 def _version(message: v1.ModelVersionStatus) -> ModelVersion:
     state = v1.ModelState.Name(message.state).removeprefix("MODEL_STATE_").lower()
-    return ModelVersion(message.name, message.version, state, message.error, message.content_hash.hex())
+    return ModelVersion(
+        message.name, message.version, state, message.error, message.content_hash.hex(), tuple(message.labels)
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

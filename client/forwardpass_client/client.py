@@ -6,11 +6,12 @@ import abc
 import asyncio
 import dataclasses
 import time
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
 from forwardpass.wire import errors
-from forwardpass_client import calls
+from forwardpass_client import calls, targets
 from forwardpass_client.calls import Call, FoundModel, ModelVersion
 from forwardpass_client.credentials import Credentials, Tls, Token
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
@@ -25,7 +26,7 @@ _POLL_S = 0.2
 
 
 def connect(
-    target: str,
+    target: str | Sequence[str],
     *,
     timeout_s: float | None = DEFAULT_TIMEOUT_S,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
@@ -33,9 +34,14 @@ def connect(
     tls: Tls | bool = False,
     token: Token | None = None,
     allow_insecure_token: bool = False,
+    channel_options: Sequence[tuple[str, Any]] = (),
 ) -> Client:
     """A client of the server at `target`, "host:port" or any other gRPC target. Nothing is sent yet.
 
+    target: several servers that stand for each other are "dns:///NAME:PORT", a name of them all such as that of a
+      headless Service of Kubernetes, or a list of their addresses. Calls by value go to each in turn, unless it says
+      that it is not ready (with a token health is not asked: gRPC cannot send one). What other calls left on a server
+      (weights by id), sessions and streams stay with one, taken at random, and move on when it goes.
     timeout_s: seconds that each call may take, retries included; None for no limit.
     max_message_bytes: the longest request and response. The server has a limit of its own. Weights are put and fetched
       in messages of 2 MiB, whatever they take.
@@ -44,14 +50,19 @@ def connect(
     tls: True, or a `Tls`, for a server that is reached through TLS.
     token: the bearer token of each call, or a function that is asked for it each time: let it return at once.
     allow_insecure_token: send the token without TLS to another machine too, because something else encrypts.
-    Calls that meet a server that is gone or stopping are sent again, up to four times within some seconds.
+    channel_options: of gRPC, for both channels, in place of those of the same name that are set here:
+      "grpc.service_config" (retries, balancing, health), "grpc.keepalive_time_ms" (10,000),
+      "grpc.dns_min_time_between_resolutions_ms" (1000), "grpc.max_reconnect_backoff_ms" (2000) and so on.
+    Calls that meet a server that is gone or stopping (UNAVAILABLE, CANCELLED) are sent again, up to four times within
+    some seconds; updates of sessions count once however often they are sent.
+    Raises ValueError for a list of what are no addresses.
     """
     credentials = _credentials(target, tls, token, allow_insecure_token)
-    return Client(credentials, _options(timeout_s, max_message_bytes, reuse_weights))
+    return Client(credentials, _options(timeout_s, max_message_bytes, reuse_weights, channel_options))
 
 
 def connect_async(
-    target: str,
+    target: str | Sequence[str],
     *,
     timeout_s: float | None = DEFAULT_TIMEOUT_S,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
@@ -59,19 +70,29 @@ def connect_async(
     tls: Tls | bool = False,
     token: Token | None = None,
     allow_insecure_token: bool = False,
+    channel_options: Sequence[tuple[str, Any]] = (),
 ) -> AsyncClient:
     """`connect` for asyncio. Call it, and use the client, on one event loop."""
     credentials = _credentials(target, tls, token, allow_insecure_token)
-    return AsyncClient(credentials, _options(timeout_s, max_message_bytes, reuse_weights))
+    return AsyncClient(credentials, _options(timeout_s, max_message_bytes, reuse_weights, channel_options))
 
 
-def _options(timeout_s: float | None, max_message_bytes: int, reuse_weights: bool) -> Options:
-    return Options(timeout_s=timeout_s, max_message_bytes=max_message_bytes, reuse_weights=reuse_weights)
+def _options(
+    timeout_s: float | None, max_message_bytes: int, reuse_weights: bool, channel_options: Sequence[tuple[str, Any]]
+) -> Options:
+    return Options(
+        timeout_s=timeout_s,
+        max_message_bytes=max_message_bytes,
+        reuse_weights=reuse_weights,
+        channel_options=tuple(channel_options),
+    )
 
 
-def _credentials(target: str, tls: Tls | bool, token: Token | None, allow_insecure_token: bool) -> Credentials:
+def _credentials(
+    target: str | Sequence[str], tls: Tls | bool, token: Token | None, allow_insecure_token: bool
+) -> Credentials:
     found = tls if isinstance(tls, Tls) else Tls() if tls else None
-    return Credentials(target=target, tls=found, token=token, allow_insecure_token=allow_insecure_token)
+    return Credentials(target=targets.joined(target), tls=found, token=token, allow_insecure_token=allow_insecure_token)
 
 
 class ClientApi(abc.ABC):
@@ -83,12 +104,17 @@ class ClientApi(abc.ABC):
     def __init__(self, options: Options) -> None:
         self._options = options
 
-    def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> Any:
+    def model(
+        self, name: str, version: int | None = None, *, label: str | None = None, timeout_s: float | None = None
+    ) -> Any:
         """A model of the server; without a version, the highest that is available now, and that one from then on.
+
+        label: in place of a version, what the operator calls it, such as "stable" or "canary": the version that it
+          stands for now, and that one from then on.
 
         Raises ModelNotFound, ModelVersionNotFound, ModelFailed, or ModelLoading.
         """
-        call = calls.get_model(name, version)
+        call = calls.get_model(name, version, label)
         return self._run(dataclasses.replace(call, read=lambda data: self._model(call.read(data))), timeout_s)
 
     def models(self, *, timeout_s: float | None = None) -> Any:
@@ -123,10 +149,12 @@ class Client(ClientApi):
 
     def __init__(self, credentials: Credentials, options: Options) -> None:
         super().__init__(options)
-        self._transport = Transport(credentials, options.max_message_bytes)
+        self._transport = Transport(credentials, options)
 
-    def model(self, name: str, version: int | None = None, *, timeout_s: float | None = None) -> RemoteFunctionalModel:
-        model: RemoteFunctionalModel = super().model(name, version, timeout_s=timeout_s)
+    def model(
+        self, name: str, version: int | None = None, *, label: str | None = None, timeout_s: float | None = None
+    ) -> RemoteFunctionalModel:
+        model: RemoteFunctionalModel = super().model(name, version, label=label, timeout_s=timeout_s)
         return model
 
     def models(self, *, timeout_s: float | None = None) -> list[ModelVersion]:
@@ -169,12 +197,12 @@ class AsyncClient(ClientApi):
 
     def __init__(self, credentials: Credentials, options: Options) -> None:
         super().__init__(options)
-        self._transport = AsyncTransport(credentials, options.max_message_bytes)
+        self._transport = AsyncTransport(credentials, options)
 
     async def model(
-        self, name: str, version: int | None = None, *, timeout_s: float | None = None
+        self, name: str, version: int | None = None, *, label: str | None = None, timeout_s: float | None = None
     ) -> AsyncRemoteFunctionalModel:
-        model: AsyncRemoteFunctionalModel = await super().model(name, version, timeout_s=timeout_s)
+        model: AsyncRemoteFunctionalModel = await super().model(name, version, label=label, timeout_s=timeout_s)
         return model
 
     async def models(self, *, timeout_s: float | None = None) -> list[ModelVersion]:

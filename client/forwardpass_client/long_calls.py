@@ -49,14 +49,16 @@ class LongCall:
         return None
 
 
-def steps(path: str, request: bytes | Pieces, timeout_s: float | None, max_message_bytes: int) -> Steps:
-    """The steps of one long call, tried again as short ones are: the whole answer in the end."""
+def steps(
+    path: str, request: bytes | Pieces, timeout_s: float | None, max_message_bytes: int, stays: bool = False
+) -> Steps:
+    """The steps of one long call, tried again as short ones are: the whole answer in the end. stays: see `Exchange`."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     for pause_s in (*_PAUSES_S, None):
         remaining_s = None if deadline is None else max(deadline - time.monotonic(), 0)
         call = LongCall(path, request, remaining_s, max_message_bytes)
         try:
-            answer = yield Exchange(METHODS["Pipeline"].path, call.requests(), call.take, remaining_s)
+            answer = yield Exchange(METHODS["Pipeline"].path, call.requests(), call.take, remaining_s, stays)
             if answer is None:
                 raise errors.ServerUnavailable("the server ended the stream without an answer")
         except AWAY:

@@ -220,10 +220,12 @@ class FunctionalModelApi(abc.ABC):
         batches: Any,
         *,
         training: bool = False,
+        sessions: Sequence[MetricsSessionApi] | None = None,
         progress: BatchProgress | None = None,
     ) -> Any:
         """The metrics of each of several weights over the same batches, each of which is sent once.
 
+        sessions: where the batches are counted, one for each weights; they go on afterwards. None for their own.
         Returns a list, in the order of `model_weights`. Otherwise as `evaluate`.
         """
 
@@ -270,7 +272,7 @@ class RemoteFunctionalModel(FunctionalModelApi):
     def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
         deadline = self._deadline(timeout_s)
         try:
-            return call.read(self._transport.call(call.path, call.request, deadline))
+            return call.read(self._transport.call(call.path, call.request, deadline, stays=call.held is not None))
         except errors.WeightsNotFound:
             if call.held is None:
                 raise
@@ -321,11 +323,11 @@ class RemoteFunctionalModel(FunctionalModelApi):
         progress: BatchProgress | None = None,
     ) -> Any:
         """See `FunctionalModelApi.evaluate`."""
-        if session is None:
-            (metrics,) = self.evaluate_many([model_weights], batches, training=training, progress=progress)
-            return metrics
-        self._count([session], [model_weights], batches, training, progress)
-        return session.result()
+        sessions = None if session is None else [session]
+        (metrics,) = self.evaluate_many(
+            [model_weights], batches, training=training, sessions=sessions, progress=progress
+        )
+        return metrics
 
     def evaluate_many(
         self,
@@ -333,20 +335,23 @@ class RemoteFunctionalModel(FunctionalModelApi):
         batches: Iterable[Any],
         *,
         training: bool = False,
+        sessions: Sequence[MetricsSessionApi] | None = None,
         progress: BatchProgress | None = None,
     ) -> list[Any]:
         """See `FunctionalModelApi.evaluate_many`."""
-        sessions: list[MetricsSession] = []
+        if sessions is not None:
+            self._count(sessions, model_weights, batches, training, progress)
+            return [session.result() for session in sessions]
+        own: list[MetricsSession] = []
         try:
             for _ in model_weights:
                 # One by one: those that were opened before one is refused are closed.
-                sessions.append(self.metrics_session())  # noqa: PERF401
-            self._count(sessions, model_weights, batches, training, progress)
-            return [session.result() for session in sessions]
+                own.append(self.metrics_session())  # noqa: PERF401
+            return self.evaluate_many(model_weights, batches, training=training, sessions=own, progress=progress)
         finally:
             # Where the server is away they end by themselves.
             with contextlib.suppress(errors.ForwardPassError):
-                for session in sessions:
+                for session in own:
                     session.close(timeout_s=_CLOSE_S)
 
     def _count(
@@ -358,8 +363,12 @@ class RemoteFunctionalModel(FunctionalModelApi):
         progress: BatchProgress | None,
     ) -> None:
         """Counts batches in sessions, one for each of several weights."""
+        if len(sessions) != len(model_weights):
+            raise ValueError(f"sessions: expected {len(model_weights)}, one for each weights, got {len(sessions)}")
         handles = [one if isinstance(one, WeightsHandleApi) else self.put_weights(one) for one in model_weights]
         pairs = list(zip(sessions, handles, strict=True))
+        if not pairs:
+            return
         flying = BatchesInFlight(self._calls, pairs, training, progress)
         with Stream(self._transport, evaluation.PATH, flying, evaluation.TITLE) as stream:
             futures: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
@@ -404,7 +413,7 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
 
     async def _run_joined(self, call: Call[ResultT], deadline: float | None) -> ResultT:
         try:
-            return call.read(await self._transport.call(call.path, call.request, deadline))
+            return call.read(await self._transport.call(call.path, call.request, deadline, stays=call.held is not None))
         except errors.WeightsNotFound:
             if call.held is None:
                 raise
@@ -457,11 +466,11 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         progress: BatchProgress | None = None,
     ) -> Any:
         """See `FunctionalModelApi.evaluate`. batches: may be asynchronous too."""
-        if session is None:
-            (metrics,) = await self.evaluate_many([model_weights], batches, training=training, progress=progress)
-            return metrics
-        await self._count([session], [model_weights], batches, training, progress)
-        return await session.result()
+        sessions = None if session is None else [session]
+        (metrics,) = await self.evaluate_many(
+            [model_weights], batches, training=training, sessions=sessions, progress=progress
+        )
+        return metrics
 
     async def evaluate_many(
         self,
@@ -469,19 +478,22 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         batches: Iterable[Any] | AsyncIterable[Any],
         *,
         training: bool = False,
+        sessions: Sequence[MetricsSessionApi] | None = None,
         progress: BatchProgress | None = None,
     ) -> list[Any]:
         """See `FunctionalModelApi.evaluate_many`. batches: may be asynchronous too."""
-        sessions: list[AsyncMetricsSession] = []
+        if sessions is not None:
+            await self._count(sessions, model_weights, batches, training, progress)
+            return [await session.result() for session in sessions]
+        own: list[AsyncMetricsSession] = []
         try:
             for _ in model_weights:
                 # One by one: those that were opened before one is refused are closed.
-                sessions.append(await self.metrics_session())  # noqa: PERF401
-            await self._count(sessions, model_weights, batches, training, progress)
-            return [await session.result() for session in sessions]
+                own.append(await self.metrics_session())  # noqa: PERF401
+            return await self.evaluate_many(model_weights, batches, training=training, sessions=own, progress=progress)
         finally:
             with contextlib.suppress(errors.ForwardPassError):
-                for session in sessions:
+                for session in own:
                     await session.close(timeout_s=_CLOSE_S)
 
     async def _count(
@@ -493,8 +505,12 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         progress: BatchProgress | None,
     ) -> None:
         """See `RemoteFunctionalModel._count`."""
+        if len(sessions) != len(model_weights):
+            raise ValueError(f"sessions: expected {len(model_weights)}, one for each weights, got {len(sessions)}")
         handles = [one if isinstance(one, WeightsHandleApi) else await self.put_weights(one) for one in model_weights]
         pairs = list(zip(sessions, handles, strict=True))
+        if not pairs:
+            return
         flying = BatchesInFlight(self._calls, pairs, training, progress)
         async with AsyncStream(self._transport, evaluation.PATH, flying, evaluation.TITLE) as stream:
             futures: collections.deque[asyncio.Future[Any]] = collections.deque()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -12,3 +14,4 @@ class Options:
     timeout_s: float | None
     max_message_bytes: int
     reuse_weights: bool
+    channel_options: Sequence[tuple[str, Any]] = ()

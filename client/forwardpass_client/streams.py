@@ -165,7 +165,9 @@ class Stream:
         patience = Patience(_FIRST_PAUSE_S)
         while True:
             with self._changed:
-                # No stream before there is something to send.
+                # No stream before there is something to send. While nobody waits, no time is lost.
+                if not len(self._flying):
+                    patience.renew()
                 self._changed.wait_for(lambda: len(self._flying) or self._is_over())
                 if self._is_over():
                     return
@@ -346,6 +348,7 @@ class AsyncStream:
         patience = Patience(_FIRST_PAUSE_S)
         while True:
             while not len(self._flying) and not self._is_over():
+                patience.renew()
                 self._changed.clear()
                 await self._changed.wait()
             if self._is_over():

@@ -60,12 +60,16 @@ class Receive:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Exchange:
-    """Many requests, many responses, each given to `take`: the step's result is the first that is not None."""
+    """Many requests, many responses, each given to `take`: the step's result is the first that is not None.
+
+    stays: whether it needs what other calls left on the server.
+    """
 
     path: str
     requests: Iterator[bytes]
     take: Callable[[bytes], Any]
     timeout_s: float | None
+    stays: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from types import TracebackType
@@ -14,75 +13,33 @@ import grpc
 
 from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
-from forwardpass.wire.methods import MODEL_SERVICE, SERVICES, SESSION_SERVICE, WEIGHTS_SERVICE
-from forwardpass_client import long_calls
+from forwardpass_client import channel_policy, long_calls, targets
 from forwardpass_client.credentials import Credentials
+from forwardpass_client.options import Options
 from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, Unary
-
-# Every method is a pure function of its request, or an update that is applied once however often it comes: a call that
-# a server dropped, or never got, may be sent again.
-_SERVICE_CONFIG = {
-    "methodConfig": [
-        {
-            "name": [{"service": MODEL_SERVICE}, {"service": WEIGHTS_SERVICE}, {"service": SESSION_SERVICE}],
-            "retryPolicy": {
-                # gRPC allows no more than 5. Together they span some 3 s, the restart of a process.
-                "maxAttempts": 5,
-                "initialBackoff": "0.2s",
-                "maxBackoff": "2s",
-                "backoffMultiplier": 2,
-                # A server that stops answers CANCELLED to calls that it had begun.
-                "retryableStatusCodes": ["UNAVAILABLE", "CANCELLED"],
-            },
-        },
-        {
-            # Streams are taken up where they broke: gRPC would have to keep all that was sent.
-            "name": [
-                {"service": service, "method": name}
-                for service, methods in SERVICES.items()
-                for name, method in methods.items()
-                if not method.is_unary
-            ]
-        },
-    ]
-}
-
 
 _CLOSED = "the client is closed"
 
 
-def _options(max_message_bytes: int) -> list[tuple[str, Any]]:
-    return [
-        ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
-        ("grpc.enable_retries", 1),
-        # A request longer than this buffer would not be sent again.
-        ("grpc.per_rpc_retry_buffer_size", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
-        ("grpc.max_receive_message_length", max_message_bytes),
-        # Within the patience of whoever waits for a server that starts anew; else gRPC waits for longer each time.
-        ("grpc.max_reconnect_backoff_ms", 2000),
-        # A peer that is gone without a word is noticed while a call waits for it.
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 5_000),
-    ]
-
-
 class Transport:
-    """Calls over one channel, from any thread."""
+    """Calls to one server, or to several that stand for each other, from any thread.
 
-    def __init__(self, credentials: Credentials, max_message_bytes: int) -> None:
-        self._channel = credentials.channel(grpc, _options(max_message_bytes))
+    stays: of a call that needs what other calls left on the server. Streams, and all that `run` makes, stay.
+    """
+
+    def __init__(self, credentials: Credentials, options: Options) -> None:
+        self._channels = _Channels(grpc, credentials, options)
         self._metadata = credentials.metadata
-        self._max_message_bytes = max_message_bytes
+        self._max_message_bytes = options.max_message_bytes
         self._errors = _Errors()
-        self._methods: dict[str, Any] = {}
 
-    def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
+    def call(self, path: str, request: bytes | Pieces, timeout_s: float | None, *, stays: bool = False) -> bytes:
         """One unary call. Raises the error that its status stands for."""
         if len(request) >= long_calls.MIN_BYTES:
-            answer: bytes = self.run(long_calls.steps(path, request, timeout_s, self._max_message_bytes), timeout_s)
+            steps = long_calls.steps(path, request, timeout_s, self._max_message_bytes, stays)
+            answer: bytes = self.run(steps, timeout_s)
             return answer
-        method = self._methods.get(path) or self._methods.setdefault(path, self._channel.unary_unary(path))
+        method = self._channels.unary(path, stays)
         with self._errors:
             response: bytes = method(request, timeout=timeout_s, metadata=self._metadata())
         return response
@@ -102,19 +59,22 @@ class Transport:
 
     def _perform(self, step: Any, timeout_s: float | None) -> Any:
         if isinstance(step, Unary):
-            return self.call(step.path, step.request, timeout_s if step.timeout_s is None else step.timeout_s)
+            step_timeout_s = timeout_s if step.timeout_s is None else step.timeout_s
+            return self.call(step.path, step.request, step_timeout_s, stays=True)
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
         if isinstance(step, Exchange):
-            with contextlib.closing(self.stream(step.path, step.requests, step.timeout_s)) as exchanged:
+            with contextlib.closing(
+                self.stream(step.path, step.requests, step.timeout_s, stays=step.stays)
+            ) as exchanged:
                 return next((answer for answer in map(step.take, exchanged) if answer is not None), None)
         with self._errors:
             if isinstance(step, Send):
-                return self._channel.stream_unary(step.path)(
+                return self._channels.staying.stream_unary(step.path)(
                     iter(step.requests), timeout=step.timeout_s, metadata=self._metadata()
                 )
             assert isinstance(step, Receive)
-            responses = self._channel.unary_stream(step.path)(
+            responses = self._channels.staying.unary_stream(step.path)(
                 step.request, timeout=step.timeout_s, metadata=self._metadata()
             )
             try:
@@ -129,13 +89,17 @@ class Transport:
         requests: Iterator[bytes],
         timeout_s: float | None = None,
         opened: Callable[[Callable[[], None]], None] = lambda cancel: None,
+        *,
+        stays: bool = True,
     ) -> Generator[bytes, None, None]:
         """The responses of a stream. gRPC asks for the requests on a thread of its own.
 
         opened: is given what ends the stream, for another thread.
         """
         with self._errors:
-            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s, metadata=self._metadata())
+            responses = self._channels.channel(stays).stream_stream(path)(
+                requests, timeout=timeout_s, metadata=self._metadata()
+            )
             opened(responses.cancel)
             try:
                 yield from responses
@@ -148,26 +112,26 @@ class Transport:
 
     def close(self) -> None:
         self._errors.is_closed = True
-        self._channel.close()
+        for channel in self._channels.all:
+            channel.close()
 
 
 class AsyncTransport:
-    """Calls over one channel, on the event loop that made it."""
+    """`Transport` on the event loop that made it."""
 
-    def __init__(self, credentials: Credentials, max_message_bytes: int) -> None:
-        self._channel = credentials.channel(grpc.aio, _options(max_message_bytes))
+    def __init__(self, credentials: Credentials, options: Options) -> None:
+        self._channels = _Channels(grpc.aio, credentials, options)
         self._metadata = credentials.metadata
-        self._max_message_bytes = max_message_bytes
+        self._max_message_bytes = options.max_message_bytes
         self._errors = _Errors()
-        self._methods: dict[str, Any] = {}
 
-    async def call(self, path: str, request: bytes | Pieces, timeout_s: float | None) -> bytes:
+    async def call(self, path: str, request: bytes | Pieces, timeout_s: float | None, *, stays: bool = False) -> bytes:
         """One unary call. Raises the error that its status stands for."""
         if len(request) >= long_calls.MIN_BYTES:
-            steps = long_calls.steps(path, request, timeout_s, self._max_message_bytes)
+            steps = long_calls.steps(path, request, timeout_s, self._max_message_bytes, stays)
             answer: bytes = await self.run(steps, timeout_s)
             return answer
-        method = self._methods.get(path) or self._methods.setdefault(path, self._channel.unary_unary(path))
+        method = self._channels.unary(path, stays)
         with self._errors:
             response: bytes = await method(request, timeout=timeout_s, metadata=self._metadata())
         return response
@@ -187,11 +151,14 @@ class AsyncTransport:
 
     async def _perform(self, step: Any, timeout_s: float | None) -> Any:
         if isinstance(step, Unary):
-            return await self.call(step.path, step.request, timeout_s if step.timeout_s is None else step.timeout_s)
+            step_timeout_s = timeout_s if step.timeout_s is None else step.timeout_s
+            return await self.call(step.path, step.request, step_timeout_s, stays=True)
         if isinstance(step, Pause):
             return await asyncio.sleep(step.seconds)
         if isinstance(step, Exchange):
-            async with contextlib.aclosing(self.stream(step.path, step.requests, step.timeout_s)) as exchanged:
+            async with contextlib.aclosing(
+                self.stream(step.path, step.requests, step.timeout_s, stays=step.stays)
+            ) as exchanged:
                 async for message in exchanged:
                     answer = step.take(message)
                     if answer is not None:
@@ -199,11 +166,11 @@ class AsyncTransport:
             return None
         with self._errors:
             if isinstance(step, Send):
-                return await self._channel.stream_unary(step.path)(
+                return await self._channels.staying.stream_unary(step.path)(
                     step.requests, timeout=step.timeout_s, metadata=self._metadata()
                 )
             assert isinstance(step, Receive)
-            responses = self._channel.unary_stream(step.path)(
+            responses = self._channels.staying.unary_stream(step.path)(
                 step.request, timeout=step.timeout_s, metadata=self._metadata()
             )
             try:
@@ -213,11 +180,18 @@ class AsyncTransport:
                 responses.cancel()
 
     async def stream(
-        self, path: str, requests: AsyncIterator[bytes] | Iterator[bytes], timeout_s: float | None = None
+        self,
+        path: str,
+        requests: AsyncIterator[bytes] | Iterator[bytes],
+        timeout_s: float | None = None,
+        *,
+        stays: bool = True,
     ) -> AsyncGenerator[bytes, None]:
         """The responses of a stream."""
         with self._errors:
-            responses = self._channel.stream_stream(path)(requests, timeout=timeout_s, metadata=self._metadata())
+            responses = self._channels.channel(stays).stream_stream(path)(
+                requests, timeout=timeout_s, metadata=self._metadata()
+            )
             try:
                 async for response in responses:
                     yield response
@@ -230,7 +204,34 @@ class AsyncTransport:
 
     async def close(self) -> None:
         self._errors.is_closed = True
-        await self._channel.close()
+        for channel in self._channels.all:
+            await channel.close()
+
+
+class _Channels:
+    """The channel of calls that stay with one server, and that of those which any may answer.
+
+    They are one where the target is one server. api: `grpc` or `grpc.aio`.
+    """
+
+    def __init__(self, api: Any, credentials: Credentials, options: Options) -> None:
+        self.staying = credentials.channel(api, channel_policy.staying(options))
+        self.all = [self.staying]
+        self._spread = self.staying
+        if targets.are_several(credentials.target):
+            # Health has to be asked without a token: gRPC would send none.
+            checks_health = credentials.token is None
+            self._spread = credentials.channel(api, channel_policy.spread(options, checks_health))
+            self.all.append(self._spread)
+        self._unary: dict[tuple[str, bool], Any] = {}
+
+    def channel(self, stays: bool) -> Any:
+        return self.staying if stays else self._spread
+
+    def unary(self, path: str, stays: bool) -> Any:
+        """What makes unary calls of a method."""
+        key = path, stays
+        return self._unary.get(key) or self._unary.setdefault(key, self.channel(stays).unary_unary(path))
 
 
 class _Errors:

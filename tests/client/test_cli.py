@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import shlex
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -171,6 +175,99 @@ def test_an_evaluation_shows_the_metrics(run, client, tmp_path):
     assert ["sparse_categorical_accuracy", str(accuracy)] in rows
     assert ["examples", "50"] in rows
     assert "examples/s" in shown
+
+
+def test_several_weights_have_a_row_of_metrics_each(run, client, tmp_path):
+    model = client.model("keras_cnn")
+    x, y = zoo.keras_batch(50)
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    run("weights", "keras_cnn", "-o", tmp_path / "one.npz")
+    other = model.put_weights(tuple([leaf * -1 for leaf in part] for part in model.initial_weights))
+    arguments = ["--data", tmp_path / "data.npz", "--batch-size", 16, "--weights", tmp_path / "one.npz"]
+    with_both = run("evaluate", "keras_cnn", *arguments, "--weights", other.id)
+    batches = [(x[start : start + 16], y[start : start + 16]) for start in range(0, 50, 16)]
+    rows = [line.split() for line in with_both.splitlines() if "e+" not in line]
+    for weights in (model.initial_weights, other):
+        expected = [str(value) for value in model.evaluate(weights, batches).values()]
+        assert any(row[-3:] == [*expected, "50"] for row in rows), with_both
+
+
+def test_sample_weights_in_the_file_go_to_the_metrics(run, client, tmp_path):
+    x, y, sample_weight = zoo.curves_batch(70, 0)
+    np.savez(tmp_path / "data.npz", x=x, y=y, sample_weight=sample_weight)
+    shown = run("evaluate", "curves", "--data", tmp_path / "data.npz", "--batch-size", 100)
+    model = client.model("curves")
+    metrics = model.evaluate(model.initial_weights, [(x, y, sample_weight)])
+    rows = [line.split() for line in shown.splitlines()]
+    assert all([name, str(value)] in rows for name, value in metrics.items())
+
+
+class Interrupted:
+    """`forwardpass evaluate` as a process of its own, over more examples than it will see. signals: of Ctrl-C."""
+
+    def __init__(self, server, arguments, *, signals: int) -> None:
+        command = [sys.executable, "-m", "forwardpass_client.cli", "evaluate", server.address, *map(str, arguments)]
+        evaluations = session_updates(server)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 60
+        while session_updates(server) < evaluations + 100:
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+        for _ in range(signals):
+            process.send_signal(signal.SIGINT)
+        self.shown, self.errors = process.communicate(timeout=60)
+        self.code = process.returncode
+        match = re.search(
+            r"([\d,]+) of ([\d,]+) examples have counted. To go on:\n  (forwardpass evaluate .*)\n", self.errors
+        )
+        assert match, self.errors
+        self.counted, self.total = (int(match[index].replace(",", "")) for index in (1, 2))
+        self.command = shlex.split(match[3])
+
+
+def session_updates(server) -> float:
+    return server.metrics()['forwardpass_session_updates_total{outcome="applied"}']
+
+
+# The second signal may come when the first has done its work, or be one with it.
+@pytest.mark.parametrize("signals, codes", [(1, {130}), (2, {1, 130})])
+def test_an_evaluation_that_is_interrupted_goes_on_with_the_command_that_it_prints(
+    server, run, tmp_path, signals, codes
+):
+    examples = 9_000
+    x, y = zoo.counting_batch(7, examples)
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    np.savez(tmp_path / "other weights.npz", **{"trainable/0": np.ones(10, np.float32)})
+    run("weights", "counting", "-o", tmp_path / "one.npz")
+    arguments = ["counting", "--data", tmp_path / "data.npz", "--batch-size", 3, "--weights", tmp_path / "one.npz"]
+    left = Interrupted(server, [*arguments, "--weights", tmp_path / "other weights.npz"], signals=signals)
+    assert left.code in codes
+    assert 0 < left.counted < left.total == examples
+    assert left.shown == ""
+    done = subprocess.run(
+        [sys.executable, "-m", "forwardpass_client.cli", *left.command[1:]], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line.split() for line in done.stdout.splitlines()]
+    # Of each weights, every example once.
+    assert sum(row[-4:] == [str(examples), str(7 * examples), f"{examples:.1f}", str(examples)] for row in rows) == 2
+    # It has closed its sessions.
+    shown = run(*left.command[1:2], *left.command[3:], code=1)
+    assert "was closed" in shown
+
+
+def test_sessions_go_on_with_their_own_data_and_weights_alone(run, client, tmp_path):
+    model = client.model("counting")
+    x, y = zoo.counting_batch(1, 10)
+    np.savez(tmp_path / "data.npz", x=x, y=y)
+    with model.metrics_session() as session:
+        for _ in range(3):
+            session.forward_pass(model.initial_weights, (x, y))
+        arguments = ["counting", "--data", tmp_path / "data.npz", "--session", session.id]
+        assert "has counted 3 batches, and the data have 2" in run("evaluate", *arguments, "--batch-size", 5, code=1)
+        shown = run("evaluate", *arguments, "--session", session.id, code=2)
+        assert "--session: expected 1, one for each --weights, got 2" in shown
+        assert model.metrics_session(session.id).updates == 3
 
 
 @pytest.mark.parametrize(

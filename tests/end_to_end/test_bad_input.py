@@ -53,6 +53,18 @@ class Situation:
             trailing = dict(error.trailing_metadata() or ())
             raise errors.decode(error.code().name, error.details(), trailing.get(errors.DETAIL_KEY)) from None
 
+    def evaluate(self, *requests: Any) -> None:
+        """The messages of an evaluation, as a client without our checks would send them."""
+        sent = [one if isinstance(one, bytes) else one.SerializeToString() for one in requests]
+        try:
+            list(self.channel.stream_stream(METHODS["Evaluate"].path)(iter(sent), timeout=30))
+        except grpc.RpcError as error:
+            trailing = dict(error.trailing_metadata() or ())
+            raise errors.decode(error.code().name, error.details(), trailing.get(errors.DETAIL_KEY)) from None
+
+    def predictions(self) -> Any:
+        return self.model.predict_on_batch(self.weights, self.x, training=False)
+
     def forward(self, **changes: Any) -> None:
         """A forward pass, some of whose parts are others, sent without our checks."""
         parts = {
@@ -239,7 +251,7 @@ ROWS = [
         "unknown model",
         errors.ModelNotFound,
         "NOT_FOUND",
-        "model: expected one of broken, crashing, ",
+        "model: expected one of broken, counting, crashing, ",
         sdk=lambda s: s.client.model("nonsense"),
         wire=lambda s: s.send("GetModel", v1.GetModelRequest(model=v1.ModelSelector(name="nonsense")), {}),
     ),
@@ -447,6 +459,171 @@ ROWS = [
         wire=lambda s: s.send("LeaseWeights", v1.LeaseWeightsRequest(weights_id=b"\1" * 32, ttl_s=1), {}),
     ),
     Row(
+        "a session that is not there",
+        errors.SessionNotFound,
+        "NOT_FOUND",
+        "there is no metrics session 0505",
+        sdk=lambda s: s.model.metrics_session("05" * 16),
+        wire=lambda s: s.send("GetSessionResult", v1.GetSessionResultRequest(session_id=b"\5" * 16), {}),
+    ),
+    *(
+        Row(
+            f"a session id that is none, in {method}",
+            errors.InvalidRequest,
+            "INVALID_ARGUMENT",
+            "session_id: expected 16 bytes, got 5",
+            wire=lambda s, method=method: s.send(method, METHODS[method].request(session_id=b"short"), {}),
+        )
+        for method in ("GetSessionState", "GetSessionResult", "CloseSession")
+    ),
+    Row(
+        "a session opened under an id that is none",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "session_id: expected 16 bytes, got 0",
+        wire=lambda s: s.send("OpenSession", v1.OpenSessionRequest(model=v1.ModelSelector(name="keras_cnn")), {}),
+    ),
+    *(
+        Row(
+            f"an update that does not say which, in {method}",
+            errors.InvalidRequest,
+            "INVALID_ARGUMENT",
+            "update.session_id: expected 16 bytes, got 0",
+            wire=lambda s, method=method: s.send(method, METHODS[method].request(), {}),
+        )
+        for method in ("UpdateSession", "ForwardPassInSession", "MergeIntoSession")
+    ),
+    Row(
+        "an update out of order",
+        errors.SequenceMismatch,
+        "FAILED_PRECONDITION",
+        "update.sequence: expected 1, got 7",
+        wire=lambda s: in_session(s, "UpdateSession", 7, {"labels": s.y, "batch_output.predictions": s.predictions()}),
+    ),
+    Row(
+        "an update of other labels",
+        errors.ShapeMismatch,
+        "INVALID_ARGUMENT",
+        "labels: expected int64[None], got int64[]",
+        sdk=lambda s: session_of(s).update(3, forwardpass_client.BatchOutput(predictions=s.predictions())),
+        wire=lambda s: in_session(s, "UpdateSession", 1, {"labels": 3, "batch_output.predictions": s.predictions()}),
+    ),
+    Row(
+        "a forward pass in a session without weights",
+        errors.StructureMismatch,
+        "INVALID_ARGUMENT",
+        "model_weights.trainable: expected (float32[3,3,1,4], ",
+        wire=lambda s: in_session(s, "ForwardPassInSession", 1, {"batch_input.x": s.x, "batch_input.y": s.y}),
+    ),
+    Row(
+        "a state of another model to begin with",
+        errors.StructureMismatch,
+        "INVALID_ARGUMENT",
+        "initial_state: expected keys ['sparse_categorical_accuracy', 'sparse_top_k_categorical_accuracy'], got",
+        sdk=lambda s: s.model.metrics_session(initial_state={"a": 1.0}),
+        wire=lambda s: s.send(
+            "OpenSession",
+            v1.OpenSessionRequest(model=v1.ModelSelector(name="keras_cnn"), session_id=b"\6" * 16),
+            {"initial_state": {"a": 1.0}},
+        ),
+    ),
+    Row(
+        "a state of another model to be merged",
+        errors.StructureMismatch,
+        "INVALID_ARGUMENT",
+        "state: expected keys ['sparse_categorical_accuracy', 'sparse_top_k_categorical_accuracy'], got keys ['a']",
+        sdk=lambda s: session_of(s).merge({"a": 1.0}),
+        wire=lambda s: in_session(s, "MergeIntoSession", 1, {"state": {"a": 1.0}}),
+    ),
+    Row(
+        "an evaluation that does not begin",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "first message: expected start, got none",
+        wire=lambda s: s.evaluate(v1.EvaluateRequest()),
+    ),
+    Row(
+        "an evaluation of nothing",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "start.targets: expected 1 to 1024, got 0",
+        wire=lambda s: s.evaluate(v1.EvaluateRequest(start=v1.EvaluationStart(writer_id=bytes(16)))),
+    ),
+    Row(
+        "an evaluation in a session that is not there",
+        errors.SessionNotFound,
+        "NOT_FOUND",
+        "there is no metrics session 0000",
+        wire=lambda s: s.evaluate(start_of(bytes(16), bytes(32))),
+    ),
+    Row(
+        "an evaluation of weights that nobody has put",
+        errors.WeightsNotFound,
+        "NOT_FOUND",
+        "does not hold weights 0101",
+        sdk=lambda s: s.model.evaluate(s.model.weights_handle("01" * 32), [(s.x, s.y)]),
+        wire=lambda s: s.evaluate(start_of(bytes.fromhex(session_of(s).id), b"\1" * 32)),
+    ),
+    Row(
+        "garbage in place of a batch",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "batch 1: malformed message",
+        wire=lambda s: s.evaluate(good_start(s), call_frame(1, b"\xff\xfe")),
+    ),
+    Row(
+        "garbage in place of a frame",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "malformed message",
+        wire=lambda s: s.evaluate(good_start(s), b"\xff\xfe"),
+    ),
+    Row(
+        "a batch out of order",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "call: expected batch 1, got 2",
+        wire=lambda s: s.evaluate(good_start(s), call_frame(2, batch_of(s))),
+    ),
+    Row(
+        "a batch longer than any message",
+        errors.MessageTooLarge,
+        "RESOURCE_EXHAUSTED",
+        "call 1: expected at most ",
+        wire=lambda s: s.evaluate(
+            good_start(s), v1.EvaluateRequest(frames=[v1.CallFrame(call=1, size_bytes=2**40, data=b"x")])
+        ),
+    ),
+    Row(
+        "a batch of an evaluation that the model refuses",
+        errors.ModelRefusedInput,
+        "INVALID_ARGUMENT",
+        "batch 1: Received a label value of # which is outside the valid range of [0, 5).",
+        sdk=lambda s: s.model.evaluate(s.weights, [(s.x, s.y + 77)]),
+        wire=lambda s: s.evaluate(good_start(s), call_frame(1, batch_of(s, s.y + 77))),
+    ),
+    Row(
+        "a batch of an evaluation of another shape",
+        errors.ShapeMismatch,
+        "INVALID_ARGUMENT",
+        f"batch_input.x: expected {X_SPEC}, got float32[6,6,1]",
+        sdk=lambda s: s.model.evaluate(s.weights, [(s.x[0], s.y)]),
+    ),
+    Row(
+        "an update without a writer",
+        errors.InvalidRequest,
+        "INVALID_ARGUMENT",
+        "update.writer_id: expected 16 bytes, got 0",
+        wire=lambda s: in_session(s, "UpdateSession", 1, {"labels": s.y}, writer_id=b""),
+    ),
+    Row(
+        "labels of another dtype for a session",
+        errors.DTypeMismatch,
+        "INVALID_ARGUMENT",
+        "labels: expected int64[None], got float32[4]",
+        wire=lambda s: in_session(s, "UpdateSession", 1, {"labels": s.y.astype(np.float32)}),
+    ),
+    Row(
         "a deadline that passes",
         errors.DeadlineExceeded,
         "DEADLINE_EXCEEDED",
@@ -483,8 +660,53 @@ ROWS = [
     ),
 ]
 
-# Shown where they can be brought about: a server that starts, changes, is full, or asks who calls.
-ELSEWHERE = {"ModelLoading", "ModelChanged", "ServerOverloaded", "OutOfMemory", "Unauthenticated", "PermissionDenied"}
+# Shown where they can be brought about: a server that starts, changes, is full, waits for long, or asks who calls.
+ELSEWHERE = {
+    "ModelLoading",
+    "ModelChanged",
+    "ServerOverloaded",
+    "OutOfMemory",
+    "Unauthenticated",
+    "PermissionDenied",
+    "SessionExpired",
+    "SessionLimitExceeded",
+    "SessionStoreUnavailable",
+}
+
+
+def session_of(situation: Situation) -> forwardpass_client.MetricsSession:
+    return situation.model.metrics_session()
+
+
+def in_session(
+    situation: Situation, method: str, sequence: int, parts: dict[str, Any], writer_id: bytes = bytes(16)
+) -> None:
+    """An update of a session, as a client without our checks would send it."""
+    session_id = bytes.fromhex(session_of(situation).id)
+    update = v1.UpdateIdentity(session_id=session_id, writer_id=writer_id, sequence=sequence, update_id=bytes(16))
+    situation.send(method, METHODS[method].request(update=update), parts)
+
+
+def start_of(session_id: bytes, weights_id: bytes) -> v1.EvaluateRequest:
+    target = v1.EvaluationTarget(session_id=session_id, weights_id=weights_id)
+    return v1.EvaluateRequest(start=v1.EvaluationStart(writer_id=bytes(16), targets=[target]))
+
+
+def good_start(situation: Situation) -> v1.EvaluateRequest:
+    handle = situation.model.put_weights(situation.weights)
+    return start_of(bytes.fromhex(session_of(situation).id), bytes.fromhex(handle.id))
+
+
+def call_frame(number: int, data: bytes) -> v1.EvaluateRequest:
+    return v1.EvaluateRequest(frames=[v1.CallFrame(call=number, size_bytes=len(data), data=data)])
+
+
+def batch_of(situation: Situation, y: Any = None) -> bytes:
+    parts = {
+        "batch_input.x": Structure.of(situation.x),
+        "batch_input.y": Structure.of(situation.y if y is None else y),
+    }
+    return messages.encode(v1.EvaluationBatch(update_id=bytes(16)), parts)
 
 
 def manifest(shape: list[int], digest: bytes = bytes(32), size_bytes: int | None = None) -> v1.WeightsManifest:

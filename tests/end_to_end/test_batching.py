@@ -157,7 +157,7 @@ def test_what_waits_is_bounded_by_calls_and_by_bytes():
             refused = [error for error in refused if isinstance(error, errors.ServerOverloaded)]
             assert len(refused) == 2
             for error in refused:
-                assert "and takes 2097152" in str(error)
+                assert "the server's calls: expected at most 2097152 bytes at once, got " in str(error)
                 assert error.retry_after_s > 0
 
 

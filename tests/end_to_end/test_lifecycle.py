@@ -172,6 +172,11 @@ def test_a_model_that_is_still_loading_is_waited_for_or_refused(tmp_path):
         address = process.stdout.readline().removeprefix("listening on ").strip()
         with forwardpass_client.connect(address) as client:
             assert not client.is_ready()
+            assert [health(address, service) for service in ("startup", "ready", "live")] == [
+                "NOT_SERVING",
+                "NOT_SERVING",
+                "SERVING",
+            ]
             assert [(found.name, found.state) for found in client.models()] == [("late", "loading")]
             with pytest.raises(errors.ModelLoading, match="model late/1 is still being loaded"):
                 client.model("late")
@@ -186,8 +191,8 @@ def test_a_model_that_is_still_loading_is_waited_for_or_refused(tmp_path):
         process.stdout.close()
 
 
-def health(server: ServerProcess, service: str) -> str:
-    with grpc.insecure_channel(server.address) as channel:
+def health(address: str, service: str) -> str:
+    with grpc.insecure_channel(address) as channel:
         try:
             response = health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=service))
         except grpc.RpcError as error:
@@ -205,10 +210,13 @@ def health(server: ServerProcess, service: str) -> str:
         ("model/broken", "NOT_SERVING"),
         ("model/broken/1", "NOT_SERVING"),
         ("model/nonsense", "NOT_FOUND"),
+        ("startup", "SERVING"),
+        ("ready", "SERVING"),
+        ("live", "SERVING"),
     ],
 )
 def test_health_tells_of_the_server_and_of_each_model(server, service, status):
-    assert health(server, service) == status
+    assert health(server.address, service) == status
 
 
 def test_health_can_be_watched_while_the_server_drains():
@@ -218,6 +226,20 @@ def test_health_can_be_watched_while_the_server_drains():
         server.process.send_signal(signal.SIGTERM)
         assert next(statuses).status == health_pb2.HealthCheckResponse.NOT_SERVING
         assert server.process.wait(30) == 0
+
+
+def test_a_server_that_drains_is_alive_and_not_ready():
+    with ServerProcess(*SLOW, "--drain-delay", "5") as server, grpc.insecure_channel(server.address) as channel:
+        statuses = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="ready"))
+        assert next(statuses).status == health_pb2.HealthCheckResponse.SERVING
+        server.process.send_signal(signal.SIGTERM)
+        assert next(statuses).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert [health(server.address, service) for service in ("startup", "live", "", "model/slow")] == [
+            "SERVING",
+            "SERVING",
+            "NOT_SERVING",
+            "NOT_SERVING",
+        ]
 
 
 def test_reflection_lists_the_services_and_their_methods(server):
@@ -269,6 +291,14 @@ def test_a_port_that_is_taken_ends_the_program_with_one_line():
         assert f"Error: --metrics-port: cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
 
 
+def test_a_file_that_is_no_version_policy_ends_the_program_with_one_line(tmp_path):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "forwardpass-versions.json").write_text("{")
+    done = run_serve("--model-repository", str(tmp_path), "--port", "0")
+    assert done.returncode == 1
+    assert "Error: --model-repository: m/forwardpass-versions.json: expected JSON: " in done.stderr
+
+
 def test_a_factory_for_a_model_that_the_repository_has_is_refused(repository):
     name = "keras_cnn_emnist"
     done = run_serve("--model-repository", str(repository), "--factory", f"{name}=support.zoo:slow", "--port", "0")
@@ -291,6 +321,8 @@ def test_a_factory_for_a_model_that_the_repository_has_is_refused(repository):
         ((*SLOW, "--max-message-mib", "3"), "--max-message-mib: expected 4 to 2047, got 3"),
         ((*SLOW, "--execution-threads", "0"), "--execution-threads: expected at least 1, got 0"),
         ((*SLOW, "--max-concurrent-calls", "0"), "--max-concurrent-calls: expected at least 1, got 0"),
+        ((*SLOW, "--repository-poll", "1"), "--repository-poll: expected a --model-repository beside"),
+        ((*SLOW, "--device-timeout", "0.5"), "--device-timeout: expected seconds >= 1, got 0.5"),
         ((*SLOW, "--drain-delay", "-1"), "--drain-delay: expected seconds >= 0, got -1"),
         ((*SLOW, "--drain-timeout", "nan"), "--drain-timeout: expected seconds >= 0, got nan"),
         (

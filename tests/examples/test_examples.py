@@ -40,6 +40,17 @@ def test_the_digits_model_is_trained_served_and_evaluated(repository):
     assert metrics["sparse_categorical_accuracy"] > 0.85
 
 
+def test_the_weights_of_several_clients_are_evaluated_at_once(repository):
+    with ServerProcess("--model-repository", str(repository)) as server:
+        one = ast.literal_eval(run("examples/call_digits.py", server.address))["sparse_categorical_accuracy"]
+        lines = run("examples/evaluate_clients.py", server.address).splitlines()
+    accuracies = [float(re.search(r"sparse_categorical_accuracy (\S+)", line)[1]) for line in lines]
+    assert [line.split("  ")[0] for line in lines] == [f"client {seed}" for seed in range(4)]
+    # The first has the model's own weights; the more noise, the less is known.
+    assert accuracies[0] == pytest.approx(one, abs=1e-4)
+    assert accuracies[0] > accuracies[3]
+
+
 def test_the_demo_compares_and_exits_with_0():
     shown = run("examples/demo.py")
     assert "The same numbers." in shown

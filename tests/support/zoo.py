@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from forwardpass.wire import trees
 from forwardpass.wire.description import BatchOutput
-from forwardpass_server import FunctionalModel, save_functional_model
+from forwardpass_server import FunctionalModel, functional_model_from_keras, save_functional_model
 from support import golden
 
 
@@ -178,6 +178,21 @@ def crashing() -> FunctionalModel:
     )
 
 
+def greedy() -> FunctionalModel:
+    """Takes as many floats of memory as its input says, for as long as the call lasts."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        return tf.cast(x, tf.float32) + tf.reduce_sum(tf.sqrt(tf.fill([tf.reduce_max(x)], 0.0)))
+
+    return FunctionalModel(
+        initial_weights=((), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(label),
+        input_spec=(tf.TensorSpec([None], tf.int64), tf.TensorSpec([None], tf.float32)),
+    )
+
+
 def keras_cnn(seed: int) -> keras.Model:
     """A convolutional model with batch normalisation and dropout, which TFF refuses."""
     keras.utils.set_random_seed(seed)
@@ -217,7 +232,7 @@ def keras_batch(examples: int, seed: int = 0) -> tuple[Any, Any]:
     return rng.normal(size=(examples, 6, 6, 1)).astype(np.float32), rng.integers(0, 5, examples)
 
 
-FACTORIES = ("slow=support.zoo:slow", "crashing=support.zoo:crashing")
+FACTORIES = tuple(f"{name}=support.zoo:{name}" for name in ("slow", "crashing", "counting", "remembering", "curves"))
 
 
 def write_repository(folder: pathlib.Path) -> None:
@@ -408,3 +423,42 @@ def remembering() -> FunctionalModel:
 def rowwise() -> FunctionalModel:
     """Its metrics state has a number for each row of the batches, which have as many rows each."""
     return _labels_only(lambda state, labels: tf.cond(tf.size(state) == 0, lambda: labels, lambda: state + labels))
+
+
+def curves() -> FunctionalModel:
+    """A classifier of two kinds whose metrics are areas under curves, with 200 thresholds, beside a mean."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.layers.Input((4,)), keras.layers.Dense(8, "relu"), keras.layers.Dense(1, "sigmoid")]
+    )
+    spec = (tf.TensorSpec([None, 4], tf.float32), tf.TensorSpec([None, 1], tf.float32))
+    curve = {"class_name": "AUC", "config": {"num_thresholds": 200, "name": "roc"}}
+    precision = {"class_name": "AUC", "config": {"num_thresholds": 200, "curve": "PR", "name": "pr"}}
+    return functional_model_from_keras(model, "binary_crossentropy", spec, [curve, precision, "BinaryAccuracy"])
+
+
+def curves_batch(examples: int, seed: int) -> tuple[Any, Any, Any]:
+    """A batch for `curves`, with sample weights."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((examples, 4)).astype(np.float32)
+    return x, (rng.random((examples, 1)) < 0.4).astype(np.float32), rng.random(examples).astype(np.float32)
+
+
+def wide_counting() -> FunctionalModel:
+    """1 MiB of weights, and a metric that counts examples."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        return tf.reduce_sum(x, 1) * tf.reduce_sum(model_weights[0][0])
+
+    @tf.function
+    def update(state: Any, labels: Any, batch_output: Any, sample_weight: Any = None) -> Any:
+        return {"examples": state["examples"] + tf.size(labels)}
+
+    return FunctionalModel(
+        initial_weights=((np.zeros(2**18, np.float32),), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(output),
+        metrics_fns=(tf.function(lambda: {"examples": tf.constant(0)}), update, lambda state: state),
+        input_spec=(tf.TensorSpec([None, 4], tf.float32), tf.TensorSpec([None], tf.int64)),
+    )

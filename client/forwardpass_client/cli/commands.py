@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import pathlib
 import re
+import shlex
+import signal
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,11 +14,14 @@ from typing import Any
 import click
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -28,8 +33,12 @@ import forwardpass_client
 from forwardpass.wire import errors, trees
 from forwardpass.wire.description import Function
 from forwardpass_client.cli import npz
+from forwardpass_client.cli.evaluation import Evaluation
 from forwardpass_client.cli.hosts import Host, host_argument
+from forwardpass_client.cli.slices import Slices
 from forwardpass_client.model import RemoteFunctionalModel
+from forwardpass_client.patience import AWAY
+from forwardpass_client.sessions import MetricsSession
 from forwardpass_client.weights import WeightsHandle
 
 _OUT = Console()
@@ -217,10 +226,11 @@ def predict(
     with _model(host, model, version) as remote:
         model_weights = _weights(remote, weights)
         x = npz.take(npz.load(data), "x", remote.description.spec.x)
-        predictions = [
-            remote.predict_on_batch(model_weights, batch, training=False)
-            for batch in _batches(x, batch_size, "predicting")
-        ]
+        slices, predictions = Slices(x, batch_size), []
+        with _bar("predicting", slices.examples) as show:
+            for index in range(len(slices)):
+                predictions.append(remote.predict_on_batch(model_weights, slices[index], training=False))
+                show(slices.examples_in(index + 1))
         arrays: dict[str, Any] = {}
         npz.put(arrays, "predictions", _concatenate(predictions))
         npz.save(output, arrays)
@@ -231,34 +241,115 @@ def predict(
 @host_argument
 @click.argument("model")
 @_data_option
-@_weights_option
+@click.option(
+    "--weights",
+    "named_weights",
+    multiple=True,
+    metavar="FILE|ID",
+    help="As of `predict`; may be repeated: each batch is sent once, and each weights have a row of metrics.",
+)
 @_batch_size_option
+@click.option(
+    "--session",
+    "session_ids",
+    multiple=True,
+    metavar="ID",
+    help="Goes on with an evaluation that was left; one for each weights. Ctrl-C prints the whole command.",
+)
 @_version_option
+@click.pass_context
 def evaluate(
-    host: Host, model: str, data: pathlib.Path, weights: str | None, batch_size: int, version: int | None
+    context: click.Context,
+    host: Host,
+    model: str,
+    data: pathlib.Path,
+    named_weights: tuple[str, ...],
+    batch_size: int,
+    session_ids: tuple[str, ...],
+    version: int | None,
 ) -> None:
-    """Evaluate a model on the examples in an .npz file (in inference mode) and show its metrics."""
+    """Evaluate a model on the examples in an .npz file (in inference mode) and show its metrics.
+
+    The server runs the batches and counts them; sample_weight in the file is for the metrics. Ctrl-C leaves what has
+    counted on the server, and prints the command that goes on with it.
+    """
     with _model(host, model, version) as remote:
-        spec = remote.description.spec
-        model_weights = _weights(remote, weights)
-        arrays = npz.load(data)
-        pair = npz.take(arrays, "x", spec.x), npz.take(arrays, "y", spec.y)
-        started = time.monotonic()
-        state = remote.initialize_metrics_state()
-        examples = 0
-        for x, y in _batches(pair, batch_size, "evaluating"):
-            batch_output = remote.forward_pass(model_weights, (x, y), training=False)
-            state = remote.update_metrics_state(state, y, batch_output)
-            examples += int(batch_output.num_examples)
-        metrics = remote.finalize_metrics(state)
-        seconds = time.monotonic() - started
-    table = Table("metric", "value", box=None, header_style="bold")
-    tree, values = trees.flatten(metrics)
-    for name, value in zip(tree.paths(""), values, strict=True):
-        table.add_row(Text(name.strip("[]'") or "metric"), str(value[()]))
-    table.add_row("examples", f"{examples}")
+        slices = Slices(_examples(remote, npz.load(data)), batch_size)
+        handles = [_weights(remote, one) for one in named_weights or (None,)]
+        if session_ids and len(session_ids) != len(handles):
+            raise click.UsageError(
+                f"--session: expected {len(handles)}, one for each --weights, got {len(session_ids)}"
+            )
+        sessions = [remote.metrics_session(one) for one in session_ids or [None] * len(handles)]
+        evaluation = Evaluation(remote, handles, sessions, slices)
+        command = ["forwardpass", "evaluate", *host.words(), model, "--data", str(data)]
+        command += ["--batch-size", str(batch_size), "--version", str(remote.version)]
+        command += [argument for one in named_weights for argument in ("--weights", one)]
+        command += [argument for one in sessions for argument in ("--session", one.id)]
+        try:
+            _run(evaluation, slices)
+            if not evaluation.is_complete:
+                _leave(evaluation, slices, command)
+                context.exit(128 + signal.SIGINT)
+            metrics = [session.result() for session in sessions]
+        except (*AWAY, KeyboardInterrupt):
+            _leave(evaluation, slices, command)
+            raise
+        except errors.ForwardPassError:
+            # Trying again would not help.
+            _close(sessions)
+            raise
+        _close(sessions)
+    _show(metrics, named_weights, slices.examples)
+
+
+def _examples(model: RemoteFunctionalModel, arrays: dict[str, Any]) -> tuple[Any, ...]:
+    """(x, y), or (x, y, sample_weight) where a file has some."""
+    spec = model.description.spec
+    pair = npz.take(arrays, "x", spec.x), npz.take(arrays, "y", spec.y)
+    if any(name.split("/")[0] == "sample_weight" for name in arrays):
+        return *pair, npz.take(arrays, "sample_weight", spec.sample_weight)
+    return pair
+
+
+def _run(evaluation: Evaluation, slices: Slices) -> None:
+    """With a progress bar for a person."""
+    first, started = slices.examples_in(evaluation.counted), time.monotonic()
+    with _bar("evaluating", slices.examples) as show:
+        show(first)
+        evaluation.run(lambda count: show(slices.examples_in(count)))
+    counted = slices.examples_in(evaluation.counted) - first
+    _ERR.print(f"{counted / (time.monotonic() - started):,.0f} examples/s")
+
+
+def _close(sessions: list[MetricsSession]) -> None:
+    # Where that fails they end by themselves.
+    with contextlib.suppress(errors.ForwardPassError):
+        for session in sessions:
+            session.close()
+
+
+def _leave(evaluation: Evaluation, slices: Slices, command: list[str]) -> None:
+    counted = slices.examples_in(evaluation.counted)
+    click.echo(f"{counted:,} of {slices.examples:,} examples have counted. To go on:", err=True)
+    click.echo(f"  {shlex.join(command)}", err=True)
+
+
+def _show(metrics: list[Any], named_weights: tuple[str, ...], examples: int) -> None:
+    """The metrics of one weights below each other; of several, a row for each."""
+    flat = [trees.flatten(one) for one in metrics]
+    names = [name.strip("[]'") or "metric" for name in flat[0][0].paths("")]
+    rows = [[str(value[()]) for value in values] for _, values in flat]
+    if len(rows) == 1:
+        table = Table("metric", "value", box=None, header_style="bold")
+        for name, value in zip(names, rows[0], strict=True):
+            table.add_row(Text(name), value)
+        table.add_row("examples", f"{examples}")
+    else:
+        table = Table("weights", *map(escape, names), "examples", box=None, header_style="bold")
+        for one, row in zip(named_weights, rows, strict=True):
+            table.add_row(Text(one, overflow="fold"), *row, f"{examples}")
     _OUT.print(table)
-    _ERR.print(f"{examples / seconds:,.0f} examples/s")
 
 
 @contextlib.contextmanager
@@ -305,19 +396,20 @@ def _transfer(title: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
-def _batches(data: Any, batch_size: int, title: str) -> Iterator[Any]:
-    """Slices of a structure of arrays along their first dimension, at least one, with a progress bar for a person."""
-    tree, leaves = trees.flatten(data)
-    sizes = {int(leaf.shape[0]) if leaf.ndim else -1 for leaf in leaves}
-    if len(sizes) != 1 or -1 in sizes:
-        raise errors.ShapeMismatch(place="data", expected="as many examples in each array", found=f"{sorted(sizes)}")
-    (total,) = sizes
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("examples"), TimeRemainingColumn())
-    with Progress(*columns, console=_ERR, transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        for start in range(0, max(total, 1), batch_size):
-            yield tree.unflatten([leaf[start : start + batch_size] for leaf in leaves])
-            progress.update(task, completed=min(start + batch_size, total))
+class _Rate(ProgressColumn):
+    """Examples per second."""
+
+    def render(self, task: Task) -> Text:
+        return Text("" if task.speed is None else f"{task.speed:,.0f}/s")
+
+
+@contextlib.contextmanager
+def _bar(title: str, examples: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar for a person, to be told how many examples are done."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("examples"), _Rate())
+    with Progress(*columns, TimeRemainingColumn(), console=_ERR, transient=True) as progress:
+        task = progress.add_task(title, total=examples)
+        yield lambda done: progress.update(task, completed=done)
 
 
 def _concatenate(structures: list[Any]) -> Any:

@@ -37,6 +37,12 @@ class Host:
     token: str | None = dataclasses.field(repr=False)
     allow_insecure_token: bool
 
+    def words(self) -> list[str]:
+        """What names it on a command line, but for the token: that is a secret."""
+        files = [(f"--{name}", str(path)) for name in ("ca", "cert", "key") if (path := getattr(self, name))]
+        flags = [f"--{name.replace('_', '-')}" for name in ("tls", "allow_insecure_token") if getattr(self, name)]
+        return [self.target, *(word for file in files for word in file), *flags]
+
     def connect(self) -> forwardpass_client.Client:
         """A client of it. Raises ValueError for what does not go together."""
         ca, cert, key = (None if path is None else path.read_bytes() for path in (self.ca, self.cert, self.key))

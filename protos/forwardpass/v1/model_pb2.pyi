@@ -72,12 +72,14 @@ class MetricsState(_message.Message):
     def __init__(self, value: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
 
 class ModelSelector(_message.Message):
-    __slots__ = ("name", "version")
+    __slots__ = ("name", "version", "label")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    LABEL_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ...) -> None: ...
+    label: str
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., label: _Optional[str] = ...) -> None: ...
 
 class ModelIdentity(_message.Message):
     __slots__ = ("name", "version", "content_hash")
@@ -90,18 +92,20 @@ class ModelIdentity(_message.Message):
     def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., content_hash: _Optional[bytes] = ...) -> None: ...
 
 class ModelVersionStatus(_message.Message):
-    __slots__ = ("name", "version", "state", "error", "content_hash")
+    __slots__ = ("name", "version", "state", "error", "content_hash", "labels")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CONTENT_HASH_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: int
     state: ModelState
     error: str
     content_hash: bytes
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[_Union[ModelState, str]] = ..., error: _Optional[str] = ..., content_hash: _Optional[bytes] = ...) -> None: ...
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[int] = ..., state: _Optional[_Union[ModelState, str]] = ..., error: _Optional[str] = ..., content_hash: _Optional[bytes] = ..., labels: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class FunctionDescription(_message.Message):
     __slots__ = ("function", "available", "unavailable_reason")

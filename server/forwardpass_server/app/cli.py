@@ -43,6 +43,14 @@ def main() -> None:
     help="Folder NAME/VERSION/ of models.",
 )
 @click.option(
+    "--repository-poll",
+    default=Settings.repository_poll_s,
+    show_default=True,
+    envvar="FORWARDPASS_REPOSITORY_POLL",
+    show_envvar=True,
+    help="Seconds between looks for versions that came, changed or went; 0 means never.",
+)
+@click.option(
     "--factory",
     "factories",
     multiple=True,
@@ -159,6 +167,14 @@ def main() -> None:
     envvar="FORWARDPASS_DEVICE",
     show_envvar=True,
     help="auto, cpu, gpu, or one of several as gpu:1. auto is the first GPU, else the CPU.",
+)
+@click.option(
+    "--device-timeout",
+    default=Settings.device_timeout_s,
+    show_default=True,
+    envvar="FORWARDPASS_DEVICE_TIMEOUT",
+    show_envvar=True,
+    help="Seconds that a small operation may take before the device counts as dead, and health says so.",
 )
 @click.option(
     "--max-message-mib",
@@ -342,6 +358,7 @@ def main() -> None:
 )
 def serve(
     model_repository: pathlib.Path | None,
+    repository_poll: float,
     factories: tuple[str, ...],
     host: str,
     port: int,
@@ -357,6 +374,7 @@ def serve(
     insecure: bool,
     connection_idle: float,
     device: str,
+    device_timeout: float,
     max_message_mib: int,
     execution_threads: int | None,
     max_concurrent_calls: int,
@@ -389,6 +407,7 @@ def serve(
     try:
         settings = Settings(
             model_repository=model_repository,
+            repository_poll_s=repository_poll,
             factories=app_settings.parse_factories(factories),
             host=host,
             port=port,
@@ -405,6 +424,7 @@ def serve(
             insecure=insecure,
             connection_idle_s=connection_idle,
             device=device,
+            device_timeout_s=device_timeout,
             max_message_bytes=max_message_mib * 2**20,
             **({} if execution_threads is None else {"execution_threads": execution_threads}),
             max_concurrent_calls=max_concurrent_calls,

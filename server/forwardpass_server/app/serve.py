@@ -19,6 +19,7 @@ import prometheus_client
 from forwardpass.wire import errors
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
 from forwardpass_server.app import allocator, session_stores, status_page
+from forwardpass_server.app.health import Health
 from forwardpass_server.app.monitoring import MonitoringServer
 from forwardpass_server.app.security import Security
 from forwardpass_server.app.settings import Settings, SettingsError
@@ -26,8 +27,9 @@ from forwardpass_server.app.status_page import Status
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.rpc import handlers
+from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.management_servicer import ManagementServicer
-from forwardpass_server.rpc.server import MODEL_HEALTH_PREFIX, Server, ServerOptions, join_address
+from forwardpass_server.rpc.server import Server, ServerOptions, join_address
 from forwardpass_server.rpc.servicer import FunctionalModelServicer
 from forwardpass_server.rpc.sessions_servicer import SessionsServicer
 from forwardpass_server.rpc.weights_servicer import WeightsServicer
@@ -35,15 +37,19 @@ from forwardpass_server.serving import repository
 from forwardpass_server.serving.admission import Admission, Limits
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller
+from forwardpass_server.serving.errors import ModelLoadError
 from forwardpass_server.serving.evaluation import Evaluations
+from forwardpass_server.serving.liveness import Liveness
 from forwardpass_server.serving.loading import ObservedLoader
 from forwardpass_server.serving.management import Management, RegistryManagement
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Registry, State
+from forwardpass_server.serving.repository_watch import RepositoryWatch
 from forwardpass_server.serving.scheduling import Scheduler
 from forwardpass_server.serving.session_store import SessionStore
 from forwardpass_server.serving.sessions import Sessions
 from forwardpass_server.serving.tokens import Role
+from forwardpass_server.serving.version_policy import VersionPolicies
 from forwardpass_server.serving.weight_files import WeightFiles
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
 from forwardpass_server.telemetry import gpus
@@ -57,6 +63,9 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 _SWEEP_S = 1.0
+
+# Between trials of the device: probes come every ten seconds or so.
+_TRIAL_S = 5.0
 
 # Between looks at the files of certificates and tokens: how long one that was revoked is still good.
 _WATCH_S = 1.0
@@ -83,12 +92,16 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     metrics.machine.build(version, tensorflow.tensorflow_version, device_name)
     metrics.machine.read_device = gpus.reader(device_name)
     loader = ObservedLoader(tensorflow, metrics.models)
+    try:
+        policies = VersionPolicies(settings.model_repository)
+    except ModelLoadError as error:
+        raise SettingsError(f"--model-repository: {error}") from None
     sources = repository.from_factories(settings.factories)
     if settings.model_repository is not None:
         found = repository.scan(settings.model_repository)
         for taken in {str(source) for source in sources} & {str(source) for source in found}:
             raise SettingsError(f"--factory: the model repository has a {taken} already")
-        sources += found
+        sources += policies.served(found)
     registry = Registry(sources)
     for state in State:
         metrics.models.in_state(state.value, functools.partial(registry.count, state))
@@ -106,7 +119,8 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
     metrics.sessions.store(session_store.count)
     sessions = Sessions(session_store, registry, caller, admission, metrics.sessions, settings.max_state_bytes)
     evaluations = Evaluations(sessions, store, caller, admission)
-    sessions_servicer = SessionsServicer(sessions, evaluations, settings.max_message_bytes, metrics.models)
+    departure = Departure()
+    sessions_servicer = SessionsServicer(sessions, evaluations, settings.max_message_bytes, metrics.models, departure)
     server = Server(
         ServerOptions(
             host=settings.host,
@@ -124,6 +138,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
                 admission,
                 metrics,
                 handlers.unary(SESSION_SERVICE, sessions_servicer),
+                departure,
                 tracing,
             ),
             WEIGHTS_SERVICE: WeightsServicer(store),
@@ -132,14 +147,18 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         metrics,
         security.access(Role.CALL),
         security.certificates,
+        departure,
         tracing,
     )
+    liveness = Liveness(device, _TRIAL_S, settings.device_timeout_s)
+    health = Health(server, registry, liveness)
     management = RegistryManagement(
         registry,
         loader,
         settings.model_repository,
         settings.factories,
-        functools.partial(_tell, server, registry, loader, metrics.models),
+        policies,
+        functools.partial(_model_changed, health, registry, loader, metrics.models),
     )
     managing = None
     if settings.management_port is not None:
@@ -169,6 +188,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         announce(f"metrics on http://{join_address(settings.metrics_host, monitoring.port)}/metrics")
     if managing is not None:
         announce(f"management on {join_address(settings.management_host, await managing.start())}")
+    await health.open()
     port = await server.start()
     announce(f"listening on {join_address(settings.host, port)}")
     announce(
@@ -176,12 +196,20 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         + (f", kept in {settings.weights_folder}" if settings.weights_folder else "")
     )
     announce(f"metric sessions in {session_store.place}")
-    loading = asyncio.create_task(_load(registry, management, server, device_name, announce))
+    liveness.start()
+    loading = asyncio.create_task(_load(registry, management, health, device_name, announce))
     # What goes wrong in it otherwise than with one model must not leave a server that is never ready.
     loading.add_done_callback(lambda task: None if task.cancelled() or task.exception() is None else stop.set())
     looking_after = [
         asyncio.create_task(work)
-        for work in (_sweep_weights(store), _sweep_sessions(session_store), _watch(security), _remember(recent))
+        for work in (
+            _sweep_weights(store),
+            _sweep_sessions(session_store),
+            _watch(security),
+            _remember(recent),
+            health.watch(),
+            _follow_repository(settings, management, policies, registry, loading),
+        )
     ]
     await stop.wait()
     for task in looking_after:
@@ -193,6 +221,7 @@ async def serve(settings: Settings, announce: Callable[[str], None]) -> bool:
         await managing.drain()
     await server.drain()
     remaining_s = settings.drain_delay_s + settings.drain_timeout_s - (time.monotonic() - began)
+    liveness.end()
     has_ended = await scheduler.close(max(remaining_s, 0.0))
     await session_store.close()
     if not has_ended:
@@ -247,6 +276,7 @@ def _management_server(
         metrics,
         security.access(Role.MANAGE),
         security.certificates,
+        Departure(),
     )
 
 
@@ -300,8 +330,24 @@ def _stop(stop: asyncio.Event, number: int) -> None:
     stop.set()
 
 
-async def _tell(
-    server: Server, registry: Registry, loader: ObservedLoader, metrics: ModelMetrics, source: ModelSource
+async def _follow_repository(
+    settings: Settings,
+    management: RegistryManagement,
+    policies: VersionPolicies,
+    registry: Registry,
+    loading: asyncio.Task[None],
+) -> None:
+    if settings.model_repository is None or not settings.repository_poll_s:
+        return
+    known = [entry.source for entry in registry.entries() if entry.source.folder is not None]
+    watch = RepositoryWatch(management, settings.model_repository, policies, known)
+    # What the start has to load comes first.
+    await asyncio.wait([loading])
+    await watch.watch(settings.repository_poll_s)
+
+
+async def _model_changed(
+    health: Health, registry: Registry, loader: ObservedLoader, metrics: ModelMetrics, source: ModelSource
 ) -> None:
     """Says of a model, and of its version, whether it can be called; forgets what there was of one that is gone."""
     known = [(entry.source.name, entry.source.version) for entry in registry.entries()]
@@ -309,24 +355,21 @@ async def _tell(
         loader.forget(source)
     if source.name not in dict(known):
         metrics.forget(source.name)
-    name = MODEL_HEALTH_PREFIX + source.name
-    await server.set_serving(f"{name}/{source.version}", registry.is_available(source.name, source.version))
-    await server.set_serving(name, registry.is_available(source.name))
+    await health.model_changed(source)
 
 
 async def _load(
-    registry: Registry, management: RegistryManagement, server: Server, device: str, announce: Callable[[str], None]
+    registry: Registry, management: RegistryManagement, health: Health, device: str, announce: Callable[[str], None]
 ) -> None:
-    """Loads every model, one after another beside the event loop, and then says SERVING if any can be called."""
+    """Loads every model, one after another beside the event loop, and then says so."""
+    management.relabel()
     await management.load_all()
     # TensorFlow and the models are hundreds of thousands of objects that stay. The garbage collector would look at them
     # again and again, while calls wait.
     gc.collect()
     gc.freeze()
     entries = registry.entries()
-    # A server of which no model can be called is of use to nobody.
-    is_useful = any(entry.state is State.AVAILABLE for entry in entries) or not entries
-    await server.set_all_serving(is_useful)
+    await health.models_tried()
     failed = [str(entry.source) for entry in entries if entry.state is State.FAILED]
     announce(
         f"ready on {device}: {len(entries) - len(failed)} of {len(entries)} models"

@@ -29,6 +29,9 @@ class Settings:
 
     # The folder NAME/VERSION/; None where only factories are served.
     model_repository: pathlib.Path | None = None
+    # Seconds between looks at the repository for what changed; 0 for never. What is in it is run: a file that somebody
+    # puts there by accident should not be, unless the operator says so, and replicas would change one before another.
+    repository_poll_s: float = 0.0
     # Models that Python functions make: "module:function" by name.
     factories: Mapping[str, str] = dataclasses.field(default_factory=dict)
     # Whoever reaches the port may run the models: loopback until the operator says otherwise.
@@ -59,6 +62,9 @@ class Settings:
     insecure: bool = False
     # The first GPU that TensorFlow sees, else the CPU.
     device: str = "auto"
+    # How long a small operation on the device may take before the server says that it is not alive. Longer than what
+    # queues up on a GPU before it, and not so long that a device that is gone goes unnoticed.
+    device_timeout_s: float = 30.0
     # 64 million float32 in one message. Larger ones cost memory on both sides several times over.
     max_message_bytes: int = 256 * 2**20
     # Computations beside the event loop. TensorFlow spreads each over all cores by itself: more than there are cores
@@ -125,6 +131,8 @@ class Settings:
             raise SettingsError("--model-repository: expected a folder, or a --factory beside")
         if self.model_repository is not None and not self.model_repository.is_dir():
             raise SettingsError(f"--model-repository: expected a folder, got {str(self.model_repository)!r}")
+        if self.repository_poll_s and self.model_repository is None:
+            raise SettingsError("--repository-poll: expected a --model-repository beside")
         for name, factory in self.factories.items():
             if not MODEL_NAME.fullmatch(name):
                 raise SettingsError(f"--factory: expected a model name like {MODEL_NAME.pattern}, got {name!r}")
@@ -162,6 +170,7 @@ class Settings:
             if number is not None and number < 1:
                 raise SettingsError(f"{flag}: expected at least 1, got {number}")
         for flag, seconds in (
+            ("--repository-poll", self.repository_poll_s),
             ("--drain-delay", self.drain_delay_s),
             ("--drain-timeout", self.drain_timeout_s),
             ("--upload-expiry", self.upload_expiry_s),
@@ -169,6 +178,8 @@ class Settings:
         ):
             if not 0 <= seconds < float("inf"):
                 raise SettingsError(f"{flag}: expected seconds >= 0, got {seconds:g}")
+        if not 1 <= self.device_timeout_s < float("inf"):
+            raise SettingsError(f"--device-timeout: expected seconds >= 1, got {self.device_timeout_s:g}")
         if not 1 <= self.session_expiry_s < float("inf"):
             raise SettingsError(f"--session-expiry: expected seconds >= 1, got {self.session_expiry_s:g}")
         if self.session_store is not None and not _SESSION_STORE.match(self.session_store):

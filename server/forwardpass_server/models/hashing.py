@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import pathlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from forwardpass.wire import description
 from forwardpass.wire.description import ModelDescription, ModelIdentity
 from forwardpass_server.models import graphs
 from forwardpass_server.models.tracing import TracedModel
+from forwardpass_server.serving import repository
 
 _CHUNK_BYTES = 1 << 20
 
@@ -24,21 +24,12 @@ def of_folder(folder: pathlib.Path) -> bytes:
     Links are followed; a folder that is met again is passed over.
     """
     digest = hashlib.sha256()
-    for path in sorted(_files(folder, {folder.resolve()})):
+    for path in sorted(repository.files_in(folder)):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
     return digest.digest()
-
-
-def _files(folder: pathlib.Path, visited: set[pathlib.Path]) -> Iterator[pathlib.Path]:
-    for path in sorted(folder.iterdir()):
-        if path.is_file():
-            yield path
-        elif path.is_dir() and path.resolve() not in visited:
-            visited.add(path.resolve())
-            yield from _files(path, visited)
 
 
 def of_traced(model: TracedModel) -> bytes:

@@ -39,7 +39,7 @@ def device_of(dtype: tf.DType, device: str) -> str:
 
 
 class TensorFlowDevice:
-    """A device that tensors are kept on: see `serving.weights.Device`."""
+    """A device that tensors are kept on: see `serving.weights.Device`, and `serving.liveness.TriedDevice`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -50,6 +50,12 @@ class TensorFlowDevice:
 
     def fetch(self, placed: Any) -> Array:
         return np.asarray(placed)
+
+    def try_out(self) -> None:
+        # One that is full of weights and batches works as it should.
+        with contextlib.suppress(tf.errors.ResourceExhaustedError), tf.device(self._name):
+            # The result is waited for where it is copied to the host.
+            np.asarray(tf.raw_ops.Add(x=self.place(np.ones(8, np.float32)), y=self.place(np.ones(8, np.float32))))
 
     def default_budget_bytes(self) -> int:
         """The share of the device's memory that weights may take unless somebody says otherwise."""

@@ -8,26 +8,35 @@ from collections.abc import AsyncIterator
 from forwardpass import v1
 from forwardpass.wire import errors, frames, messages
 from forwardpass.wire.frames import Inbox
+from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.serving.evaluation import Batch, Evaluation
 
 
 class EvaluationStream:
-    """Speaks with the caller of an evaluation. max_message_bytes: of one batch."""
+    """Speaks with the caller of an evaluation.
 
-    def __init__(self, evaluation: Evaluation, max_message_bytes: int) -> None:
+    max_message_bytes: of one batch. departure: ends the stream once the batches that were received have counted.
+    """
+
+    def __init__(self, evaluation: Evaluation, max_message_bytes: int, departure: Departure) -> None:
         self._evaluation = evaluation
+        self._departure = departure
         self._inbox = Inbox(max_message_bytes, max_message_bytes)
 
     async def run(self, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The stream's responses, until its requests have ended and every batch has counted."""
+        """The stream's responses, until its requests have ended and every batch has counted.
+
+        Raises ServerUnavailable where the server leaves first.
+        """
         evaluation = self._evaluation
         position: int | None = evaluation.position
         at = v1.EvaluationPosition(model=evaluation.identity.message(), sequence=position)
         yield v1.EvaluateResponse(position=at).SerializeToString()
         reading = asyncio.ensure_future(self._read(requests))
         try:
-            while (position := await evaluation.advance(position or 0)) is not None:
-                yield v1.EvaluateResponse(frames=[v1.AnswerFrame(call=position)]).SerializeToString()
+            with self._departure.telling(lambda: evaluation.fail(self._departure.error())):
+                while (position := await evaluation.advance(position or 0)) is not None:
+                    yield v1.EvaluateResponse(frames=[v1.AnswerFrame(call=position)]).SerializeToString()
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)

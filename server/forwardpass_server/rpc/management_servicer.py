@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from forwardpass import v1
 from forwardpass.wire import errors, fields
+from forwardpass_server.rpc.selectors import without_label
 from forwardpass_server.rpc.servicer import version_status
 from forwardpass_server.serving.management import Management, VersionDetail
 
@@ -15,7 +16,7 @@ class ManagementServicer:
         self._management = management
 
     async def LoadModel(self, data: bytes, context: object) -> bytes:
-        model = fields.parse(v1.LoadModelRequest, data).model
+        model = without_label(fields.parse(v1.LoadModelRequest, data).model)
         loaded = await self._management.load(model.name, model.version)
         return v1.LoadModelResponse(model=_detail(loaded)).SerializeToString()
 
@@ -36,6 +37,7 @@ class ManagementServicer:
 
 
 def _with_version(model: v1.ModelSelector) -> v1.ModelSelector:
+    without_label(model)
     if model.version < 1:
         raise errors.InvalidRequest(place="model.version", expected="an integer from 1 on", found=str(model.version))
     return model

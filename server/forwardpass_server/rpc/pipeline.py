@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Mapping
 from forwardpass.wire import errors, frames
 from forwardpass.wire.frames import Frame, Inbox, Outbox
 from forwardpass_server.rpc import principals
+from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.serving.admission import Admission
@@ -49,11 +50,16 @@ class Pipeline:
     """The calls of one stream.
 
     methods: what may be called, by the name of its RPC. max_message_bytes: of one call. admission: is asked for the
-    bytes of those that arrive in pieces.
+    bytes of those that arrive in pieces. departure: ends the stream once what was received of it is answered.
     """
 
     def __init__(
-        self, methods: Mapping[str, Method], max_message_bytes: int, admission: Admission, metrics: RpcMetrics
+        self,
+        methods: Mapping[str, Method],
+        max_message_bytes: int,
+        admission: Admission,
+        metrics: RpcMetrics,
+        departure: Departure,
     ) -> None:
         self._methods = methods
         # How much is arriving is for the admission to say, which knows of other streams too.
@@ -62,6 +68,7 @@ class Pipeline:
         self._principal = principals.current()
         self._outbox = Outbox(answers=True)
         self._metrics = metrics
+        self._departure = departure
         self._running: dict[int, _Running] = {}
         # One timer, for the first of them: of most calls' deadlines nothing is ever heard.
         self._deadlines: list[tuple[float, int]] = []
@@ -71,17 +78,23 @@ class Pipeline:
         self._room = asyncio.Event()
 
     async def run(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
-        """The stream's responses, until its requests have ended and every call is answered."""
+        """The stream's responses, until its requests have ended and every call is answered.
+
+        Raises ServerUnavailable where the server leaves first.
+        """
         reading = asyncio.ensure_future(self._read(requests, context))
         reading.add_done_callback(lambda _: self._changed.set())
         try:
-            while not reading.done() or self._running or self._outbox:
-                while self._outbox:
-                    yield self._outbox.next_message()
-                    self._room.set()
-                if not reading.done() or self._running:
-                    await self._changed.wait()
-                    self._changed.clear()
+            with self._departure.telling(self._changed.set):
+                while self._is_read(reading) or self._running or self._outbox:
+                    while self._outbox:
+                        yield self._outbox.next_message()
+                        self._room.set()
+                    if self._is_read(reading) or self._running:
+                        await self._changed.wait()
+                        self._changed.clear()
+            if not reading.done():
+                raise self._departure.error()
             # What was wrong with the requests is wrong with the stream.
             await reading
         finally:
@@ -97,8 +110,14 @@ class Pipeline:
                 self._admission.leave(self._principal, self._inbox.size_bytes, calls=0)
                 self._inbox.clear()
 
+    def _is_read(self, reading: asyncio.Future[None]) -> bool:
+        """Whether another call may still come."""
+        return not reading.done() and not self._departure.is_due
+
     async def _read(self, requests: AsyncIterator[bytes], context: object) -> None:
         async for message in requests:
+            if self._departure.is_due:
+                raise self._departure.error()
             for index, frame in enumerate(frames.decode_calls(message), 1):
                 self._take(frame, context)
                 while len(self._running) + len(self._outbox) >= _MAX_CALLS:

@@ -15,6 +15,7 @@ from grpc_reflection.v1alpha import reflection
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.certificates import Certificates
+from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.health import HealthServicer
 from forwardpass_server.rpc.interceptor import Interceptor
 from forwardpass_server.telemetry.metrics import Metrics
@@ -32,6 +33,12 @@ _MAX_STREAMS = 1024
 
 MODEL_HEALTH_PREFIX = "model/"
 """grpc.health.v1 answers for `model/NAME` and `model/NAME/VERSION` too."""
+
+STARTUP, READY, LIVE = "startup", "ready", "live"
+"""And for these, after which probes ask: see app.health."""
+
+# What a server that drains says as before: it has started, and nobody should kill it.
+_LASTING = (STARTUP, LIVE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,15 +67,17 @@ class Server:
         servicers: Mapping[str, object],
         metrics: Metrics,
         access: Access,
-        certificates: Certificates | None = None,
+        certificates: Certificates | None,
+        departure: Departure,
         tracing: Tracing | None = None,
     ) -> None:
         """servicers: by the full names of their services. certificates: None for a port without TLS.
 
-        tracing: None for no spans.
+        departure: is announced when no more calls are taken. tracing: None for no spans.
         """
         self._options = options
         self._certificates = certificates
+        self._departure = departure
         self._health = HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[Interceptor(metrics.rpcs, access, tracing)],
@@ -91,6 +100,9 @@ class Server:
             ],
         )
         self._servicers = servicers
+        # Names that health answers for.
+        self._said: set[str] = set()
+        self._is_draining = False
         self._server.add_generic_rpc_handlers([handlers.of(*item) for item in servicers.items()])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         reflection.enable_server_reflection((*servicers, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
@@ -112,19 +124,24 @@ class Server:
 
     async def set_serving(self, service: str, serving: bool) -> None:
         """What grpc.health.v1 answers for a service; "" is the server as a whole."""
+        self._said.add(service)
         status = health_pb2.HealthCheckResponse
-        await self._health.set(service, status.SERVING if serving else status.NOT_SERVING)
+        is_serving = serving and (not self._is_draining or service in _LASTING)
+        await self._health.set(service, status.SERVING if is_serving else status.NOT_SERVING)
 
     async def set_all_serving(self, serving: bool) -> None:
-        """What is answered for the server as a whole and for each of its services."""
-        for service in ("", *self._servicers):
+        """What is answered for the server as a whole, for each of its services, and for `ready`."""
+        for service in ("", READY, *self._servicers):
             await self.set_serving(service, serving)
 
     async def drain(self) -> None:
         """Says NOT_SERVING, waits for clients to see it, takes no more calls, and waits for those that run."""
-        await self._health.enter_graceful_shutdown()
+        self._is_draining = True
+        for service in self._said.difference(_LASTING):
+            await self.set_serving(service, False)
         _LOGGER.info("draining: waiting %.1f s for clients to leave", self._options.drain_delay_s)
         await asyncio.sleep(self._options.drain_delay_s)
+        self._departure.announce()
         self._health.end_watches()
         await self._server.stop(self._options.drain_timeout_s)
         _LOGGER.info("drained")

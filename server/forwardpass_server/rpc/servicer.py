@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message
 
 from forwardpass import v1
-from forwardpass.wire import description, messages
+from forwardpass.wire import description, errors, messages
 from forwardpass.wire.description import Function
 from forwardpass.wire.methods import MODEL_SERVICE
 from forwardpass.wire.structures import Structure
 from forwardpass_server.rpc import handlers, principals
 from forwardpass_server.rpc.codec import Codec
+from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.rpc.pipeline import Pipeline
 from forwardpass_server.serving.admission import Admission
@@ -48,6 +49,7 @@ class FunctionalModelServicer:
         admission: Admission,
         metrics: Metrics,
         others: Mapping[str, Method],
+        departure: Departure,
         tracing: Tracing | None = None,
     ) -> None:
         """others: methods of other services that a pipeline may call too, by name. tracing: None for no spans."""
@@ -56,6 +58,7 @@ class FunctionalModelServicer:
         self._max_message_bytes = max_message_bytes
         self._admission = admission
         self._metrics = metrics
+        self._departure = departure
         self._codec = Codec(max_message_bytes, metrics.models)
         self._pipelined = {**handlers.unary(MODEL_SERVICE, self), **others}
         if tracing is not None:
@@ -97,29 +100,42 @@ class FunctionalModelServicer:
 
     async def GetModel(self, data: bytes, context: object) -> bytes:
         header, _ = messages.decode(v1.GetModelRequest, data)
-        model = self._registry.get(header.model.name, header.model.version).model
+        model = self._registry.get(header.model.name, self._version(header.model)).model
         response = v1.GetModelResponse(
             model=description.encode(model.description),
-            versions=[version_status(entry) for entry in self._registry.versions(header.model.name)],
+            versions=[self._status(entry) for entry in self._registry.versions(header.model.name)],
             max_request_bytes=self._max_message_bytes,
         )
         return response.SerializeToString()
 
     async def ListModels(self, data: bytes, context: object) -> bytes:
         messages.decode(v1.ListModelsRequest, data)
-        response = v1.ListModelsResponse(models=[version_status(entry) for entry in self._registry.entries()])
+        response = v1.ListModelsResponse(models=[self._status(entry) for entry in self._registry.entries()])
         return response.SerializeToString()
 
     async def GetInitialWeights(self, data: bytes, context: object) -> bytes:
         header, _ = messages.decode(v1.GetInitialWeightsRequest, data)
-        model = self._registry.get(header.model.name, header.model.version).model
+        model = self._registry.get(header.model.name, self._version(header.model)).model
         spec = model.description.spec
         parts = spec.weights_parts(Structure(spec.weights.tree, model.initial_weights))
         return messages.encode(v1.GetInitialWeightsResponse(model=model.description.identity.message()), parts)
 
     def Pipeline(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
-        pipeline = Pipeline(self._pipelined, self._max_message_bytes, self._admission, self._metrics.rpcs)
+        pipeline = Pipeline(
+            self._pipelined, self._max_message_bytes, self._admission, self._metrics.rpcs, self._departure
+        )
         return pipeline.run(requests, context)
+
+    def _version(self, selector: v1.ModelSelector) -> int:
+        """The version that is asked for, 0 for the highest. Raises InvalidRequest for one that is named twice."""
+        if not selector.label:
+            return selector.version
+        if selector.version:
+            raise errors.InvalidRequest(place="model", expected="a version or a label", found="both")
+        return self._registry.labelled(selector.name, selector.label)
+
+    def _status(self, entry: Entry) -> v1.ModelVersionStatus:
+        return version_status(entry, self._registry.labels(entry.source))
 
     async def _call(
         self,
@@ -133,7 +149,7 @@ class FunctionalModelServicer:
     ) -> Any:
         request = Request(
             header.model.name,
-            header.model.version,
+            self._version(header.model),
             function,
             parts,
             size_bytes,
@@ -146,11 +162,12 @@ class FunctionalModelServicer:
         return pieces if len(pieces) >= _LONG_BYTES else pieces.join()
 
 
-def version_status(entry: Entry) -> v1.ModelVersionStatus:
+def version_status(entry: Entry, labels: Sequence[str] = ()) -> v1.ModelVersionStatus:
     return v1.ModelVersionStatus(
         name=entry.source.name,
         version=entry.source.version,
         state=_STATES[entry.state],
         error=entry.error,
         content_hash=entry.servable.identity.content_hash if entry.servable else b"",
+        labels=labels,
     )

@@ -14,7 +14,9 @@ from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.rpc import principals
 from forwardpass_server.rpc.codec import Codec
+from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.evaluation_stream import EvaluationStream
+from forwardpass_server.rpc.selectors import without_label
 from forwardpass_server.serving.calls import Request
 from forwardpass_server.serving.evaluation import Evaluations
 from forwardpass_server.serving.session_records import UpdateIdentity
@@ -26,20 +28,27 @@ class SessionsServicer:
     """Each method has the name of its RPC, takes the request's bytes and returns the response's, or its pieces."""
 
     def __init__(
-        self, sessions: Sessions, evaluations: Evaluations, max_message_bytes: int, metrics: ModelMetrics
+        self,
+        sessions: Sessions,
+        evaluations: Evaluations,
+        max_message_bytes: int,
+        metrics: ModelMetrics,
+        departure: Departure,
     ) -> None:
         self._sessions = sessions
         self._evaluations = evaluations
         self._max_message_bytes = max_message_bytes
+        self._departure = departure
         self._codec = Codec(max_message_bytes, metrics)
 
     async def OpenSession(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.OpenSessionRequest, data)
+        model = without_label(header.model)
         session = await self._sessions.open(
             principals.current(),
             header.session_id,
-            header.model.name,
-            header.model.version,
+            model.name,
+            model.version,
             resume=header.resume,
             initial_state=parts.get("initial_state"),
             size_bytes=len(data),
@@ -89,7 +98,7 @@ class SessionsServicer:
         targets = [(target.session_id, target.weights_id) for target in start.targets]
         principal = principals.current()
         async with self._evaluations.begin(principal, start.writer_id, start.training, targets) as evaluation:
-            async for response in EvaluationStream(evaluation, self._max_message_bytes).run(requests):
+            async for response in EvaluationStream(evaluation, self._max_message_bytes, self._departure).run(requests):
                 yield response
 
     def _answer(self, response_type: type[Message], session: Session, parts: Mapping[str, Structure]) -> Pieces:

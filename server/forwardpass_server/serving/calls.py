@@ -35,6 +35,7 @@ class Request(NamedTuple):
     size_bytes: its length, by which calls are told to take longer or shorter.
     weights_id: of weights that the store holds; b"" where they are among the parts, or not needed.
     principal: who asks; "" where nobody has to say so.
+    is_alone: no other call would come to share a batch with it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Request(NamedTuple):
     training: bool = False
     weights_id: bytes = b""
     principal: str = ""
+    is_alone: bool = False
 
 
 class Caller:
@@ -90,7 +92,7 @@ class Caller:
         async with self._weights.use(request.principal, request.weights_id) as weights:
             placed = weights.leaves(servable.identity.content_hash, servable.spec.weights)
             leaves = plan.flatten(request.parts, placed)
-            if servable.is_batchable and plan.is_prediction and not request.training:
+            if servable.is_batchable and plan.is_prediction and not request.training and not request.is_alone:
                 results = await self._run_batched(request, servable, placed, leaves[len(placed) :])
             else:
                 results = await self._run(request, servable, plan, leaves)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from forwardpass.wire import errors
@@ -20,6 +21,11 @@ from forwardpass_server.serving.weights import WeightStore
 # On their way at once; beyond it no more is read of the stream, and its caller has to wait.
 _MAX_BATCHES = 32
 _MAX_BYTES = 64 * 2**20
+
+# A commit costs as much as running a small batch; a fraction of what is on its way, so that some is always acknowledged
+# while others run. Who looks at the progress of a slow model is not kept waiting.
+_BATCHES_PER_COMMIT = 8
+_HELD_BACK_S = 0.02
 
 # Each takes a worker, and weights that stay on the device.
 _MAX_TARGETS = 1024
@@ -200,19 +206,34 @@ class Evaluation:
         return self._is_complete and self.position >= self._added
 
     async def _work(self, target: _Target) -> None:
-        while True:
-            batch = await target.batches.get()
-            if batch.sequence <= target.counted:
-                # By an earlier stream, that broke before another session had counted it.
-                continue
-            if self._failed is not None and batch.sequence >= self._failed[0]:
-                return
-            try:
-                counted = self._sessions.submit(target.session, await self._run(target, batch))
-            except Exception as error:
-                self._fail(batch.sequence, _of_batch(error, batch.sequence))
-                return
-            counted.add_done_callback(functools.partial(self._note, target, batch.sequence))
+        """Runs batch after batch. What has been run is counted some at a time, in one commit."""
+        ready: list[tuple[int, Update]] = []
+        due = 0.0
+        try:
+            while True:
+                if target.batches.empty() or len(ready) >= _BATCHES_PER_COMMIT or time.monotonic() >= due:
+                    self._hand_over(target, ready)
+                batch = await target.batches.get()
+                if batch.sequence <= target.counted:
+                    # By an earlier stream, that broke before another session had counted it.
+                    continue
+                if self._failed is not None and batch.sequence >= self._failed[0]:
+                    return
+                if not ready:
+                    due = time.monotonic() + _HELD_BACK_S
+                ready.append((batch.sequence, await self._run(target, batch)))
+        except Exception as error:
+            self._fail(batch.sequence, _of_batch(error, batch.sequence))
+        finally:
+            # Of a stream that broke, too: what has been run need not be run again.
+            self._hand_over(target, ready)
+
+    def _hand_over(self, target: _Target, ready: list[tuple[int, Update]]) -> None:
+        """To the session, which counts all of it in its next commit."""
+        for sequence, update in ready:
+            counted = self._sessions.submit(target.session, update)
+            counted.add_done_callback(functools.partial(self._note, target, sequence))
+        ready.clear()
 
     async def _run(self, target: _Target, batch: Batch) -> Update:
         model = target.session.servable
@@ -225,6 +246,7 @@ class Evaluation:
             self._training,
             target.weights_id,
             self._principal,
+            is_alone=True,
         )
         results = await self._caller.run(model, request)
         identity = UpdateIdentity(target.session.key.session_id, self._writer_id, batch.sequence, batch.update_id)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import logging
 import pathlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
@@ -12,6 +14,8 @@ from forwardpass.wire import errors
 from forwardpass_server.serving import repository
 from forwardpass_server.serving.models import ModelLoader, ModelSource
 from forwardpass_server.serving.registry import Entry, Registry, State
+from forwardpass_server.serving.repository import FileStates
+from forwardpass_server.serving.version_policy import VersionPolicies
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,6 +52,7 @@ class Management(Protocol):
 class RegistryManagement:
     """Management of a registry, over what its operator named at the start: see Management.
 
+    policies: which versions are served without being asked for, and their labels.
     on_change: is told of each version that was loaded, failed, or was unloaded.
     """
 
@@ -57,13 +62,17 @@ class RegistryManagement:
         loader: ModelLoader,
         folder: pathlib.Path | None,
         factories: Mapping[str, str],
+        policies: VersionPolicies,
         on_change: Callable[[ModelSource], Awaitable[None]],
     ) -> None:
         self._registry = registry
         self._loader = loader
         self._folder = folder
         self._factories = repository.from_factories(factories)
+        self._policies = policies
         self._on_change = on_change
+        # What the files of each version were when it was last loaded, or tried.
+        self._tried: dict[str, FileStates] = {}
         # One writes the registry at a time.
         self._writing = asyncio.Lock()
 
@@ -89,6 +98,28 @@ class RegistryManagement:
             if self._registry.unload(name, version):
                 await self._on_change(ModelSource(name, version))
 
+    async def follow(self, source: ModelSource, files: FileStates) -> None:
+        """Loads a version, anew if it is loaded, unless its files are those that were tried last.
+
+        What goes wrong is kept with the version.
+        """
+        async with self._writing:
+            if self._tried.get(str(source)) != files:
+                await self._load_one(source)
+
+    async def drop(self, source: ModelSource) -> None:
+        """Unloads a version that is not to be served: should it be again, the same files are loaded again."""
+        await self.unload(source.name, source.version)
+        self._tried.pop(str(source), None)
+
+    def serves(self, source: ModelSource) -> bool:
+        """Whether a version can be called."""
+        return self._registry.is_available(source.name, source.version)
+
+    def relabel(self) -> None:
+        """Gives the versions the labels that they are to have, as far as they are available."""
+        self._registry.set_labels(self._policies.labels())
+
     async def describe(self) -> list[VersionDetail]:
         found = {(one.name, one.version): one for one in await asyncio.to_thread(self._loadable)}
         entries = {(one.source.name, one.source.version): one for one in self._registry.entries()}
@@ -112,11 +143,22 @@ class RegistryManagement:
             return VersionDetail(source, self._registry.entry(source), True)
 
     async def _load_one(self, source: ModelSource) -> Entry:
-        entry = await asyncio.to_thread(self._registry.load, source, self._loader)
+        entry = await asyncio.to_thread(self._load_files, source)
+        self.relabel()
         await self._on_change(source)
         return entry
 
+    def _load_files(self, source: ModelSource) -> Entry:
+        if source.folder is not None:
+            # Before they are read: what changes meanwhile is another state.
+            self._tried.pop(str(source), None)
+            with contextlib.suppress(OSError):
+                self._tried[str(source)] = repository.file_states(source.folder)
+        return self._registry.load(source, self._loader)
+
     def _find(self, name: str, version: int) -> ModelSource:
+        with contextlib.suppress(OSError):
+            self._policies.refresh()
         versions = [source for source in self._loadable() if source.name == name]
         if not versions:
             raise errors.ModelNotFound(place="model", expected="one of the model repository", found=repr(name[:128]))
@@ -131,4 +173,4 @@ class RegistryManagement:
         )
 
     def _loadable(self) -> list[ModelSource]:
-        return self._factories + ([] if self._folder is None else repository.scan(self._folder))
+        return self._factories + ([] if self._folder is None else repository.scan(self._folder, logging.DEBUG))

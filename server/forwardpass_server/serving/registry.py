@@ -6,7 +6,7 @@ import dataclasses
 import enum
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from forwardpass.wire import errors
 from forwardpass_server.serving.errors import ModelLoadError
@@ -24,7 +24,10 @@ class State(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """One version of a model. servable: set once it is available. error: why it failed; "" otherwise."""
+    """One version of a model.
+
+    servable: set once it is available. error: why it failed to load, or to load anew while it is available; or "".
+    """
 
     source: ModelSource
     state: State
@@ -37,14 +40,15 @@ class Registry:
 
     def __init__(self, sources: Iterable[ModelSource]) -> None:
         self._entries: dict[str, dict[int, Entry]] = {}
+        self._labels: dict[str, dict[str, int]] = {}
         for source in sources:
             self._entries.setdefault(source.name, {})[source.version] = Entry(source, State.LOADING)
 
     def load(self, source: ModelSource, loader: ModelLoader) -> Entry:
         """Loads one version, which need not be known yet, and returns what came of it.
 
-        What goes wrong is logged and hinders no other. It is kept with the version, unless one of the same name and
-        number is available: that stays.
+        What goes wrong is logged and hinders no other. It is kept with the version; where one of the same name and
+        number is available, that stays available.
         """
         former = self._entries.get(source.name, {}).get(source.version)
         if former is None:
@@ -61,8 +65,8 @@ class Registry:
         else:
             _LOGGER.info("model %s is available after %.2f s", source, time.monotonic() - started)
             entry = Entry(source, State.AVAILABLE, servable)
-        if entry.servable is not None or former is None or former.servable is None:
-            self._put(entry)
+        is_kept = entry.servable is None and former is not None and former.servable is not None
+        self._put(dataclasses.replace(former, error=entry.error) if former is not None and is_kept else entry)
         return entry
 
     def _put(self, entry: Entry) -> None:
@@ -103,6 +107,39 @@ class Registry:
         if versions is None:
             raise errors.ModelNotFound(place="model", expected=_one_of(self._entries), found=repr(name[:128]))
         return [entry for _, entry in sorted(versions.items())]
+
+    def set_labels(self, labels: Mapping[str, Mapping[str, int]]) -> None:
+        """What versions are called: versions by label, by the name of the model.
+
+        A label moves once the version that it is to stand for is available.
+        """
+        self._labels = {name: self._movable(name, wanted) for name, wanted in labels.items()}
+
+    def _movable(self, name: str, wanted: Mapping[str, int]) -> dict[str, int]:
+        former = self._labels.get(name, {})
+        standing = {label: version for label, version in former.items() if self.is_available(name, version)}
+        return {
+            label: version if self.is_available(name, version) else standing.get(label, version)
+            for label, version in wanted.items()
+        }
+
+    def labels(self, source: ModelSource) -> list[str]:
+        """What a version is called."""
+        return sorted(
+            label for label, version in self._labels.get(source.name, {}).items() if version == source.version
+        )
+
+    def labelled(self, name: str, label: str) -> int:
+        """The version that a label stands for. Raises ModelNotFound, ModelVersionNotFound."""
+        self.versions(name)
+        labels = self._labels.get(name, {})
+        if label not in labels:
+            raise errors.ModelVersionNotFound(
+                place=f"label of model {name!r}",
+                expected=f"one of {', '.join(sorted(labels)[:10])}" if labels else "none: the model has no labels",
+                found=repr(label[:128]),
+            )
+        return labels[label]
 
     def holds(self, servable: Servable) -> bool:
         """Whether a model is what its name and version stand for now."""

@@ -49,14 +49,13 @@ class Estimates:
             and (not self._inline_from or self._inline_from.get(bucket, 0) < time.monotonic())
         )
 
-    def add(self, bucket: int, seconds: float, worked_s: float) -> None:
-        """Takes note of a run. worked_s: the processor time that the process took meanwhile."""
-        self._seconds[bucket] = min(seconds, self._seconds.get(bucket, seconds) * _RISE)
+    def add(self, bucket: int, seconds: float, worked_s: float, *, inline: bool) -> None:
+        """Takes note of a run.
 
-    def add_inline(self, bucket: int, seconds: float, worked_s: float) -> None:
-        """Takes note of a run on the event loop."""
-        self.add(bucket, seconds, worked_s)
-        if seconds > _LONG_STALL_S or min(seconds, worked_s) > _STALL_S:
+        worked_s: the processor time that the process took meanwhile. inline: it ran on the event loop.
+        """
+        self._seconds[bucket] = min(seconds, self._seconds.get(bucket, seconds) * _RISE)
+        if inline and (seconds > _LONG_STALL_S or min(seconds, worked_s) > _STALL_S):
             self._inline_from[bucket] = time.monotonic() + _STALL_FACTOR * seconds
 
 
@@ -97,9 +96,9 @@ class Scheduler:
         """
         bucket = size_bytes.bit_length()
         if estimates.is_short(bucket):
-            return _timed(compute, leaves, estimates.add_inline, bucket, passages)
+            return _timed(compute, leaves, estimates, bucket, True, passages)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, _timed, compute, leaves, estimates.add, bucket, passages)
+        return await loop.run_in_executor(self._pool, _timed, compute, leaves, estimates, bucket, False, passages)
 
     async def close(self, timeout_s: float) -> bool:
         """Waits for what runs, so long. Nothing may be run afterwards. Returns whether everything has ended."""
@@ -119,8 +118,9 @@ class Scheduler:
 def _timed(
     compute: Callable[[Sequence[Leaf]], ResultT],
     leaves: Sequence[Leaf],
-    note: Callable[[int, float, float], None],
+    estimates: Estimates,
     bucket: int,
+    inline: bool,
     passages: Sequence[Passage],
 ) -> ResultT:
     started, worked_s = time.perf_counter(), time.process_time()
@@ -132,5 +132,5 @@ def _timed(
         ended = time.perf_counter()
         for passage in passages:
             passage.ended = ended
-    note(bucket, ended - started, time.process_time() - worked_s)
+    estimates.add(bucket, ended - started, time.process_time() - worked_s, inline=inline)
     return result

@@ -64,6 +64,16 @@ def test_a_long_call_lets_short_ones_go_before():
     assert received(messages, frames.decode_calls)[1][1] == bytes(5 * CHUNK_BYTES)
 
 
+def test_a_long_call_lets_nothing_go_before_where_they_stay_in_order():
+    outbox = Outbox(answers=False, in_order=True)
+    sizes = [3 * CHUNK_BYTES, 3, CHUNK_BYTES + 1, 0, 3, 2 * CHUNK_BYTES]
+    for call, size in enumerate(sizes):
+        outbox.put(call, frames.encode_call("", None, size), bytes(size))
+    found = received(messages_of(outbox), frames.decode_calls)
+    assert list(found) == list(range(len(sizes)))
+    assert [len(data) for _, data in found.values()] == sizes
+
+
 def test_answers_and_errors_come_back_as_they_were():
     outbox = Outbox(answers=True)
     outbox.put(7, frames.encode_answer(4), b"data")

@@ -9,12 +9,20 @@ from hypothesis import strategies as st
 
 from forwardpass import v1
 from forwardpass.wire import errors, messages, trees
-from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
+from forwardpass.wire.methods import MODEL_SERVICE, SERVICES, SESSION_SERVICE
 from forwardpass.wire.structures import Structure
 from support.arrays import same_bits, structures
 
 MESSAGE_TYPES = [
-    kind for method in SERVICES[MODEL_SERVICE].values() for kind in (method.request, method.response) if method.is_unary
+    *(
+        kind
+        for service in (MODEL_SERVICE, SESSION_SERVICE)
+        for method in SERVICES[service].values()
+        for kind in (method.request, method.response)
+        if method.is_unary
+    ),
+    # Travels in pieces, on a stream.
+    v1.EvaluationBatch,
 ]
 
 STRUCTURES = {
@@ -43,6 +51,33 @@ STRUCTURES = {
     "ListModelsResponse": [],
     "GetInitialWeightsRequest": [],
     "GetInitialWeightsResponse": ["model_weights.trainable", "model_weights.non_trainable"],
+    "OpenSessionRequest": ["initial_state"],
+    "OpenSessionResponse": [],
+    "UpdateSessionRequest": [
+        "labels",
+        "batch_output.loss",
+        "batch_output.predictions",
+        "batch_output.num_examples",
+        "sample_weight",
+    ],
+    "UpdateSessionResponse": [],
+    "ForwardPassInSessionRequest": [
+        "model_weights.trainable",
+        "model_weights.non_trainable",
+        "batch_input.x",
+        "batch_input.y",
+        "sample_weight",
+    ],
+    "ForwardPassInSessionResponse": ["batch_output.loss", "batch_output.predictions", "batch_output.num_examples"],
+    "MergeIntoSessionRequest": ["state"],
+    "MergeIntoSessionResponse": [],
+    "GetSessionStateRequest": [],
+    "GetSessionStateResponse": ["state"],
+    "GetSessionResultRequest": [],
+    "GetSessionResultResponse": ["metrics"],
+    "CloseSessionRequest": [],
+    "CloseSessionResponse": [],
+    "EvaluationBatch": ["batch_input.x", "batch_input.y", "sample_weight"],
 }
 
 

@@ -3,57 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import pathlib
-import threading
 
 import pytest
 
 from forwardpass.wire import errors
-from forwardpass_server.models.loading import TensorFlowLoader
-from forwardpass_server.serving.management import RegistryManagement
-from forwardpass_server.serving.models import ModelSource
-from forwardpass_server.serving.registry import Registry, State
-
-
-class Loader:
-    """Loads one real model for each source, when its gate is open; fails for folders that hold nothing."""
-
-    def __init__(self, repository: pathlib.Path) -> None:
-        self._loader = TensorFlowLoader("cpu")
-        self._folder = repository / "no_metrics" / "1"
-        self.started = threading.Event()
-        self.gate = threading.Event()
-        self.gate.set()
-        self.loads = []
-
-    def load(self, source):
-        self.started.set()
-        self.gate.wait(30)
-        self.loads.append(str(source))
-        if not (source.folder / "model").exists():
-            raise KeyError("nothing in it")
-        return self._loader.load(ModelSource(source.name, source.version, folder=self._folder))
-
-
-class Situation:
-    def __init__(self, repository: pathlib.Path, folder: pathlib.Path) -> None:
-        self.folder = folder
-        self.registry = Registry([])
-        self.loader = Loader(repository)
-        self.changes = []
-        self.management = RegistryManagement(self.registry, self.loader, folder, {}, self._change)
-
-    async def _change(self, source):
-        self.changes.append(str(source))
-
-    def write(self, name: str, version: int) -> pathlib.Path:
-        folder = self.folder / name / str(version)
-        folder.mkdir(parents=True)
-        (folder / "model").touch()
-        return folder
-
-    def states(self) -> dict[str, State]:
-        return {str(entry.source): entry.state for entry in self.registry.entries()}
+from forwardpass_server.serving.registry import State
+from support.repositories import Situation
 
 
 @pytest.fixture

@@ -106,8 +106,8 @@ def test_a_computation_that_held_up_the_event_loop_is_kept_away_from_it():
 )
 def test_a_processor_taken_away_for_some_milliseconds_is_no_fault_of_a_computation(seconds, worked_s, is_short):
     estimates = Estimates()
-    estimates.add_inline(SMALL, 1e-5, 1e-5)
-    estimates.add_inline(SMALL, seconds, worked_s)
+    estimates.add(SMALL, 1e-5, 1e-5, inline=True)
+    estimates.add(SMALL, seconds, worked_s, inline=True)
     assert estimates.is_short(SMALL) is is_short
 
 

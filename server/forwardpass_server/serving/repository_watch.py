@@ -1,0 +1,98 @@
+"""The model repository, looked at again and again: what is served follows what is in it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from forwardpass_server.serving import repository
+from forwardpass_server.serving.management import RegistryManagement
+from forwardpass_server.serving.models import ModelSource
+from forwardpass_server.serving.repository import FileStates
+from forwardpass_server.serving.version_policy import VersionPolicies
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class RepositoryWatch:
+    """What came, changed and went in a repository since it was last looked at.
+
+    A change counts once two looks have found the same: files that are being copied are left alone until they rest.
+    policies: which versions are to be served. known: those of the repository that were tried at the start.
+    """
+
+    def __init__(
+        self,
+        management: RegistryManagement,
+        folder: pathlib.Path,
+        policies: VersionPolicies,
+        known: Sequence[ModelSource],
+    ) -> None:
+        self._management = management
+        self._folder = folder
+        self._policies = policies
+        # Not those that an operator loads against the policy: they are the operator's to unload.
+        self._known = {str(source): source for source in known}
+        self._seen: dict[str, FileStates | None] = dict.fromkeys(self._known)
+        self._complaint = ""
+
+    async def watch(self, every_s: float) -> None:
+        """Looks every so many seconds, until it is cancelled."""
+        while True:
+            await asyncio.sleep(every_s)
+            try:
+                await self.look()
+            except Exception:  # Whatever it is: who watches must not end by it.
+                _LOGGER.exception("model repository: a look at it failed")
+
+    async def look(self) -> None:
+        """Loads what is new or has changed, one after another, and then unloads what is gone, or served no longer."""
+        try:
+            found = await asyncio.to_thread(self._scan)
+        except OSError as error:
+            self._complain(f"it cannot be read: {error}")
+            return
+        if self._known and not found:
+            # A volume that is not mounted looks like that; nobody takes all models out at once.
+            self._complain("it is empty")
+            return
+        self._complaint = ""
+        seen, self._seen = self._seen, {name: files for name, (_, files) in found.items()}
+        wanted = {str(source): source for source in self._policies.served([source for source, _ in found.values()])}
+        self._known |= wanted
+        for name, source in wanted.items():
+            files = found[name][1]
+            if files is not None and seen.get(name) == files:
+                await self._management.follow(source, files)
+        self._management.relabel()
+        for name, source in list(self._known.items()):
+            is_gone = name not in found and name not in seen
+            if is_gone or (name in found and self._is_replaced(source, wanted)):
+                await self._management.drop(self._known.pop(name))
+
+    def _is_replaced(self, source: ModelSource, wanted: Mapping[str, ModelSource]) -> bool:
+        """Whether a version need not be served any more, and those that shall be in its place can be called."""
+        others = [one for one in wanted.values() if one.name == source.name]
+        return str(source) not in wanted and bool(others) and all(map(self._management.serves, others))
+
+    def _scan(self) -> dict[str, tuple[ModelSource, FileStates | None]]:
+        """Every version, and its files; None for those that change under this very look."""
+        self._policies.refresh()
+        # What cannot be served was said at the start, and need not be each time.
+        sources = repository.scan(self._folder, logging.DEBUG)
+        return {str(source): (source, _file_states(source)) for source in sources}
+
+    def _complain(self, what: str) -> None:
+        if what != self._complaint:
+            self._complaint = what
+            _LOGGER.warning("model repository: %s; the models are served on as they are", what)
+
+
+def _file_states(source: ModelSource) -> FileStates | None:
+    assert source.folder is not None
+    try:
+        return repository.file_states(source.folder)
+    except OSError:
+        return None

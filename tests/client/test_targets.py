@@ -1,0 +1,46 @@
+"""Which servers a target stands for."""
+
+from __future__ import annotations
+
+import pytest
+
+import forwardpass_client
+from forwardpass_client import targets
+
+
+@pytest.mark.parametrize(
+    "target, expected",
+    [
+        ("models:8500", "models:8500"),
+        (["models:8500"], "models:8500"),
+        (["10.0.0.1:1", "10.0.0.2:2"], "ipv4:10.0.0.1:1,10.0.0.2:2"),
+        (("[::1]:1", "[::2]:1"), "ipv6:[::1]:1,[::2]:1"),
+    ],
+)
+def test_several_addresses_are_one_target(target, expected):
+    assert targets.joined(target) == expected
+
+
+@pytest.mark.parametrize("target", [["a:1", "b:1"], ["10.0.0.1:1", "b:1"], ["10.0.0.1", "10.0.0.2:1"], []])
+def test_what_is_no_address_is_refused_in_a_list(target):
+    with pytest.raises(ValueError, match="target: expected addresses"):
+        forwardpass_client.connect(target)
+
+
+def test_addresses_of_two_kinds_are_refused():
+    with pytest.raises(ValueError, match="all of IPv4 or all of IPv6"):
+        targets.joined(["10.0.0.1:1", "[::1]:1"])
+
+
+@pytest.mark.parametrize(
+    "target, several",
+    [
+        ("models:8500", False),
+        ("dns:///models:8500", True),
+        ("ipv4:10.0.0.1:1", False),
+        ("ipv4:10.0.0.1:1,10.0.0.2:1", True),
+        ("unix:/run/models", False),
+    ],
+)
+def test_a_target_tells_whether_it_may_be_several_servers(target, several):
+    assert targets.are_several(target) is several

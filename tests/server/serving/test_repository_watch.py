@@ -1,0 +1,199 @@
+"""What comes, changes and goes in a repository while its models are served."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+
+import pytest
+
+from forwardpass_server.serving import repository
+from forwardpass_server.serving.registry import State
+from forwardpass_server.serving.repository_watch import RepositoryWatch
+from support.repositories import Situation
+
+
+@pytest.fixture
+def situation(repository, tmp_path):
+    situation = Situation(repository, tmp_path)
+    situation.write("m", 1)
+    return situation
+
+
+async def watching(situation: Situation) -> RepositoryWatch:
+    """A watch over a repository of which everything is loaded."""
+    situation.policies.refresh()
+    known = situation.policies.served(repository.scan(situation.folder))
+    for source in known:
+        await situation.management.load(source.name, source.version)
+    return RepositoryWatch(situation.management, situation.folder, situation.policies, known)
+
+
+async def look(watch: RepositoryWatch, times: int = 2) -> None:
+    for _ in range(times):
+        await watch.look()
+
+
+def test_what_stays_as_it_is_is_not_loaded_again(situation):
+    async def run():
+        watch = await watching(situation)
+        await look(watch, 4)
+        assert situation.loader.loads == ["m/1"]
+
+    asyncio.run(run())
+
+
+def test_a_version_that_comes_is_loaded_once_it_rests_and_the_one_before_stays(situation):
+    async def run():
+        watch = await watching(situation)
+        folder = situation.write("m", 2)
+        await watch.look()
+        (folder / "more").touch()
+        await watch.look()
+        assert situation.loader.loads == ["m/1"]
+        await watch.look()
+        assert situation.states() == {"m/1": State.AVAILABLE, "m/2": State.AVAILABLE}
+        assert situation.registry.get("m", 0).identity.version == 2
+
+    asyncio.run(run())
+
+
+def test_a_version_that_changed_is_loaded_anew_while_the_old_one_serves(situation):
+    async def run():
+        watch = await watching(situation)
+        served = situation.registry.get("m", 1)
+        situation.overwrite("m", 1)
+        situation.loader.gate.clear()
+        situation.loader.started.clear()
+        looking = asyncio.ensure_future(look(watch))
+        await asyncio.to_thread(situation.loader.started.wait, 30)
+        assert situation.registry.get("m", 1) is served
+        situation.loader.gate.set()
+        await looking
+        assert situation.registry.get("m", 1) is not served
+        await look(watch)
+        assert situation.loader.loads == ["m/1", "m/1"]
+
+    asyncio.run(run())
+
+
+def test_a_broken_change_leaves_what_is_served_is_said_and_is_tried_again_when_it_changes(situation):
+    async def run():
+        watch = await watching(situation)
+        served = situation.registry.get("m", 1)
+        (situation.folder / "m" / "1" / "model").unlink()
+        await look(watch, 4)
+        (entry,) = situation.registry.entries()
+        assert (entry.state, entry.servable) == (State.AVAILABLE, served)
+        assert "KeyError" in entry.error
+        assert len(situation.loader.loads) == 2
+        situation.overwrite("m", 1)
+        await look(watch)
+        (entry,) = situation.registry.entries()
+        assert entry.servable is not served
+        assert entry.error == ""
+
+    asyncio.run(run())
+
+
+def test_a_version_that_goes_is_unloaded_and_loaded_again_when_it_is_back(situation):
+    async def run():
+        situation.write("m", 2)
+        watch = await watching(situation)
+        (situation.folder / "m" / "2").rename(situation.folder / "aside")
+        await watch.look()
+        assert len(situation.states()) == 2
+        await watch.look()
+        assert situation.states() == {"m/1": State.AVAILABLE}
+        (situation.folder / "aside").rename(situation.folder / "m" / "2")
+        await look(watch)
+        assert len(situation.states()) == 2
+
+    asyncio.run(run())
+
+
+def test_what_an_operator_unloaded_stays_unloaded_until_it_changes(situation):
+    async def run():
+        situation.write("m", 2)
+        watch = await watching(situation)
+        await situation.management.unload("m", 2)
+        await look(watch, 3)
+        assert situation.states() == {"m/1": State.AVAILABLE}
+        situation.overwrite("m", 2)
+        await look(watch)
+        assert len(situation.states()) == 2
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "empty"])
+def test_a_repository_that_is_gone_or_empty_takes_no_model_away(situation, caplog, is_gone):
+    async def run():
+        watch = await watching(situation)
+        shutil.rmtree(situation.folder if is_gone else situation.folder / "m")
+        await look(watch, 3)
+        assert situation.states() == {"m/1": State.AVAILABLE}
+        assert sum("served on as they are" in record.message for record in caplog.records) == 1
+
+    asyncio.run(run())
+
+
+def test_the_latest_versions_replace_those_before_once_they_can_be_called(situation):
+    async def run():
+        situation.write("m", 2)
+        situation.rule("m", serve={"latest": 1})
+        watch = await watching(situation)
+        assert situation.states() == {"m/2": State.AVAILABLE}
+        (situation.write("m", 3) / "model").unlink()
+        await look(watch, 4)
+        assert situation.states() == {"m/2": State.AVAILABLE, "m/3": State.FAILED}
+        situation.overwrite("m", 3)
+        await look(watch)
+        assert situation.states() == {"m/3": State.AVAILABLE}
+
+    asyncio.run(run())
+
+
+def test_labels_move_when_the_version_that_they_shall_stand_for_is_available(situation):
+    async def run():
+        situation.rule("m", serve=[1], labels={"stable": 1})
+        watch = await watching(situation)
+        await watch.look()
+        assert situation.registry.labelled("m", "stable") == 1
+        situation.rule("m", serve=[2], labels={"stable": 2})
+        (situation.write("m", 2) / "model").unlink()
+        await look(watch, 3)
+        assert situation.registry.labelled("m", "stable") == 1
+        assert situation.states()["m/1"] is State.AVAILABLE
+        situation.overwrite("m", 2)
+        await look(watch)
+        assert situation.registry.labelled("m", "stable") == 2
+        assert situation.states() == {"m/2": State.AVAILABLE}
+
+    asyncio.run(run())
+
+
+def test_a_policy_that_cannot_be_read_changes_nothing_and_is_said_once(situation, caplog):
+    async def run():
+        situation.write("m", 2)
+        situation.rule("m", serve=[1], labels={"stable": 1})
+        watch = await watching(situation)
+        situation.rule("m", serve=[], labels={"stable": 2})
+        await look(watch, 3)
+        assert situation.states() == {"m/1": State.AVAILABLE}
+        assert situation.registry.labelled("m", "stable") == 1
+        assert sum("stay as they were" in record.message for record in caplog.records) == 1
+
+    asyncio.run(run())
+
+
+def test_what_an_operator_loads_against_the_policy_stays(situation):
+    async def run():
+        situation.write("m", 2)
+        situation.rule("m", serve=[2])
+        watch = await watching(situation)
+        await situation.management.load("m", 1)
+        await look(watch, 3)
+        assert len(situation.states()) == 2
+
+    asyncio.run(run())
