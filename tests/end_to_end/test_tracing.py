@@ -15,6 +15,7 @@ import forwardpass_client
 from forwardpass import v1
 from forwardpass.wire.methods import METHODS, MODEL_SERVICE
 from forwardpass_client import errors
+from forwardpass_server.app.settings import Settings, SettingsError
 from support import zoo
 from support.collectors import SpanCollector
 from support.servers import ServerProcess
@@ -144,3 +145,9 @@ def test_without_an_endpoint_opentelemetry_is_not_even_imported():
         "assert not any(name.startswith('opentelemetry') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:4317", "http://localhost", "grpc://localhost:4317", ""])
+def test_an_endpoint_that_is_none_is_refused_by_name(endpoint):
+    with pytest.raises(SettingsError, match="--trace-endpoint: expected http://HOST:PORT"):
+        Settings(factories={"counting": "support.zoo:counting"}, trace_endpoint=endpoint)
