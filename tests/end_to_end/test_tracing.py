@@ -15,6 +15,7 @@ import forwardpass_client
 from forwardpass import v1
 from forwardpass.wire.methods import METHODS, MODEL_SERVICE
 from forwardpass_client import errors
+from forwardpass_server.app.settings import Settings, SettingsError
 from support import zoo
 from support.collectors import SpanCollector
 from support.servers import ServerProcess
@@ -128,13 +129,14 @@ def test_a_context_that_is_none_does_no_harm(context):
             assert call(request, timeout=10, metadata=(("traceparent", context),))
 
 
-def test_a_collector_that_is_gone_holds_up_no_call():
+def test_a_collector_that_is_gone_holds_up_neither_calls_nor_the_end():
     with ServerProcess(*FACTORIES, "--trace-endpoint", "http://127.0.0.1:1") as server:
         with forwardpass_client.connect(server.address) as client:
             model = client.model("counting")
             x, _ = zoo.counting_batch(1)
             for _ in range(20):
                 model.predict_on_batch(model.initial_weights, x, timeout_s=10)
+        assert server.terminate() == 0
 
 
 def test_without_an_endpoint_opentelemetry_is_not_even_imported():
@@ -143,3 +145,9 @@ def test_without_an_endpoint_opentelemetry_is_not_even_imported():
         "assert not any(name.startswith('opentelemetry') for name in sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("endpoint", ["localhost:4317", "http://localhost", "grpc://localhost:4317", ""])
+def test_an_endpoint_that_is_none_is_refused_by_name(endpoint):
+    with pytest.raises(SettingsError, match="--trace-endpoint: expected http://HOST:PORT"):
+        Settings(factories={"counting": "support.zoo:counting"}, trace_endpoint=endpoint)

@@ -76,7 +76,10 @@ def _summary(recent: Window) -> str:
         for code in _SERVERS_FAULT
     ) + sum(recent.rate("forwardpass_pipeline_calls_total", code=code) for code in _SERVERS_FAULT)
     examples = recent.rate("forwardpass_batch_examples_sum")
-    all_calls: dict[str, dict[str, str]] = {_HANDLING: {"grpc_type": "unary"}, _PIPELINE: {}}
+    all_calls: list[tuple[str, dict[str, str]]] = [
+        *((_HANDLING, {"grpc_type": "unary", "grpc_service": service}) for service in _SERVICES),
+        (_PIPELINE, {}),
+    ]
     return _tiles(
         [
             ("calls per second", _number(calls)),
@@ -108,8 +111,8 @@ def _models(status: Status) -> str:
                 f'<ul class="versions">{versions}</ul>',
                 _number(recent.rate(f"{queue}_count", model=name)),
                 _seconds(recent.mean(queue, model=name)),
-                _seconds(recent.quantile(0.5, {execute: {"model": name}})),
-                _seconds(recent.quantile(0.99, {execute: {"model": name}})),
+                _seconds(recent.quantile(0.5, [(execute, {"model": name})])),
+                _seconds(recent.quantile(0.99, [(execute, {"model": name})])),
             ]
         )
     heads = ("Model", "Versions", "Calls/s", "Wait", "Compute", "99% within")
@@ -148,7 +151,7 @@ def _methods(recent: Window) -> str:
             _text(method.title),
             _number(rate),
             _number(rate - recent.rate(method.ended, **{method.code: "OK"}, **method.labels)),
-            *(_seconds(recent.quantile(share, {method.seconds: method.labels})) for share in (0.5, 0.99)),
+            *(_seconds(recent.quantile(share, [(method.seconds, method.labels)])) for share in (0.5, 0.99)),
         ]
         for rate, method in rates
     ]
@@ -186,7 +189,7 @@ def _weights(recent: Window) -> str:
 
 
 def _sessions(recent: Window) -> str:
-    commit: dict[str, dict[str, str]] = {"forwardpass_session_commit_seconds": {}}
+    commit: list[tuple[str, dict[str, str]]] = [("forwardpass_session_commit_seconds", {})]
     facts = [
         ("Open", _number(recent.total("forwardpass_sessions"))),
         ("Updates per second", _number(recent.rate("forwardpass_session_updates_total", outcome="applied"))),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import prometheus_client as prometheus
 
@@ -59,7 +59,7 @@ class Window:
 
     def growth(self, name: str, **labels: str) -> float:
         before = dict(_chosen(self._then, name, labels))
-        return sum(value - before.get(key, 0.0) for key, value in _chosen(self._now, name, labels))
+        return sum(_grown(value, before.get(key, 0.0)) for key, value in _chosen(self._now, name, labels))
 
     def rate(self, name: str, **labels: str) -> float:
         """Growth per second."""
@@ -70,16 +70,16 @@ class Window:
         count = self.growth(f"{histogram}_count", **labels)
         return self.growth(f"{histogram}_sum", **labels) / count if count else None
 
-    def quantile(self, share: float, histograms: Mapping[str, Mapping[str, str]]) -> float | None:
+    def quantile(self, share: float, histograms: Iterable[tuple[str, Mapping[str, str]]]) -> float | None:
         """Below which that share of what was observed lies, evenly spread within a bucket; None where nothing was.
 
         histograms: of one kind of buckets, with the labels of each.
         """
         grown: dict[float, float] = collections.defaultdict(float)
-        for histogram, labels in histograms.items():
+        for histogram, labels in histograms:
             before = dict(_chosen(self._then, f"{histogram}_bucket", labels))
             for key, value in _chosen(self._now, f"{histogram}_bucket", labels):
-                grown[float(dict(key)["le"])] += value - before.get(key, 0.0)
+                grown[float(dict(key)["le"])] += _grown(value, before.get(key, 0.0))
         bounds = sorted(grown)
         if not bounds or not grown[bounds[-1]]:
             return None
@@ -94,6 +94,11 @@ class Window:
                     else below + (bound - below) * ((wanted - grown.get(below, 0.0)) / inside if inside else 1.0)
                 )
         return None
+
+
+def _grown(now: float, before: float) -> float:
+    """What was counted since: all of it, where a model was unloaded and came back."""
+    return now - before if now >= before else now
 
 
 def _chosen(

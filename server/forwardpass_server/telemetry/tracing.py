@@ -22,6 +22,10 @@ from forwardpass.wire.description import Function
 _FAILURES = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 
 
+# Of one batch of spans, with all its retries: the end of the server waits for the last.
+_EXPORT_S = 3
+
+
 class CallObserver(Protocol):
     """See `serving.calls.CallObserver`."""
 
@@ -38,7 +42,8 @@ class Tracing:
 
     def __init__(self, endpoint: str) -> None:
         self._provider = TracerProvider()
-        self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))
+        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_S)
+        self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("forwardpass")
         self._propagator = TraceContextTextMapPropagator()
 
