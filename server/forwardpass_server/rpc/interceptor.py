@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import grpc
 
 from forwardpass.wire import errors
+from forwardpass.wire.methods import SERVICES
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.failures import failure_of
@@ -86,7 +87,11 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         answer = _writing(method) if handler.response_streaming else method
         if not is_open:
             answer = self._admitted(answer, handler.request_streaming)
-        return handlers.MAKERS[streams](self._guard(answer, path, metrics), None, handler.response_serializer)
+        guarded = self._guard(answer, path, metrics)
+        # Probes ask for health every few seconds, and whoever is refused may be anybody: they make no spans.
+        if self._tracing is not None and _names(path)[0] in SERVICES:
+            guarded = self._tracing.of_rpc(guarded, path, is_stream=any(streams))
+        return handlers.MAKERS[streams](guarded, None, handler.response_serializer)
 
     def _admitted(self, answer: Callable[..., Awaitable[Any]], is_stream: bool) -> Callable[..., Awaitable[Any]]:
         """`answer` for callers that a certificate names, and that stay who they are as long as they send requests."""
@@ -137,7 +142,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 metrics.seconds.observe(time.perf_counter() - started)
             return await _abort(context, failure)
 
-        return guarded if self._tracing is None else self._tracing.of_rpc(guarded, path)
+        return guarded
 
 
 def _names(path: str) -> tuple[str, str]:

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from importlib.metadata import version
 from typing import Any, Protocol
 
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, SpanKind, StatusCode
@@ -21,6 +23,8 @@ from forwardpass.wire.description import Function
 # Statuses that are the caller's own, or nobody's, are no failures of a server's span.
 _FAILURES = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 
+
+_IS_STREAM = "forwardpass.is_stream"
 
 # Of one batch of spans, with all its retries: the end of the server waits for the last.
 _EXPORT_S = 3
@@ -41,18 +45,24 @@ class Tracing:
     """
 
     def __init__(self, endpoint: str) -> None:
-        self._provider = TracerProvider()
+        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES go before.
+        resource = Resource({"service.name": "forwardpass", "service.version": version("forwardpass")})
+        self._provider = TracerProvider(resource=resource.merge(OTELResourceDetector().detect()))
         exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_S)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("forwardpass")
         self._propagator = TraceContextTextMapPropagator()
 
-    def of_rpc(self, answer: Callable[..., Awaitable[Any]], path: str) -> Callable[..., Awaitable[Any]]:
+    def of_rpc(
+        self, answer: Callable[..., Awaitable[Any]], path: str, is_stream: bool
+    ) -> Callable[..., Awaitable[Any]]:
         """A handler of gRPC's, with a span around it, below the one that the caller's metadata name."""
         name = path.removeprefix("/")
 
         async def traced(request: Any, context: Any) -> Any:
             with self._span(name, context.invocation_metadata()) as span:
+                if is_stream:
+                    span.set_attribute(_IS_STREAM, True)
                 status = "CANCELLED"
                 try:
                     response = await answer(request, context)
@@ -122,7 +132,8 @@ class _CallSpans:
     def call_ran(self, model: str, function: Function, arrived: float, began: float, ended: float) -> None:
         self._observer.call_ran(model, function, arrived, began, ended)
         call = trace.get_current_span()
-        if not call.is_recording():
+        # What an evaluation runs is without bound, and its stream one span.
+        if not call.is_recording() or getattr(call, "attributes", {}).get(_IS_STREAM):
             return
         call.set_attribute("forwardpass.model", model)
         call.set_attribute("forwardpass.function", function.name.lower())
