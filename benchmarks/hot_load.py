@@ -87,17 +87,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model(pathlib.Path(folder) / "cnn_20" / "1")
         arguments = ["--factory=mlp=models:mlp", "--model-repository", folder, "--management-port", "0"]
-        command = [
-            sys.executable,
-            "-m",
-            "forwardpass_server.app.cli",
-            "serve",
-            "--port",
-            "0",
-            "--metrics-port",
-            "-1",
-            *arguments,
-        ]
+        serve = ("-m", "forwardpass_server.app.cli", "serve", "--port", "0", "--metrics-port", "-1")
+        command = [sys.executable, *serve, *arguments]
         server = subprocess.Popen(
             command, cwd=run.FOLDER, env=run.ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
