@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import importlib.metadata
 from typing import TYPE_CHECKING
 
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
-from forwardpass_server.app import session_stores
+from forwardpass_server.app import garbage, session_stores
 from forwardpass_server.app.health import Health
 from forwardpass_server.app.security import Security
 from forwardpass_server.app.settings import Settings, SettingsError
@@ -257,6 +258,8 @@ async def _model_changed(
     health: Health, registry: Registry, loader: ObservedLoader, metrics: ModelMetrics, source: ModelSource
 ) -> None:
     """Says of a model, and of its version, whether it can be called; forgets what there was of one that is gone."""
+    # What a version that is gone or replaced was made of.
+    await asyncio.to_thread(garbage.look_again)
     known = [(entry.source.name, entry.source.version) for entry in registry.entries()]
     if (source.name, source.version) not in known:
         loader.forget(source)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import signal
@@ -12,7 +11,7 @@ from collections.abc import Callable
 
 import prometheus_client
 
-from forwardpass_server.app import allocator, status_page, upkeep
+from forwardpass_server.app import allocator, garbage, status_page, upkeep
 from forwardpass_server.app import parts as app_parts
 from forwardpass_server.app.monitoring import MonitoringServer
 from forwardpass_server.app.parts import Parts
@@ -121,10 +120,7 @@ async def _load(parts: Parts, announce: Announce) -> None:
     """Loads every model, one after another beside the event loop, and then says so."""
     parts.management.relabel()
     await parts.management.load_all()
-    # TensorFlow and the models are hundreds of thousands of objects that stay. The garbage collector would look at them
-    # again and again, while calls wait.
-    gc.collect()
-    gc.freeze()
+    garbage.set_aside()
     entries = parts.registry.entries()
     await parts.health.models_tried()
     failed = [str(entry.source) for entry in entries if entry.state is State.FAILED]
