@@ -75,6 +75,8 @@ def _triton(peer: Peer) -> contextlib.AbstractContextManager[str]:
     stub = home / "backends" / "python" / "triton_python_backend_stub"
     if not stub.exists():
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        # A link may be left that leads to where the environment was made.
+        stub.unlink(missing_ok=True)
         stub.symlink_to(home / "python_backend_stubs" / version / stub.name)
     grpc_port, http_port, metrics_port = free_ports(3)
     command = [

@@ -7,6 +7,7 @@ import json
 import pathlib
 import shutil
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
