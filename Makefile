@@ -7,13 +7,16 @@ REPOSITORY := .cache/models
 COMPILE = UV_CUSTOM_COMPILE_COMMAND="make requirements" $(VENV)/bin/uv pip compile --quiet --upgrade \
 	--generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28
 
-.PHONY: demo test test-image serve lint protos requirements benchmark clean
+.PHONY: demo test tools test-image serve lint protos requirements benchmark clean
 
 demo: $(STAMP)  ## Train, export, serve, call and compare: the main job on real data.
 	$(VENV)/bin/python examples/demo.py
 
-test: $(STAMP)  ## All tests.
+test: $(STAMP) tools  ## All tests.
 	$(VENV)/bin/python -m pytest
+
+tools:  # Not Python's: a Redis, a Prometheus and the like, where they are missing.
+	requirements/tools.sh
 
 test-image: $(STAMP)  ## Build the image from Debian's packages, run it, call it. Needs root and what .ci/image installs.
 	$(VENV)/bin/python -m pytest -m image
@@ -21,7 +24,7 @@ test-image: $(STAMP)  ## Build the image from Debian's packages, run it, call it
 serve: $(STAMP) $(REPOSITORY)/digits/1  ## Serve an example repository on localhost:8500 until Ctrl-C.
 	$(VENV)/bin/forwardpass-server serve --model-repository $(REPOSITORY)
 
-lint: $(STAMP)  ## Format, lint, types, layers, protocol.
+lint: $(STAMP) tools  ## Format, lint, types, layers, protocol.
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
