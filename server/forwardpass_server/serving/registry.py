@@ -141,11 +141,6 @@ class Registry:
             )
         return labels[label]
 
-    def holds(self, servable: Servable) -> bool:
-        """Whether a model is what its name and version stand for now."""
-        entry = self._entries.get(servable.identity.name, {}).get(servable.identity.version)
-        return entry is not None and entry.servable is servable
-
     def get(self, name: str, version: int) -> Servable:
         """One model; version 0 is the highest that is available.
 

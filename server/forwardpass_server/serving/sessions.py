@@ -81,6 +81,15 @@ class Session:
         self.version, self.record = version, record
 
 
+@dataclasses.dataclass(eq=False, slots=True)
+class _Model:
+    """A model with the sessions that were opened with it, or found here, and not closed. used: by one of them, last."""
+
+    servable: Servable
+    sessions: set[SessionKey]
+    used: float
+
+
 class Sessions:
     """The sessions of all principals. Used on one event loop alone.
 
@@ -106,6 +115,8 @@ class Sessions:
         self._expiry_s = expiry_s
         self._cached: collections.OrderedDict[SessionKey, Session] = collections.OrderedDict()
         self._cached_bytes = 0
+        # A model that was unloaded lives on in its sessions, at hand or not.
+        self._models: dict[ModelIdentity, _Model] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(
@@ -256,6 +267,8 @@ class Sessions:
         key = SessionKey(principal, session_id)
         await self._store.delete(key)
         self._forget(key)
+        for model in self._models.values():
+            model.sessions.discard(key)
 
     async def find(self, principal: str, session_id: bytes) -> Session:
         """A session to be updated: another server may have updated it since. Raises SessionNotFound, SessionExpired."""
@@ -399,6 +412,9 @@ class Sessions:
             record = session_records.decode(stored.record)
             size_bytes = len(stored.record) + _OVERHEAD_BYTES
             session = Session(key, self._servable(record.identity), stored.version, record, size_bytes)
+            model = self._models.setdefault(record.identity, _Model(session.servable, set(), session.used))
+            model.sessions.add(key)
+            model.servable, model.used = session.servable, session.used
             self._cached[key] = session
             self._cached_bytes += session.size_bytes
             self._shrink()
@@ -410,27 +426,30 @@ class Sessions:
     def _use(self, session: Session) -> None:
         session.used = time.monotonic()
         self._cached.move_to_end(session.key)
+        model = self._models.get(session.record.identity)
+        if model is not None:
+            model.used = session.used
 
     def _shrink(self) -> None:
         """Forgets the sessions that were used least recently: the store has them."""
         for key, session in list(self._cached.items()):
             if self._cached_bytes <= _CACHED_BYTES:
                 return
-            if self._may_go(session):
+            if not session.is_committing:
                 self._forget(key)
 
     def sweep(self) -> None:
-        """Forgets the sessions that nobody has used for a while: the store has them. To be called now and then."""
+        """Forgets what nobody has used for a while. To be called now and then."""
         now = time.monotonic()
         for key, session in list(self._cached.items()):
             if session.used > now - _CACHED_S:
-                return
-            if self._may_go(session) or session.used <= now - self._expiry_s:
+                break
+            # The store has it.
+            if not session.is_committing:
                 self._forget(key)
-
-    def _may_go(self, session: Session) -> bool:
-        # A model that was unloaded lives on in its sessions.
-        return not session.is_committing and self._registry.holds(session.servable)
+        for identity, model in list(self._models.items()):
+            if not model.sessions or model.used <= now - self._expiry_s:
+                del self._models[identity]
 
     def _forget(self, key: SessionKey) -> None:
         session = self._cached.pop(key, None)
@@ -439,14 +458,22 @@ class Sessions:
 
     def _servable(self, identity: ModelIdentity) -> Servable:
         """The very model that a session was opened with. Raises what `Registry.get` raises, and ModelChanged."""
-        servable = self._registry.get(identity.name, identity.version)
-        if servable.identity != identity:
-            raise errors.ModelChanged(
-                place="session",
-                expected=f"model {identity} of content {identity.content_hash.hex()[:12]}",
-                found=f"content {servable.identity.content_hash.hex()[:12]}",
-            )
-        return servable
+        kept = self._models.get(identity)
+        try:
+            servable = self._registry.get(identity.name, identity.version)
+        except errors.ForwardPassError:
+            if kept is None:
+                raise
+            return kept.servable
+        if servable.identity == identity:
+            return servable
+        if kept is not None:
+            return kept.servable
+        raise errors.ModelChanged(
+            place="session",
+            expected=f"model {identity} of content {identity.content_hash.hex()[:12]}",
+            found=f"content {servable.identity.content_hash.hex()[:12]}",
+        )
 
     def _check_size(self, state: Structure) -> None:
         size_bytes = sum(leaf.nbytes for leaf in state.leaves)

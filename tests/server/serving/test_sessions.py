@@ -333,6 +333,32 @@ def test_sessions_that_nobody_uses_are_no_longer_at_hand_and_go_on_all_the_same(
     run(scenario)
 
 
+def test_an_unloaded_model_lives_on_in_its_sessions_until_they_are_closed(monkeypatch):
+    async def scenario(rig):
+        writer = Writer()
+        await rig.sessions.open("", SESSION, "counting", 0)
+        await rig.update(writer, 2)
+        # Not at hand when the model goes.
+        monkeypatch.setattr(sessions_module, "_CACHED_S", 0.0)
+        rig.sessions.sweep()
+        assert rig.registry.unload("counting", 1)
+        try:
+            await rig.update(writer, 2)
+            rig.sessions.sweep()
+            assert await found(rig) == counts(2, 6, 12)
+            with pytest.raises(errors.ModelNotFound):
+                await rig.sessions.open("", OTHER, "counting", 0)
+        finally:
+            # Other tests share the registry.
+            rig.registry.load(ModelSource("counting", 1, factory="support.zoo:counting"), TensorFlowLoader("cpu"))
+        assert len(rig.sessions._models) == 1
+        await rig.sessions.close("", SESSION)
+        rig.sessions.sweep()
+        assert not rig.sessions._models
+
+    run(scenario)
+
+
 def test_a_forward_pass_outlives_its_session_at_hand(monkeypatch):
     # Two objects stand for one session then: the store decides between them.
     monkeypatch.setattr(sessions_module, "_CACHED_BYTES", 0)
