@@ -11,7 +11,7 @@ from wsgiref import simple_server
 
 import prometheus_client as prometheus
 
-_HEADERS = [
+_HEADERS = (
     ("Content-Type", "text/html; charset=utf-8"),
     ("Cache-Control", "no-store"),
     ("X-Content-Type-Options", "nosniff"),
@@ -20,7 +20,7 @@ _HEADERS = [
         "Content-Security-Policy",
         "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     ),
-]
+)
 
 
 class _Handler(simple_server.WSGIRequestHandler):
@@ -49,7 +49,8 @@ class MonitoringServer:
             path = environ["PATH_INFO"]
             if path == "/metrics":
                 return metrics(environ, start_response)
-            start_response("200 OK" if path == "/" else "404 Not Found", _HEADERS)
+            # A copy: the length of this answer is added to it.
+            start_response("200 OK" if path == "/" else "404 Not Found", list(_HEADERS))
             return [page().encode() if path == "/" else b"There is / and /metrics."]
 
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
