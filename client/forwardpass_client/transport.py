@@ -20,6 +20,9 @@ from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, 
 
 _CLOSED = "the client is closed"
 
+# What grpc.aio makes of a connection that ends while a message of a stream is being sent: no status of the server's.
+_LOST_IN_MID_SEND = "Internal error from Core"
+
 
 class Transport:
     """Calls to one server, or to several that stand for each other, from any thread.
@@ -285,4 +288,7 @@ class _Answer:
 
 def _decode(error: Any) -> errors.ForwardPassError:
     trailing = dict(error.trailing_metadata() or ())
-    return errors.decode(error.code().name, error.details() or "", trailing.get(errors.DETAIL_KEY))
+    status, message = error.code().name, error.details() or ""
+    if status == "INTERNAL" and message == _LOST_IN_MID_SEND:
+        status = "UNAVAILABLE"
+    return errors.decode(status, message, trailing.get(errors.DETAIL_KEY))
