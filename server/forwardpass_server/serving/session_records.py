@@ -129,9 +129,10 @@ def decode(data: bytes) -> Record:
 
 
 def encode_outcome(results: Mapping[str, Structure]) -> bytes:
-    """A batch output, or some of its fields, to be recorded."""
+    """A batch output, or some of its fields, to be recorded; b"" for one that is too long for that."""
     fields = {place.removeprefix("batch_output."): part for place, part in results.items()}
-    return messages.encode(v1.BatchOutput(), fields)
+    pieces = messages.encode_pieces(v1.BatchOutput(), fields)
+    return pieces.join() if len(pieces) <= _MAX_OUTCOME_BYTES else b""
 
 
 def decode_outcome(outcome: bytes) -> dict[str, Structure]:

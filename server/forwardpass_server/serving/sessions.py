@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
@@ -432,6 +433,8 @@ class Sessions:
 
     def _shrink(self) -> None:
         """Forgets the sessions that were used least recently: the store has them."""
+        if self._cached_bytes <= _CACHED_BYTES:
+            return
         for key, session in list(self._cached.items()):
             if self._cached_bytes <= _CACHED_BYTES:
                 return
@@ -441,12 +444,11 @@ class Sessions:
     def sweep(self) -> None:
         """Forgets what nobody has used for a while. To be called now and then."""
         now = time.monotonic()
-        for key, session in list(self._cached.items()):
-            if session.used > now - _CACHED_S:
-                break
+        idle = itertools.takewhile(lambda session: session.used <= now - _CACHED_S, self._cached.values())
+        for session in list(idle):
             # The store has it.
             if not session.is_committing:
-                self._forget(key)
+                self._forget(session.key)
         for identity, model in list(self._models.items()):
             if not model.sessions or model.used <= now - self._expiry_s:
                 del self._models[identity]
