@@ -88,6 +88,7 @@ async def join(settings: Settings) -> Parts:
     metrics = Metrics()
     tracing = _tracing(settings.trace_endpoint)
     security = Security(settings)
+    security.show(metrics.files)
     tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
     device = tensorflow.device.removeprefix("/device:")
     version = importlib.metadata.version("forwardpass")
@@ -138,7 +139,7 @@ async def join(settings: Settings) -> Parts:
                 departure,
                 tracing,
             ),
-            WEIGHTS_SERVICE: WeightsServicer(weights),
+            WEIGHTS_SERVICE: WeightsServicer(weights, departure),
             SESSION_SERVICE: sessions_servicer,
         },
         metrics,
@@ -149,6 +150,7 @@ async def join(settings: Settings) -> Parts:
     )
     liveness = Liveness(placing, _TRIAL_S, settings.device_timeout_s)
     health = Health(server, registry, liveness)
+    metrics.health.read = health.reading
     loader = ObservedLoader(tensorflow, metrics.models)
     management = RegistryManagement(
         registry,
