@@ -25,10 +25,11 @@ class SessionMetrics:
         )
         self._applied = updates.labels("applied")
         self._duplicates = updates.labels("duplicate")
-        self.session_commit = families.histogram(
+        commits = families.histogram(
             "forwardpass_session_commit_seconds",
             "Seconds from handing a session's record to its store until it was kept.",
-        ).observe
+        )
+        self.session_commit = commits.labels().observe
 
     def store(self, count: Callable[[], int]) -> None:
         """Shows count() as the number of open sessions."""
