@@ -200,7 +200,10 @@ def _models(settings: Settings) -> tuple[VersionPolicies, Registry]:
 def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: int, metrics: Metrics) -> WeightStore:
     files = None
     if settings.weights_folder is not None:
-        files = kept = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        try:
+            files = kept = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        except OSError as error:
+            raise SettingsError(f"--weights-folder: {error}") from None
         metrics.weights.files(lambda: kept.size_bytes, settings.weights_disk_bytes, lambda: kept.set_count)
     options = StoreOptions(
         budget_bytes=budget_bytes,
