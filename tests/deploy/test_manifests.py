@@ -14,14 +14,12 @@ import yaml
 from forwardpass_client.cli.commands import forwardpass
 from forwardpass_server.app.cli import main
 from forwardpass_server.app.settings import Settings
+from forwardpass_server.rpc.server import LIVE, READY, STARTUP
 from support.environments import ROOT
 from support.manifests import RENDERED, find, is_custom, render, render_folder, validate_custom
 
 # The oldest with gRPC probes, matchLabelKeys and unhealthyPodEvictionPolicy switched on; the newest that there is.
 VERSIONS = ("1.27", "1.37")
-
-# Health services that the server answers for, besides models: see the probes' documentation in deploy/README.md.
-HEALTH_SERVICES = {"startup", "ready", "live"}
 
 # What TensorFlow takes before it has a model, with room for some.
 SERVER_MIB = 1024
@@ -117,8 +115,7 @@ def test_probes_ask_the_server_for_startup_ready_and_live(name):
             values = dict(argument.split("=") for argument in arguments)
             assert set(values) <= options
             asked.append(values["--service"])
-    assert asked == ["startup", "ready", "live"]
-    assert set(asked) == HEALTH_SERVICES
+    assert asked == [STARTUP, READY, LIVE]
 
 
 @each
