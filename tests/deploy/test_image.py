@@ -27,6 +27,19 @@ pytestmark = pytest.mark.image
 LEFT_OUT = {"libclang"}
 
 
+# Counts a batch in a new session, or resumes one; says which it is, and what it has counted.
+COUNT_OR_RESUME = """
+import sys, numpy, forwardpass_client
+with forwardpass_client.connect("localhost:8500") as client:
+    model = client.model("digits")
+    session = model.metrics_session(*sys.argv[1:])
+    if not sys.argv[1:]:
+        batch = numpy.zeros((4, 8, 8, 1), numpy.float32), numpy.zeros(4, numpy.int64)
+        session.forward_pass(model.initial_weights, batch)
+    print(session.id, session.updates, session.result())
+"""
+
+
 def example(*arguments: str) -> str:
     return subprocess.check_output([sys.executable, *arguments], text=True, cwd=ROOT, timeout=300)
 
@@ -146,6 +159,21 @@ def test_a_pod_of_the_deployment_runs_as_it_is_rendered(image, repository, tmp_p
         assert container.run("id", "--user").stdout == "65532\n"
         assert "Read-only file system" in container.run("touch", "/models/file").stderr
         assert container.run("printenv", "FORWARDPASS_DRAIN_DELAY").stdout == "10\n"
+
+
+def test_a_session_on_a_volume_outlives_its_pod(image, repository, tmp_path):
+    (tmp_path / "data").mkdir()
+    volumes = {"models": repository, "data": tmp_path / "data"}
+    deployment = find("overlays/volume", "Deployment")
+    told = ""
+    for _ in range(2):
+        before = told
+        with images.play(image, deployment, volumes, tmp_path) as container:
+            done = container.run("python", "-c", COUNT_OR_RESUME, *before.split()[:1])
+        assert done.returncode == 0, done.stderr
+        told = done.stdout
+    assert told == before
+    assert told.split()[1] == "1"
 
 
 def test_with_tls_the_commands_of_the_probes_reach_the_server_and_others_do_not(image, repository, tmp_path):
