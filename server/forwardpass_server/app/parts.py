@@ -105,7 +105,7 @@ async def join(settings: Settings) -> Parts:
     observer = tracing.of_calls(metrics.models) if tracing else metrics.models
     caller = Caller(registry, weights, scheduler, batcher, observer, admission)
     session_store = await session_stores.open_store(settings, metrics.sessions)
-    metrics.sessions.store(session_store.count)
+    metrics.sessions.store(session_store.count, session_store.is_shared)
     sessions = Sessions(
         session_store,
         registry,
