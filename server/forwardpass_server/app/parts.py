@@ -258,8 +258,7 @@ async def _model_changed(
     health: Health, registry: Registry, loader: ObservedLoader, metrics: ModelMetrics, source: ModelSource
 ) -> None:
     """Says of a model, and of its version, whether it can be called; forgets what there was of one that is gone."""
-    # What a version that is gone or replaced was made of.
-    await asyncio.to_thread(garbage.look_again)
+    await asyncio.to_thread(garbage.collect)
     known = [(entry.source.name, entry.source.version) for entry in registry.entries()]
     if (source.name, source.version) not in known:
         loader.forget(source)
