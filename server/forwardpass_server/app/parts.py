@@ -149,7 +149,7 @@ async def join(settings: Settings) -> Parts:
     )
     liveness = Liveness(placing, _TRIAL_S, settings.device_timeout_s)
     health = Health(server, registry, liveness)
-    loader = ObservedLoader(tensorflow, metrics.models)
+    loader = ObservedLoader(garbage.SparingLoader(tensorflow), metrics.models)
     management = RegistryManagement(
         registry,
         loader,
