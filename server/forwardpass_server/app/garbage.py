@@ -6,6 +6,7 @@ import gc
 
 from forwardpass_server.serving.models import LoadedModel, ModelLoader, ModelSource
 
+# As many passes over middle-aged objects before one over all: more than any load brings about.
 _NEVER = 2**30
 
 

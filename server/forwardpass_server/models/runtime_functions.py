@@ -19,13 +19,22 @@ class RuntimeFunction:
 
     def __init__(self, concrete: Any) -> None:
         self.name: bytes = concrete.name
-        self._function = _without_graph(concrete.inference_fn)
+        # The runtime counts by name who holds a function. The type matters to calls from Python alone.
+        self._held = [
+            atomic_function.AtomicFunction(name, context.context(), function_type=None)
+            for name in _names(concrete.inference_fn)
+        ]
         # TensorFlow ties Python code that a function calls to the graph in which it was traced, the thread's own.
         self._traced_in = concrete.graph.outer_graph if graphs.calls_python(concrete) else None
 
 
-def _without_graph(function: Any) -> Any:
-    """The same function of the runtime, which counts who holds it; with those that it calls."""
-    children = [_without_graph(child) for child in function.children]
-    # The type matters to calls from Python alone.
-    return atomic_function.AtomicFunction(function.name, context.context(), function_type=None, children=children)
+def _names(function: Any) -> set[bytes]:
+    """Of a function and of all that it calls, and they call."""
+    names: set[bytes] = set()
+    waiting = [function]
+    while waiting:
+        one = waiting.pop()
+        if one.name not in names:
+            names.add(one.name)
+            waiting += one.children
+    return names
