@@ -149,7 +149,7 @@ async def join(settings: Settings) -> Parts:
     )
     liveness = Liveness(placing, _TRIAL_S, settings.device_timeout_s)
     health = Health(server, registry, liveness)
-    loader = ObservedLoader(tensorflow, metrics.models)
+    loader = ObservedLoader(garbage.SparingLoader(tensorflow), metrics.models)
     management = RegistryManagement(
         registry,
         loader,
@@ -261,8 +261,7 @@ async def _model_changed(
     health: Health, registry: Registry, loader: ObservedLoader, metrics: ModelMetrics, source: ModelSource
 ) -> None:
     """Says of a model, and of its version, whether it can be called; forgets what there was of one that is gone."""
-    # What a version that is gone or replaced was made of.
-    await asyncio.to_thread(garbage.look_again)
+    await asyncio.to_thread(garbage.collect)
     known = [(entry.source.name, entry.source.version) for entry in registry.entries()]
     if (source.name, source.version) not in known:
         loader.forget(source)

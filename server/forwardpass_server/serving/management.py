@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import pathlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from forwardpass.wire import errors
-from forwardpass_server.serving import repository
+from forwardpass_server.serving import background, repository
 from forwardpass_server.serving.models import ModelLoader, ModelSource
 from forwardpass_server.serving.registry import Entry, Registry, State, version_labelled
 from forwardpass_server.serving.repository import FileStates
@@ -159,7 +160,7 @@ class RegistryManagement:
             return self._detail(source, self._registry.entry(source), True)
 
     async def _load_one(self, source: ModelSource) -> Entry:
-        entry = await asyncio.to_thread(self._load_files, source)
+        entry = await background.run(functools.partial(self._load_files, source), "load")
         self.relabel()
         await self._on_change(source)
         return entry
