@@ -9,10 +9,11 @@ import importlib.metadata
 from typing import TYPE_CHECKING
 
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
-from forwardpass_server.app import garbage, session_stores
+from forwardpass_server.app import cores, garbage, session_stores
 from forwardpass_server.app.health import Health
 from forwardpass_server.app.security import Security
 from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.models import device as devices
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.rpc import handlers
@@ -88,6 +89,7 @@ async def join(settings: Settings) -> Parts:
     metrics = Metrics()
     tracing = _tracing(settings.trace_endpoint)
     security = Security(settings)
+    devices.use_cores(cores.count())
     tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
     device = tensorflow.device.removeprefix("/device:")
     version = importlib.metadata.version("forwardpass")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-import os
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Annotated
 
 from forwardpass.wire.chunks import CHUNK_BYTES
-from forwardpass_server.app import logs, options
+from forwardpass_server.app import cores, logs, options
 from forwardpass_server.app.options import FILE, FOLDER, MIB, Option
 from forwardpass_server.serving.repository import MODEL_NAME
 
@@ -203,10 +202,10 @@ class Settings:
         Option(
             "--execution-threads",
             "Computations at once beside the event loop.",
-            otherwise="the number of cores, at least 2",
+            otherwise="the cores that this process may use, by its affinity and the quota of its container, at least 2",
             least=1,
         ),
-    ] = dataclasses.field(default_factory=lambda: max(2, os.cpu_count() or 1))
+    ] = dataclasses.field(default_factory=lambda: max(2, cores.count()))
     # Only where a model shows that it can be: nobody's results change by it.
     batching: Annotated[
         bool,
