@@ -87,6 +87,7 @@ class Rig:
     weights: WeightStore
     observer: Observer
     registry: Registry
+    store: SessionStore
 
     async def result(self, session_id: bytes = SESSION, principal: str = "") -> dict[str, float]:
         """The metrics of a session of `counting`."""
@@ -145,7 +146,7 @@ async def rig(
     sessions = Sessions(store, registry, caller, admission, observer, max_state_bytes, LIMITS.idle_expiry_s)
     evaluations = Evaluations(sessions, weights, caller, admission)
     try:
-        yield Rig(sessions, evaluations, caller, admission, weights, observer, registry)
+        yield Rig(sessions, evaluations, caller, admission, weights, observer, registry, store)
     finally:
         await scheduler.close(10)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import pathlib
 import threading
 from typing import Any
 
+from forwardpass.wire import errors
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.serving.management import RegistryManagement
 from forwardpass_server.serving.models import ModelSource
@@ -43,6 +45,18 @@ class Situation:
         self.changes = []
         self.policies = VersionPolicies(folder)
         self.management = RegistryManagement(self.registry, self.loader, folder, {}, self.policies, self._change)
+        self.sessions = collections.Counter()
+
+    def refuse_with_sessions(self) -> None:
+        """From now on what has `sessions`, by its name and version, is not unloaded; None cannot be counted."""
+        self.management = RegistryManagement(
+            self.registry, self.loader, self.folder, {}, self.policies, self._change, self._count_sessions
+        )
+
+    async def _count_sessions(self, model):
+        if self.sessions[str(model)] is None:
+            raise errors.SessionStoreUnavailable
+        return self.sessions[str(model)]
 
     async def _change(self, source):
         self.changes.append(str(source))

@@ -159,6 +159,7 @@ async def join(settings: Settings) -> Parts:
         settings.factories,
         policies,
         functools.partial(_model_changed, health, registry, loader, metrics.models),
+        sessions.count if settings.unload_with_sessions == "refuse" else None,
     )
     return Parts(
         settings=settings,

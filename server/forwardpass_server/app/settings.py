@@ -69,6 +69,16 @@ class Settings:
             parse=parse_factories,
         ),
     ] = dataclasses.field(default_factory=dict)
+    # A version that an operator takes away is not to stay for as long as callers open sessions of it.
+    unload_with_sessions: Annotated[
+        str,
+        Option(
+            "--unload-with-sessions",
+            "keep: a version that is unloaded serves the metric sessions that this server has of it until they end. "
+            "refuse: it is unloaded once it has none, on any server that shares the session store.",
+            choices=("keep", "refuse"),
+        ),
+    ] = "keep"
 
     # Whoever reaches the port may run the models: loopback until the operator says otherwise.
     host: Annotated[

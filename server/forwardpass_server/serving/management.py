@@ -11,11 +11,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from forwardpass.wire import errors
+from forwardpass.wire.description import ModelIdentity
 from forwardpass_server.serving import repository
 from forwardpass_server.serving.models import ModelLoader, ModelSource
 from forwardpass_server.serving.registry import Entry, Registry, State
 from forwardpass_server.serving.repository import FileStates
 from forwardpass_server.serving.version_policy import VersionPolicies
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,7 +46,10 @@ class Management(Protocol):
         """
 
     async def unload(self, name: str, version: int) -> None:
-        """Serves a version no longer. Calls that use it go on; that it is not served is no error."""
+        """Serves a version no longer. Calls that use it go on; that it is not served is no error.
+
+        Raises ModelInUse or SessionStoreUnavailable where a version is to wait for its sessions.
+        """
 
     async def describe(self) -> list[VersionDetail]:
         """Every version that is served or could be, by name and version."""
@@ -54,6 +60,8 @@ class RegistryManagement:
 
     policies: which versions are served without being asked for, and their labels.
     on_change: is told of each version that was loaded, failed, or was unloaded.
+    count_sessions: how many sessions a model has, for which it is not unloaded; none is opened after 0 until something
+    else is awaited. None where a version may be unloaded, and its sessions are served on.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class RegistryManagement:
         factories: Mapping[str, str],
         policies: VersionPolicies,
         on_change: Callable[[ModelSource], Awaitable[None]],
+        count_sessions: Callable[[ModelIdentity], Awaitable[int]] | None = None,
     ) -> None:
         self._registry = registry
         self._loader = loader
@@ -71,6 +80,7 @@ class RegistryManagement:
         self._factories = repository.from_factories(factories)
         self._policies = policies
         self._on_change = on_change
+        self._count_sessions = count_sessions
         # What the files of each version were when it was last loaded, or tried.
         self._tried: dict[str, FileStates] = {}
         # One writes the registry at a time.
@@ -95,8 +105,16 @@ class RegistryManagement:
 
     async def unload(self, name: str, version: int) -> None:
         async with self._writing:
-            if self._registry.unload(name, version):
-                await self._on_change(ModelSource(name, version))
+            await self._unload(ModelSource(name, version))
+
+    async def _unload(self, source: ModelSource) -> None:
+        if self._count_sessions is not None and self.serves(source):
+            count = await self._count_sessions(self._registry.get(source.name, source.version).identity)
+            if count:
+                raise errors.ModelInUse(place=f"model {source}", expected="no open metric sessions", found=str(count))
+        # Nothing is awaited in between: no session can be opened.
+        if self._registry.unload(source.name, source.version):
+            await self._on_change(source)
 
     async def follow(self, source: ModelSource, files: FileStates) -> None:
         """Loads a version, anew if it is loaded, unless its files are those that were tried last.
@@ -107,10 +125,27 @@ class RegistryManagement:
             if self._tried.get(str(source)) != files:
                 await self._load_one(source)
 
-    async def drop(self, source: ModelSource) -> None:
-        """Unloads a version that is not to be served: should it be again, the same files are loaded again."""
-        await self.unload(source.name, source.version)
-        self._tried.pop(str(source), None)
+    async def drop(self, source: ModelSource) -> bool:
+        """Unloads a version that is not to be served: should it be again, the same files are loaded again.
+
+        Returns whether it is gone. One that has to wait for its sessions says so, until it is dropped or retained.
+        """
+        async with self._writing:
+            try:
+                await self._unload(source)
+            except (errors.ModelInUse, errors.SessionStoreUnavailable) as error:
+                if not self._registry.entry(source).waiting:
+                    _LOGGER.info("model %s is not to be served any more, and waits for its sessions: %s", source, error)
+                self._registry.wait(source, f"it is to be unloaded, and waits for its sessions: {error}")
+                return False
+            self._tried.pop(str(source), None)
+            return True
+
+    async def retain(self, source: ModelSource) -> None:
+        """A version that was to be dropped, and had to wait, is to be served after all."""
+        async with self._writing:
+            if self.serves(source):
+                self._registry.wait(source, "")
 
     def serves(self, source: ModelSource) -> bool:
         """Whether a version can be called."""

@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -84,11 +84,15 @@ class Session:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Model:
-    """A model with the sessions that were opened with it, or found here, and not closed. used: by one of them, last."""
+    """A model with the sessions that were opened with it, or found here, and not closed.
+
+    used: by one of them, last. opening: how many are just being opened.
+    """
 
     servable: Servable
     sessions: set[SessionKey]
     used: float
+    opening: int = 0
 
 
 class Sessions:
@@ -118,7 +122,9 @@ class Sessions:
         self._cached_bytes = 0
         # A model that was unloaded lives on in its sessions, at hand or not.
         self._models: dict[ModelIdentity, _Model] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        # Of each model that there ever was, how many sessions somebody has begun to open.
+        self._begun: collections.Counter[ModelIdentity] = collections.Counter()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     async def open(
         self,
@@ -144,16 +150,45 @@ class Sessions:
             if resume:
                 session = await self._known(key)
             else:
-                servable = self._registry.get(name, version)
-                record = Record(servable.identity, await self._initial_state(servable, initial_state))
-                self._check_size(record.state)
-                session = self._keep(key, await self._store.create(key, session_records.encode(record)))
+                making = asyncio.ensure_future(self._make(key, self._registry.get(name, version), initial_state))
+                self._tasks.add(making)
+                making.add_done_callback(self._tasks.discard)
+                # Who leaves does not ask what came of it.
+                making.add_done_callback(lambda made: made.cancelled() or made.exception())
+                session = await asyncio.shield(making)
         found = session.record.identity
         if found.name != name or version not in (0, found.version):
             raise errors.InvalidRequest(
                 place="model", expected=f"{found}, that of the session", found=f"{name[:128]}/{version}"
             )
         return session
+
+    async def _make(self, key: SessionKey, servable: Servable, initial_state: Structure | None) -> Session:
+        """A new session of a model, which is served to it from here on, even if it is unloaded meanwhile."""
+        identity = servable.identity
+        model = self._models.setdefault(identity, _Model(servable, set(), time.monotonic()))
+        self._begun[identity] += 1
+        model.opening += 1
+        try:
+            record = Record(identity, await self._initial_state(servable, initial_state))
+            self._check_size(record.state)
+            stored = await self._store.create(key, session_records.encode(record), _word(identity))
+            return self._keep(key, stored)
+        finally:
+            model.opening -= 1
+
+    async def count(self, model: ModelIdentity) -> int:
+        """How many sessions a model has, at hand or not, with those that are being opened here.
+
+        After 0, none is opened here before the caller awaits something else. Raises SessionStoreUnavailable.
+        """
+        while True:
+            begun = self._begun[model]
+            opening = self._models[model].opening if model in self._models else 0
+            found = opening + await self._store.count_of(_word(model))
+            # One that was opened meanwhile may have been missed.
+            if found or self._begun[model] == begun:
+                return found
 
     async def _initial_state(self, servable: Servable, state: Structure | None) -> Structure:
         function = Function.INITIALIZE_METRICS_STATE
@@ -450,6 +485,8 @@ class Sessions:
             if not session.is_committing:
                 self._forget(session.key)
         for identity, model in list(self._models.items()):
+            if model.opening:
+                continue
             if not model.sessions or model.used <= now - self._expiry_s:
                 del self._models[identity]
 
@@ -483,6 +520,11 @@ class Sessions:
             raise errors.SessionLimitExceeded(
                 place="state", expected=f"at most {self._max_state_bytes} bytes", found=f"{size_bytes}"
             )
+
+
+def _word(model: ModelIdentity) -> str:
+    """What a store counts the sessions of a model by."""
+    return f"{model} {model.content_hash.hex()}"
 
 
 def update_parts(batch: Mapping[str, Structure], results: Mapping[str, Structure]) -> dict[str, Structure]:
