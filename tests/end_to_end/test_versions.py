@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import pathlib
@@ -9,13 +10,17 @@ import shutil
 import threading
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 import tensorflow as tf
 
 import forwardpass_client
-from forwardpass_client import errors
+from forwardpass import v1
+from forwardpass.wire import errors
+from forwardpass.wire.methods import METHODS
 from forwardpass_server import FunctionalModel, save_functional_model
+from support.redis_servers import RedisProcess
 from support.servers import ServerProcess, wait_until
 
 
@@ -118,6 +123,82 @@ def test_versions_come_change_and_go_under_callers_that_notice_nothing(tmp_path)
             stop.set()
             caller.join(30)
             assert errors_met == []
+
+
+REFUSE = ("--unload-with-sessions", "refuse", "--management-port", "0")
+
+
+def manage(server: ServerProcess, what: str, version: int) -> None:
+    """Has the operator do something with a version of `times`. Raises errors of the catalogue."""
+    method = METHODS[what]
+    request = method.request(model=v1.ModelSelector(name="times", version=version))
+    with grpc.insecure_channel(server.management_address) as channel:
+        try:
+            channel.unary_unary(method.path)(request.SerializeToString(), timeout=30)
+        except grpc.RpcError as error:
+            trailing = dict(error.trailing_metadata())
+            raise errors.decode(error.code().name, error.details(), trailing[errors.DETAIL_KEY]) from None
+
+
+def test_a_version_waits_for_sessions_that_another_server_has(tmp_path):
+    folder = tmp_path / "models" / "times"
+    folder.mkdir(parents=True)
+    for version in (1, 2):
+        write(folder, version, version)
+    with RedisProcess(tmp_path) as redis, contextlib.ExitStack() as stack:
+        arguments = ("--model-repository", str(tmp_path / "models"), "--session-store", redis.url, *REFUSE)
+        one, other = (stack.enter_context(ServerProcess(*arguments, "--repository-poll", "0.2")) for _ in range(2))
+        client, away = (stack.enter_context(forwardpass_client.connect(server.address)) for server in (one, other))
+        model = away.model("times", 1)
+        session = model.metrics_session()
+        with pytest.raises(errors.ModelInUse, match="model times/1: expected no open metric sessions, got 1"):
+            manage(one, "UnloadModel", 1)
+        shutil.rmtree(folder / "1")
+        for asked in (client, away):
+            wait_until(lambda asked=asked: "waits for its sessions" in asked.models()[0].error, 60)
+            assert [found.state for found in asked.models()] == ["available", "available"]
+        session.forward_pass(model.initial_weights, ([1.0], [0.0]))
+        # By the server that did not open it, too.
+        assert client.model("times", 1).metrics_session(session.id).result() == {"total": 1}
+        session.close()
+        for asked in (client, away):
+            wait_until(lambda asked=asked: [found.version for found in asked.models()] == [2], 60)
+        assert one.wait_for_log("model times/1 is unloaded").count("waits for its sessions") == 1
+
+
+def test_no_session_is_stranded_by_a_version_that_is_unloaded_when_it_has_none(tmp_path):
+    folder = tmp_path / "times"
+    folder.mkdir()
+    write(folder, 1, 1)
+    with ServerProcess("--model-repository", str(tmp_path), *REFUSE) as server, contextlib.ExitStack() as stack:
+        client = stack.enter_context(forwardpass_client.connect(server.address))
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(2))
+        model = client.model("times")
+        weights = model.put_weights(model.initial_weights)
+
+        def use_sessions() -> None:
+            """One after another, each to its end, until there is no model for a further one."""
+            while True:
+                try:
+                    session = model.metrics_session()
+                except errors.ModelNotFound:
+                    return
+                with session:
+                    session.forward_pass(weights, ([1.0], [0.0]))
+                    assert session.result() == {"total": 1}
+
+        refused = 0
+        for _ in range(20):
+            manage(server, "LoadModel", 1)
+            using = [pool.submit(use_sessions) for _ in range(2)]
+            while client.models():
+                try:
+                    manage(server, "UnloadModel", 1)
+                except errors.ModelInUse:
+                    refused += 1
+            for one in using:
+                one.result(30)
+        assert refused
 
 
 def test_a_version_and_a_label_are_refused_together(client):
