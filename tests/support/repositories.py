@@ -37,6 +37,28 @@ class Loader:
         return self._loader.load(ModelSource(source.name, source.version, folder=self._folder))
 
 
+class OpenSessions(collections.Counter):
+    """How many sessions there are, as a test has it, by the name and version of the model; None cannot be counted.
+
+    left: the models that were to be left, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = []
+
+    async def count(self, model):
+        if self[str(model)] is None:
+            raise errors.SessionStoreUnavailable
+        return self[str(model)]
+
+    def leave(self, servable):
+        self.left.append(servable)
+
+    async def release(self):
+        return False
+
+
 class Situation:
     def __init__(self, repository: pathlib.Path, folder: pathlib.Path) -> None:
         self.folder = folder
@@ -44,19 +66,17 @@ class Situation:
         self.loader = Loader(repository)
         self.changes = []
         self.policies = VersionPolicies(folder)
-        self.management = RegistryManagement(self.registry, self.loader, folder, {}, self.policies, self._change)
-        self.sessions = collections.Counter()
+        self.sessions = OpenSessions()
+        self.management = self._manage()
 
-    def refuse_with_sessions(self) -> None:
-        """From now on what has `sessions`, by its name and version, is not unloaded; None cannot be counted."""
-        self.management = RegistryManagement(
-            self.registry, self.loader, self.folder, {}, self.policies, self._change, self._count_sessions
+    def wait_for_sessions(self) -> None:
+        """From now on a version that has sessions is not unloaded."""
+        self.management = self._manage(waits_for_sessions=True)
+
+    def _manage(self, **options: Any) -> RegistryManagement:
+        return RegistryManagement(
+            self.registry, self.loader, self.folder, {}, self.policies, self._change, self.sessions, **options
         )
-
-    async def _count_sessions(self, model):
-        if self.sessions[str(model)] is None:
-            raise errors.SessionStoreUnavailable
-        return self.sessions[str(model)]
 
     async def _change(self, source):
         self.changes.append(str(source))

@@ -115,7 +115,6 @@ async def join(settings: Settings) -> Parts:
         admission,
         metrics.sessions,
         settings.max_state_bytes,
-        settings.session_expiry_s,
     )
     evaluations = Evaluations(sessions, weights, caller, admission)
     departure = Departure()
@@ -159,7 +158,8 @@ async def join(settings: Settings) -> Parts:
         settings.factories,
         policies,
         functools.partial(_model_changed, health, registry, loader, metrics.models),
-        sessions.count if settings.unload_with_sessions == "refuse" else None,
+        sessions,
+        settings.unload_with_sessions == "refuse",
     )
     return Parts(
         settings=settings,

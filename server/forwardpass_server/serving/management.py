@@ -14,6 +14,7 @@ from forwardpass.wire import errors
 from forwardpass.wire.description import ModelIdentity
 from forwardpass_server.serving import repository
 from forwardpass_server.serving.models import ModelLoader, ModelSource
+from forwardpass_server.serving.plans import Servable
 from forwardpass_server.serving.registry import Entry, Registry, State
 from forwardpass_server.serving.repository import FileStates
 from forwardpass_server.serving.version_policy import VersionPolicies
@@ -28,6 +29,22 @@ class VersionDetail:
     source: ModelSource
     entry: Entry | None
     is_loadable: bool
+
+
+class ModelSessions(Protocol):
+    """What becomes of metric sessions whose model goes."""
+
+    async def count(self, model: ModelIdentity) -> int:
+        """How many a model has. After 0, none is opened before the caller awaits something else.
+
+        Raises SessionStoreUnavailable.
+        """
+
+    def leave(self, servable: Servable) -> None:
+        """A model is about to be unloaded or replaced."""
+
+    async def release(self) -> bool:
+        """Forgets models that were left and have no sessions. Whether there were any."""
 
 
 class Management(Protocol):
@@ -60,8 +77,7 @@ class RegistryManagement:
 
     policies: which versions are served without being asked for, and their labels.
     on_change: is told of each version that was loaded, failed, or was unloaded.
-    count_sessions: how many sessions a model has, for which it is not unloaded; none is opened after 0 until something
-    else is awaited. None where a version may be unloaded, and its sessions are served on.
+    waits_for_sessions: a version that has any is not unloaded; else it is, and they are served on.
     """
 
     def __init__(
@@ -72,7 +88,8 @@ class RegistryManagement:
         factories: Mapping[str, str],
         policies: VersionPolicies,
         on_change: Callable[[ModelSource], Awaitable[None]],
-        count_sessions: Callable[[ModelIdentity], Awaitable[int]] | None = None,
+        sessions: ModelSessions,
+        waits_for_sessions: bool = False,
     ) -> None:
         self._registry = registry
         self._loader = loader
@@ -80,7 +97,8 @@ class RegistryManagement:
         self._factories = repository.from_factories(factories)
         self._policies = policies
         self._on_change = on_change
-        self._count_sessions = count_sessions
+        self._sessions = sessions
+        self._waits_for_sessions = waits_for_sessions
         # What the files of each version were when it was last loaded, or tried.
         self._tried: dict[str, FileStates] = {}
         # One writes the registry at a time.
@@ -108,12 +126,15 @@ class RegistryManagement:
             await self._unload(ModelSource(name, version))
 
     async def _unload(self, source: ModelSource) -> None:
-        if self._count_sessions is not None and self.serves(source):
-            count = await self._count_sessions(self._registry.get(source.name, source.version).identity)
+        if self.serves(source):
+            served = self._registry.get(source.name, source.version)
+            count = await self._sessions.count(served.identity) if self._waits_for_sessions else 0
             if count:
                 raise errors.ModelInUse(place=f"model {source}", expected="no open metric sessions", found=str(count))
-        # Nothing is awaited in between: no session can be opened.
+            # Nothing is awaited in between: no session can be opened.
+            self._sessions.leave(served)
         if self._registry.unload(source.name, source.version):
+            await self._sessions.release()
             await self._on_change(source)
 
     async def follow(self, source: ModelSource, files: FileStates) -> None:
@@ -178,7 +199,10 @@ class RegistryManagement:
             return VersionDetail(source, self._registry.entry(source), True)
 
     async def _load_one(self, source: ModelSource) -> Entry:
+        if self.serves(source):
+            self._sessions.leave(self._registry.get(source.name, source.version))
         entry = await asyncio.to_thread(self._load_files, source)
+        await self._sessions.release()
         self.relabel()
         await self._on_change(source)
         return entry

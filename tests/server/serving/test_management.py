@@ -76,7 +76,7 @@ def test_what_was_unloaded_can_be_loaded_again_and_what_is_not_there_is_no_error
 def test_what_has_sessions_is_not_unloaded_where_the_operator_has_it_so(situation):
     async def run():
         situation.write("m", 1)
-        situation.refuse_with_sessions()
+        situation.wait_for_sessions()
         await situation.management.load("m", 1)
         served = situation.registry.get("m", 1)
         situation.sessions["m/1"] = 3
@@ -95,10 +95,25 @@ def test_what_has_sessions_is_not_unloaded_where_the_operator_has_it_so(situatio
     asyncio.run(run())
 
 
+def test_what_is_unloaded_or_replaced_is_left_to_its_sessions(situation):
+    async def run():
+        situation.write("m", 1)
+        served = []
+        await situation.management.load("m", 1)
+        for change in (situation.management.reload, situation.management.unload):
+            served.append(situation.registry.get("m", 1))
+            await change("m", 1)
+            assert situation.sessions.left == served
+        await situation.management.unload("m", 1)
+        assert situation.sessions.left == served
+
+    asyncio.run(run())
+
+
 def test_what_cannot_be_called_is_unloaded_whatever_sessions_there_are(situation):
     async def run():
         (situation.write("m", 1) / "model").unlink()
-        situation.refuse_with_sessions()
+        situation.wait_for_sessions()
         situation.sessions["m/1"] = 3
         with pytest.raises(errors.ModelFailed):
             await situation.management.load("m", 1)

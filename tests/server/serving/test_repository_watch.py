@@ -197,7 +197,7 @@ def waiting(situation) -> dict[str, str]:
 def test_a_version_with_sessions_waits_for_them_and_is_unloaded_then(situation, caplog, is_gone):
     async def run():
         situation.write("m", 2)
-        situation.refuse_with_sessions()
+        situation.wait_for_sessions()
         watch = await watching(situation)
         situation.sessions["m/1"] = 2
         if is_gone:
@@ -229,7 +229,7 @@ def test_a_version_with_sessions_waits_for_them_and_is_unloaded_then(situation, 
 def test_a_version_that_waits_and_is_wanted_again_waits_no_more(situation):
     async def run():
         situation.write("m", 2)
-        situation.refuse_with_sessions()
+        situation.wait_for_sessions()
         watch = await watching(situation)
         situation.sessions["m/1"] = 1
         situation.rule("m", serve=[2])
