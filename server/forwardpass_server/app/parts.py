@@ -9,7 +9,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING
 
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
-from forwardpass_server.app import cores, garbage, session_stores
+from forwardpass_server.app import garbage, session_stores
 from forwardpass_server.app.health import Health
 from forwardpass_server.app.security import Security
 from forwardpass_server.app.settings import Settings, SettingsError
@@ -41,7 +41,7 @@ from forwardpass_server.serving.tokens import Role
 from forwardpass_server.serving.version_policy import VersionPolicies
 from forwardpass_server.serving.weight_files import WeightFiles
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
-from forwardpass_server.telemetry import gpus
+from forwardpass_server.telemetry import control_groups, gpus
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.telemetry.models import ModelMetrics
 
@@ -89,7 +89,7 @@ async def join(settings: Settings) -> Parts:
     metrics = Metrics()
     tracing = _tracing(settings.trace_endpoint)
     security = Security(settings)
-    devices.use_cores(cores.count())
+    devices.use_cores(control_groups.cores())
     tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
     device = tensorflow.device.removeprefix("/device:")
     version = importlib.metadata.version("forwardpass")
@@ -107,7 +107,7 @@ async def join(settings: Settings) -> Parts:
     observer = tracing.of_calls(metrics.models) if tracing else metrics.models
     caller = Caller(registry, weights, scheduler, batcher, observer, admission)
     session_store = await session_stores.open_store(settings, metrics.sessions)
-    metrics.sessions.store(session_store.count)
+    metrics.sessions.store(session_store.count, session_store.is_shared)
     sessions = Sessions(
         session_store,
         registry,
@@ -203,7 +203,10 @@ def _models(settings: Settings) -> tuple[VersionPolicies, Registry]:
 def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: int, metrics: Metrics) -> WeightStore:
     files = None
     if settings.weights_folder is not None:
-        files = kept = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        try:
+            files = kept = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        except OSError as error:
+            raise SettingsError(f"--weights-folder: {error}") from None
         metrics.weights.files(lambda: kept.size_bytes, settings.weights_disk_bytes, lambda: kept.set_count)
     options = StoreOptions(
         budget_bytes=budget_bytes,

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from typing import Annotated
 
 from forwardpass.wire.chunks import CHUNK_BYTES
-from forwardpass_server.app import cores, logs, options
+from forwardpass_server.app import logs, options
 from forwardpass_server.app.options import FILE, FOLDER, MIB, Option
 from forwardpass_server.serving.repository import MODEL_NAME
+from forwardpass_server.telemetry import control_groups
 
 _SESSION_STORE = re.compile(r"sqlite:///.|rediss?://.|memory://$")
 
@@ -215,7 +216,7 @@ class Settings:
             otherwise="the cores that this process may use, by its affinity and the quota of its container, at least 2",
             least=1,
         ),
-    ] = dataclasses.field(default_factory=lambda: max(2, cores.count()))
+    ] = dataclasses.field(default_factory=lambda: max(2, control_groups.cores()))
     # Only where a model shows that it can be: nobody's results change by it.
     batching: Annotated[
         bool,

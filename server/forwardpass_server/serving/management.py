@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from forwardpass.wire import errors
@@ -15,7 +15,7 @@ from forwardpass.wire.description import ModelIdentity
 from forwardpass_server.serving import repository
 from forwardpass_server.serving.models import ModelLoader, ModelSource
 from forwardpass_server.serving.plans import Servable
-from forwardpass_server.serving.registry import Entry, Registry, State
+from forwardpass_server.serving.registry import Entry, Registry, State, version_labelled
 from forwardpass_server.serving.repository import FileStates
 from forwardpass_server.serving.version_policy import VersionPolicies
 
@@ -24,11 +24,15 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class VersionDetail:
-    """One version. entry: None where it is not loaded. is_loadable: its files, or its factory, are there."""
+    """One version. entry: None where it is not loaded. is_loadable: its files, or its factory, are there.
+
+    labels: what callers know it by.
+    """
 
     source: ModelSource
     entry: Entry | None
     is_loadable: bool
+    labels: Sequence[str]
 
 
 class ModelSessions(Protocol):
@@ -50,21 +54,24 @@ class ModelSessions(Protocol):
 class Management(Protocol):
     """What an operator can do. Models are named, never located. Any method may be called again."""
 
-    async def load(self, name: str, version: int) -> VersionDetail:
+    async def load(self, name: str, version: int, label: str = "") -> VersionDetail:
         """Loads a version, 0 for the highest that there is, unless it is available. Returns once it can be called.
 
+        label: in place of a version, the one that it is to stand for, as its model's file says now.
         Raises ModelNotFound, ModelVersionNotFound or ModelFailed.
         """
 
-    async def reload(self, name: str, version: int) -> VersionDetail:
+    async def reload(self, name: str, version: int, label: str = "") -> VersionDetail:
         """Loads a version anew, whatever is served under its name until then. Raises what `load` raises.
 
         If it fails, what was served is served on.
         """
 
-    async def unload(self, name: str, version: int) -> None:
+    async def unload(self, name: str, version: int, label: str = "") -> None:
         """Serves a version no longer. Calls that use it go on; that it is not served is no error.
 
+        label: in place of a version, the one that callers know by it. Raises ModelNotFound, ModelVersionNotFound where
+        it stands for none.
         Raises ModelInUse or SessionStoreUnavailable where a version is to wait for its sessions.
         """
 
@@ -109,11 +116,11 @@ class RegistryManagement:
         """Whether a version is being loaded, on a thread that only the end of the process can end."""
         return self._writing.locked()
 
-    async def load(self, name: str, version: int) -> VersionDetail:
-        return await self._load(name, version, anew=False)
+    async def load(self, name: str, version: int, label: str = "") -> VersionDetail:
+        return await self._load(name, version, label, anew=False)
 
-    async def reload(self, name: str, version: int) -> VersionDetail:
-        return await self._load(name, version, anew=True)
+    async def reload(self, name: str, version: int, label: str = "") -> VersionDetail:
+        return await self._load(name, version, label, anew=True)
 
     async def load_all(self) -> None:
         """Loads every version that the registry knows, one after another, whatever becomes of each."""
@@ -121,8 +128,10 @@ class RegistryManagement:
             for entry in self._registry.entries():
                 await self._load_one(entry.source)
 
-    async def unload(self, name: str, version: int) -> None:
+    async def unload(self, name: str, version: int, label: str = "") -> None:
         async with self._writing:
+            if label:
+                version = self._registry.labelled(name, label)
             await self._unload(ModelSource(name, version))
 
     async def _unload(self, source: ModelSource) -> None:
@@ -180,23 +189,28 @@ class RegistryManagement:
         found = {(one.name, one.version): one for one in await asyncio.to_thread(self._loadable)}
         entries = {(one.source.name, one.source.version): one for one in self._registry.entries()}
         return [
-            VersionDetail(entries[key].source if key in entries else found[key], entries.get(key), key in found)
+            self._detail(entries[key].source if key in entries else found[key], entries.get(key), key in found)
             for key in sorted(found.keys() | entries.keys())
         ]
 
-    async def _load(self, name: str, version: int, anew: bool) -> VersionDetail:
-        # A load goes on whatever becomes of who asked for it.
-        return await asyncio.shield(asyncio.ensure_future(self._load_in_turn(name, version, anew)))
+    def _detail(self, source: ModelSource, entry: Entry | None, is_loadable: bool) -> VersionDetail:
+        return VersionDetail(source, entry, is_loadable, self._registry.labels(source))
 
-    async def _load_in_turn(self, name: str, version: int, anew: bool) -> VersionDetail:
+    async def _load(self, name: str, version: int, label: str, anew: bool) -> VersionDetail:
+        # A load goes on whatever becomes of who asked for it.
+        return await asyncio.shield(asyncio.ensure_future(self._load_in_turn(name, version, label, anew)))
+
+    async def _load_in_turn(self, name: str, version: int, label: str, anew: bool) -> VersionDetail:
         async with self._writing:
-            source = await asyncio.to_thread(self._find, name, version)
+            source = await asyncio.to_thread(self._find, name, version, label)
+            # Where both versions are available, a label that has moved is all that there is to do.
+            self.relabel()
             served = [entry for entry in self._registry.entries() if str(entry.source) == str(source)]
             if anew or not served or served[0].state is not State.AVAILABLE:
                 loaded = await self._load_one(source)
                 if loaded.servable is None:
                     raise errors.ModelFailed(f"model {source} failed to load: {loaded.error}")
-            return VersionDetail(source, self._registry.entry(source), True)
+            return self._detail(source, self._registry.entry(source), True)
 
     async def _load_one(self, source: ModelSource) -> Entry:
         if self.serves(source):
@@ -215,12 +229,14 @@ class RegistryManagement:
                 self._tried[str(source)] = repository.file_states(source.folder)
         return self._registry.load(source, self._loader)
 
-    def _find(self, name: str, version: int) -> ModelSource:
+    def _find(self, name: str, version: int, label: str) -> ModelSource:
         with contextlib.suppress(OSError):
             self._policies.refresh()
         versions = [source for source in self._loadable() if source.name == name]
         if not versions:
             raise errors.ModelNotFound(place="model", expected="one of the model repository", found=repr(name[:128]))
+        if label:
+            version = version_labelled(name, label, self._policies.labels().get(name, {}))
         wanted = version or versions[-1].version
         for source in versions:
             if source.version == wanted:

@@ -136,16 +136,11 @@ class Registry:
         )
 
     def labelled(self, name: str, label: str) -> int:
-        """The version that a label stands for. Raises ModelNotFound, ModelVersionNotFound."""
-        self.versions(name)
+        """The version that a label stands for, be it there or not. Raises ModelNotFound, ModelVersionNotFound."""
         labels = self._labels.get(name, {})
         if label not in labels:
-            raise errors.ModelVersionNotFound(
-                place=f"label of model {name!r}",
-                expected=f"one of {', '.join(sorted(labels)[:10])}" if labels else "none: the model has no labels",
-                found=repr(label[:128]),
-            )
-        return labels[label]
+            self.versions(name)
+        return version_labelled(name, label, labels)
 
     def get(self, name: str, version: int) -> Servable:
         """One model; version 0 is the highest that is available.
@@ -167,6 +162,17 @@ class Registry:
         if entry.state is State.LOADING:
             raise errors.ModelLoading(f"model {entry.source} is still being loaded")
         raise errors.ModelFailed(f"model {entry.source} failed to load: {entry.error}")
+
+
+def version_labelled(name: str, label: str, labels: Mapping[str, int]) -> int:
+    """The version that a label of a model stands for. Raises ModelVersionNotFound, naming the labels that there are."""
+    if label not in labels:
+        raise errors.ModelVersionNotFound(
+            place=f"label of model {name!r}",
+            expected=f"one of {', '.join(sorted(labels)[:10])}" if labels else "none: the model has no labels",
+            found=repr(label[:128]),
+        )
+    return labels[label]
 
 
 def _one_of(names: Iterable[str]) -> str:

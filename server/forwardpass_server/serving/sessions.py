@@ -120,17 +120,20 @@ class Sessions:
         session_id: bytes,
         name: str,
         version: int,
+        label: str = "",
         *,
         resume: bool = False,
         initial_state: Structure | None = None,
         size_bytes: int = 0,
     ) -> Session:
-        """Opens a session of a model, or finds one that is open. version: 0 for the highest that is available.
+        """Opens a session of a model, or finds one that is open.
 
+        version: 0 for the highest that is available, or for the one that `label` stands for. A session that is open is
+        found whatever those are by now.
         resume: the session must be there already. initial_state: None for the state before the first batch.
-        Raises ServerOverloaded, what `Registry.get` raises, FunctionNotAvailable, StructureMismatch, DTypeMismatch,
-        ShapeMismatch, SessionLimitExceeded, SessionNotFound, SessionExpired, InvalidRequest for a session of another
-        model.
+        Raises ServerOverloaded, what `Registry.get` and `Registry.labelled` raise, FunctionNotAvailable,
+        StructureMismatch, DTypeMismatch, ShapeMismatch, SessionLimitExceeded, SessionNotFound, SessionExpired,
+        InvalidRequest for a session of another model.
         """
         check_id(session_id, "session_id")
         key = SessionKey(principal, session_id)
@@ -138,8 +141,9 @@ class Sessions:
             if resume:
                 session = await self._known(key)
             else:
+                servable = self._registry.get(name, self._registry.labelled(name, label) if label else version)
                 # Goes on where nobody waits for it: the store may have it by then.
-                session = await asyncio.shield(self._make(key, self._registry.get(name, version), initial_state))
+                session = await asyncio.shield(self._make(key, servable, initial_state))
         found = session.record.identity
         if found.name != name or version not in (0, found.version):
             raise errors.InvalidRequest(

@@ -123,6 +123,26 @@ def test_what_cannot_be_called_is_unloaded_whatever_sessions_there_are(situation
     asyncio.run(run())
 
 
+def test_a_label_is_loaded_as_its_file_says_and_unloaded_as_callers_know_it(situation):
+    async def run():
+        for version in (1, 2):
+            situation.write("m", version)
+        situation.rule("m", labels={"canary": 1})
+        assert (await situation.management.load("m", 0, "canary")).labels == ["canary"]
+        situation.rule("m", labels={"canary": 2})
+        (situation.folder / "m" / "2" / "model").unlink()
+        with pytest.raises(errors.ModelFailed, match="model m/2 failed to load"):
+            await situation.management.load("m", 0, "canary")
+        # What is to stand there cannot be called: the label has not moved, and its version is what goes.
+        assert situation.registry.labelled("m", "canary") == 1
+        await situation.management.unload("m", 0, "canary")
+        assert situation.states() == {"m/2": State.FAILED}
+        with pytest.raises(errors.ModelVersionNotFound, match="label of model 'm': expected one of canary, got 'none'"):
+            await situation.management.reload("m", 0, "none")
+
+    asyncio.run(run())
+
+
 def test_one_load_goes_on_behind_another_and_outlives_who_asked(situation):
     async def run():
         for version in (1, 2):
