@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -19,13 +20,13 @@ from google.protobuf.descriptor import Descriptor
 
 import forwardpass_client
 from forwardpass import v1
-from forwardpass.wire import messages
+from forwardpass.wire import errors, messages
 from forwardpass.wire.errors import DETAIL_KEY
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, METHODS, SERVICES
 from forwardpass.wire.structures import Structure
-from forwardpass_client import errors
 from forwardpass_client.cli.commands import forwardpass
 from forwardpass_server import FunctionalModel, save_functional_model
+from support.redis_servers import RedisProcess
 from support.servers import ServerProcess, wait_until
 
 
@@ -137,6 +138,113 @@ def test_versions_come_change_and_go_under_callers_that_notice_nothing(tmp_path)
             assert errors_met == []
 
 
+REFUSE = ("--unload-with-sessions", "refuse", "--management-port", "0")
+
+
+def answer(address: str, method: str, request: bytes) -> Any:
+    """What a client without our checks is answered. Raises errors of the catalogue."""
+    with grpc.insecure_channel(address) as channel:
+        try:
+            data = channel.unary_unary(METHODS[method].path)(request, timeout=30)
+        except grpc.RpcError as error:
+            trailing = dict(error.trailing_metadata() or ())
+            raise errors.decode(error.code().name, error.details(), trailing.get(DETAIL_KEY)) from None
+    return METHODS[method].response.FromString(data)
+
+
+def manage(server: ServerProcess, method: str, version: int) -> None:
+    """Has the operator do something with a version of `times`."""
+    request = METHODS[method].request(model=v1.ModelSelector(name="times", version=version))
+    answer(server.management_address, method, request.SerializeToString())
+
+
+def test_a_version_waits_for_sessions_that_another_server_has(tmp_path):
+    folder = tmp_path / "models" / "times"
+    folder.mkdir(parents=True)
+    for version in (1, 2):
+        write(folder, version, version)
+    with RedisProcess(tmp_path) as redis, contextlib.ExitStack() as stack:
+        arguments = ("--model-repository", str(tmp_path / "models"), "--session-store", redis.url, *REFUSE)
+        one, other = (stack.enter_context(ServerProcess(*arguments, "--repository-poll", "0.2")) for _ in range(2))
+        client, away = (stack.enter_context(forwardpass_client.connect(server.address)) for server in (one, other))
+        model = away.model("times", 1)
+        session = model.metrics_session()
+        with pytest.raises(errors.ModelInUse, match="model times/1: expected no open metric sessions, got 1"):
+            manage(one, "UnloadModel", 1)
+        shutil.rmtree(folder / "1")
+        for asked in (client, away):
+            wait_until(lambda asked=asked: "waits for its sessions" in asked.models()[0].error, 60)
+            assert [found.state for found in asked.models()] == ["available", "available"]
+        session.forward_pass(model.initial_weights, ([1.0], [0.0]))
+        # By the server that did not open it, too.
+        assert client.model("times", 1).metrics_session(session.id).result() == {"total": 1}
+        session.close()
+        for asked in (client, away):
+            wait_until(lambda asked=asked: [found.version for found in asked.models()] == [2], 60)
+        assert one.wait_for_log("model times/1 is unloaded").count("waits for its sessions") == 1
+
+
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["unloaded", "replaced"])
+def test_a_session_of_the_process_before_goes_on_with_a_model_that_is_not_served_any_more(tmp_path, is_replaced):
+    folder = tmp_path / "models" / "times"
+    folder.mkdir(parents=True)
+    write(folder, 1, 1)
+    arguments = ("--model-repository", str(tmp_path / "models"), "--management-port", "0")
+    arguments += ("--session-store", f"sqlite://{tmp_path}/sessions.sqlite3")
+    batch = ([1.0], [0.0])
+    with ServerProcess(*arguments) as server, forwardpass_client.connect(server.address) as client:
+        session = client.model("times").metrics_session()
+        session.forward_pass(client.model("times").initial_weights, batch)
+    with ServerProcess(*arguments) as server, forwardpass_client.connect(server.address) as client:
+        model = client.model("times")
+        weights = model.initial_weights
+        if is_replaced:
+            write(folder, 1, 5)
+            manage(server, "ReloadModel", 1)
+            assert client.model("times").predict_on_batch(weights, [1.0]).tolist() == [5]
+        else:
+            manage(server, "UnloadModel", 1)
+            assert client.models() == []
+        resumed = model.metrics_session(session.id)
+        resumed.forward_pass(weights, batch)
+        assert resumed.result() == {"total": 2}
+
+
+def test_no_session_is_stranded_by_a_version_that_is_unloaded_when_it_has_none(tmp_path):
+    folder = tmp_path / "times"
+    folder.mkdir()
+    write(folder, 1, 1)
+    with ServerProcess("--model-repository", str(tmp_path), *REFUSE) as server, contextlib.ExitStack() as stack:
+        client = stack.enter_context(forwardpass_client.connect(server.address))
+        pool = stack.enter_context(concurrent.futures.ThreadPoolExecutor(2))
+        model = client.model("times")
+        weights = model.put_weights(model.initial_weights)
+
+        def use_sessions() -> None:
+            """One after another, each to its end, until there is no model for a further one."""
+            for _ in range(30):
+                try:
+                    session = model.metrics_session()
+                except errors.ModelNotFound:
+                    return
+                with session:
+                    session.forward_pass(weights, ([1.0], [0.0]))
+                    assert session.result() == {"total": 1}
+
+        refused = set()
+        for _ in range(5):
+            manage(server, "LoadModel", 1)
+            using = [pool.submit(use_sessions) for _ in range(2)]
+            while client.models():
+                try:
+                    manage(server, "UnloadModel", 1)
+                except errors.ModelInUse as error:
+                    refused.add(error.found)
+            for one in using:
+                one.result(30)
+        assert {"1"} <= refused <= {"1", "2"}
+
+
 def test_a_version_and_a_label_are_refused_together(client):
     with pytest.raises(ValueError, match="expected a version or a label, got both"):
         client.model("keras_cnn", 1, label="stable")
@@ -158,13 +266,7 @@ class Labelled:
         parts = {"model_weights.trainable": (np.float32(1),), "model_weights.non_trainable": (), **PARTS}
         header = METHODS[method].request(model=v1.ModelSelector(name="times", version=version, label=label), **fields)
         taken = {place: Structure.of(value) for place, value in parts.items() if place in TAKES.get(method, ())}
-        with grpc.insecure_channel(address) as channel:
-            try:
-                answer = channel.unary_unary(METHODS[method].path)(messages.encode(header, taken), timeout=30)
-            except grpc.RpcError as error:
-                trailing = dict(error.trailing_metadata() or ())
-                raise errors.decode(error.code().name, error.details(), trailing.get(DETAIL_KEY)) from None
-        return METHODS[method].response.FromString(answer)
+        return answer(address, method, messages.encode(header, taken))
 
     def served(self) -> list[int]:
         with forwardpass_client.connect(self.server.address) as client:

@@ -13,6 +13,7 @@ from forwardpass_server.app import garbage, session_stores
 from forwardpass_server.app.health import Health
 from forwardpass_server.app.security import Security
 from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.models import device as devices
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.rpc import handlers
@@ -40,7 +41,7 @@ from forwardpass_server.serving.tokens import Role
 from forwardpass_server.serving.version_policy import VersionPolicies
 from forwardpass_server.serving.weight_files import WeightFiles
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
-from forwardpass_server.telemetry import gpus
+from forwardpass_server.telemetry import control_groups, gpus
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.telemetry.models import ModelMetrics
 
@@ -88,6 +89,7 @@ async def join(settings: Settings) -> Parts:
     metrics = Metrics()
     tracing = _tracing(settings.trace_endpoint)
     security = Security(settings)
+    devices.use_cores(control_groups.cores())
     tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
     device = tensorflow.device.removeprefix("/device:")
     version = importlib.metadata.version("forwardpass")
@@ -113,7 +115,6 @@ async def join(settings: Settings) -> Parts:
         admission,
         metrics.sessions,
         settings.max_state_bytes,
-        settings.session_expiry_s,
     )
     evaluations = Evaluations(sessions, weights, caller, admission)
     departure = Departure()
@@ -157,6 +158,8 @@ async def join(settings: Settings) -> Parts:
         settings.factories,
         policies,
         functools.partial(_model_changed, health, registry, loader, metrics.models),
+        sessions,
+        settings.unload_with_sessions == "refuse",
     )
     return Parts(
         settings=settings,

@@ -165,7 +165,7 @@ def version_status(entry: Entry, labels: Sequence[str]) -> v1.ModelVersionStatus
         name=entry.source.name,
         version=entry.source.version,
         state=_STATES[entry.state],
-        error=entry.error,
+        error=entry.error or entry.waiting,
         content_hash=entry.servable.identity.content_hash if entry.servable else b"",
         labels=labels,
     )

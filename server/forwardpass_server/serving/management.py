@@ -12,11 +12,15 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Protocol
 
 from forwardpass.wire import errors
+from forwardpass.wire.description import ModelIdentity
 from forwardpass_server.serving import background, repository
 from forwardpass_server.serving.models import ModelLoader, ModelSource
+from forwardpass_server.serving.plans import Servable
 from forwardpass_server.serving.registry import Entry, Registry, State, version_labelled
 from forwardpass_server.serving.repository import FileStates
 from forwardpass_server.serving.version_policy import VersionPolicies
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,6 +34,22 @@ class VersionDetail:
     entry: Entry | None
     is_loadable: bool
     labels: Sequence[str]
+
+
+class ModelSessions(Protocol):
+    """What becomes of metric sessions whose model goes."""
+
+    async def count(self, model: ModelIdentity) -> int:
+        """How many a model has. After 0, none is opened before the caller awaits something else.
+
+        Raises SessionStoreUnavailable.
+        """
+
+    def leave(self, servable: Servable) -> None:
+        """A model is about to be unloaded or replaced."""
+
+    async def release(self) -> bool:
+        """Forgets models that were left and have no sessions. Whether there were any."""
 
 
 class Management(Protocol):
@@ -53,6 +73,7 @@ class Management(Protocol):
 
         label: in place of a version, the one that callers know by it. Raises ModelNotFound, ModelVersionNotFound where
         it stands for none.
+        Raises ModelInUse or SessionStoreUnavailable where a version is to wait for its sessions.
         """
 
     async def describe(self) -> list[VersionDetail]:
@@ -64,6 +85,7 @@ class RegistryManagement:
 
     policies: which versions are served without being asked for, and their labels.
     on_change: is told of each version that was loaded, failed, or was unloaded.
+    waits_for_sessions: a version that has any is not unloaded; else it is, and they are served on.
     """
 
     def __init__(
@@ -74,6 +96,8 @@ class RegistryManagement:
         factories: Mapping[str, str],
         policies: VersionPolicies,
         on_change: Callable[[ModelSource], Awaitable[None]],
+        sessions: ModelSessions,
+        waits_for_sessions: bool = False,
     ) -> None:
         self._registry = registry
         self._loader = loader
@@ -81,6 +105,8 @@ class RegistryManagement:
         self._factories = repository.from_factories(factories)
         self._policies = policies
         self._on_change = on_change
+        self._sessions = sessions
+        self._waits_for_sessions = waits_for_sessions
         # What the files of each version were when it was last loaded, or tried.
         self._tried: dict[str, FileStates] = {}
         # One writes the registry at a time.
@@ -107,8 +133,19 @@ class RegistryManagement:
         async with self._writing:
             if label:
                 version = self._registry.labelled(name, label)
-            if self._registry.unload(name, version):
-                await self._on_change(ModelSource(name, version))
+            await self._unload(ModelSource(name, version))
+
+    async def _unload(self, source: ModelSource) -> None:
+        if self.serves(source):
+            served = self._registry.get(source.name, source.version)
+            count = await self._sessions.count(served.identity) if self._waits_for_sessions else 0
+            if count:
+                raise errors.ModelInUse(place=f"model {source}", expected="no open metric sessions", found=str(count))
+            # Nothing is awaited in between: no session can be opened.
+            self._sessions.leave(served)
+        if self._registry.unload(source.name, source.version):
+            await self._sessions.release()
+            await self._on_change(source)
 
     async def follow(self, source: ModelSource, files: FileStates) -> None:
         """Loads a version, anew if it is loaded, unless its files are those that were tried last.
@@ -119,10 +156,27 @@ class RegistryManagement:
             if self._tried.get(str(source)) != files:
                 await self._load_one(source)
 
-    async def drop(self, source: ModelSource) -> None:
-        """Unloads a version that is not to be served: should it be again, the same files are loaded again."""
-        await self.unload(source.name, source.version)
-        self._tried.pop(str(source), None)
+    async def drop(self, source: ModelSource) -> bool:
+        """Unloads a version that is not to be served: should it be again, the same files are loaded again.
+
+        Returns whether it is gone. One that has to wait for its sessions says so, until it is dropped or retained.
+        """
+        async with self._writing:
+            try:
+                await self._unload(source)
+            except (errors.ModelInUse, errors.SessionStoreUnavailable) as error:
+                if not self._registry.entry(source).waiting:
+                    _LOGGER.info("model %s is not to be served any more, and waits for its sessions: %s", source, error)
+                self._registry.wait(source, f"it is to be unloaded, and waits for its sessions: {error}")
+                return False
+            self._tried.pop(str(source), None)
+            return True
+
+    async def retain(self, source: ModelSource) -> None:
+        """A version that was to be dropped, and had to wait, is to be served after all."""
+        async with self._writing:
+            if self.serves(source):
+                self._registry.wait(source, "")
 
     def serves(self, source: ModelSource) -> bool:
         """Whether a version can be called."""
@@ -160,7 +214,10 @@ class RegistryManagement:
             return self._detail(source, self._registry.entry(source), True)
 
     async def _load_one(self, source: ModelSource) -> Entry:
+        if self.serves(source):
+            self._sessions.leave(self._registry.get(source.name, source.version))
         entry = await background.run(functools.partial(self._load_files, source), "load")
+        await self._sessions.release()
         self.relabel()
         await self._on_change(source)
         return entry

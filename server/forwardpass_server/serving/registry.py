@@ -27,12 +27,14 @@ class Entry:
     """One version of a model.
 
     servable: set once it is available. error: why it failed to load, or to load anew while it is available; or "".
+    waiting: why it is still served though it is not to be; or "".
     """
 
     source: ModelSource
     state: State
     servable: Servable | None = None
     error: str = ""
+    waiting: str = ""
 
 
 class Registry:
@@ -72,6 +74,10 @@ class Registry:
     def _put(self, entry: Entry) -> None:
         name, version = entry.source.name, entry.source.version
         self._entries = {**self._entries, name: {**self._entries.get(name, {}), version: entry}}
+
+    def wait(self, source: ModelSource, why: str) -> None:
+        """Says of a version that is there why it is still served though it is not to be; "" where it is to be."""
+        self._put(dataclasses.replace(self.entry(source), waiting=why))
 
     def unload(self, name: str, version: int) -> bool:
         """Forgets a version, and returns whether it was there. Calls that use it go on."""

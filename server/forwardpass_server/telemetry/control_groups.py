@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import pathlib
 from collections.abc import Iterator
 
@@ -19,6 +20,21 @@ def memory_bytes(root: pathlib.Path = _ROOT) -> int:
     # "max" is no limit, nor is a number beyond what a machine has, which stands for it in version 1.
     limits = (int(text) for text in _limits("memory", "memory.limit_in_bytes", "memory.max", root) if text.isdigit())
     return min([machine_bytes, *limits])
+
+
+def cores(root: pathlib.Path = _ROOT) -> int:
+    """The cores that this process may run on, or fewer where a quota of its control groups gives it less time.
+
+    A part of a core counts as one: 1.5 are 2. root: where /proc and /sys are.
+    """
+    # Other systems than Linux know no affinity.
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # Version 1 has two files, version 2 both numbers in one.
+    quotas = _limits("cpu", "cpu.cfs_quota_us", "cpu.max", root)
+    periods = _limits("cpu", "cpu.cfs_period_us", "cpu.max", root)
+    numbers = ((quota.split()[0], int(period.split()[-1])) for quota, period in zip(quotas, periods, strict=True))
+    # Without a quota it is "max", or -1.
+    return min([allowed, *(-(-int(quota) // period) for quota, period in numbers if quota.isdigit())])
 
 
 def _limits(controller: str, name: str, unified_name: str, root: pathlib.Path) -> Iterator[str]:

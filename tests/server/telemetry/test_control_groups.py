@@ -1,8 +1,11 @@
-"""How much memory a process may take: on a machine of its own, in containers, and as a service."""
+"""How much memory and how many cores a process may take: on a machine of its own, in containers, and as a service."""
 
 from __future__ import annotations
 
+import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +13,8 @@ from forwardpass_server.telemetry import control_groups
 
 MACHINE_BYTES = 256 * 2**30
 POD_BYTES = 4 * 2**30
+
+CORES = len(os.sched_getaffinity(0))
 
 # What stands for no limit in version 1.
 NO_LIMIT = str(2**63 - 4096)
@@ -78,3 +83,60 @@ def test_without_control_groups_it_is_the_machines_memory(tmp_path):
 def test_this_process_has_some_and_no_more_than_the_machine():
     total = next(line for line in pathlib.Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
     assert 0 < control_groups.memory_bytes() <= int(total.split()[1]) * 1024
+
+
+@pytest.mark.parametrize(
+    "groups, limits, quota",
+    [
+        pytest.param("0::/\n", {}, None, id="no container"),
+        pytest.param("0::/\n", {"cpu.max": "max 100000"}, None, id="a pod without a quota"),
+        pytest.param("0::/\n", {"cpu.max": "100000 100000"}, 1, id="a pod, version 2"),
+        pytest.param("0::/\n", {"cpu.max": "50000 100000"}, 1, id="half a core"),
+        pytest.param("0::/\n", {"cpu.max": "150000 100000"}, 2, id="one and a half"),
+        pytest.param("0::/\n", {"cpu.max": "1600000 50000"}, 32, id="another period"),
+        pytest.param("0::/\n", {"cpu.max": "102400000 100000"}, 1024, id="a quota above the machine's cores"),
+        pytest.param("0::/kubepods.slice/a.scope\n", {"cpu.max": "100000 100000"}, 1, id="the host's path"),
+        pytest.param(
+            "0::/limited.slice/forwardpass.service\n",
+            {
+                "limited.slice/cpu.max": "100000 100000",
+                "limited.slice/forwardpass.service/cpu.max": "400000 100000",
+            },
+            1,
+            id="a service in a slice with less",
+        ),
+        pytest.param(
+            "5:cpu,cpuacct:/docker/a\n4:memory:/docker/a\n0::/\n",
+            {"cpu,cpuacct/cpu.cfs_quota_us": "70000", "cpu,cpuacct/cpu.cfs_period_us": "100000"},
+            1,
+            id="a container, version 1",
+        ),
+        pytest.param(
+            "1:cpu:/a/b\n0::/\n",
+            {
+                "cpu/cpu.cfs_quota_us": "-1",
+                "cpu/cpu.cfs_period_us": "100000",
+                "cpu/a/b/cpu.cfs_quota_us": "100000",
+                "cpu/a/b/cpu.cfs_period_us": "100000",
+            },
+            1,
+            id="a group below others, version 1",
+        ),
+        pytest.param(
+            "1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None, id="none, version 1"
+        ),
+        pytest.param("2:cpuset:/\n", {"cpuset/cpu.max": "100000 100000"}, None, id="a controller without quotas"),
+    ],
+)
+def test_a_quota_is_counted_in_cores_rounded_up(tmp_path, groups, limits, quota):
+    assert control_groups.cores(machine(tmp_path, groups, limits)) == min(CORES, quota or CORES)
+
+
+def test_a_process_that_is_bound_to_one_core_counts_one_and_runs_two_computations():
+    code = (
+        "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"
+        "from forwardpass_server.app.settings import Settings;"
+        "from forwardpass_server.telemetry import control_groups;"
+        "print(control_groups.cores(), Settings(factories={'slow': 'support.zoo:slow'}).execution_threads)"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1 2\n"
