@@ -40,8 +40,8 @@ docs/metrics.md: $(STAMP) $(wildcard server/forwardpass_server/telemetry/*.py)  
 
 requirements: $(STAMP)  ## Pin what the image installs, by version and hash: the newest that fit pyproject.toml.
 	$(COMPILE) deploy/image/build.in --output-file deploy/image/build.txt
-	$(COMPILE) pyproject.toml --extra server --extra redis --output-file deploy/image/server.txt
-	$(COMPILE) pyproject.toml --extra gpu --extra redis --output-file deploy/image/gpu.txt
+	$(COMPILE) pyproject.toml --extra server --extra redis --extra tracing --output-file deploy/image/server.txt
+	$(COMPILE) pyproject.toml --extra gpu --extra redis --extra tracing --output-file deploy/image/gpu.txt
 
 benchmark: $(STAMP)  ## Floors, peers and ours, side by side; the second part installs its peers.
 	$(VENV)/bin/python benchmarks/run.py

@@ -43,7 +43,8 @@ class Call(Generic[ResultT]):
 class ModelVersion:
     """One version of a model on the server.
 
-    state: "available", "loading" or "failed". error: why it failed to load, or to load anew; "" otherwise.
+    state: "available", "loading" or "failed". error: why it failed to load, or to load anew, or why it is
+    served though it is to be unloaded; "" otherwise.
     content_hash: SHA-256 of what it was loaded from, in hex; "" until it is available. labels: what it is called.
     """
 

@@ -110,7 +110,8 @@ class ClientApi(abc.ABC):
         """A model of the server; without a version, the highest that is available now, and that one from then on.
 
         label: in place of a version, what the operator calls it, such as "stable" or "canary": the version that it
-          stands for now, and that one from then on.
+          stands for now, and that one from then on. Specs, weights and sessions are of one version: to follow a label
+          that moves, ask for the model again.
 
         Raises ModelNotFound, ModelVersionNotFound, ModelFailed, or ModelLoading.
         """

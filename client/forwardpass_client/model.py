@@ -70,7 +70,10 @@ class FunctionalModelApi(abc.ABC):
 
     @property
     def version(self) -> int:
-        """The version that answers: the one asked for, or the highest there was when the model was looked up."""
+        """The version that answers: the one asked for; or the highest, or what the label stood for, at the look-up.
+
+        It stays the same, and with it specs and weights, when a label moves or a higher version comes.
+        """
         return self._found.description.identity.version
 
     @property

@@ -15,14 +15,29 @@ from packaging.utils import canonicalize_name
 
 import forwardpass_client
 from support import images
+from support.collectors import SpanCollector
 from support.environments import ROOT
 from support.manifests import find
 from support.pins import pins
+from support.servers import wait_until
 
 pytestmark = pytest.mark.image
 
 # Removed from the image on purpose: see the Dockerfile.
 LEFT_OUT = {"libclang"}
+
+
+# Counts a batch in a new session, or resumes one; says which it is, and what it has counted.
+COUNT_OR_RESUME = """
+import sys, numpy, forwardpass_client
+with forwardpass_client.connect("localhost:8500") as client:
+    model = client.model("digits")
+    session = model.metrics_session(*sys.argv[1:])
+    if not sys.argv[1:]:
+        batch = numpy.zeros((4, 8, 8, 1), numpy.float32), numpy.zeros(4, numpy.int64)
+        session.forward_pass(model.initial_weights, batch)
+    print(session.id, session.updates, session.result())
+"""
 
 
 def example(*arguments: str) -> str:
@@ -51,8 +66,16 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def container(image, repository, data):
-    with images.start(image, repository, data) as running:
+def collector():
+    # Where a container reaches it, too.
+    with SpanCollector("0.0.0.0") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def container(image, repository, data, collector):
+    endpoint = f"FORWARDPASS_TRACE_ENDPOINT=http://host.containers.internal:{collector.port}"
+    with images.start(image, repository, data, "--memory", "2g", "--env", endpoint) as running:
         yield running
 
 
@@ -77,6 +100,15 @@ def test_the_example_model_is_served_to_a_caller_outside(container):
 def test_prometheus_finds_the_metrics_outside(container):
     with urllib.request.urlopen(f"http://{container.address(9464)}/metrics") as response:
         assert b"grpc_server_started_total" in response.read()
+
+
+def test_spans_reach_a_collector_outside(container, collector):
+    example("examples/call_digits.py", container.address(8500))
+    wait_until(lambda: any(span.name == "execute" for span in collector.spans))
+
+
+def test_weights_take_a_quarter_of_what_the_container_may_and_not_of_the_machine(container):
+    assert "weights: up to 512 MiB on CPU:0, kept in /data/weights\n" in container.lines
 
 
 def test_sessions_and_weights_are_kept_on_the_data_volume(container, data):
@@ -129,6 +161,21 @@ def test_a_pod_of_the_deployment_runs_as_it_is_rendered(image, repository, tmp_p
         assert container.run("printenv", "FORWARDPASS_DRAIN_DELAY").stdout == "10\n"
 
 
+def test_a_session_on_a_volume_outlives_its_pod(image, repository, tmp_path):
+    (tmp_path / "data").mkdir()
+    volumes = {"models": repository, "data": tmp_path / "data"}
+    deployment = find("overlays/volume", "Deployment")
+    told = ""
+    for _ in range(2):
+        before = told
+        with images.play(image, deployment, volumes, tmp_path) as container:
+            done = container.run("python", "-c", COUNT_OR_RESUME, *before.split()[:1])
+        assert done.returncode == 0, done.stderr
+        told = done.stdout
+    assert told == before
+    assert told.split()[1] == "1"
+
+
 def test_with_tls_the_commands_of_the_probes_reach_the_server_and_others_do_not(image, repository, tmp_path):
     authority = trustme.CA()
     certificate = authority.issue_cert("localhost", common_name="forwardpass")
@@ -142,9 +189,7 @@ def test_with_tls_the_commands_of_the_probes_reach_the_server_and_others_do_not(
     with images.play(image, deployment, volumes, tmp_path) as container:
         (server,) = deployment["spec"]["template"]["spec"]["containers"]
         for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-            # Of the server as a whole: what its services mean is another matter.
-            command = [part for part in server[probe]["exec"]["command"] if not part.startswith("--service=")]
-            done = container.run(*command)
+            done = container.run(*server[probe]["exec"]["command"])
             assert (done.returncode, done.stdout) == (0, "SERVING\n"), done.stderr
         assert container.run("forwardpass", "health", "localhost:8500").returncode == 1
         assert container.run("forwardpass", "health", "localhost:8500", "--ca", "/tls/ca.crt").returncode == 1

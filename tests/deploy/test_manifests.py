@@ -14,14 +14,12 @@ import yaml
 from forwardpass_client.cli.commands import forwardpass
 from forwardpass_server.app.cli import main
 from forwardpass_server.app.settings import Settings
+from forwardpass_server.rpc.server import LIVE, READY, STARTUP
 from support.environments import ROOT
 from support.manifests import RENDERED, find, is_custom, render, render_folder, validate_custom
 
 # The oldest with gRPC probes, matchLabelKeys and unhealthyPodEvictionPolicy switched on; the newest that there is.
 VERSIONS = ("1.27", "1.37")
-
-# Health services that the server answers for, besides models: see the probes' documentation in deploy/README.md.
-HEALTH_SERVICES = {"startup", "ready", "live"}
 
 # What TensorFlow takes before it has a model, with room for some.
 SERVER_MIB = 1024
@@ -117,8 +115,7 @@ def test_probes_ask_the_server_for_startup_ready_and_live(name):
             values = dict(argument.split("=") for argument in arguments)
             assert set(values) <= options
             asked.append(values["--service"])
-    assert asked == ["startup", "ready", "live"]
-    assert set(asked) == HEALTH_SERVICES
+    assert asked == [STARTUP, READY, LIVE]
 
 
 @each
@@ -127,6 +124,22 @@ def test_the_server_has_the_time_to_drain_before_it_is_killed(name):
     drain_s = float(environment["FORWARDPASS_DRAIN_DELAY"]) + float(environment["FORWARDPASS_DRAIN_TIMEOUT"])
     # The rest is for sessions to be committed and Python to end.
     assert pod_of(name)["spec"]["terminationGracePeriodSeconds"] >= drain_s + 5
+
+
+@each
+def test_a_start_has_an_hour_to_load_models_and_a_server_that_hangs_a_minute(name):
+    patience_s = {kind: probe["periodSeconds"] * probe["failureThreshold"] for kind, probe in probes_of(name).items()}
+    assert patience_s["startupProbe"] == 3600
+    # Or an update would be given up while a start may still go on.
+    assert find(name, "Deployment")["spec"]["progressDeadlineSeconds"] > patience_s["startupProbe"]
+    assert patience_s["livenessProbe"] == 60
+
+
+@each
+def test_a_node_can_be_drained_however_few_pods_there_are(name):
+    budget = find(name, "PodDisruptionBudget")["spec"]
+    assert (budget["maxUnavailable"], budget["unhealthyPodEvictionPolicy"]) == (1, "AlwaysAllow")
+    assert "minAvailable" not in budget
 
 
 @each
@@ -212,11 +225,80 @@ def test_a_node_whose_gpus_are_taken_can_take_an_update():
 
 
 @pytest.mark.parametrize("name", ["overlays/redis", "overlays/production"])
-def test_the_address_of_redis_comes_from_a_secret_and_can_be_reached(name):
+def test_the_address_of_redis_comes_from_a_secret(name):
     (store,) = (entry for entry in container_of(name)["env"] if entry["name"] == "FORWARDPASS_SESSION_STORE")
     assert store["valueFrom"]["secretKeyRef"] == {"name": "forwardpass-sessions", "key": "url"}
+
+
+@each
+def test_the_server_reaches_what_it_is_told_to_call_and_nothing_else(name):
     opened = [port["port"] for rule in find(name, "NetworkPolicy")["spec"]["egress"] for port in rule["ports"]]
-    assert opened == [53, 53, 6379]
+    called = []
+    environment = environment_of(name)
+    if "FORWARDPASS_SESSION_STORE" in environment:
+        called += [53, 53, 6379]
+    if "FORWARDPASS_TRACE_ENDPOINT" in environment:
+        called += [53, 53, int(environment["FORWARDPASS_TRACE_ENDPOINT"].rpartition(":")[2])]
+    assert opened == called
+
+
+@each
+def test_sessions_of_replicas_are_shared_or_lie_on_a_volume_of_one_alone(name):
+    spec = find(name, "Deployment")["spec"]
+    (data,) = (volume for volume in pod_of(name)["spec"]["volumes"] if volume["name"] == "data")
+    shared = "FORWARDPASS_SESSION_STORE" in environment_of(name)
+    kept = "persistentVolumeClaim" in data
+    # Two pods must not write one file.
+    assert (spec.get("replicas"), spec["strategy"]) == (1, {"type": "Recreate"}) or not kept
+    assert not (shared and kept)
+    assert shared or name != "overlays/production"
+
+
+def test_the_base_says_what_becomes_of_sessions_where_replicas_are_set():
+    text = (ROOT / "deploy" / "kubernetes" / "base" / "deployment.yaml").read_text()
+    comment = text[: text.index("  replicas:")].rpartition("spec:")[2]
+    assert "SessionNotFound" in comment
+    assert "ForwardpassSessionsApart" in comment
+
+
+@pytest.mark.parametrize("components", [["volume"], ["gpu", "volume"]])
+def test_one_replica_keeps_sessions_and_weights_on_a_volume_of_its_own(tmp_path, components):
+    shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
+    overlay = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": ["../deploy/kubernetes/base"],
+        "components": [f"../deploy/kubernetes/components/{name}" for name in components],
+    }
+    (tmp_path / "cluster").mkdir()
+    (tmp_path / "cluster" / "kustomization.yaml").write_text(yaml.safe_dump(overlay))
+    found = {
+        (one["kind"], one["metadata"]["name"]): one["spec"]
+        for one in render_folder(tmp_path / "cluster")
+        if "spec" in one
+    }
+    deployment = found["Deployment", "forwardpass"]
+    assert (deployment["replicas"], deployment["strategy"]) == (1, {"type": "Recreate"})
+    pod = deployment["template"]["spec"]
+    (data,) = (volume for volume in pod["volumes"] if volume["name"] == "data")
+    assert data == {"name": "data", "persistentVolumeClaim": {"claimName": "forwardpass-data"}}
+    claim = found["PersistentVolumeClaim", "forwardpass-data"]
+    # SQLite's log wants a disk of one machine's own.
+    assert claim["accessModes"] == ["ReadWriteOnce"]
+    (container,) = pod["containers"]
+    environment = {entry["name"]: entry.get("value", "") for entry in container["env"]}
+    (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == "data")
+    assert environment["FORWARDPASS_WEIGHTS_FOLDER"].startswith(f"{mount['mountPath']}/")
+    assert f"FORWARDPASS_SESSION_STORE=sqlite://{mount['mountPath']}/" in (ROOT / "Dockerfile").read_text()
+    size = claim["resources"]["requests"]["storage"]
+    # The sessions of a few principals beside.
+    assert int(environment["FORWARDPASS_WEIGHTS_DISK_MIB"]) + 2048 <= int(size.removesuffix("Gi")) * 1024
+
+
+def test_the_readme_tells_every_component():
+    listed = re.findall(r"^\| `(\w+)` \|.*\|.*\|$", (ROOT / "deploy" / "README.md").read_text(), re.MULTILINE)
+    folders = {path.name for path in (ROOT / "deploy" / "kubernetes" / "components").iterdir()}
+    assert folders <= set(listed)
 
 
 @pytest.mark.parametrize("name", ["overlays/tls", "overlays/production"])

@@ -421,6 +421,7 @@ def test_a_factory_for_a_model_that_the_repository_has_is_refused(repository):
             "--max-concurrent-calls-per-principal: expected at least",
         ),
         ((*SLOW, "--connection-idle", "-1"), "--connection-idle: expected seconds >= 0, got -1"),
+        ((*SLOW, "--weights-folder", "/proc/none"), "--weights-folder: [Errno 2] No such file or directory"),
         ((*SLOW, "--device", "tpu"), "device: expected auto, cpu, gpu or gpu:N, got 'tpu'"),
         ((*SLOW, "--device", "cpu:7"), "device: expected one of ['cpu:0'], got 'cpu:7'"),
     ],

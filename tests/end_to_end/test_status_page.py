@@ -156,13 +156,13 @@ def test_what_was_chosen_or_said_elsewhere_is_escaped():
             device=hostile,
             started=0,
             health=HealthReading(has_started=True, is_live=True, is_ready=False, is_draining=False),
-            entries=[Entry(source, State.FAILED, error=hostile)],
+            entries=[Entry(source, State.FAILED, error=hostile, waiting=hostile)],
             loads={str(source): Load(1.0, 0.0)},
             recent=Recent(metrics.registry).window(),
         )
     )
     assert hostile not in page
-    assert page.count(html.escape(hostile)) == 6
+    assert page.count(html.escape(hostile)) == 7
     assert "no model can be called" in page
 
 

@@ -120,6 +120,7 @@ def test_a_call_without_a_trace_begins_one(traced):
     assert not loss.parent_span_id
 
 
+# gRPC refuses metadata of more than 8 KiB by itself: now and then, and the more often the longer they are.
 @pytest.mark.parametrize("context", ["nonsense", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "00-" + "f" * 7000])
 def test_a_context_that_is_none_does_no_harm(context):
     with SpanCollector() as collector, ServerProcess(*FACTORIES, "--trace-endpoint", collector.url) as server:

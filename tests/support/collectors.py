@@ -13,11 +13,12 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span
 class SpanCollector(trace_service_pb2_grpc.TraceServiceServicer):
     """Takes OTLP over gRPC on a free port. A context manager. `spans`: what has come, in its order."""
 
-    def __init__(self) -> None:
+    def __init__(self, host: str = "127.0.0.1") -> None:
         self.spans: list[Span] = []
         self._server = grpc.server(concurrent.futures.ThreadPoolExecutor(2))
         trace_service_pb2_grpc.add_TraceServiceServicer_to_server(self, self._server)
-        self.url = f"http://127.0.0.1:{self._server.add_insecure_port('127.0.0.1:0')}"
+        self.port = self._server.add_insecure_port(f"{host}:0")
+        self.url = f"http://{host}:{self.port}"
 
     def Export(self, request: Any, context: Any) -> Any:  # noqa: N802
         self.spans += [

@@ -93,12 +93,13 @@ def _pip_configuration() -> str:
 class Container:
     """A container that serves a repository, and has loaded its models. A context manager: leaving it removes it.
 
-    remove: the command that does.
+    remove: the command that does. `lines`: what the server said until then.
     """
 
     def __init__(self, name: str, remove: Sequence[str]) -> None:
         self._id = name
         self._remove = remove
+        self.lines: list[str] = []
         try:
             self._wait_until_ready()
         except BaseException:
@@ -106,7 +107,6 @@ class Container:
             raise
 
     def _wait_until_ready(self) -> None:
-        lines = []
         command = ["podman", "logs", "--follow", self._id]
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=_env()) as logs:
             assert logs.stdout is not None
@@ -114,13 +114,13 @@ class Container:
             watchdog.start()
             try:
                 for line in logs.stdout:
-                    lines.append(line)
+                    self.lines.append(line)
                     if line.startswith("ready on "):
                         return
             finally:
                 watchdog.cancel()
                 logs.kill()
-        raise AssertionError("the container was never ready: " + "".join(lines[-20:]))
+        raise AssertionError("the container was never ready: " + "".join(self.lines[-20:]))
 
     def address(self, port: int) -> str:
         """Where a port of the container is reached."""
@@ -151,10 +151,10 @@ class Container:
         self.remove()
 
 
-def start(image: str, repository: pathlib.Path, data: pathlib.Path) -> Container:
+def start(image: str, repository: pathlib.Path, data: pathlib.Path, *arguments: str) -> Container:
     """Runs the image as an orchestrator would: read-only, without a right.
 
-    repository: is mounted read-only. data: a folder for what it writes.
+    repository: is mounted read-only. data: a folder for what it writes. arguments: further ones of `podman run`.
     """
     os.chown(data, _USER, _USER)
     name = _run(
@@ -164,6 +164,7 @@ def start(image: str, repository: pathlib.Path, data: pathlib.Path) -> Container
         *("--volume", f"{repository}:/models:ro", "--volume", f"{data}:/data"),
         *("--env", "FORWARDPASS_INSECURE=true", "--env", "FORWARDPASS_WEIGHTS_FOLDER=/data/weights"),
         *("--publish", "127.0.0.1::8500", "--publish", "127.0.0.1::9464"),
+        *arguments,
         image,
     ).strip()
     return Container(name, ("podman", "rm", "--force", "--time", "0", name))

@@ -87,6 +87,7 @@ class Rig:
     weights: WeightStore
     observer: Observer
     registry: Registry
+    store: SessionStore
 
     async def result(self, session_id: bytes = SESSION, principal: str = "") -> dict[str, float]:
         """The metrics of a session of `counting`."""
@@ -142,10 +143,10 @@ async def rig(
     limits = Limits(calls=max_calls, size_bytes=2**30)
     admission = Admission(limits, limits)
     caller = Caller(registry, weights, scheduler, Batcher(scheduler, observer, 100), observer, admission)
-    sessions = Sessions(store, registry, caller, admission, observer, max_state_bytes, LIMITS.idle_expiry_s)
+    sessions = Sessions(store, registry, caller, admission, observer, max_state_bytes)
     evaluations = Evaluations(sessions, weights, caller, admission)
     try:
-        yield Rig(sessions, evaluations, caller, admission, weights, observer, registry)
+        yield Rig(sessions, evaluations, caller, admission, weights, observer, registry, store)
     finally:
         await scheduler.close(10)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import json
 import os
 import pathlib
 import threading
 from typing import Any
 
+from forwardpass.wire import errors
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.serving.management import RegistryManagement
 from forwardpass_server.serving.models import ModelSource
@@ -35,6 +37,28 @@ class Loader:
         return self._loader.load(ModelSource(source.name, source.version, folder=self._folder))
 
 
+class OpenSessions(collections.Counter):
+    """How many sessions there are, as a test has it, by the name and version of the model; None cannot be counted.
+
+    left: the models that were to be left, in order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left = []
+
+    async def count(self, model):
+        if self[str(model)] is None:
+            raise errors.SessionStoreUnavailable
+        return self[str(model)]
+
+    def leave(self, servable):
+        self.left.append(servable)
+
+    async def release(self):
+        return False
+
+
 class Situation:
     def __init__(self, repository: pathlib.Path, folder: pathlib.Path) -> None:
         self.folder = folder
@@ -42,7 +66,17 @@ class Situation:
         self.loader = Loader(repository)
         self.changes = []
         self.policies = VersionPolicies(folder)
-        self.management = RegistryManagement(self.registry, self.loader, folder, {}, self.policies, self._change)
+        self.sessions = OpenSessions()
+        self.management = self._manage()
+
+    def wait_for_sessions(self) -> None:
+        """From now on a version that has sessions is not unloaded."""
+        self.management = self._manage(waits_for_sessions=True)
+
+    def _manage(self, **options: Any) -> RegistryManagement:
+        return RegistryManagement(
+            self.registry, self.loader, self.folder, {}, self.policies, self._change, self.sessions, **options
+        )
 
     async def _change(self, source):
         self.changes.append(str(source))

@@ -26,15 +26,17 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 import forwardpass_client
 from forwardpass.wire import errors, trees
 from forwardpass.wire.description import Function
+from forwardpass_client.calls import ModelVersion
 from forwardpass_client.cli import npz
 from forwardpass_client.cli.evaluation import Evaluation
 from forwardpass_client.cli.hosts import Host, host_argument
+from forwardpass_client.cli.named_models import NamedModel, model_argument
 from forwardpass_client.cli.slices import Slices
 from forwardpass_client.model import RemoteFunctionalModel
 from forwardpass_client.patience import AWAY
@@ -44,7 +46,6 @@ from forwardpass_client.weights import WeightsHandle
 _OUT = Console()
 _ERR = Console(stderr=True)
 
-_version_option = click.option("--version", type=click.IntRange(min=1), help="Version.  [default: the highest]")
 _weights_option = click.option(
     "--weights",
     metavar="FILE|ID",
@@ -76,7 +77,9 @@ def models(host: Host) -> None:
     """List the models of a server, those that failed to load included."""
     with _client(host) as client:
         found = client.models()
-    table = Table("model", "version", "state", "content", "error", box=None, header_style="bold")
+    names = (Column(title, no_wrap=True) for title in ("model", "version", "state", "content"))
+    told = (Column(title, overflow="fold") for title in ("labels", "error"))
+    table = Table(*names, *told, box=None, header_style="bold")
     for model in found:
         colour = {"available": "green", "failed": "red"}.get(model.state, "yellow")
         table.add_row(
@@ -84,6 +87,7 @@ def models(host: Host) -> None:
             str(model.version),
             f"[{colour}]{model.state}[/]",
             model.content_hash[:12],
+            ", ".join(model.labels),
             Text(model.error),
         )
     _OUT.print(table)
@@ -107,11 +111,10 @@ def health(host: Host, service: str, timeout: float) -> None:
 
 @forwardpass.command()
 @host_argument
-@click.argument("model")
-@_version_option
-def describe(host: Host, model: str, version: int | None) -> None:
+@model_argument
+def describe(host: Host, model: NamedModel) -> None:
     """Show what a model takes and returns, and which functions it has."""
-    with _model(host, model, version) as remote:
+    with _model(host, model) as remote:
         description = remote.description
     spec = description.spec
     facts = Table(box=None, show_header=False)
@@ -121,7 +124,7 @@ def describe(host: Host, model: str, version: int | None) -> None:
         ("model", str(description.identity)),
         ("content", remote.content_hash),
         ("format", description.format),
-        ("versions", ", ".join(f"{found.version} {found.state}" for found in remote.versions)),
+        ("versions", ", ".join(map(_version, remote.versions))),
         ("weights", _summary(spec.weights)),
         ("x", str(spec.x)),
         ("y", str(spec.y)),
@@ -140,6 +143,10 @@ def describe(host: Host, model: str, version: int | None) -> None:
     _OUT.print(functions)
 
 
+def _version(found: ModelVersion) -> str:
+    return f"{found.version} {found.state}" + (f" ({', '.join(found.labels)})" if found.labels else "")
+
+
 def _yes_unless(reason: str) -> str:
     return f"no: {reason}" if reason else "yes"
 
@@ -152,13 +159,12 @@ def _summary(spec: Any) -> str:
 
 @forwardpass.command()
 @host_argument
-@click.argument("model")
+@model_argument
 @click.option("--output", "-o", required=True, type=click.Path(dir_okay=False, path_type=pathlib.Path))
 @click.option("--id", "weights_id", help="Those under this id.  [default: those that the model was saved with]")
-@_version_option
-def weights(host: Host, model: str, output: pathlib.Path, weights_id: str | None, version: int | None) -> None:
+def weights(host: Host, model: NamedModel, output: pathlib.Path, weights_id: str | None) -> None:
     """Write weights of a model into an .npz file: trainable/0, non_trainable/0 and so on."""
-    with _model(host, model, version) as remote:
+    with _model(host, model) as remote:
         if weights_id is None:
             found = remote.initial_weights
         else:
@@ -173,16 +179,15 @@ def weights(host: Host, model: str, output: pathlib.Path, weights_id: str | None
 
 @forwardpass.command("put-weights")
 @host_argument
-@click.argument("model")
+@model_argument
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
 @click.option("--lease", type=click.FloatRange(min=0), help="Keep them on the server for so many seconds.")
-@_version_option
-def put_weights(host: Host, model: str, file: pathlib.Path, lease: float | None, version: int | None) -> None:
+def put_weights(host: Host, model: NamedModel, file: pathlib.Path, lease: float | None) -> None:
     """Send the weights in an .npz file once, and print the id by which they can be named from then on.
 
     The server keeps them until it needs the room, or the lease ends.
     """
-    with _model(host, model, version) as remote:
+    with _model(host, model) as remote:
         handle = _put(remote, _read_weights(remote, file))
         if lease is not None:
             handle.lease(lease)
@@ -191,17 +196,17 @@ def put_weights(host: Host, model: str, file: pathlib.Path, lease: float | None,
 
 @forwardpass.command("delete-weights")
 @host_argument
-@click.argument("model")
+@model_argument
 @click.argument("weights_id", metavar="ID")
-def delete_weights(host: Host, model: str, weights_id: str) -> None:
+def delete_weights(host: Host, model: NamedModel, weights_id: str) -> None:
     """Drop weights that were put."""
-    with _model(host, model, None) as remote:
+    with _model(host, model) as remote:
         remote.weights_handle(weights_id).delete()
 
 
 @forwardpass.command()
 @host_argument
-@click.argument("model")
+@model_argument
 @_data_option
 @click.option(
     "--output",
@@ -212,18 +217,11 @@ def delete_weights(host: Host, model: str, weights_id: str) -> None:
 )
 @_weights_option
 @_batch_size_option
-@_version_option
 def predict(
-    host: Host,
-    model: str,
-    data: pathlib.Path,
-    output: pathlib.Path,
-    weights: str | None,
-    batch_size: int,
-    version: int | None,
+    host: Host, model: NamedModel, data: pathlib.Path, output: pathlib.Path, weights: str | None, batch_size: int
 ) -> None:
     """Predict for the examples in an .npz file (in inference mode) and write the predictions into another."""
-    with _model(host, model, version) as remote:
+    with _model(host, model) as remote:
         model_weights = _weights(remote, weights)
         x = npz.take(npz.load(data), "x", remote.description.spec.x)
         slices, predictions = Slices(x, batch_size), []
@@ -239,7 +237,7 @@ def predict(
 
 @forwardpass.command()
 @host_argument
-@click.argument("model")
+@model_argument
 @_data_option
 @click.option(
     "--weights",
@@ -256,24 +254,22 @@ def predict(
     metavar="ID",
     help="Goes on with an evaluation that was left; one for each weights. Ctrl-C prints the whole command.",
 )
-@_version_option
 @click.pass_context
 def evaluate(
     context: click.Context,
     host: Host,
-    model: str,
+    model: NamedModel,
     data: pathlib.Path,
     named_weights: tuple[str, ...],
     batch_size: int,
     session_ids: tuple[str, ...],
-    version: int | None,
 ) -> None:
     """Evaluate a model on the examples in an .npz file (in inference mode) and show its metrics.
 
     The server runs the batches and counts them; sample_weight in the file is for the metrics. Ctrl-C leaves what has
     counted on the server, and prints the command that goes on with it.
     """
-    with _model(host, model, version) as remote:
+    with _model(host, model) as remote:
         slices = Slices(_examples(remote, npz.load(data)), batch_size)
         handles = [_weights(remote, one) for one in named_weights or (None,)]
         if session_ids and len(session_ids) != len(handles):
@@ -282,7 +278,7 @@ def evaluate(
             )
         sessions = [remote.metrics_session(one) for one in session_ids or [None] * len(handles)]
         evaluation = Evaluation(remote, handles, sessions, slices)
-        command = ["forwardpass", "evaluate", *host.words(), model, "--data", str(data)]
+        command = ["forwardpass", "evaluate", *host.words(), remote.name, "--data", str(data)]
         command += ["--batch-size", str(batch_size), "--version", str(remote.version)]
         command += [argument for one in named_weights for argument in ("--weights", one)]
         command += [argument for one in sessions for argument in ("--session", one.id)]
@@ -363,9 +359,9 @@ def _client(host: Host) -> Iterator[forwardpass_client.Client]:
 
 
 @contextlib.contextmanager
-def _model(host: Host, name: str, version: int | None) -> Iterator[RemoteFunctionalModel]:
+def _model(host: Host, named: NamedModel) -> Iterator[RemoteFunctionalModel]:
     with _client(host) as client:
-        yield client.model(name, version)
+        yield client.model(named.name, named.version, label=named.label)
 
 
 def _weights(model: RemoteFunctionalModel, file_or_id: str | None) -> WeightsHandle:

@@ -103,6 +103,11 @@ class ModelFailed(ForwardPassError):
     sentence = "The model failed to load."
 
 
+class ModelInUse(ForwardPassError):
+    status = "FAILED_PRECONDITION"
+    sentence = "The version has metric sessions that are open, and the server unloads none that has."
+
+
 class ModelChanged(ForwardPassError):
     status = "FAILED_PRECONDITION"
     sentence = "Another model answered than the one that was looked up."
@@ -212,6 +217,7 @@ CATALOGUE: dict[str, type[ForwardPassError]] = {
         ModelVersionNotFound,
         ModelLoading,
         ModelFailed,
+        ModelInUse,
         ModelChanged,
         FunctionNotAvailable,
         MessageTooLarge,

@@ -13,6 +13,7 @@ from forwardpass_server.app import garbage, session_stores
 from forwardpass_server.app.health import Health
 from forwardpass_server.app.security import Security
 from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.models import device as devices
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.rpc import handlers
@@ -40,7 +41,7 @@ from forwardpass_server.serving.tokens import Role
 from forwardpass_server.serving.version_policy import VersionPolicies
 from forwardpass_server.serving.weight_files import WeightFiles
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
-from forwardpass_server.telemetry import gpus
+from forwardpass_server.telemetry import control_groups, gpus
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.telemetry.models import ModelMetrics
 
@@ -89,6 +90,7 @@ async def join(settings: Settings) -> Parts:
     tracing = _tracing(settings.trace_endpoint)
     security = Security(settings)
     security.show(metrics.files)
+    devices.use_cores(control_groups.cores())
     tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
     device = tensorflow.device.removeprefix("/device:")
     version = importlib.metadata.version("forwardpass")
@@ -106,7 +108,7 @@ async def join(settings: Settings) -> Parts:
     observer = tracing.of_calls(metrics.models) if tracing else metrics.models
     caller = Caller(registry, weights, scheduler, batcher, observer, admission)
     session_store = await session_stores.open_store(settings, metrics.sessions)
-    metrics.sessions.store(session_store.count)
+    metrics.sessions.store(session_store.count, session_store.is_shared)
     sessions = Sessions(
         session_store,
         registry,
@@ -114,7 +116,6 @@ async def join(settings: Settings) -> Parts:
         admission,
         metrics.sessions,
         settings.max_state_bytes,
-        settings.session_expiry_s,
     )
     evaluations = Evaluations(sessions, weights, caller, admission)
     departure = Departure()
@@ -151,7 +152,7 @@ async def join(settings: Settings) -> Parts:
     liveness = Liveness(placing, _TRIAL_S, settings.device_timeout_s)
     health = Health(server, registry, liveness)
     metrics.health.read = health.reading
-    loader = ObservedLoader(tensorflow, metrics.models)
+    loader = ObservedLoader(garbage.SparingLoader(tensorflow), metrics.models)
     management = RegistryManagement(
         registry,
         loader,
@@ -159,6 +160,8 @@ async def join(settings: Settings) -> Parts:
         settings.factories,
         policies,
         functools.partial(_model_changed, health, registry, loader, metrics.models),
+        sessions,
+        settings.unload_with_sessions == "refuse",
     )
     return Parts(
         settings=settings,
@@ -202,7 +205,10 @@ def _models(settings: Settings) -> tuple[VersionPolicies, Registry]:
 def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: int, metrics: Metrics) -> WeightStore:
     files = None
     if settings.weights_folder is not None:
-        files = kept = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        try:
+            files = kept = WeightFiles(settings.weights_folder, settings.weights_disk_bytes)
+        except OSError as error:
+            raise SettingsError(f"--weights-folder: {error}") from None
         metrics.weights.files(lambda: kept.size_bytes, settings.weights_disk_bytes, lambda: kept.set_count)
     options = StoreOptions(
         budget_bytes=budget_bytes,
@@ -260,8 +266,7 @@ async def _model_changed(
     health: Health, registry: Registry, loader: ObservedLoader, metrics: ModelMetrics, source: ModelSource
 ) -> None:
     """Says of a model, and of its version, whether it can be called; forgets what there was of one that is gone."""
-    # What a version that is gone or replaced was made of.
-    await asyncio.to_thread(garbage.look_again)
+    await asyncio.to_thread(garbage.collect)
     known = [(entry.source.name, entry.source.version) for entry in registry.entries()]
     if (source.name, source.version) not in known:
         loader.forget(source)

@@ -37,6 +37,8 @@ async def serve(settings: Settings, announce: Announce) -> bool:
     # When a series began is a series more for each, and what rates are made of says it too.
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     parts = await app_parts.join(settings)
+    # Before anybody waits: a load makes so many objects that the collector would look at all others meanwhile.
+    garbage.set_aside()
     stop = _stop_on_signals()
     recent = Recent(parts.metrics.registry)
     await parts.health.open()
@@ -121,6 +123,7 @@ async def _load(parts: Parts, announce: Announce) -> None:
     """Loads every model, one after another beside the event loop, and then says so."""
     parts.management.relabel()
     await parts.management.load_all()
+    # What models brought that stays: modules of factories.
     garbage.set_aside()
     entries = parts.registry.entries()
     await parts.health.models_tried()

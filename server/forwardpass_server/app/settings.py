@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
-import os
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Annotated
 
 from forwardpass.wire.chunks import CHUNK_BYTES
+from forwardpass_server.app import logs, options
+from forwardpass_server.app.options import FILE, FOLDER, MIB, Option
 from forwardpass_server.serving.repository import MODEL_NAME
+from forwardpass_server.telemetry import control_groups
 
 _SESSION_STORE = re.compile(r"sqlite:///.|rediss?://.|memory://$")
 
@@ -23,92 +26,398 @@ class SettingsError(Exception):
     """A setting that cannot be; the message names it, what was expected and what was found."""
 
 
+def parse_factories(values: tuple[str, ...]) -> dict[str, str]:
+    """`NAME=MODULE:FUNCTION`, each. Raises SettingsError for another form and for a name given twice."""
+    factories: dict[str, str] = {}
+    for value in values:
+        name, separator, factory = value.partition("=")
+        if not separator:
+            raise SettingsError(f"--factory: expected NAME=MODULE:FUNCTION, got {value!r}")
+        if name in factories:
+            raise SettingsError(f"--factory: {name} is given twice")
+        factories[name] = factory
+    return factories
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """The settings of `forwardpass-server serve`."""
+    """The settings of `forwardpass-server serve`, each with the option that sets it."""
 
     # The folder NAME/VERSION/; None where only factories are served.
-    model_repository: pathlib.Path | None = None
-    # Seconds between looks at the repository for what changed; 0 for never. What is in it is run: a file that somebody
-    # puts there by accident should not be, unless the operator says so, and replicas would change one before another.
-    repository_poll_s: float = 0.0
+    model_repository: Annotated[
+        pathlib.Path | None,
+        Option("--model-repository", "Folder NAME/VERSION/ of models.", begins="Models"),
+    ] = None
+    # What is in the repository is run: a file that somebody puts there by accident should not be, unless the operator
+    # says so, and replicas would change one before another.
+    repository_poll_s: Annotated[
+        float,
+        Option(
+            "--repository-poll",
+            "Seconds between looks for versions that came, changed or went; 0 means never.",
+            least=0,
+        ),
+    ] = 0.0
     # Models that Python functions make: "module:function" by name.
-    factories: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    factories: Annotated[
+        Mapping[str, str],
+        Option(
+            "--factory",
+            "Serve the FunctionalModel that a Python function returns, as version 1 of NAME. May be repeated.",
+            is_repeated=True,
+            metavar="NAME=MODULE:FUNCTION",
+            variable="FORWARDPASS_FACTORIES",
+            parse=parse_factories,
+        ),
+    ] = dataclasses.field(default_factory=dict)
+    # A version that an operator takes away is not to stay for as long as callers open sessions of it.
+    unload_with_sessions: Annotated[
+        str,
+        Option(
+            "--unload-with-sessions",
+            "keep: a version that is unloaded serves the metric sessions that this server has of it until they end. "
+            "refuse: it is unloaded once it has none, on any server that shares the session store.",
+            choices=("keep", "refuse"),
+        ),
+    ] = "keep"
+
     # Whoever reaches the port may run the models: loopback until the operator says otherwise.
-    host: str = LOOPBACK
+    host: Annotated[
+        str,
+        Option(
+            "--host",
+            "Address to listen on. Beyond loopback it takes TLS or tokens, or --insecure.",
+            begins="Listening",
+        ),
+    ] = LOOPBACK
     # TensorFlow Serving's port for gRPC.
-    port: int = 8500
+    port: Annotated[
+        int,
+        Option("--port", "Port for gRPC; 0 takes a free one and prints it.", least=0, most=65535),
+    ] = 8500
     # OpenTelemetry's port for Prometheus exporters; None for no metrics.
-    metrics_port: int | None = 9464
+    metrics_port: Annotated[
+        int | None,
+        Option(
+            "--metrics-port",
+            "Port for Prometheus; 0 takes a free one, -1 means none.",
+            least=0,
+            most=65535,
+            none=-1,
+        ),
+    ] = 9464
     # Metrics hold no data, but names of models and how much is called: whoever wants them elsewhere says so, which is
     # why a public one needs no `insecure` beside.
-    metrics_host: str = LOOPBACK
-    # Where spans of calls go, by OTLP over gRPC; None for nowhere: each costs as much as a small call.
-    trace_endpoint: str | None = None
+    metrics_host: Annotated[
+        str,
+        Option(
+            "--metrics-host",
+            "Address for Prometheus. Anybody who reaches it sees the metrics, which hold no data.",
+        ),
+    ] = LOOPBACK
     # What is not asked for is not open: None for no management.
-    management_port: int | None = None
+    management_port: Annotated[
+        int | None,
+        Option(
+            "--management-port",
+            "Port for loading and unloading models; 0 takes a free one, -1 means none.",
+            least=0,
+            most=65535,
+            none=-1,
+        ),
+    ] = None
     # Whoever reaches it without a token may unload models.
-    management_host: str = LOOPBACK
-    # In PEM; None for no TLS.
-    tls_certificate: pathlib.Path | None = None
-    tls_key: pathlib.Path | None = None
-    # Who signs clients' certificates; every client must have one then.
-    tls_client_ca: pathlib.Path | None = None
-    # See serving.tokens; None for callers without tokens.
-    tokens: pathlib.Path | None = None
-    # Services that answer without credentials: "health", "reflection".
-    open_services: tuple[str, ...] = ()
-    # Listen beyond loopback with neither TLS nor tokens.
-    insecure: bool = False
-    # The first GPU that TensorFlow sees, else the CPU.
-    device: str = "auto"
-    # How long a small operation on the device may take before the server says that it is not alive. Longer than what
-    # queues up on a GPU before it, and not so long that a device that is gone goes unnoticed.
-    device_timeout_s: float = 30.0
-    # 64 million float32 in one message. Larger ones cost memory on both sides several times over.
-    max_message_bytes: int = 256 * 2**20
-    # Computations beside the event loop. TensorFlow spreads each over all cores by itself: more than there are cores
-    # only makes them wait inside TensorFlow.
-    execution_threads: int = dataclasses.field(default_factory=lambda: max(2, os.cpu_count() or 1))
-    # A call that waits holds its message: a thousand of a megabyte each are a gigabyte.
-    max_concurrent_calls: int = 1024
-    # Of requests that arrive in pieces, wait or run: four of the longest.
-    max_concurrent_bytes: int = 2**30
-    # The share of one principal in calls, bytes and weights; None for half where principals are told apart, so that
-    # none can take all, and for everything where they are not.
-    max_concurrent_calls_per_principal: int | None = None
-    max_concurrent_bytes_per_principal: int | None = None
-    weights_bytes_per_principal: int | None = None
+    management_host: Annotated[
+        str,
+        Option("--management-host", "Address for management. With --tokens it takes one with the role manage."),
+    ] = LOOPBACK
     # Of a connection without a call: far more than the pauses of a caller who works, and a new one costs milliseconds.
-    connection_idle_s: float = 600.0
-    # Whether concurrent calls with the same weights are run as one batch, where a model shows that it can be.
-    batching: bool = True
-    # Of a batch made of several calls: enough that the cost of a call of TensorFlow is nothing beside its work.
-    max_batch_examples: int = 1024
-    # Of weights that callers put, on the device; None for a share of its memory: half of a GPU's, a quarter of the
-    # host's, which holds models and messages too.
-    weights_bytes: int | None = None
+    connection_idle_s: Annotated[
+        float,
+        Option("--connection-idle", "Seconds without a call after which a connection is closed.", least=0),
+    ] = 600.0
+
+    # None for no TLS.
+    tls_certificate: Annotated[
+        pathlib.Path | None,
+        Option(
+            "--tls-certificate",
+            "The server's certificate, in PEM, with those between it and its root. Read again when it changes.",
+            type=FILE,
+            begins="Security",
+        ),
+    ] = None
+    # Goes with the certificate.
+    tls_key: Annotated[
+        pathlib.Path | None,
+        Option("--tls-key", "The certificate's key, in PEM, unencrypted.", type=FILE),
+    ] = None
+    # None for clients without certificates; with it, every client must have one.
+    tls_client_ca: Annotated[
+        pathlib.Path | None,
+        Option(
+            "--tls-client-ca",
+            "Take only clients whose certificates these sign, in PEM (mutual TLS). Who calls is the certificate's "
+            "name.",
+            type=FILE,
+        ),
+    ] = None
+    # See serving.tokens; None for callers without tokens.
+    tokens: Annotated[
+        pathlib.Path | None,
+        Option(
+            "--tokens",
+            "Take only calls with a token of this file: see `forwardpass-server token`. Read again when it changes.",
+            type=FILE,
+        ),
+    ] = None
+    # Nothing answers without credentials where there are any, unless it is named.
+    open_services: Annotated[
+        tuple[str, ...],
+        Option(
+            "--open",
+            "Answer this service without a token. May be repeated.",
+            choices=("health", "reflection"),
+            is_repeated=True,
+        ),
+    ] = ()
+    # Nobody is to listen so by accident.
+    insecure: Annotated[
+        bool,
+        Option("--insecure", "Listen beyond loopback with neither TLS nor tokens."),
+    ] = False
+
+    # The first GPU that TensorFlow sees, else the CPU.
+    device: Annotated[
+        str,
+        Option(
+            "--device",
+            "auto, cpu, gpu, or one of several as gpu:1. auto is the first GPU, else the CPU.",
+            begins="Computing",
+        ),
+    ] = "auto"
+    # Longer than what queues up on a GPU before a small operation, and not so long that a device that is gone goes
+    # unnoticed.
+    device_timeout_s: Annotated[
+        float,
+        Option(
+            "--device-timeout",
+            "Seconds that a small operation may take before the device counts as dead, and health says so.",
+            least=1,
+        ),
+    ] = 30.0
+    # TensorFlow spreads each computation over all cores by itself: more than there are cores only makes them wait
+    # inside TensorFlow.
+    execution_threads: Annotated[
+        int,
+        Option(
+            "--execution-threads",
+            "Computations at once beside the event loop.",
+            otherwise="the cores that this process may use, by its affinity and the quota of its container, at least 2",
+            least=1,
+        ),
+    ] = dataclasses.field(default_factory=lambda: max(2, control_groups.cores()))
+    # Only where a model shows that it can be: nobody's results change by it.
+    batching: Annotated[
+        bool,
+        Option(
+            "--batching",
+            "Run concurrent calls with the same weights as one batch, where a model shows that its rows are "
+            "independent.",
+        ),
+    ] = True
+    # Enough that the cost of a call of TensorFlow is nothing beside its work.
+    max_batch_examples: Annotated[
+        int,
+        Option("--max-batch-examples", "Examples in a batch made of several calls.", least=1),
+    ] = 1024
+
+    # 64 million float32 in one message. Larger ones cost memory on both sides several times over. Chunks of weights
+    # have to fit, and gRPC cannot take longer messages than an int32 counts.
+    max_message_bytes: Annotated[
+        int,
+        Option(
+            "--max-message-mib",
+            "Longest request and response, in MiB.",
+            unit=MIB,
+            least=2 * CHUNK_BYTES // MIB,
+            most=2047,
+            begins="Limits",
+        ),
+    ] = 256 * MIB
+    # A call that waits holds its message: a thousand of a megabyte each are a gigabyte.
+    max_concurrent_calls: Annotated[
+        int,
+        Option(
+            "--max-concurrent-calls",
+            "Calls at once; further ones are refused with RESOURCE_EXHAUSTED.",
+            least=1,
+        ),
+    ] = 1024
+    # Of requests that arrive in pieces, wait or run: four of the longest.
+    max_concurrent_bytes: Annotated[
+        int,
+        Option(
+            "--max-concurrent-mib",
+            "MiB of requests at once; further ones are refused with RESOURCE_EXHAUSTED.",
+            unit=MIB,
+            least=1,
+        ),
+    ] = 1024 * MIB
+    # None for half where principals are told apart, so that none can take all, and for everything where they are not.
+    max_concurrent_calls_per_principal: Annotated[
+        int | None,
+        Option(
+            "--max-concurrent-calls-per-principal",
+            "Calls at once of one principal.",
+            otherwise="half of all, where there are tokens or client certificates",
+            least=1,
+        ),
+    ] = None
+    # Likewise.
+    max_concurrent_bytes_per_principal: Annotated[
+        int | None,
+        Option(
+            "--max-concurrent-mib-per-principal",
+            "MiB of requests at once of one principal.",
+            otherwise="likewise",
+            unit=MIB,
+            least=1,
+        ),
+    ] = None
+
+    # None for a share of the device's memory: half of a GPU's, a quarter of the host's, which holds models and messages
+    # too.
+    weights_bytes: Annotated[
+        int | None,
+        Option(
+            "--weights-mib",
+            "MiB of weights that callers put on the device.",
+            otherwise="half of a GPU's memory, a quarter of the host's",
+            unit=MIB,
+            least=1,
+            begins="Weights",
+        ),
+    ] = None
+    # None for half where principals are told apart, so that none can take all, and for everything where they are not.
+    weights_bytes_per_principal: Annotated[
+        int | None,
+        Option(
+            "--weights-mib-per-principal",
+            "MiB of weights of one principal.",
+            otherwise="half of all, where there are tokens or client certificates",
+            unit=MIB,
+            least=1,
+        ),
+    ] = None
     # Where weights are kept beyond the process and the device's memory; None for nowhere.
-    weights_folder: pathlib.Path | None = None
-    # Of weights in that folder.
-    weights_disk_bytes: int = 64 * 2**30
+    weights_folder: Annotated[
+        pathlib.Path | None,
+        Option(
+            "--weights-folder",
+            "Keep the weights that callers put in this folder too, so that they outlive a restart.",
+            type=FOLDER,
+        ),
+    ] = None
+    # A small disk, and thousands of sets of a usual model.
+    weights_disk_bytes: Annotated[
+        int,
+        Option(
+            "--weights-disk-mib",
+            "MiB of weights in that folder; beyond, those used least recently are deleted.",
+            unit=MIB,
+            least=1,
+        ),
+    ] = 64 * 1024 * MIB
     # Time for a client to come back to an upload whose connection broke, with all its retries.
-    upload_expiry_s: float = 60.0
-    # Where metric sessions are kept: sqlite:///PATH, redis://..., rediss://... or memory://. None for a file of this
-    # port's in the user's state folder; on a free port, by which no client finds the server again, for memory.
-    session_store: str | None = None
+    upload_expiry_s: Annotated[
+        float,
+        Option("--upload-expiry", "Seconds after which an upload of which nothing comes is dropped.", least=0),
+    ] = 60.0
+
+    # None for a file of this port's; on a free port, by which no client finds the server again, for memory.
+    session_store: Annotated[
+        str | None,
+        Option(
+            "--session-store",
+            "Where metric sessions are kept: sqlite:///PATH, redis://[:PASSWORD@]HOST:PORT/DB (rediss:// with TLS), "
+            "which servers may share, or memory://.",
+            otherwise="a SQLite file for this port in the user's state folder",
+            metavar="URL",
+            begins="Sessions",
+        ),
+    ] = None
     # A client that is in the middle of an evaluation comes back within a day, or not at all.
-    session_expiry_s: float = 24 * 3600.0
+    session_expiry_s: Annotated[
+        float,
+        Option("--session-expiry", "Seconds without a use after which a metric session is dropped.", least=1),
+    ] = 24 * 3600.0
     # Of one principal: one for each of the clients of a large round.
-    max_sessions: int = 10_000
+    max_sessions: Annotated[
+        int,
+        Option(
+            "--max-sessions",
+            "Metric sessions at once; further ones are refused with RESOURCE_EXHAUSTED.",
+            least=1,
+        ),
+    ] = 10_000
     # Of one principal, where a session takes a few KiB.
-    sessions_bytes: int = 256 * 2**20
+    sessions_bytes: Annotated[
+        int,
+        Option(
+            "--sessions-mib",
+            "MiB of metric sessions at once; more are refused with RESOURCE_EXHAUSTED.",
+            unit=MIB,
+            least=1,
+        ),
+    ] = 256 * MIB
     # A hundred metrics with 200 thresholds each take less than one; each update writes all of it.
-    max_state_bytes: int = 16 * 2**20
+    max_state_bytes: Annotated[
+        int,
+        Option("--max-state-mib", "MiB of the metrics state of one session.", unit=MIB, least=1),
+    ] = 16 * MIB
+
     # Measured: clients that watch health or retry lose no call where the server waits half a second before it stops.
-    drain_delay_s: float = 1.0
+    drain_delay_s: Annotated[
+        float,
+        Option(
+            "--drain-delay",
+            "Seconds between health's NOT_SERVING and the end of listening, after SIGTERM.",
+            least=0,
+            begins="Ending",
+        ),
+    ] = 1.0
     # Kubernetes kills 30 s after SIGTERM: be done before.
-    drain_timeout_s: float = 20.0
+    drain_timeout_s: Annotated[
+        float,
+        Option("--drain-timeout", "Seconds for running calls to end, after that.", least=0),
+    ] = 20.0
+
+    # None for no spans: each costs as much as a small call.
+    trace_endpoint: Annotated[
+        str | None,
+        Option(
+            "--trace-endpoint",
+            "Send a span for each call to this collector of OpenTelemetry, http://HOST:PORT for OTLP over gRPC.",
+            otherwise="none are made",
+            metavar="URL",
+            begins="Seeing",
+        ),
+    ] = None
+    # What happens to the server and its models, not to each call.
+    log_level: Annotated[
+        str,
+        Option("--log-level", "What is logged to stderr.", choices=("debug", "info", "warning", "error")),
+    ] = "info"
+    # Whoever starts a server by hand reads it.
+    log_format: Annotated[
+        str,
+        Option(
+            "--log-format",
+            "Lines for a person, or a JSON object for each event. Neither holds what callers send.",
+            choices=logs.FORMATS,
+        ),
+    ] = "text"
 
     @property
     def tells_principals_apart(self) -> bool:
@@ -122,8 +431,10 @@ class Settings:
         return max(in_all // 2, 1) if self.tells_principals_apart else in_all
 
     def __post_init__(self) -> None:
+        for complaint in options.complaints(self):
+            raise SettingsError(complaint)
         self._check_models()
-        self._check_numbers()
+        self._check_places()
         self._check_security()
 
     def _check_models(self) -> None:
@@ -139,49 +450,7 @@ class Settings:
             if not all(factory.partition(":")):
                 raise SettingsError(f"--factory: expected NAME=MODULE:FUNCTION, got {name}={factory}")
 
-    def _check_numbers(self) -> None:
-        for flag, port in (
-            ("--port", self.port),
-            ("--metrics-port", self.metrics_port),
-            ("--management-port", self.management_port),
-        ):
-            if port is not None and not 0 <= port <= 65535:
-                raise SettingsError(f"{flag}: expected 0 to 65535, got {port}")
-        # Chunks of weights have to fit, and gRPC cannot take longer messages than an int32 counts.
-        if not 2 * CHUNK_BYTES <= self.max_message_bytes < 2**31:
-            raise SettingsError(
-                f"--max-message-mib: expected {2 * CHUNK_BYTES // 2**20} to 2047, "
-                f"got {self.max_message_bytes / 2**20:g}"
-            )
-        for flag, number in (
-            ("--execution-threads", self.execution_threads),
-            ("--max-concurrent-calls", self.max_concurrent_calls),
-            ("--max-concurrent-mib", self.max_concurrent_bytes),
-            ("--max-batch-examples", self.max_batch_examples),
-            ("--weights-mib", self.weights_bytes),
-            ("--weights-disk-mib", self.weights_disk_bytes),
-            ("--max-sessions", self.max_sessions),
-            ("--sessions-mib", self.sessions_bytes),
-            ("--max-state-mib", self.max_state_bytes),
-            ("--max-concurrent-calls-per-principal", self.max_concurrent_calls_per_principal),
-            ("--max-concurrent-mib-per-principal", self.max_concurrent_bytes_per_principal),
-            ("--weights-mib-per-principal", self.weights_bytes_per_principal),
-        ):
-            if number is not None and number < 1:
-                raise SettingsError(f"{flag}: expected at least 1, got {number}")
-        for flag, seconds in (
-            ("--repository-poll", self.repository_poll_s),
-            ("--drain-delay", self.drain_delay_s),
-            ("--drain-timeout", self.drain_timeout_s),
-            ("--upload-expiry", self.upload_expiry_s),
-            ("--connection-idle", self.connection_idle_s),
-        ):
-            if not 0 <= seconds < float("inf"):
-                raise SettingsError(f"{flag}: expected seconds >= 0, got {seconds:g}")
-        if not 1 <= self.device_timeout_s < float("inf"):
-            raise SettingsError(f"--device-timeout: expected seconds >= 1, got {self.device_timeout_s:g}")
-        if not 1 <= self.session_expiry_s < float("inf"):
-            raise SettingsError(f"--session-expiry: expected seconds >= 1, got {self.session_expiry_s:g}")
+    def _check_places(self) -> None:
         if self.session_store is not None and not _SESSION_STORE.match(self.session_store):
             # What was given may hold a password.
             raise SettingsError("--session-store: expected sqlite:///PATH, redis://..., rediss://... or memory://")
@@ -219,16 +488,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def parse_factories(values: tuple[str, ...]) -> dict[str, str]:
-    """`NAME=MODULE:FUNCTION`, each. Raises SettingsError for another form and for a name given twice."""
-    factories: dict[str, str] = {}
-    for value in values:
-        name, separator, factory = value.partition("=")
-        if not separator:
-            raise SettingsError(f"--factory: expected NAME=MODULE:FUNCTION, got {value!r}")
-        if name in factories:
-            raise SettingsError(f"--factory: {name} is given twice")
-        factories[name] = factory
-    return factories

@@ -132,6 +132,8 @@ def _version(entry: Entry, load: Load | None) -> str:
         details = f" <small>loaded in {_seconds(load.seconds)}, {ago} ago</small>"
         if entry.state is State.FAILED:
             details = f" <small>{ago} ago: {_text(entry.error)}</small>"
+    if entry.waiting:
+        details += f" <small>{_text(entry.waiting)}</small>"
     state = f'<span class="pill {_TONES[entry.state]}">{_text(entry.state.value)}</span>'
     return f"<li><b>{entry.source.version}</b> {state}{details}</li>"
 

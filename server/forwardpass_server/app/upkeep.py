@@ -8,6 +8,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from forwardpass.wire import errors
+from forwardpass_server.app import garbage
 from forwardpass_server.app.parts import Parts
 from forwardpass_server.app.security import Security
 from forwardpass_server.serving.repository_watch import RepositoryWatch
@@ -18,6 +19,9 @@ from forwardpass_server.telemetry.recent import INTERVAL_S, Recent
 
 _SWEEP_S = 1.0
 
+# Between looks for models that were unloaded and whose last session has ended. A shared store may be asked a lot.
+_RELEASE_S = 30.0
+
 # Between looks at the files of certificates and tokens: how long one that was revoked is still good.
 _WATCH_S = 1.0
 
@@ -27,6 +31,7 @@ def works(parts: Parts, recent: Recent, loading: asyncio.Task[None]) -> list[Cor
     return [
         _sweep_weights(parts.weights),
         _sweep_sessions(parts.sessions, parts.session_store),
+        _release_models(parts.sessions),
         _watch(parts.security),
         _remember(recent),
         parts.health.watch(),
@@ -47,6 +52,13 @@ async def _sweep_sessions(sessions: Sessions, store: SessionStore) -> None:
         # Whoever needs the store meanwhile is told what is wrong with it.
         with contextlib.suppress(errors.SessionStoreUnavailable):
             await store.sweep()
+
+
+async def _release_models(sessions: Sessions) -> None:
+    while True:
+        await asyncio.sleep(_RELEASE_S)
+        if await sessions.release():
+            await asyncio.to_thread(garbage.look_again)
 
 
 async def _watch(security: Security) -> None:

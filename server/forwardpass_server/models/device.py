@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import tensorflow as tf
@@ -29,6 +30,18 @@ def choose(wanted: str) -> str:
     if int(index or 0) >= len(found):
         raise DeviceNotFound(f"device: expected one of {_all_names()}, got {wanted!r}")
     return found[int(index or 0)]
+
+
+def use_cores(count: int) -> None:
+    """Has TensorFlow spread its work over so many cores. Call it before TensorFlow runs anything.
+
+    By itself it counts those that the process may run on, and knows nothing of a container's quota: more threads than
+    that use up its time sooner, and then all of them are stopped. What TensorFlow's own variables say stays.
+    """
+    if "TF_NUM_INTRAOP_THREADS" not in os.environ:
+        tf.config.threading.set_intra_op_parallelism_threads(count)
+    if "TF_NUM_INTEROP_THREADS" not in os.environ:
+        tf.config.threading.set_inter_op_parallelism_threads(count)
 
 
 def _all_names() -> list[str]:

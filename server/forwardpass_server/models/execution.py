@@ -19,6 +19,7 @@ from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
 from forwardpass_server.models import graphs, placement
+from forwardpass_server.models.runtime_functions import RuntimeFunction
 from forwardpass_server.models.tracing import Key
 from forwardpass_server.serving.models import Leaf
 
@@ -50,6 +51,7 @@ class Execution:
 
 
 def _runner(concrete: Any, device: str) -> Callable[[Sequence[Leaf]], list[Array]]:
+    function = RuntimeFunction(concrete)
     captured = list(concrete.captured_inputs)
     arguments = [
         (tensor.dtype.as_datatype_enum, placement.device_of(tensor.dtype, device))
@@ -70,7 +72,7 @@ def _runner(concrete: Any, device: str) -> Callable[[Sequence[Leaf]], list[Array
                 leaf if type(leaf) is eager_tensor else eager_tensor(leaf, place, data_type)
                 for leaf, (data_type, place) in zip(leaves, arguments, strict=True)
             ]
-            results = _call(args=tensors + captured, Tout=result_types, f=concrete)
+            results = _call(args=tensors + captured, Tout=result_types, f=function)
         return [read(result) for read, result in zip(readers, results, strict=True)]
 
     return run

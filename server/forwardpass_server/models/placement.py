@@ -11,12 +11,14 @@ import numpy as np
 import tensorflow as tf
 
 from forwardpass.wire.dtypes import Array
+from forwardpass_server.telemetry import control_groups
 
 _LOGGER = logging.getLogger(__name__)
 
 CPU = "/device:CPU:0"
 
-# Of the host's memory, which models, messages and everybody else on the machine need too; a GPU is the server's own.
+# Of the host's memory that this process may take, which models, messages and everybody else in its control group need
+# too; a GPU is the server's own.
 _HOST_SHARE = 0.25
 _GPU_SHARE = 0.5
 _UNKNOWN_GPU_BYTES = 8 * 2**30
@@ -61,7 +63,7 @@ class TensorFlowDevice:
         """The share of the device's memory that weights may take unless somebody says otherwise."""
         if self._name.startswith("/device:GPU"):
             return int(_gpu_memory_bytes() * _GPU_SHARE)
-        return int(_host_memory_bytes() * _HOST_SHARE)
+        return int(control_groups.memory_bytes() * _HOST_SHARE)
 
 
 def _gpu_memory_bytes() -> int:
@@ -77,15 +79,3 @@ def _gpu_memory_bytes() -> int:
         return min(int(pynvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles)
     finally:
         pynvml.nvmlShutdown()
-
-
-def _host_memory_bytes() -> int:
-    """The memory that this process may take: the machine's, or less where a control group says so."""
-    limits = []
-    with open("/proc/meminfo") as file:
-        limits.append(next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemTotal:")))
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        # Not there, or "max".
-        with contextlib.suppress(OSError, ValueError), open(path) as file:
-            limits.append(int(file.read()))
-    return min(limits)

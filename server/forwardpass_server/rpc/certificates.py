@@ -74,11 +74,11 @@ class Certificates:
             # An encrypted key would ask a person for its password.
             context.load_cert_chain(self._certificate, self._key, password=lambda: "")
         except ssl.SSLError as error:
-            raise ValueError(f"expected a certificate and its unencrypted key in PEM: {error.reason}") from None
+            raise ValueError(f"expected a certificate and its unencrypted key in PEM: {_said(error)}") from None
         try:
             context.load_verify_locations(self._client_ca) if self._client_ca else None
         except ssl.SSLError as error:
-            raise ValueError(f"expected certificates of clients' signers in PEM: {error.reason}") from None
+            raise ValueError(f"expected certificates of clients' signers in PEM: {_said(error)}") from None
         return _Loaded(
             grpc.ssl_server_certificate_configuration([(key, certificate)], client_ca[0] if client_ca else None),
             {
@@ -86,3 +86,8 @@ class Certificates:
                 for name, content in zip(("server", "client_ca"), (certificate, *client_ca), strict=False)
             },
         )
+
+
+def _said(error: ssl.SSLError) -> str:
+    """What OpenSSL has against a file; of one without any PEM in it, it says nothing that a person could read."""
+    return error.reason or "the file holds none"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from forwardpass import v1
 from forwardpass.wire import errors, fields
-from forwardpass_server.rpc.selectors import without_label
+from forwardpass_server.rpc.selectors import checked
 from forwardpass_server.rpc.servicer import version_status
 from forwardpass_server.serving.management import Management, VersionDetail
 
@@ -16,18 +16,18 @@ class ManagementServicer:
         self._management = management
 
     async def LoadModel(self, data: bytes, context: object) -> bytes:
-        model = without_label(fields.parse(v1.LoadModelRequest, data).model)
-        loaded = await self._management.load(model.name, model.version)
+        model = checked(fields.parse(v1.LoadModelRequest, data).model)
+        loaded = await self._management.load(model.name, model.version, model.label)
         return v1.LoadModelResponse(model=_detail(loaded)).SerializeToString()
 
     async def UnloadModel(self, data: bytes, context: object) -> bytes:
-        model = _with_version(fields.parse(v1.UnloadModelRequest, data).model)
-        await self._management.unload(model.name, model.version)
+        model = _one_version(fields.parse(v1.UnloadModelRequest, data).model)
+        await self._management.unload(model.name, model.version, model.label)
         return b""
 
     async def ReloadModel(self, data: bytes, context: object) -> bytes:
-        model = _with_version(fields.parse(v1.ReloadModelRequest, data).model)
-        loaded = await self._management.reload(model.name, model.version)
+        model = _one_version(fields.parse(v1.ReloadModelRequest, data).model)
+        loaded = await self._management.reload(model.name, model.version, model.label)
         return v1.ReloadModelResponse(model=_detail(loaded)).SerializeToString()
 
     async def DescribeModels(self, data: bytes, context: object) -> bytes:
@@ -36,9 +36,9 @@ class ManagementServicer:
         return v1.DescribeModelsResponse(models=map(_detail, found)).SerializeToString()
 
 
-def _with_version(model: v1.ModelSelector) -> v1.ModelSelector:
-    without_label(model)
-    if model.version < 1:
+def _one_version(model: v1.ModelSelector) -> v1.ModelSelector:
+    """Raises InvalidRequest where that is left to the server: not even the highest is taken for granted."""
+    if not checked(model).label and model.version < 1:
         raise errors.InvalidRequest(place="model.version", expected="an integer from 1 on", found=str(model.version))
     return model
 
@@ -46,9 +46,9 @@ def _with_version(model: v1.ModelSelector) -> v1.ModelSelector:
 def _detail(found: VersionDetail) -> v1.ModelVersionDetail:
     entry = found.entry
     if entry is None:
-        status = v1.ModelVersionStatus(name=found.source.name, version=found.source.version)
+        status = v1.ModelVersionStatus(name=found.source.name, version=found.source.version, labels=found.labels)
     else:
-        status = version_status(entry)
+        status = version_status(entry, found.labels)
     described = entry.servable.model.description if entry is not None and entry.servable is not None else None
     return v1.ModelVersionDetail(
         status=status,

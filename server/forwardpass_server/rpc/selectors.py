@@ -1,4 +1,4 @@
-"""How a request names its model, where that is not by a label."""
+"""How a request names its model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from forwardpass import v1
 from forwardpass.wire import errors
 
 
-def without_label(selector: v1.ModelSelector) -> v1.ModelSelector:
-    """Raises InvalidRequest for a label: what lasts is of one version, which GetModel tells."""
-    if selector.label:
-        raise errors.InvalidRequest(place="model", expected="a version", found=f"the label {selector.label[:128]!r}")
+def checked(selector: v1.ModelSelector) -> v1.ModelSelector:
+    """Raises InvalidRequest for a version that is named twice."""
+    if selector.version and selector.label:
+        raise errors.InvalidRequest(place="model", expected="a version or a label", found="both")
     return selector

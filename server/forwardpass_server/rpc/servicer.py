@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from google.protobuf.message import Message
 
 from forwardpass import v1
-from forwardpass.wire import description, errors, messages
+from forwardpass.wire import description, messages
 from forwardpass.wire.description import Function
 from forwardpass.wire.methods import MODEL_SERVICE
 from forwardpass.wire.structures import Structure
@@ -17,6 +17,7 @@ from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.rpc.pipeline import Pipeline
+from forwardpass_server.rpc.selectors import checked
 from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.registry import Entry, Registry, State
@@ -127,12 +128,9 @@ class FunctionalModelServicer:
         return pipeline.run(requests, context)
 
     def _version(self, selector: v1.ModelSelector) -> int:
-        """The version that is asked for, 0 for the highest. Raises InvalidRequest for one that is named twice."""
-        if not selector.label:
-            return selector.version
-        if selector.version:
-            raise errors.InvalidRequest(place="model", expected="a version or a label", found="both")
-        return self._registry.labelled(selector.name, selector.label)
+        """The version that is asked for, 0 for the highest."""
+        model = checked(selector)
+        return self._registry.labelled(model.name, model.label) if model.label else model.version
 
     def _status(self, entry: Entry) -> v1.ModelVersionStatus:
         return version_status(entry, self._registry.labels(entry.source))
@@ -162,12 +160,12 @@ class FunctionalModelServicer:
         return pieces if len(pieces) >= _LONG_BYTES else pieces.join()
 
 
-def version_status(entry: Entry, labels: Sequence[str] = ()) -> v1.ModelVersionStatus:
+def version_status(entry: Entry, labels: Sequence[str]) -> v1.ModelVersionStatus:
     return v1.ModelVersionStatus(
         name=entry.source.name,
         version=entry.source.version,
         state=_STATES[entry.state],
-        error=entry.error,
+        error=entry.error or entry.waiting,
         content_hash=entry.servable.identity.content_hash if entry.servable else b"",
         labels=labels,
     )

@@ -16,7 +16,7 @@ from forwardpass_server.rpc import principals
 from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.evaluation_stream import EvaluationStream
-from forwardpass_server.rpc.selectors import without_label
+from forwardpass_server.rpc.selectors import checked
 from forwardpass_server.serving.calls import Request
 from forwardpass_server.serving.evaluation import Evaluations
 from forwardpass_server.serving.session_records import UpdateIdentity
@@ -43,12 +43,13 @@ class SessionsServicer:
 
     async def OpenSession(self, data: bytes, context: object) -> bytes:
         header, parts = messages.decode(v1.OpenSessionRequest, data)
-        model = without_label(header.model)
+        model = checked(header.model)
         session = await self._sessions.open(
             principals.current(),
             header.session_id,
             model.name,
             model.version,
+            model.label,
             resume=header.resume,
             initial_state=parts.get("initial_state"),
             size_bytes=len(data),

@@ -27,12 +27,14 @@ class Entry:
     """One version of a model.
 
     servable: set once it is available. error: why it failed to load, or to load anew while it is available; or "".
+    waiting: why it is still served though it is not to be; or "".
     """
 
     source: ModelSource
     state: State
     servable: Servable | None = None
     error: str = ""
+    waiting: str = ""
 
 
 class Registry:
@@ -72,6 +74,10 @@ class Registry:
     def _put(self, entry: Entry) -> None:
         name, version = entry.source.name, entry.source.version
         self._entries = {**self._entries, name: {**self._entries.get(name, {}), version: entry}}
+
+    def wait(self, source: ModelSource, why: str) -> None:
+        """Says of a version that is there why it is still served though it is not to be; "" where it is to be."""
+        self._put(dataclasses.replace(self.entry(source), waiting=why))
 
     def unload(self, name: str, version: int) -> bool:
         """Forgets a version, and returns whether it was there. Calls that use it go on."""
@@ -130,16 +136,11 @@ class Registry:
         )
 
     def labelled(self, name: str, label: str) -> int:
-        """The version that a label stands for. Raises ModelNotFound, ModelVersionNotFound."""
-        self.versions(name)
+        """The version that a label stands for, be it there or not. Raises ModelNotFound, ModelVersionNotFound."""
         labels = self._labels.get(name, {})
         if label not in labels:
-            raise errors.ModelVersionNotFound(
-                place=f"label of model {name!r}",
-                expected=f"one of {', '.join(sorted(labels)[:10])}" if labels else "none: the model has no labels",
-                found=repr(label[:128]),
-            )
-        return labels[label]
+            self.versions(name)
+        return version_labelled(name, label, labels)
 
     def get(self, name: str, version: int) -> Servable:
         """One model; version 0 is the highest that is available.
@@ -161,6 +162,17 @@ class Registry:
         if entry.state is State.LOADING:
             raise errors.ModelLoading(f"model {entry.source} is still being loaded")
         raise errors.ModelFailed(f"model {entry.source} failed to load: {entry.error}")
+
+
+def version_labelled(name: str, label: str, labels: Mapping[str, int]) -> int:
+    """The version that a label of a model stands for. Raises ModelVersionNotFound, naming the labels that there are."""
+    if label not in labels:
+        raise errors.ModelVersionNotFound(
+            place=f"label of model {name!r}",
+            expected=f"one of {', '.join(sorted(labels)[:10])}" if labels else "none: the model has no labels",
+            found=repr(label[:128]),
+        )
+    return labels[label]
 
 
 def _one_of(names: Iterable[str]) -> str:

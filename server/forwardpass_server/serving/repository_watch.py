@@ -36,6 +36,8 @@ class RepositoryWatch:
         # Not those that an operator loads against the policy: they are the operator's to unload.
         self._known = {str(source): source for source in known}
         self._seen: dict[str, FileStates | None] = dict.fromkeys(self._known)
+        # Those that are to be unloaded, and have to wait.
+        self._waiting: set[str] = set()
         self._complaint = ""
         self._has_failed = False
 
@@ -78,7 +80,14 @@ class RepositoryWatch:
         for name, source in list(self._known.items()):
             is_gone = name not in found and name not in seen
             if is_gone or (name in found and self._is_replaced(source, wanted)):
-                await self._management.drop(self._known.pop(name))
+                if await self._management.drop(source):
+                    self._waiting.discard(name)
+                    del self._known[name]
+                else:
+                    self._waiting.add(name)
+            elif name in self._waiting:
+                self._waiting.remove(name)
+                await self._management.retain(source)
 
     def _is_replaced(self, source: ModelSource, wanted: Mapping[str, ModelSource]) -> bool:
         """Whether a version need not be served any more, and those that shall be in its place can be called."""

@@ -57,9 +57,10 @@ class SessionStore(Protocol):
     def place(self) -> str:
         """Where records are kept, for people."""
 
-    async def create(self, key: SessionKey, record: bytes) -> StoredSession:
+    async def create(self, key: SessionKey, record: bytes, model: str = "") -> StoredSession:
         """Keeps a new record, at version 1; where there is one already, returns that, which counts as used now.
 
+        model: among whose sessions `count_of` counts it; a word of more than 16 bytes, or "" for none.
         Raises SessionLimitExceeded; SessionNotFound or SessionExpired where a session of this key has ended.
         """
 
@@ -85,6 +86,9 @@ class SessionStore(Protocol):
 
     async def sweep(self) -> None:
         """Drops what has expired, where nothing else does. To be called every second or so."""
+
+    async def count_of(self, model: str) -> int:
+        """How many sessions of a model are open, whichever server uses them. Of a shared store it may ask a lot."""
 
     def count(self) -> int:
         """How many sessions this server knows to be open. Of a shared store, those that it has used of late."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import itertools
 import time
@@ -82,19 +83,10 @@ class Session:
         self.version, self.record = version, record
 
 
-@dataclasses.dataclass(eq=False, slots=True)
-class _Model:
-    """A model with the sessions that were opened with it, or found here, and not closed. used: by one of them, last."""
-
-    servable: Servable
-    sessions: set[SessionKey]
-    used: float
-
-
 class Sessions:
     """The sessions of all principals. Used on one event loop alone.
 
-    max_state_bytes: of one session. expiry_s: after which the store drops one that nobody uses.
+    max_state_bytes: of one session.
     """
 
     def __init__(
@@ -105,7 +97,6 @@ class Sessions:
         admission: Admission,
         observer: UpdateObserver,
         max_state_bytes: int,
-        expiry_s: float,
     ) -> None:
         self._store = store
         self._registry = registry
@@ -113,11 +104,14 @@ class Sessions:
         self._admission = admission
         self._observer = observer
         self._max_state_bytes = max_state_bytes
-        self._expiry_s = expiry_s
         self._cached: collections.OrderedDict[SessionKey, Session] = collections.OrderedDict()
         self._cached_bytes = 0
-        # A model that was unloaded lives on in its sessions, at hand or not.
-        self._models: dict[ModelIdentity, _Model] = {}
+        # Models that the registry has no more, or is about to lose: for their sessions, at hand or not.
+        self._left: dict[ModelIdentity, Servable] = {}
+        # Of each model that there ever was: how many sessions somebody has begun to open, and those that are not yet.
+        self._begun: collections.Counter[ModelIdentity] = collections.Counter()
+        self._opening: collections.defaultdict[ModelIdentity, set[asyncio.Task[Session]]]
+        self._opening = collections.defaultdict(set)
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def open(
@@ -126,17 +120,20 @@ class Sessions:
         session_id: bytes,
         name: str,
         version: int,
+        label: str = "",
         *,
         resume: bool = False,
         initial_state: Structure | None = None,
         size_bytes: int = 0,
     ) -> Session:
-        """Opens a session of a model, or finds one that is open. version: 0 for the highest that is available.
+        """Opens a session of a model, or finds one that is open.
 
+        version: 0 for the highest that is available, or for the one that `label` stands for. A session that is open is
+        found whatever those are by now.
         resume: the session must be there already. initial_state: None for the state before the first batch.
-        Raises ServerOverloaded, what `Registry.get` raises, FunctionNotAvailable, StructureMismatch, DTypeMismatch,
-        ShapeMismatch, SessionLimitExceeded, SessionNotFound, SessionExpired, InvalidRequest for a session of another
-        model.
+        Raises ServerOverloaded, what `Registry.get` and `Registry.labelled` raise, FunctionNotAvailable,
+        StructureMismatch, DTypeMismatch, ShapeMismatch, SessionLimitExceeded, SessionNotFound, SessionExpired,
+        InvalidRequest for a session of another model.
         """
         check_id(session_id, "session_id")
         key = SessionKey(principal, session_id)
@@ -144,16 +141,69 @@ class Sessions:
             if resume:
                 session = await self._known(key)
             else:
-                servable = self._registry.get(name, version)
-                record = Record(servable.identity, await self._initial_state(servable, initial_state))
-                self._check_size(record.state)
-                session = self._keep(key, await self._store.create(key, session_records.encode(record)))
+                servable = self._registry.get(name, self._registry.labelled(name, label) if label else version)
+                # Goes on where nobody waits for it: the store may have it by then.
+                session = await asyncio.shield(self._make(key, servable, initial_state))
         found = session.record.identity
         if found.name != name or version not in (0, found.version):
             raise errors.InvalidRequest(
                 place="model", expected=f"{found}, that of the session", found=f"{name[:128]}/{version}"
             )
         return session
+
+    def _make(self, key: SessionKey, servable: Servable, initial_state: Structure | None) -> asyncio.Task[Session]:
+        """A new session of a model, which is waited for from here on by whoever counts."""
+
+        async def make() -> Session:
+            record = Record(servable.identity, await self._initial_state(servable, initial_state))
+            self._check_size(record.state)
+            stored = await self._store.create(key, session_records.encode(record), _word(servable.identity))
+            return self._keep(key, stored)
+
+        self._begun[servable.identity] += 1
+        opening = self._opening[servable.identity]
+        making = asyncio.ensure_future(make())
+        opening.add(making)
+        making.add_done_callback(opening.discard)
+        # Who has left does not ask what came of it.
+        making.add_done_callback(lambda made: made.cancelled() or made.exception())
+        return making
+
+    async def count(self, model: ModelIdentity) -> int:
+        """How many sessions a model has, at hand or not; waits for those that are just being opened here.
+
+        After 0, none is opened here before the caller awaits something else. Raises SessionStoreUnavailable.
+        """
+        while True:
+            begun, opening = self._begun[model], list(self._opening[model])
+            if opening:
+                await asyncio.wait(opening)
+            found = await self._store.count_of(_word(model))
+            # One that was begun meanwhile may have been missed.
+            if found or self._begun[model] == begun:
+                return found
+
+    def leave(self, servable: Servable) -> None:
+        """A model is about to be unloaded or replaced: its sessions are served on, at hand or only in the store."""
+        self._left[servable.identity] = servable
+
+    async def release(self) -> bool:
+        """Forgets models that were left and have no sessions any more. Whether there were any. For now and then."""
+        released = []
+        for model, servable in list(self._left.items()):
+            with contextlib.suppress(errors.SessionStoreUnavailable):
+                if self._is_loaded_anew(servable) or not await self.count(model):
+                    released.append(self._left.pop(model, None))
+        return bool(released)
+
+    def _is_loaded_anew(self, left: Servable) -> bool:
+        """Whether the registry has the very same model again."""
+        model = left.identity
+        if not self._registry.is_available(model.name, model.version):
+            return False
+        served = self._registry.get(model.name, model.version)
+        # The one that was left itself may be about to be replaced.
+        return served is not left and served.identity == model
 
     async def _initial_state(self, servable: Servable, state: Structure | None) -> Structure:
         function = Function.INITIALIZE_METRICS_STATE
@@ -268,8 +318,6 @@ class Sessions:
         key = SessionKey(principal, session_id)
         await self._store.delete(key)
         self._forget(key)
-        for model in self._models.values():
-            model.sessions.discard(key)
 
     async def find(self, principal: str, session_id: bytes) -> Session:
         """A session to be updated: another server may have updated it since. Raises SessionNotFound, SessionExpired."""
@@ -413,9 +461,6 @@ class Sessions:
             record = session_records.decode(stored.record)
             size_bytes = len(stored.record) + _OVERHEAD_BYTES
             session = Session(key, self._servable(record.identity), stored.version, record, size_bytes)
-            model = self._models.setdefault(record.identity, _Model(session.servable, set(), session.used))
-            model.sessions.add(key)
-            model.servable, model.used = session.servable, session.used
             self._cached[key] = session
             self._cached_bytes += session.size_bytes
             self._shrink()
@@ -427,9 +472,6 @@ class Sessions:
     def _use(self, session: Session) -> None:
         session.used = time.monotonic()
         self._cached.move_to_end(session.key)
-        model = self._models.get(session.record.identity)
-        if model is not None:
-            model.used = session.used
 
     def _shrink(self) -> None:
         """Forgets the sessions that were used least recently: the store has them."""
@@ -449,9 +491,6 @@ class Sessions:
             # The store has it.
             if not session.is_committing:
                 self._forget(session.key)
-        for identity, model in list(self._models.items()):
-            if not model.sessions or model.used <= now - self._expiry_s:
-                del self._models[identity]
 
     def _forget(self, key: SessionKey) -> None:
         session = self._cached.pop(key, None)
@@ -460,17 +499,17 @@ class Sessions:
 
     def _servable(self, identity: ModelIdentity) -> Servable:
         """The very model that a session was opened with. Raises what `Registry.get` raises, and ModelChanged."""
-        kept = self._models.get(identity)
+        left = self._left.get(identity)
         try:
             servable = self._registry.get(identity.name, identity.version)
         except errors.ForwardPassError:
-            if kept is None:
+            if left is None:
                 raise
-            return kept.servable
+            return left
         if servable.identity == identity:
             return servable
-        if kept is not None:
-            return kept.servable
+        if left is not None:
+            return left
         raise errors.ModelChanged(
             place="session",
             expected=f"model {identity} of content {identity.content_hash.hex()[:12]}",
@@ -483,6 +522,11 @@ class Sessions:
             raise errors.SessionLimitExceeded(
                 place="state", expected=f"at most {self._max_state_bytes} bytes", found=f"{size_bytes}"
             )
+
+
+def _word(model: ModelIdentity) -> str:
+    """What a store counts the sessions of a model by."""
+    return f"{model} {model.content_hash.hex()}"
 
 
 def update_parts(batch: Mapping[str, Structure], results: Mapping[str, Structure]) -> dict[str, Structure]:

@@ -15,6 +15,9 @@ class SessionMetrics:
             "forwardpass_sessions",
             "Metric sessions that are open; where servers share them, those that this one has used of late.",
         )
+        self._shared = families.gauge(
+            "forwardpass_session_store_shared", "1 where other servers find this one's sessions too, 0 where none does."
+        )
         self.sessions_expired = families.counter(
             "forwardpass_sessions_expired_total", "Sessions dropped since nobody used them."
         ).inc
@@ -31,9 +34,10 @@ class SessionMetrics:
         )
         self.session_commit = commits.labels().observe
 
-    def store(self, count: Callable[[], int]) -> None:
-        """Shows count() as the number of open sessions."""
+    def store(self, count: Callable[[], int], is_shared: bool) -> None:
+        """Shows count() as the number of open sessions, and whether they are this server's alone."""
         self._open.set_function(count)
+        self._shared.set(is_shared)
 
     def session_updates(self, applied: int, duplicates: int) -> None:
         self._applied.inc(applied)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -120,6 +121,25 @@ def test_a_device_that_is_not_there_is_refused(wanted):
 
 def test_auto_is_the_cpu_where_there_is_no_gpu():
     assert device.choose("auto") in ("/device:CPU:0", "/device:GPU:0")
+
+
+def test_tensorflow_uses_so_many_cores_unless_its_own_variables_say_otherwise():
+    script = """
+        import os, sys, tensorflow as tf
+        from forwardpass_server.models import device
+        device.use_cores(int(sys.argv[1]))
+        tf.function(tf.linalg.matmul)(tf.ones([300, 300]), tf.ones([300, 300]))
+        print(len(os.listdir("/proc/self/task")))
+    """
+
+    def threads(cores: int, **variables: str) -> int:
+        command = [sys.executable, "-c", textwrap.dedent(script), str(cores)]
+        return int(subprocess.check_output(command, text=True, env={**os.environ, **variables}))
+
+    alone = threads(1)
+    # Of each of its two pools.
+    assert threads(4) == alone + 2 * 3
+    assert threads(4, TF_NUM_INTRAOP_THREADS="1", TF_NUM_INTEROP_THREADS="1") == alone
 
 
 def test_a_model_runs_on_the_device_that_was_chosen():

@@ -35,7 +35,7 @@ def encrypted_key(signer, tmp_path):
     [
         (key_of_another, "expected a certificate and its unencrypted key in PEM: KEY_VALUES_MISMATCH"),
         (encrypted_key, "expected a certificate and its unencrypted key in PEM"),
-        (lambda signer, _: signer.key.write_text(""), "expected a certificate and its unencrypted key in PEM"),
+        (lambda signer, _: signer.key.write_text(""), "unencrypted key in PEM: the file holds none"),
         (lambda signer, _: signer.certificate.write_text("x"), "expected a certificate and its unencrypted key in PEM"),
         (lambda signer, _: signer.ca.write_text("x"), "expected certificates of clients' signers in PEM"),
         (lambda signer, _: signer.ca.write_text(""), "expected certificates of clients' signers in PEM"),

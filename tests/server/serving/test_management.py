@@ -73,6 +73,76 @@ def test_what_was_unloaded_can_be_loaded_again_and_what_is_not_there_is_no_error
     asyncio.run(run())
 
 
+def test_what_has_sessions_is_not_unloaded_where_the_operator_has_it_so(situation):
+    async def run():
+        situation.write("m", 1)
+        situation.wait_for_sessions()
+        await situation.management.load("m", 1)
+        served = situation.registry.get("m", 1)
+        situation.sessions["m/1"] = 3
+        with pytest.raises(errors.ModelInUse, match="model m/1: expected no open metric sessions, got 3"):
+            await situation.management.unload("m", 1)
+        situation.sessions["m/1"] = None
+        with pytest.raises(errors.SessionStoreUnavailable):
+            await situation.management.unload("m", 1)
+        assert situation.registry.get("m", 1) is served
+        situation.sessions["m/1"] = 0
+        for _ in range(2):
+            await situation.management.unload("m", 1)
+        assert situation.states() == {}
+        assert situation.changes == ["m/1", "m/1"]
+
+    asyncio.run(run())
+
+
+def test_what_is_unloaded_or_replaced_is_left_to_its_sessions(situation):
+    async def run():
+        situation.write("m", 1)
+        served = []
+        await situation.management.load("m", 1)
+        for change in (situation.management.reload, situation.management.unload):
+            served.append(situation.registry.get("m", 1))
+            await change("m", 1)
+            assert situation.sessions.left == served
+        await situation.management.unload("m", 1)
+        assert situation.sessions.left == served
+
+    asyncio.run(run())
+
+
+def test_what_cannot_be_called_is_unloaded_whatever_sessions_there_are(situation):
+    async def run():
+        (situation.write("m", 1) / "model").unlink()
+        situation.wait_for_sessions()
+        situation.sessions["m/1"] = 3
+        with pytest.raises(errors.ModelFailed):
+            await situation.management.load("m", 1)
+        await situation.management.unload("m", 1)
+        assert situation.states() == {}
+
+    asyncio.run(run())
+
+
+def test_a_label_is_loaded_as_its_file_says_and_unloaded_as_callers_know_it(situation):
+    async def run():
+        for version in (1, 2):
+            situation.write("m", version)
+        situation.rule("m", labels={"canary": 1})
+        assert (await situation.management.load("m", 0, "canary")).labels == ["canary"]
+        situation.rule("m", labels={"canary": 2})
+        (situation.folder / "m" / "2" / "model").unlink()
+        with pytest.raises(errors.ModelFailed, match="model m/2 failed to load"):
+            await situation.management.load("m", 0, "canary")
+        # What is to stand there cannot be called: the label has not moved, and its version is what goes.
+        assert situation.registry.labelled("m", "canary") == 1
+        await situation.management.unload("m", 0, "canary")
+        assert situation.states() == {"m/2": State.FAILED}
+        with pytest.raises(errors.ModelVersionNotFound, match="label of model 'm': expected one of canary, got 'none'"):
+            await situation.management.reload("m", 0, "none")
+
+    asyncio.run(run())
+
+
 def test_one_load_goes_on_behind_another_and_outlives_who_asked(situation):
     async def run():
         for version in (1, 2):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import shutil
 
 import pytest
@@ -184,6 +185,69 @@ def test_a_policy_that_cannot_be_read_changes_nothing_and_is_said_once(situation
         assert situation.states() == {"m/1": State.AVAILABLE}
         assert situation.registry.labelled("m", "stable") == 1
         assert sum("stay as they were" in record.message for record in caplog.records) == 1
+
+    asyncio.run(run())
+
+
+def waiting(situation) -> dict[str, str]:
+    """Why versions are still served that are not to be."""
+    return {str(entry.source): entry.waiting for entry in situation.registry.entries()}
+
+
+@pytest.mark.parametrize("is_gone", [True, False], ids=["files gone", "against the policy"])
+def test_a_version_with_sessions_waits_for_them_and_is_unloaded_then(situation, caplog, is_gone):
+    async def run():
+        situation.write("m", 2)
+        situation.wait_for_sessions()
+        watch = await watching(situation)
+        situation.sessions["m/1"] = 2
+        if is_gone:
+            shutil.rmtree(situation.folder / "m" / "1")
+        else:
+            situation.rule("m", serve=[2])
+        await look(watch, 3)
+        situation.sessions["m/1"] = None
+        await look(watch)
+        assert "cannot reach" in waiting(situation)["m/1"]
+        situation.sessions["m/1"] = 1
+        await look(watch)
+        assert situation.states() == {"m/1": State.AVAILABLE, "m/2": State.AVAILABLE}
+        assert waiting(situation) == {
+            "m/1": "it is to be unloaded, and waits for its sessions: "
+            "model m/1: expected no open metric sessions, got 1",
+            "m/2": "",
+        }
+        situation.sessions["m/1"] = 0
+        await watch.look()
+        assert situation.states() == {"m/2": State.AVAILABLE}
+        await look(watch)
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(run())
+    assert sum("waits for its sessions" in record.message for record in caplog.records) == 1
+
+
+def test_a_version_that_waits_and_is_wanted_again_waits_no_more(situation):
+    async def run():
+        situation.write("m", 2)
+        situation.wait_for_sessions()
+        watch = await watching(situation)
+        situation.sessions["m/1"] = 1
+        situation.rule("m", serve=[2])
+        await look(watch)
+        assert waiting(situation)["m/1"]
+        situation.rule("m", serve=[1, 2])
+        await look(watch)
+        assert waiting(situation) == {"m/1": "", "m/2": ""}
+        assert situation.loader.loads == ["m/1", "m/2"]
+        # An operator may take it away meanwhile.
+        situation.rule("m", serve=[2])
+        await look(watch)
+        situation.sessions["m/1"] = 0
+        await situation.management.unload("m", 1)
+        situation.rule("m", serve=[1, 2])
+        await look(watch)
+        assert situation.states() == {"m/2": State.AVAILABLE}
 
     asyncio.run(run())
 

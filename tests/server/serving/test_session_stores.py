@@ -12,6 +12,8 @@ from forwardpass.wire import errors
 from forwardpass_server.serving.session_store import SessionKey, StoredSession
 from support.session_stores import Kit, MemoryKit, SqliteKit, how, key
 
+MODELS = ("a model with a long name", "another of that kind")
+
 
 @pytest.fixture(params=["memory", "sqlite", "redis"])
 def kit(request, tmp_path) -> Kit:
@@ -340,6 +342,7 @@ def test_what_a_principal_has_is_counted_right_whatever_happens(kit):
         rng = random.Random(7)
         known: dict[SessionKey, StoredSession] = {}
         gone: set[SessionKey] = set()
+        models: dict[SessionKey, str] = {}
         async with kit.open(max_sessions=4, max_bytes=1000) as store:
             for _ in range(600):
                 one = key(rng.randrange(40), rng.choice(["a", "b"]))
@@ -348,7 +351,8 @@ def test_what_a_principal_has_is_counted_right_whatever_happens(kit):
                 used = sum(len(stored.record) for stored in mine.values())
                 match rng.choice(["create", "replace", "replace", "delete"]):
                     case "create":
-                        found = await how(store.create(one, record))
+                        model = rng.choice(MODELS)
+                        found = await how(store.create(one, record, model))
                         if one in gone:
                             assert found is errors.SessionNotFound
                         elif one not in known and (len(mine) == 4 or used + len(record) > 1000):
@@ -356,6 +360,7 @@ def test_what_a_principal_has_is_counted_right_whatever_happens(kit):
                         else:
                             assert found is None
                             known.setdefault(one, StoredSession(1, record))
+                            models.setdefault(one, model)
                     case "replace" if one in known:
                         old = known[one]
                         grown = len(record) - len(old.record)
@@ -372,6 +377,45 @@ def test_what_a_principal_has_is_counted_right_whatever_happens(kit):
             for one, stored in known.items():
                 assert await store.load(one) == stored
             assert store.count() == len(known)
+            for model in MODELS:
+                assert await store.count_of(model) == sum(models[one] == model for one in known)
+
+    asyncio.run(run())
+
+
+def test_the_sessions_of_a_model_are_counted_until_they_end(kit):
+    async def run():
+        async with kit.open(idle_expiry_s=10.0) as store:
+            for number, principal in ((1, ""), (2, ""), (3, "another"), (4, "braces {*}")):
+                await store.create(key(number, principal), b"record", MODELS[0])
+            # It is there, and of the first.
+            await store.create(key(1), b"record", MODELS[1])
+            await store.create(key(5), b"of no model")
+            await store.replace(key(1), 1, b"changed")
+            assert [await store.count_of(model) for model in MODELS] == [4, 0]
+            await store.delete(key(2))
+            await store.delete(key(2))
+            assert await store.count_of(MODELS[0]) == 3
+            kit.pass_time(6.0)
+            await store.load(key(3, "another"))
+            kit.pass_time(6.0)
+            assert await store.count_of(MODELS[0]) == 1
+            kit.pass_time(11.0)
+            assert await store.count_of(MODELS[0]) == 0
+
+    asyncio.run(run())
+
+
+def test_a_new_server_counts_the_sessions_of_a_model_that_the_one_before_has_left(kit):
+    async def run():
+        async with kit.open() as store:
+            await store.create(key(1), b"record", MODELS[0])
+            await store.create(key(2, "another"), b"record", MODELS[0])
+            await store.create(key(3), b"record", MODELS[1])
+            await store.delete(key(3))
+        async with kit.open() as store:
+            assert await store.count_of(MODELS[0]) == (0 if kit.kind == "memory" else 2)
+            assert await store.count_of(MODELS[1]) == 0
 
     asyncio.run(run())
 

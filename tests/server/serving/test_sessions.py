@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
@@ -341,22 +343,150 @@ def test_an_unloaded_model_lives_on_in_its_sessions_until_they_are_closed(monkey
         # Not at hand when the model goes.
         monkeypatch.setattr(sessions_module, "_CACHED_S", 0.0)
         rig.sessions.sweep()
-        assert rig.registry.unload("counting", 1)
-        try:
+        with unloaded(rig):
+            assert not await rig.sessions.release()
             await rig.update(writer, 2)
             rig.sessions.sweep()
             assert await found(rig) == counts(2, 6, 12)
             with pytest.raises(errors.ModelNotFound):
                 await rig.sessions.open("", OTHER, "counting", 0)
-        finally:
-            # Other tests share the registry.
-            rig.registry.load(ModelSource("counting", 1, factory="support.zoo:counting"), TensorFlowLoader("cpu"))
-        assert len(rig.sessions._models) == 1
-        await rig.sessions.close("", SESSION)
-        rig.sessions.sweep()
-        assert not rig.sessions._models
+            await rig.sessions.close("", SESSION)
+            assert await rig.sessions.release()
+            assert not rig.sessions._left
 
     run(scenario)
+
+
+class SlowStore(MemorySessionStore):
+    """Makes a session when it is let."""
+
+    def __init__(self):
+        super().__init__(LIMITS, Observer())
+        self.asked, self.let = asyncio.Event(), asyncio.Event()
+
+    async def create(self, *arguments):
+        self.asked.set()
+        await self.let.wait()
+        return await super().create(*arguments)
+
+
+@contextlib.contextmanager
+def unloaded(rig):
+    """Without `counting`, which other tests share."""
+    rig.sessions.leave(rig.registry.get("counting", 1))
+    assert rig.registry.unload("counting", 1)
+    try:
+        yield
+    finally:
+        rig.registry.load(ModelSource("counting", 1, factory="support.zoo:counting"), TensorFlowLoader("cpu"))
+
+
+def test_an_unloaded_model_lives_on_in_sessions_that_only_the_store_has():
+    store = MemorySessionStore(LIMITS, Observer())
+
+    async def opened(rig):
+        await rig.sessions.open("", SESSION, "counting", 0)
+
+    async def used(rig):
+        with unloaded(rig):
+            assert not await rig.sessions.release()
+            await rig.update(Writer(), 2)
+            assert await found(rig) == counts(1, 3, 6)
+
+    for scenario in (opened, used):
+        run(scenario, store)
+
+
+def test_a_model_that_is_loaded_anew_as_it_was_is_not_held_twice():
+    async def scenario(rig):
+        await rig.sessions.open("", SESSION, "counting", 0)
+        rig.sessions.leave(rig.registry.get("counting", 1))
+        assert not await rig.sessions.release()
+        rig.registry.load(ModelSource("counting", 1, factory="support.zoo:counting"), TensorFlowLoader("cpu"))
+        assert await rig.sessions.release()
+        await rig.update(Writer(), 2)
+        assert await found(rig) == counts(1, 3, 6)
+
+    run(scenario)
+
+
+def test_a_model_whose_sessions_cannot_be_counted_is_not_released():
+    class AwayStore(MemorySessionStore):
+        async def count_of(self, model):
+            raise errors.SessionStoreUnavailable
+
+    async def scenario(rig):
+        with unloaded(rig):
+            assert not await rig.sessions.release()
+            assert len(rig.sessions._left) == 1
+
+    run(scenario, AwayStore(LIMITS, Observer()))
+
+
+def test_a_session_that_is_being_opened_when_its_model_is_unloaded_is_served():
+    async def scenario(rig):
+        opening = asyncio.ensure_future(rig.sessions.open("", SESSION, "counting", 0))
+        await rig.store.asked.wait()
+        with unloaded(rig):
+            releasing = asyncio.ensure_future(rig.sessions.release())
+            rig.store.let.set()
+            await opening
+            assert not await releasing
+            await rig.update(Writer(), 2)
+            assert await found(rig) == counts(1, 3, 6)
+
+    run(scenario, SlowStore())
+
+
+def test_who_counts_the_sessions_of_a_model_waits_for_those_that_are_being_opened():
+    async def scenario(rig):
+        model = rig.registry.get("counting", 1).identity
+        assert await rig.sessions.count(model) == 0
+        opening = asyncio.ensure_future(rig.sessions.open("", SESSION, "counting", 0))
+        await rig.store.asked.wait()
+        # Who has left may have a session all the same.
+        opening.cancel()
+        await asyncio.wait([opening])
+        counting = asyncio.ensure_future(rig.sessions.count(model))
+        other = dataclasses.replace(model, content_hash=b"another")
+        assert await rig.sessions.count(other) == 0
+        assert not counting.done()
+        rig.store.let.set()
+        assert await counting == 1
+        await rig.sessions.close("", SESSION)
+        assert await rig.sessions.count(model) == 0
+
+    run(scenario, SlowStore())
+
+
+def test_an_opening_that_fails_is_no_session():
+    async def scenario(rig):
+        rig.store.let.set()
+        model = rig.registry.get("counting", 1).identity
+        with pytest.raises(errors.SessionLimitExceeded):
+            await rig.sessions.open("", SESSION, "counting", 0)
+        assert await rig.sessions.count(model) == 0
+
+    run(scenario, SlowStore(), max_state_bytes=1)
+
+
+def test_a_session_that_is_opened_while_they_are_counted_is_counted():
+    class CountingStore(MemorySessionStore):
+        """Opens a session when it has counted."""
+
+        async def count_of(self, model):
+            count = await super().count_of(model)
+            if not self.opened:
+                self.opened = True
+                await self.open()
+            return count
+
+    async def scenario(rig):
+        rig.store.opened = False
+        rig.store.open = lambda: rig.sessions.open("", SESSION, "counting", 0)
+        assert await rig.sessions.count(rig.registry.get("counting", 1).identity) == 1
+
+    run(scenario, CountingStore(LIMITS, Observer()))
 
 
 def test_a_forward_pass_outlives_its_session_at_hand(monkeypatch):
@@ -545,3 +675,18 @@ def test_a_prediction_that_no_session_asked_for_changes_none():
         assert await found(rig) == counts(0, 0, 0)
 
     run(scenario)
+
+
+def test_sessions_that_another_server_opened_are_counted(redis_process):
+    async def scenario(one, other):
+        model = one.registry.get("counting", 1).identity
+        await one.sessions.open("", SESSION, "counting", 0)
+        await other.sessions.open("another", OTHER, "counting", 0)
+        assert await other.sessions.count(model) == 2
+        await one.sessions.close("another", OTHER)
+        assert await other.sessions.count(model) == 1
+        redis_process.kill()
+        with pytest.raises(errors.SessionStoreUnavailable):
+            await other.sessions.count(model)
+
+    shared(redis_process, scenario)

@@ -22,6 +22,9 @@ class Lifetimes:
         self._clock = clock
         # When each was used; what was not for the longest time stands first.
         self._open: collections.OrderedDict[SessionKey, float] = collections.OrderedDict()
+        # Of each that is open and has one, and how many are of each.
+        self._models: dict[SessionKey, str] = {}
+        self._counts: collections.Counter[str] = collections.Counter()
         # Of each principal, in the order in which they ended: whether by expiry, and until when that is remembered.
         self._ended: dict[str, collections.OrderedDict[bytes, tuple[bool, float]]] = {}
         self._forgotten: list[SessionKey] = []
@@ -30,11 +33,19 @@ class Lifetimes:
         """How many are open."""
         return len(self._open)
 
-    def open(self, key: SessionKey) -> None:
-        """A session is there, and counts as used now, if it has not ended meanwhile."""
-        if not self._has_ended(key):
-            self._open[key] = self._clock()
-            self._open.move_to_end(key)
+    def count_of(self, model: str) -> int:
+        """How many of a model are open."""
+        return self._counts[model]
+
+    def open(self, key: SessionKey, model: str = "") -> None:
+        """A session is there, and counts as used now, if it has not ended meanwhile. model: of a new one."""
+        if self._has_ended(key):
+            return
+        if model and key not in self._open:
+            self._models[key] = model
+            self._counts[model] += 1
+        self._open[key] = self._clock()
+        self._open.move_to_end(key)
 
     def use(self, key: SessionKey) -> None:
         """Counts a session as used now. Raises SessionNotFound or SessionExpired."""
@@ -52,6 +63,11 @@ class Lifetimes:
     def end(self, key: SessionKey, *, is_expired: bool) -> None:
         """A session has ended, which is remembered."""
         self._open.pop(key, None)
+        model = self._models.pop(key, "")
+        if model:
+            self._counts[model] -= 1
+            if not self._counts[model]:
+                del self._counts[model]
         remembered = self._ended.setdefault(key.principal, collections.OrderedDict())
         remembered.setdefault(key.session_id, (is_expired, self._clock() + self._limits.remember_s))
         if len(remembered) > MAX_REMEMBERED:

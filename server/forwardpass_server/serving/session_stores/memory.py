@@ -25,7 +25,7 @@ class MemorySessionStore:
         self._sessions: dict[str, dict[bytes, StoredSession]] = {}
         self._size_bytes: dict[str, int] = {}
 
-    async def create(self, key: SessionKey, record: bytes) -> StoredSession:
+    async def create(self, key: SessionKey, record: bytes, model: str = "") -> StoredSession:
         started = time.perf_counter()
         self._expire()
         self._lifetimes.refuse_ended(key)
@@ -36,7 +36,7 @@ class MemorySessionStore:
             self._sessions.setdefault(key.principal, {})[key.session_id] = StoredSession(1, record)
             self._size_bytes[key.principal] = size_bytes
             self._observer.session_commit(time.perf_counter() - started)
-        self._lifetimes.open(key)
+        self._lifetimes.open(key, model)
         return self._sessions[key.principal][key.session_id]
 
     async def load(self, key: SessionKey) -> StoredSession:
@@ -69,6 +69,10 @@ class MemorySessionStore:
     async def sweep(self) -> None:
         self._expire()
         self._lifetimes.forget()
+
+    async def count_of(self, model: str) -> int:
+        self._expire()
+        return self._lifetimes.count_of(model)
 
     def count(self) -> int:
         return len(self._lifetimes)

@@ -32,6 +32,13 @@ _MAX_CONNECTIONS = 32
 _RETRY_AFTER_S = 1.0
 
 
+# The key of a principal's models, after its prefix.
+_MODELS = ":models"
+
+# Keys that Redis looks at between other servers' steps, for some 100 us.
+_SCANNED = 1000
+
+
 class RedisSessionStore:
     """A SessionStore that is shared. What was acknowledged survives as Redis was set up to keep it.
 
@@ -100,8 +107,8 @@ class RedisSessionStore:
         if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
             _LOGGER.warning("session store %s: maxmemory-policy may drop open sessions", self.place)
 
-    async def create(self, key: SessionKey, record: bytes) -> StoredSession:
-        what, version, found = await self._step("create", key, 0, record)
+    async def create(self, key: SessionKey, record: bytes, model: str = "") -> StoredSession:
+        what, version, found = await self._step("create", key, 0, record, model)
         return StoredSession(1, record) if what == b"created" else StoredSession(int(version), found)
 
     async def load(self, key: SessionKey) -> StoredSession:
@@ -117,7 +124,7 @@ class RedisSessionStore:
 
     async def delete(self, key: SessionKey) -> None:
         self._used.pop(key, None)
-        await self._call("delete", key)
+        await self._call("delete", _prefix(key.principal), key.session_id)
 
     async def sweep(self) -> None:
         last = self._clock() - self._limits.idle_expiry_s
@@ -126,7 +133,18 @@ class RedisSessionStore:
             idle.append(self._used.popitem(last=False)[0])
         # Redis has dropped the records; a step of each principal makes it count them.
         for key in {key.principal: key for key in idle}.values():
-            await self._call("sweep", key)
+            await self._call("sweep", _prefix(key.principal))
+
+    async def count_of(self, model: str) -> int:
+        """Looks through the names of all keys in Redis, some thousands at a time, for the principals that there are."""
+        found: set[bytes] = set()
+        cursor: int | None = None
+        while cursor != 0:
+            looked = self._client.scan(cursor or 0, match=f"forwardpass:{{*}}{_MODELS}", count=_SCANNED)
+            cursor, names = await self._bounded(looked)
+            found.update(names)
+        steps = [await self._call("count", name.decode().removesuffix(_MODELS), model=model) for name in found]
+        return sum(int(count) for _, count, _ in steps)
 
     def count(self) -> int:
         return len(self._used)
@@ -137,11 +155,11 @@ class RedisSessionStore:
         await self._client.aclose()
 
     async def _step(
-        self, action: str, key: SessionKey, version: int = 0, record: bytes = b""
+        self, action: str, key: SessionKey, version: int = 0, record: bytes = b"", model: str = ""
     ) -> tuple[bytes, Any, Any]:
         """What came of a step of an open session, or of one to be made; what is refused is raised."""
         started = time.perf_counter()
-        what, first, second = await self._call(action, key, version, record)
+        what, first, second = await self._call(action, _prefix(key.principal), key.session_id, version, record, model)
         if what in (b"expired", b"closed", b"missing"):
             self._used.pop(key, None)
             raise refusals.not_found(key) if what == b"missing" else refusals.ended(key, what == b"expired")
@@ -154,17 +172,21 @@ class RedisSessionStore:
         return what, first, second
 
     async def _call(
-        self, action: str, key: SessionKey, version: int = 0, record: bytes = b""
+        self,
+        action: str,
+        prefix: str,
+        session_id: bytes = b"",
+        version: int = 0,
+        record: bytes = b"",
+        model: str = "",
     ) -> tuple[bytes, Any, Any]:
         limits = self._limits
-        # Names of principals may hold anything, braces too, which mean something to a cluster.
-        principal = "forwardpass:{" + hashlib.sha256(key.principal.encode()).hexdigest()[:32] + "}"
-        keys = [f"{principal}:session:{key.session_id.hex()}"]
-        keys += [f"{principal}:{name}" for name in ("open", "sizes", "closed", "expired")]
+        keys = [f"{prefix}:session:{session_id.hex()}"]
+        keys += [prefix + name for name in (":open", ":sizes", _MODELS, ":closed", ":expired")]
         sizes = [limits.max_sessions, limits.max_bytes]
         spans_ms = [round(seconds * 1000) for seconds in (limits.idle_expiry_s, limits.remember_s)]
         arguments: list[bytes | str | int]
-        arguments = [action, key.session_id, version, record, *sizes, *spans_ms, MAX_REMEMBERED]
+        arguments = [action, session_id, version, record, model, *sizes, *spans_ms, MAX_REMEMBERED]
         what, first, second, expiries = await self._bounded(self._script(keys=keys, args=arguments))
         if expiries:
             self._observer.sessions_expired(expiries)
@@ -194,3 +216,8 @@ class RedisSessionStore:
         if isinstance(error, (redis.TimeoutError, asyncio.TimeoutError, TimeoutError)):
             return f"the session store did not answer within {self._timeout_s:g} s"
         return "the session store cannot be reached"
+
+
+def _prefix(principal: str) -> str:
+    """How the keys of a principal begin. Its name may hold anything, braces too, which mean something to a cluster."""
+    return "forwardpass:{" + hashlib.sha256(principal.encode()).hexdigest()[:32] + "}"

@@ -1,15 +1,16 @@
 -- One step of one session: whole or not at all.
 --
 -- KEYS: the session's hash; then those of its principal, all under one hash tag: the open sessions by when they expire;
--- the bytes of each record, and of all under 'total'; the sessions that were closed, and those that have expired, by
--- when that is forgotten. Times are ms of Redis's clock.
--- ARGV: what to do, session id, version, record; and of the principal: most sessions, most bytes, ms without a use until
--- expiry, ms for which an end is remembered, most ends that are.
+-- the bytes of each record, and of all under 'total'; the model of each session that has one, and how many are of a
+-- model under its word, which is longer than an id; the sessions that were closed, and those that have expired, by when
+-- that is forgotten. Times are ms of Redis's clock.
+-- ARGV: what to do, session id, version, record, model; and of the principal: most sessions, most bytes, ms without a
+-- use until expiry, ms for which an end is remembered, most ends that are.
 -- Returns what came of it, two values that go with it, and how many sessions have expired since the last step.
 
-local session, open, sizes, closed, expired = unpack(KEYS)
-local action, id, version, record = unpack(ARGV)
-local max_sessions, max_bytes, idle_ms, remember_ms, max_ended = unpack(ARGV, 5)
+local session, open, sizes, models, closed, expired = unpack(KEYS)
+local action, id, version, record, model = unpack(ARGV)
+local max_sessions, max_bytes, idle_ms, remember_ms, max_ended = unpack(ARGV, 6)
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local expiries = 0
@@ -23,6 +24,11 @@ local function finish(one, ended, at)
   redis.call('ZREM', open, one)
   redis.call('HINCRBY', sizes, 'total', 0 - size(one))
   redis.call('HDEL', sizes, one)
+  local of = redis.call('HGET', models, one)
+  if of then
+    redis.call('HDEL', models, one)
+    if redis.call('HINCRBY', models, of, -1) == 0 then redis.call('HDEL', models, of) end
+  end
   redis.call('ZADD', ended, at + remember_ms, one)
   redis.call('ZREMRANGEBYRANK', ended, 0, -max_ended - 1)
 end
@@ -50,6 +56,7 @@ end
 
 local function act()
   if action == 'sweep' then return 'swept', 0, '' end
+  if action == 'count' then return 'counted', tonumber(redis.call('HGET', models, model) or 0), '' end
   if not redis.call('ZSCORE', open, id) then
     if is_remembered(expired) then return 'expired', 0, '' end
     if is_remembered(closed) then return 'closed', 0, '' end
@@ -57,6 +64,10 @@ local function act()
     local sessions, bytes = redis.call('ZCARD', open) + 1, size('total') + #record
     if sessions > tonumber(max_sessions) or bytes > tonumber(max_bytes) then return 'full', sessions, bytes end
     put(1, #record)
+    if model ~= '' then
+      redis.call('HSET', models, id, model)
+      redis.call('HINCRBY', models, model, 1)
+    end
     return 'created', 1, ''
   end
   if action == 'delete' then

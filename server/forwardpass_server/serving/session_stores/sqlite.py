@@ -41,24 +41,24 @@ class SqliteSessionStore:
         self._expired: set[SessionKey] = set()
         self._forgotten: set[SessionKey] = set()
         self._file = SqliteFile(path, limits)
-        for key in self._file.open_sessions():
-            self._lifetimes.open(key)
+        for key, model in self._file.open_sessions():
+            self._lifetimes.open(key, model)
         for key, is_expired in self._file.ended_sessions():
             self._lifetimes.end(key, is_expired=is_expired)
         self._writer = SqliteWriter(self._file.connection)
 
-    async def create(self, key: SessionKey, record: bytes) -> StoredSession:
+    async def create(self, key: SessionKey, record: bytes, model: str = "") -> StoredSession:
         started = time.perf_counter()
         self._expire()
         self._lifetimes.refuse_ended(key)
 
         def done(created: tuple[StoredSession, bool]) -> None:
             _, is_new = created
-            self._lifetimes.open(key)
+            self._lifetimes.open(key, model)
             if is_new:
                 self._observer.session_commit(time.perf_counter() - started)
 
-        stored, _ = await self._write_after_ends(lambda: self._file.create(key, record), done)
+        stored, _ = await self._write_after_ends(lambda: self._file.create(key, record, model), done)
         return stored
 
     async def load(self, key: SessionKey) -> StoredSession:
@@ -96,6 +96,10 @@ class SqliteSessionStore:
         ends = self._write_ends()
         if ends is not None:
             await ends
+
+    async def count_of(self, model: str) -> int:
+        self._expire()
+        return self._lifetimes.count_of(model)
 
     def count(self) -> int:
         return len(self._lifetimes)

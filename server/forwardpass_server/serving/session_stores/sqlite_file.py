@@ -14,12 +14,14 @@ from forwardpass_server.serving.session_stores import refusals
 
 # "fwdp": tells the file from other programs' databases.
 _APPLICATION_ID = 0x66776470
-_SCHEMA_VERSION = 1
-# usage: what all sessions of a principal are together, kept in the transactions that change them.
+_SCHEMA_VERSION = 2
+# model: its sessions are counted together; "" for none. usage: what all sessions of a principal are together, kept in
+# the transactions that change them.
 _SCHEMA = f"""
     BEGIN IMMEDIATE;
     CREATE TABLE sessions (
         principal TEXT NOT NULL, session_id BLOB NOT NULL, version INTEGER NOT NULL, record BLOB NOT NULL,
+        model TEXT NOT NULL,
         PRIMARY KEY (principal, session_id)
     );
     CREATE TABLE ended (
@@ -30,6 +32,15 @@ _SCHEMA = f"""
         principal TEXT NOT NULL PRIMARY KEY, sessions INTEGER NOT NULL, size_bytes INTEGER NOT NULL
     ) WITHOUT ROWID;
     PRAGMA application_id = {_APPLICATION_ID};
+    PRAGMA user_version = {_SCHEMA_VERSION};
+    COMMIT;
+"""
+
+
+# Of version 1, in which nobody counted: its sessions are of no model.
+_MIGRATION = f"""
+    BEGIN IMMEDIATE;
+    ALTER TABLE sessions ADD COLUMN model TEXT NOT NULL DEFAULT '';
     PRAGMA user_version = {_SCHEMA_VERSION};
     COMMIT;
 """
@@ -64,7 +75,7 @@ class SqliteFile:
         application, version = self._number("PRAGMA application_id"), self._number("PRAGMA user_version")
         if application != (_APPLICATION_ID if tables else 0):
             raise SessionStoreError("it is another program's database")
-        if version != (_SCHEMA_VERSION if tables else 0):
+        if version not in ((1, _SCHEMA_VERSION) if tables else (0,)):
             raise SessionStoreError(f"its format is version {version}, and this server knows {_SCHEMA_VERSION} only")
         self.connection.execute("PRAGMA journal_mode = WAL")
         # NORMAL does not wait for the disk: 450 acknowledged updates were gone after a power cut, and none with FULL.
@@ -77,20 +88,24 @@ class SqliteFile:
             raise SessionStoreError(f"it is damaged: {found}")
         if not tables:
             self.connection.executescript(_SCHEMA)
+        elif version == 1:
+            self.connection.executescript(_MIGRATION)
 
     def _number(self, query: str) -> int:
         (number,) = self.connection.execute(query).fetchone()
         return int(number)
 
-    def open_sessions(self) -> Iterator[SessionKey]:
-        return (SessionKey(*row) for row in self.connection.execute("SELECT principal, session_id FROM sessions"))
+    def open_sessions(self) -> Iterator[tuple[SessionKey, str]]:
+        """Those that are open, and the model of each."""
+        rows = self.connection.execute("SELECT principal, session_id, model FROM sessions")
+        return ((SessionKey(principal, session_id), model) for principal, session_id, model in rows)
 
     def ended_sessions(self) -> Iterator[tuple[SessionKey, bool]]:
         """Those that are remembered, and whether each has expired."""
         rows = self.connection.execute("SELECT principal, session_id, is_expired FROM ended")
         return ((SessionKey(principal, session_id), bool(is_expired)) for principal, session_id, is_expired in rows)
 
-    def create(self, key: SessionKey, record: bytes) -> tuple[StoredSession, bool]:
+    def create(self, key: SessionKey, record: bytes, model: str) -> tuple[StoredSession, bool]:
         """As SessionStore.create, and whether the session is new."""
         found = self._find("version, record", key)
         if found is not None:
@@ -98,7 +113,7 @@ class SqliteFile:
         self._refuse_ended(key)
         sessions, size_bytes = self._usage(key.principal)
         refusals.check_room(self._limits, sessions + 1, size_bytes + len(record))
-        self.connection.execute("INSERT INTO sessions VALUES (?, ?, 1, ?)", (*key, record))
+        self.connection.execute("INSERT INTO sessions VALUES (?, ?, 1, ?, ?)", (*key, record, model))
         self._account(key.principal, 1, len(record))
         return StoredSession(1, record), True
 

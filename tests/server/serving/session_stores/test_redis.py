@@ -225,3 +225,16 @@ def wait_until_gone(server: RedisProcess, pattern: str) -> None:
         while client.keys(pattern):
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def test_sessions_are_counted_among_many_keys_that_are_somebody_elses(redis_kit):
+    async def run():
+        with redis_kit.server.client() as client:
+            client.mset({f"forwardpass:{{{number}}}:other": "" for number in range(5000)})
+            client.set("forwardpass:models", "")
+        async with redis_kit.open() as store:
+            for number in range(30):
+                await store.create(key(number, f"principal {number % 10}"), b"record", "a model with a long name")
+            assert await store.count_of("a model with a long name") == 30
+
+    asyncio.run(run())

@@ -187,6 +187,22 @@ def test_a_second_store_in_the_same_process_is_refused_and_the_first_keeps_its_l
     asyncio.run(run())
 
 
+def test_a_file_of_the_first_format_is_taken_over(file_kit):
+    async def run():
+        async with file_kit.open() as store:
+            await store.create(key(1), b"record", "model")
+        with contextlib.closing(sqlite3.connect(file_kit.path)) as connection:
+            connection.execute("ALTER TABLE sessions DROP COLUMN model")
+            connection.execute("PRAGMA user_version = 1")
+        for number in (2, 3):
+            async with file_kit.open() as store:
+                assert await store.load(key(1)) == StoredSession(1, b"record")
+                await store.create(key(number), b"record", "model")
+                assert await store.count_of("model") == number - 1
+
+    asyncio.run(run())
+
+
 def test_a_file_that_is_no_store_is_refused_and_stays_as_it_is(tmp_path):
     garbage, foreign, newer = (tmp_path / name for name in ("garbage.db", "foreign.db", "newer.db"))
     garbage.write_bytes(random.Random(1).randbytes(10_000))
@@ -194,11 +210,11 @@ def test_a_file_that_is_no_store_is_refused_and_stays_as_it_is(tmp_path):
         connection.execute("CREATE TABLE somebodys (data)")
     asyncio.run(SqliteSessionStore(newer, LIMITS, Counts()).close())
     with contextlib.closing(sqlite3.connect(newer)) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
     for path, why in (
         (garbage, "file is not a database"),
         (foreign, "another program's database"),
-        (newer, "its format is version 2, and this server knows 1 only"),
+        (newer, "its format is version 3, and this server knows 2 only"),
         (tmp_path, "unable to open database file"),
         (garbage / "sessions.db", "File exists"),
     ):

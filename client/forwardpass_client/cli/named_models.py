@@ -1,0 +1,36 @@
+"""The model that a command calls, and which of its versions."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+_OPTIONS = (
+    click.option("--version", type=click.IntRange(min=1), help="Version.  [default: the highest]"),
+    click.option("--label", help="In place of a version, what the operator calls it, such as stable or canary."),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedModel:
+    """What the command line says of the model."""
+
+    name: str
+    version: int | None
+    label: str | None
+
+
+def model_argument(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the argument MODEL, and the options of which version: it takes a `NamedModel` as `model`."""
+
+    @functools.wraps(command)
+    def with_model(model: str, version: int | None, label: str | None, **arguments: Any) -> None:
+        command(model=NamedModel(model, version, label), **arguments)
+
+    for option in reversed(_OPTIONS):
+        with_model = option(with_model)
+    return click.argument("model")(with_model)

@@ -1,0 +1,113 @@
+"""Loaded models: what stays of them, and what of it goes with them."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from tensorflow.python.eager import context
+
+from forwardpass.wire.description import Function
+from forwardpass_server import FunctionalModel
+from forwardpass_server.models.loading import TensorFlowLoader
+from forwardpass_server.serving.models import ModelSource
+
+SPEC = tf.TensorSpec([None], tf.float32)
+
+
+@pytest.fixture(scope="module")
+def loader():
+    return TensorFlowLoader("cpu")
+
+
+def branching() -> FunctionalModel:
+    """Calls functions of its own: branches, a loop, and one by name."""
+
+    @tf.function
+    def halved_until_small(x):
+        return tf.while_loop(lambda x: tf.reduce_max(x) > 1, lambda x: (x / 2,), (x,))[0]
+
+    @tf.function
+    def predict_on_batch(model_weights, x, training):
+        return tf.cond(tf.reduce_max(x) < 0, lambda: x * model_weights[0][0], lambda: halved_until_small(x))
+
+    return FunctionalModel(
+        initial_weights=((np.float32(10),), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_mean(output - label),
+        input_spec=(SPEC, SPEC),
+    )
+
+
+called = []
+
+
+def calling_python() -> FunctionalModel:
+    def add_one(value):
+        return value + 1
+
+    @tf.function
+    def predict_on_batch(model_weights, x, training):
+        return tf.ensure_shape(tf.numpy_function(add_one, [x], tf.float32), [None])
+
+    called.append(weakref.ref(add_one))
+
+    return FunctionalModel(
+        initial_weights=((), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_mean(output - label),
+        input_spec=(SPEC, SPEC),
+    )
+
+
+def count_graphs() -> int:
+    gc.collect()
+    return sum(isinstance(one, tf.Graph) for one in gc.get_objects())
+
+
+def predictions(model, *leaves) -> list[float]:
+    return model.run(Function.PREDICT_ON_BATCH, False, [np.float32(leaf) for leaf in leaves])[0].tolist()
+
+
+def test_no_graph_stays_of_a_model_and_the_functions_that_it_calls_do(loader):
+    source = ModelSource("branching", 1, factory=f"{__name__}:branching")
+    # What all models share is traced with the first.
+    loader.load(source)
+    before = count_graphs()
+    model = loader.load(source)
+    assert count_graphs() == before
+    assert predictions(model, 10, [-1, -2]) == [-10, -20]
+    assert predictions(model, 10, [8, 4]) == [1, 0.5]
+
+
+def test_a_model_that_nobody_uses_is_gone_without_the_garbage_collector(loader):
+    gc.collect()
+    before = set(context.context().list_function_names())
+    model = loader.load(ModelSource("branching", 1, factory=f"{__name__}:branching"))
+    gc.collect()
+    assert set(context.context().list_function_names()) > before
+    execution, weights = weakref.ref(model.execution), weakref.ref(model.initial_weights[0])
+    gc.disable()
+    try:
+        del model
+        assert (execution(), weights()) == (None, None)
+        assert set(context.context().list_function_names()) == before
+    finally:
+        gc.enable()
+
+
+def test_python_that_a_model_calls_stays_when_the_thread_that_loaded_it_has_ended_and_goes_with_it(loader):
+    loaded = []
+    source = ModelSource("calling", 1, factory=f"{__name__}:calling_python")
+    thread = threading.Thread(target=lambda: loaded.append(loader.load(source)))
+    thread.start()
+    thread.join()
+    gc.collect()
+    assert predictions(loaded[0], [1, 2]) == [2, 3]
+    loaded.clear()
+    gc.collect()
+    assert [function() for function in called] == [None]
