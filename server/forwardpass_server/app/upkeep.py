@@ -58,7 +58,7 @@ async def _release_models(sessions: Sessions) -> None:
     while True:
         await asyncio.sleep(_RELEASE_S)
         if await sessions.release():
-            await asyncio.to_thread(garbage.look_again)
+            await asyncio.to_thread(garbage.collect)
 
 
 async def _watch(security: Security) -> None:
