@@ -9,7 +9,7 @@ import subprocess
 import pytest
 import yaml
 
-from forwardpass_server.telemetry.machine import GPU_ONLY
+from forwardpass_server.telemetry.machine import ON_A_GPU
 from forwardpass_server.telemetry.metrics import Metrics
 from support import traffic
 from support.environments import ROOT
@@ -19,6 +19,8 @@ from support.servers import ServerProcess, wait_until
 RULES = ROOT / "deploy" / "prometheus" / "rules.yml"
 RULE_TESTS = ROOT / "tests" / "deploy" / "data" / "rules_test.yml"
 DASHBOARD = json.loads((ROOT / "deploy" / "grafana" / "forwardpass.json").read_text())
+
+GPU_ONLY = {family.name for family in Metrics().families if family.condition == ON_A_GPU}
 
 # What Grafana puts in their places.
 VARIABLES = {"$__rate_interval": "1m", "$job": ".*", "$instance": ".*"}
@@ -30,6 +32,8 @@ ALERTS = {
     if "alert" in rule
 }
 
+METRIC = r"\b(?:forwardpass[_:]|grpc_server_|process_|up\b)[a-z0-9_:]*(?=[{\[ ]|$)"
+
 EXPRESSIONS = [
     (f"{panel['title']} {target['refId']}", target["expr"])
     for panel in DASHBOARD["panels"]
@@ -39,10 +43,15 @@ EXPRESSIONS = [
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory):
-    """A Prometheus with the rules that has scraped a server before and after it was called in every way."""
-    with ServerProcess(*traffic.ARGUMENTS) as server:
-        with PrometheusProcess(tmp_path_factory.mktemp("prometheus"), [server.metrics_url], [RULES]) as found:
-            wait_until(lambda: found.query("up == 1") != [])
+    """A Prometheus with the rules that has scraped a server before and after it was called in every way.
+
+    And another one, that watches files.
+    """
+    watching = traffic.watching_files(tmp_path_factory.mktemp("watched"))
+    with ServerProcess(*traffic.ARGUMENTS) as server, ServerProcess(*watching) as other:
+        urls = [server.metrics_url, other.metrics_url]
+        with PrometheusProcess(tmp_path_factory.mktemp("prometheus"), urls, [RULES]) as found:
+            wait_until(lambda: len(found.query("up == 1")) == 2)
             pipelined = 'forwardpass_pipeline_calls_total{code="OK",method="PredictOnBatch"}'
             # A series that is seen for the first time has not grown.
             for _ in range(2):
@@ -86,9 +95,9 @@ def test_a_real_prometheus_evaluates_every_rule(prometheus):
 def test_alerts_ask_for_metrics_that_there_are(prometheus):
     """A misspelt one would be silent for ever."""
     for name, alert in ALERTS.items():
-        metrics = set(re.findall(r"\b(?:forwardpass|grpc_server)[a-z0-9_:]*(?=[{\[ ])", alert["expr"]))
-        assert metrics or name == "ForwardpassDown"
-        for metric in metrics - GPU_ONLY - {"forwardpass"}:
+        metrics = set(re.findall(METRIC, alert["expr"]))
+        assert metrics, name
+        for metric in metrics - GPU_ONLY:
             assert prometheus.query(metric), f"{name} asks for {metric}"
 
 
@@ -107,4 +116,4 @@ def test_every_panel_shows_something(prometheus, title, expression):
 def test_every_metric_of_the_service_is_on_the_dashboard():
     shown = " ".join(expression for _, expression in EXPRESSIONS)
     absent = {family.name for family in Metrics().families if family.name not in shown}
-    assert absent == {"process_virtual_memory_bytes", "process_start_time_seconds"}
+    assert absent == {"process_virtual_memory_bytes"}

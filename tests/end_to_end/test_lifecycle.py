@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import functools
 import os
 import signal
 import socket
@@ -10,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 import grpc
 import numpy as np
@@ -18,10 +21,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 import forwardpass_client
-from forwardpass.wire.methods import MODEL_SERVICE
+from forwardpass.wire.methods import MANAGEMENT_SERVICE, METHODS, MODEL_SERVICE
 from forwardpass_client import errors
 from support import zoo
-from support.servers import ServerProcess, wait_until
+from support.servers import ServerProcess, read_metrics, wait_until
 
 SLOW = ("--factory", "slow=support.zoo:slow")
 
@@ -160,7 +163,7 @@ def test_a_model_that_is_still_loading_is_waited_for_or_refused(tmp_path):
         f"def late():\n    while not os.path.exists({str(gate)!r}):\n        time.sleep(0.05)\n    return zoo.slow()\n"
     )
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
-    command = [sys.executable, "-m", "forwardpass_server.app.cli", "serve", "--port", "0", "--metrics-port", "-1"]
+    command = [sys.executable, "-m", "forwardpass_server.app.cli", "serve", "--port", "0", "--metrics-port", "0"]
     process = subprocess.Popen(
         [*command, "--factory", "late=late_model:late"],
         stdout=subprocess.PIPE,
@@ -169,6 +172,7 @@ def test_a_model_that_is_still_loading_is_waited_for_or_refused(tmp_path):
         env={**os.environ, "PYTHONPATH": path},
     )
     try:
+        metrics_url = process.stdout.readline().removeprefix("metrics on ").strip()
         address = process.stdout.readline().removeprefix("listening on ").strip()
         with forwardpass_client.connect(address) as client:
             assert not client.is_ready()
@@ -177,6 +181,7 @@ def test_a_model_that_is_still_loading_is_waited_for_or_refused(tmp_path):
                 "NOT_SERVING",
                 "SERVING",
             ]
+            assert scraped_health(read_metrics(metrics_url)) == {"started": 0, "live": 1, "ready": 0, "draining": 0}
             assert [(found.name, found.state) for found in client.models()] == [("late", "loading")]
             with pytest.raises(errors.ModelLoading, match="model late/1 is still being loaded"):
                 client.model("late")
@@ -185,10 +190,15 @@ def test_a_model_that_is_still_loading_is_waited_for_or_refused(tmp_path):
             gate.write_text("")
             client.wait_until_ready()
             assert client.model("late").predict_on_batch(((), ()), [3]).tolist() == [3]
+            assert scraped_health(read_metrics(metrics_url)) == {"started": 1, "live": 1, "ready": 1, "draining": 0}
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def scraped_health(metrics: dict[str, float]) -> dict[str, float]:
+    return {name: metrics[f"forwardpass_{name}"] for name in ("started", "live", "ready", "draining")}
 
 
 def health(address: str, service: str) -> str:
@@ -240,6 +250,67 @@ def test_a_server_that_drains_is_alive_and_not_ready():
             "NOT_SERVING",
             "NOT_SERVING",
         ]
+        assert scraped_health(server.metrics()) == {"started": 1, "live": 1, "ready": 0, "draining": 1}
+
+
+def test_a_server_whose_models_all_failed_has_started_and_is_not_ready():
+    with ServerProcess("--factory", "broken=support.zoo:missing") as server:
+        assert [health(server.address, service) for service in ("startup", "live", "ready")] == [
+            "SERVING",
+            "SERVING",
+            "NOT_SERVING",
+        ]
+        assert scraped_health(server.metrics()) == {"started": 1, "live": 1, "ready": 0, "draining": 0}
+
+
+def test_the_port_of_management_says_that_it_takes_calls():
+    with ServerProcess("--factory", "broken=support.zoo:missing", "--management-port", "0") as server:
+        answers = {service: health(server.management_address, service) for service in ("", MANAGEMENT_SERVICE, "ready")}
+        # Whether models can be called is for the other port to say.
+        assert answers == {"": "SERVING", MANAGEMENT_SERVICE: "SERVING", "ready": "NOT_FOUND"}
+
+
+# A download is finished, as calls are.
+HOLDING = [method for method in METHODS.values() if not method.is_unary and method.name != "DownloadTensor"]
+
+
+def test_streams_that_their_callers_leave_open_end_when_the_server_drains():
+    arguments = (*SLOW, "--management-port", "0", "--drain-timeout", "600")
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(ServerProcess(*arguments))
+        never = threading.Event()
+        stack.callback(never.set)
+
+        def nothing_more(*first: object) -> Iterator[object]:
+            yield from first
+            never.wait()
+
+        endings: list[Callable[[], object]] = []
+        for address in (server.address, server.management_address):
+            channel = stack.enter_context(grpc.insecure_channel(address))
+            watch = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest())
+            listing = nothing_more(reflection_pb2.ServerReflectionRequest(list_services=""))
+            reflected = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(listing)
+            next(watch), next(reflected)
+            endings += [functools.partial(list, watch), functools.partial(list, reflected)]
+        channel = stack.enter_context(grpc.insecure_channel(server.address))
+        for method in HOLDING:
+            if method.streams_responses:
+                endings.append(functools.partial(list, channel.stream_stream(method.path)(nothing_more())))
+            else:
+                endings.append(channel.stream_unary(method.path).future(nothing_more()).result)
+        wait_until(lambda: all(has_started(server, method.path) for method in HOLDING))
+        assert server.terminate() == 0
+        for ending in endings:
+            with pytest.raises(grpc.RpcError) as raised:
+                ending()
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def has_started(server: ServerProcess, path: str) -> bool:
+    _, service, method = path.split("/")
+    name = f'grpc_server_started_total{{grpc_method="{method}",grpc_service="{service}"'
+    return any(found.startswith(name) and value for found, value in server.metrics().items())
 
 
 def test_reflection_lists_the_services_and_their_methods(server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import urllib.request
 
@@ -13,8 +14,10 @@ from prometheus_client.parser import text_string_to_metric_families
 import forwardpass_client
 from forwardpass import v1
 from forwardpass.wire.methods import METHODS
+from forwardpass_server.serving.tokens import Role, Tokens
 from forwardpass_server.telemetry import catalogue
-from forwardpass_server.telemetry.machine import GPU_ONLY
+from forwardpass_server.telemetry.files import OF_WATCHED_FILES, WITH_TLS, WITH_TOKENS
+from forwardpass_server.telemetry.machine import ON_A_GPU
 from forwardpass_server.telemetry.metrics import Metrics
 from support import traffic, zoo
 from support.environments import ROOT
@@ -34,6 +37,7 @@ def scraped(server):
         return {
             family.name + ("_total" if family.type == "counter" else ""): family
             for family in text_string_to_metric_families(response.read().decode())
+            if family.samples
         }
 
 
@@ -44,13 +48,57 @@ def test_the_catalogue_is_current():
 def test_the_catalogue_is_what_a_server_shows(busy):
     found = scraped(busy)
     families = {family.name: family for family in Metrics().families}
-    on_gpu = set() if "CPU" in busy.ready_line else GPU_ONLY
-    assert set(found) == set(families) - (GPU_ONLY - on_gpu)
+    conditions = {""} if "CPU" in busy.ready_line else {"", ON_A_GPU}
+    assert set(found) == {family.name for family in families.values() if family.condition in conditions}
     for name, shown in found.items():
         assert shown.type == families[name].kind, name
-        assert shown.samples, f"nothing was counted in {name}"
         for sample in shown.samples:
             assert set(sample.labels) - {"le"} == set(families[name].labels), name
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A server that watches files of every kind, and their folder."""
+    folder = tmp_path_factory.mktemp("watched")
+    with ServerProcess(*traffic.watching_files(folder)) as server:
+        # The watch of the repository begins once the server is ready.
+        wait_until(lambda: good("models") in server.metrics())
+        yield server, folder
+
+
+def good(files: str) -> str:
+    return f'forwardpass_last_reload_successful{{files="{files}"}}'
+
+
+def test_the_catalogue_is_what_a_server_shows_that_watches_files(watched):
+    server, folder = watched
+    conditions = (OF_WATCHED_FILES, WITH_TLS, WITH_TOKENS)
+    assert {family.name for family in Metrics().families if family.condition in conditions} <= set(scraped(server))
+    metrics = server.metrics()
+    assert [metrics[good(files)] for files in ("certificates", "tokens", "models")] == [1, 1, 1]
+    assert metrics['forwardpass_token_expiry_timestamp_seconds{role="call"}'] == Tokens(folder / "tokens").expire_s(
+        Role.CALL
+    )
+    assert metrics['forwardpass_token_expiry_timestamp_seconds{role="manage"}'] == math.inf
+    for name in ("server", "client_ca"):
+        assert metrics[f'forwardpass_certificate_expiry_timestamp_seconds{{certificate="{name}"}}'] > time.time()
+
+
+@pytest.mark.parametrize(
+    "files, path, text",
+    [
+        ("certificates", "signer/server.key", "no key"),
+        ("tokens", "tokens", "no token\n"),
+        ("models", "models/m/forwardpass-versions.json", "{"),
+    ],
+)
+def test_files_that_cannot_be_used_are_shown_until_they_can(watched, files, path, text):
+    server, folder = watched
+    former = (folder / path).read_text()
+    (folder / path).write_text(text)
+    wait_until(lambda: server.metrics()[good(files)] == 0)
+    (folder / path).write_text(former)
+    wait_until(lambda: server.metrics()[good(files)] == 1)
 
 
 def test_each_part_of_a_call_is_timed():

@@ -17,6 +17,7 @@ from forwardpass_server.app.status_page import Status
 from forwardpass_server.serving.loading import Load
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Entry, State
+from forwardpass_server.telemetry.health import HealthReading
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.telemetry.recent import Recent
 from support import traffic
@@ -154,7 +155,7 @@ def test_what_was_chosen_or_said_elsewhere_is_escaped():
             tensorflow=hostile,
             device=hostile,
             started=0,
-            is_draining=False,
+            health=HealthReading(has_started=True, is_live=True, is_ready=False, is_draining=False),
             entries=[Entry(source, State.FAILED, error=hostile, waiting=hostile)],
             loads={str(source): Load(1.0, 0.0)},
             recent=Recent(metrics.registry).window(),
@@ -163,3 +164,28 @@ def test_what_was_chosen_or_said_elsewhere_is_escaped():
     assert hostile not in page
     assert page.count(html.escape(hostile)) == 7
     assert "no model can be called" in page
+
+
+@pytest.mark.parametrize(
+    "reading, word",
+    [
+        (HealthReading(has_started=False, is_live=True, is_ready=False, is_draining=False), "loading"),
+        (HealthReading(has_started=True, is_live=False, is_ready=False, is_draining=False), "the device does not work"),
+        (HealthReading(has_started=True, is_live=True, is_ready=True, is_draining=False), "ready, without a model"),
+        (HealthReading(has_started=True, is_live=True, is_ready=False, is_draining=True), "draining"),
+    ],
+)
+def test_it_says_first_what_probes_are_told(reading, word):
+    page = status_page.render(
+        Status(
+            version="1",
+            tensorflow="2",
+            device="CPU:0",
+            started=0,
+            health=reading,
+            entries=[],
+            loads={},
+            recent=Recent(Metrics().registry).window(),
+        )
+    )
+    assert f"<title>forwardpass: {word}</title>" in page

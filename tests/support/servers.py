@@ -24,6 +24,14 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
         time.sleep(0.02)
 
 
+def read_metrics(url: str) -> dict[str, float]:
+    """Every sample that Prometheus would scrape, by name and labels as they are written."""
+    with urllib.request.urlopen(url) as response:
+        text = response.read().decode()
+    samples = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, value in samples}
+
+
 class ServerProcess:
     """A `forwardpass-server serve` that has loaded its models. A context manager: leaving it kills the process.
 
@@ -75,11 +83,8 @@ class ServerProcess:
         return int(self.address.rpartition(":")[2])
 
     def metrics(self) -> dict[str, float]:
-        """Every sample that Prometheus would scrape, by name and labels as they are written."""
-        with urllib.request.urlopen(self.metrics_url) as response:
-            text = response.read().decode()
-        samples = (line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-        return {name: float(value) for name, value in samples}
+        """See `read_metrics`."""
+        return read_metrics(self.metrics_url)
 
     def wait_for_log(self, text: str, timeout_s: float = 10) -> str:
         """The log, once it holds `text`: the pipe may lag behind what the server has answered."""

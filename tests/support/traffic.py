@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import pathlib
 import urllib.request
 
 import grpc
@@ -12,7 +13,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import forwardpass_client
 from forwardpass_client import errors
+from forwardpass_server.serving import tokens, version_policy
+from forwardpass_server.serving.tokens import Role
 from support import zoo
+from support.certificates import Signer
 from support.servers import ServerProcess
 
 ARGUMENTS = (
@@ -22,6 +26,17 @@ ARGUMENTS = (
     *("--weights-mib", "2", "--max-concurrent-calls", "64", "--management-port", "0"),
 )
 """Of a server that is to be sent it. Its weight store holds two sets of `wide`."""
+
+
+def watching_files(folder: pathlib.Path) -> list[str]:
+    """Arguments of a server that watches files of every kind, which are made in this folder."""
+    _, token = tokens.create("alice", [Role.CALL], tokens.parse_expiry("30d"))
+    (folder / "tokens").write_text(token.line() + "\n")
+    (folder / "models" / "m").mkdir(parents=True)
+    (folder / "models" / "m" / version_policy.FILE).write_text("{}")
+    arguments = [*Signer(folder / "signer").arguments(mutual=True), "--tokens", str(folder / "tokens")]
+    arguments += ["--model-repository", str(folder / "models"), "--repository-poll", "0.1"]
+    return [*arguments, "--factory", "slow=support.zoo:slow"]
 
 
 def send(server: ServerProcess) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from forwardpass_server.rpc.server import LIVE, MODEL_HEALTH_PREFIX, STARTUP, Server
+from forwardpass_server.rpc.server import LIVE, MODEL_HEALTH_PREFIX, READY, STARTUP, Server
 from forwardpass_server.serving.liveness import Liveness
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Registry, State
+from forwardpass_server.telemetry.health import HealthReading
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -51,6 +52,16 @@ class Health:
         await self._server.set_serving(name, self._registry.is_available(source.name))
         await self._tell()
 
+    def reading(self) -> HealthReading:
+        """What grpc.health.v1 answers at this moment, for those who do not ask it. On any thread."""
+        server = self._server
+        return HealthReading(
+            has_started=server.says_serving(STARTUP),
+            is_live=server.says_serving(LIVE),
+            is_ready=server.says_serving(READY),
+            is_draining=server.is_draining,
+        )
+
     async def watch(self) -> None:
         """Follows the device's liveness until it is cancelled."""
         while True:
@@ -68,4 +79,6 @@ class Health:
         entries = self._registry.entries()
         # A server of which no model can be called is of use to nobody.
         is_useful = any(entry.state is State.AVAILABLE for entry in entries) or not entries
-        await self._server.set_all_serving(self._has_started and self._is_alive and is_useful)
+        is_ready = self._has_started and self._is_alive and is_useful
+        await self._server.set_serving(READY, is_ready)
+        await self._server.set_all_serving(is_ready)

@@ -93,6 +93,7 @@ async def join(settings: Settings) -> Parts:
     metrics = Metrics()
     tracing = _tracing(settings.trace_endpoint)
     security = Security(settings)
+    security.show(metrics.files)
     devices.use_cores(control_groups.cores())
     tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
     device = tensorflow.device.removeprefix("/device:")
@@ -139,7 +140,7 @@ async def join(settings: Settings) -> Parts:
                 departure,
                 tracing,
             ),
-            WEIGHTS_SERVICE: WeightsServicer(weights),
+            WEIGHTS_SERVICE: WeightsServicer(weights, departure),
             SESSION_SERVICE: sessions_servicer,
         },
         metrics,
@@ -150,6 +151,7 @@ async def join(settings: Settings) -> Parts:
     )
     liveness = Liveness(placing, _TRIAL_S, settings.device_timeout_s)
     health = Health(server, registry, liveness)
+    metrics.health.read = health.reading
     loader = ObservedLoader(garbage.SparingLoader(tensorflow), metrics.models)
     management = RegistryManagement(
         registry,

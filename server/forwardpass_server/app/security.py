@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 from forwardpass_server.app.settings import Settings, SettingsError, is_loopback
@@ -9,6 +10,7 @@ from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.certificates import Certificates
 from forwardpass_server.rpc.server import OPENABLE
 from forwardpass_server.serving.tokens import Role, Tokens
+from forwardpass_server.telemetry.files import FileMetrics
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -44,6 +46,17 @@ class Security:
             has_client_certificates=self.certificates is not None and self.certificates.are_mutual,
             open_services=self._open_services,
         )
+
+    def show(self, metrics: FileMetrics) -> None:
+        """Has metrics tell how the files are, and how long they are good."""
+        certificates, tokens = self.certificates, self._tokens
+        if certificates is not None:
+            metrics.watched("certificates", lambda: certificates.are_good)
+            metrics.certificates(lambda: certificates.expire_s)
+        if tokens is not None:
+            metrics.watched("tokens", lambda: tokens.are_good)
+            for role in Role:
+                metrics.tokens(role.value, functools.partial(tokens.expire_s, role))
 
     def refresh(self) -> None:
         """Reads files that have changed. To be called every second or so."""

@@ -41,7 +41,8 @@ async def serve(settings: Settings, announce: Announce) -> bool:
     garbage.set_aside()
     stop = _stop_on_signals()
     recent = Recent(parts.metrics.registry)
-    monitoring = _monitoring_server(parts, recent, stop)
+    await parts.health.open()
+    monitoring = _monitoring_server(parts, recent)
     if monitoring is not None:
         announce(f"metrics on http://{join_address(settings.metrics_host, monitoring.port)}/metrics")
     await _listen(parts, announce)
@@ -78,7 +79,7 @@ def _stop(stop: asyncio.Event, number: int) -> None:
     stop.set()
 
 
-def _monitoring_server(parts: Parts, recent: Recent, stop: asyncio.Event) -> MonitoringServer | None:
+def _monitoring_server(parts: Parts, recent: Recent) -> MonitoringServer | None:
     """Serves metrics and the status page; None where no port is to."""
     host, port = parts.settings.metrics_host, parts.settings.metrics_port
     if port is None:
@@ -91,7 +92,7 @@ def _monitoring_server(parts: Parts, recent: Recent, stop: asyncio.Event) -> Mon
                 tensorflow=parts.tensorflow_version,
                 device=parts.device,
                 started=parts.metrics.machine.started,
-                is_draining=stop.is_set(),
+                health=parts.health.reading(),
                 entries=parts.registry.entries(),
                 loads=parts.loader.loads,
                 recent=recent.window(),
@@ -109,7 +110,7 @@ async def _listen(parts: Parts, announce: Announce) -> None:
     settings = parts.settings
     if parts.managing is not None:
         announce(f"management on {join_address(settings.management_host, await parts.managing.start())}")
-    await parts.health.open()
+        await parts.managing.set_all_serving(True)
     announce(f"listening on {join_address(settings.host, await parts.server.start())}")
     announce(
         f"weights: up to {parts.weights_bytes / 2**20:,.0f} MiB on {parts.device}"

@@ -12,6 +12,7 @@ from forwardpass.wire.methods import MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SER
 from forwardpass_server.app.status_style import STYLE
 from forwardpass_server.serving.loading import Load
 from forwardpass_server.serving.registry import Entry, State
+from forwardpass_server.telemetry.health import HealthReading
 from forwardpass_server.telemetry.recent import Window
 
 REFRESH_S = 10
@@ -30,7 +31,7 @@ class Status:
     tensorflow: str
     device: str
     started: float
-    is_draining: bool
+    health: HealthReading
     entries: Sequence[Entry]
     loads: Mapping[str, Load]
     recent: Window
@@ -58,14 +59,16 @@ def render(status: Status) -> str:
 
 def _state(status: Status) -> tuple[str, str]:
     """In a word, and how good that is."""
-    states = {entry.state for entry in status.entries}
-    if status.is_draining:
+    health = status.health
+    if health.is_draining:
         return "draining", "busy"
-    if State.LOADING in states:
+    if not health.is_live:
+        return "the device does not work", "bad"
+    if not health.has_started:
         return "loading", "busy"
-    if State.AVAILABLE in states:
-        return "ready", "good"
-    return ("no model can be called", "bad") if states else ("ready, without a model", "busy")
+    if not health.is_ready:
+        return "no model can be called", "bad"
+    return ("ready", "good") if status.entries else ("ready, without a model", "busy")
 
 
 def _summary(recent: Window) -> str:
@@ -187,6 +190,8 @@ def _weights(recent: Window) -> str:
         ("Uses found there", _share(hits / lookups if lookups else None)),
         ("Dropped to make room", _number(recent.total("forwardpass_weights_evictions_total"))),
     ]
+    if disk_budget:
+        facts.append(("Failures of the disk", _number(recent.total("forwardpass_weights_disk_failures_total"))))
     return _section("Weights", content + _facts(facts))
 
 

@@ -78,6 +78,7 @@ async def _follow_repository(parts: Parts, loading: asyncio.Task[None]) -> None:
         return
     known = [entry.source for entry in parts.registry.entries() if entry.source.folder is not None]
     watch = RepositoryWatch(parts.management, settings.model_repository, parts.policies, known)
+    parts.metrics.files.watched("models", lambda: watch.is_good)
     # What the start has to load comes first.
     await asyncio.wait([loading])
     await watch.watch(settings.repository_poll_s)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
+from typing import TypeVar
 
 from forwardpass.wire import errors
+
+AnswerT = TypeVar("AnswerT")
 
 
 class Departure:
@@ -13,7 +17,7 @@ class Departure:
 
     def __init__(self) -> None:
         self.is_due = False
-        self._told: set[Callable[[], None]] = set()
+        self._told: set[Callable[[], object]] = set()
 
     def announce(self) -> None:
         """Tells every stream; those to come are told at once."""
@@ -26,7 +30,7 @@ class Departure:
         return errors.ServerUnavailable("the server is stopping")
 
     @contextlib.contextmanager
-    def telling(self, tell: Callable[[], None]) -> Iterator[None]:
+    def telling(self, tell: Callable[[], object]) -> Iterator[None]:
         """Calls `tell` if the departure is announced meanwhile, or was before."""
         self._told.add(tell)
         try:
@@ -35,3 +39,17 @@ class Departure:
             yield
         finally:
             self._told.discard(tell)
+
+    async def until(self, answering: Awaitable[AnswerT]) -> AnswerT:
+        """What comes of `answering`, which is cancelled by the departure. Raises ServerUnavailable then.
+
+        For streams of which nothing is worth finishing.
+        """
+        task = asyncio.ensure_future(answering)
+        with self.telling(task.cancel):
+            try:
+                return await task
+            except asyncio.CancelledError:
+                if self.is_due:
+                    raise self.error() from None
+                raise

@@ -15,6 +15,7 @@ from forwardpass.wire import errors
 from forwardpass.wire.methods import SERVICES
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.access import Access
+from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.telemetry.rpcs import MethodMetrics, RpcMetrics
 
@@ -39,10 +40,11 @@ class _Method(NamedTuple):
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every handler, those of health and reflection included. Nothing else aborts a call of ours."""
 
-    def __init__(self, metrics: RpcMetrics, access: Access, tracing: Tracing | None) -> None:
+    def __init__(self, metrics: RpcMetrics, access: Access, departure: Departure, tracing: Tracing | None) -> None:
         self._metrics = metrics
         self._tracing = tracing
         self._access = access
+        self._departure = departure
         self._methods: dict[str, _Method] = {}
         # gRPC answers UNIMPLEMENTED where there is no handler.
         self._unknown = _Method(None, self._refusing(_UNKNOWN, "unary"), access.is_open)
@@ -85,13 +87,23 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if handler.response_serializer is None:
             method = _measured(method, metrics, *streams)
         answer = _writing(method) if handler.response_streaming else method
+        is_ours = _names(path)[0] in SERVICES
+        # Watches of health and talks with reflection last until their callers leave. Ours know what is to be finished.
+        if any(streams) and not is_ours:
+            answer = self._until_departure(answer)
         if not is_open:
             answer = self._admitted(answer, handler.request_streaming)
         guarded = self._guard(answer, path, metrics)
         # Probes ask for health every few seconds, and whoever is refused may be anybody: they make no spans.
-        if self._tracing is not None and _names(path)[0] in SERVICES:
+        if self._tracing is not None and is_ours:
             guarded = self._tracing.of_rpc(guarded, path, is_stream=any(streams))
         return handlers.MAKERS[streams](guarded, None, handler.response_serializer)
+
+    def _until_departure(self, answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def departing(request: Any, context: Any) -> Any:
+            return await self._departure.until(answer(request, context))
+
+        return departing
 
     def _admitted(self, answer: Callable[..., Awaitable[Any]], is_stream: bool) -> Callable[..., Awaitable[Any]]:
         """`answer` for callers that a certificate names, and that stay who they are as long as they send requests."""

@@ -80,7 +80,7 @@ class Server:
         self._departure = departure
         self._health = HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[Interceptor(metrics.rpcs, access, tracing)],
+            interceptors=[Interceptor(metrics.rpcs, access, departure, tracing)],
             options=[
                 ("grpc.max_receive_message_length", options.max_message_bytes),
                 ("grpc.max_send_message_length", options.max_message_bytes),
@@ -100,8 +100,8 @@ class Server:
             ],
         )
         self._servicers = servicers
-        # Names that health answers for.
-        self._said: set[str] = set()
+        # What health answers, by the names that it answers for.
+        self._said: dict[str, bool] = {}
         self._is_draining = False
         self._server.add_generic_rpc_handlers([handlers.of(*item) for item in servicers.items()])
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -124,24 +124,32 @@ class Server:
 
     async def set_serving(self, service: str, serving: bool) -> None:
         """What grpc.health.v1 answers for a service; "" is the server as a whole."""
-        self._said.add(service)
         status = health_pb2.HealthCheckResponse
         is_serving = serving and (not self._is_draining or service in _LASTING)
         await self._health.set(service, status.SERVING if is_serving else status.NOT_SERVING)
+        self._said[service] = is_serving
+
+    def says_serving(self, service: str) -> bool:
+        """Whether grpc.health.v1 answers SERVING for a service. On any thread."""
+        return self._said.get(service, False)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether `drain` has begun. On any thread."""
+        return self._is_draining
 
     async def set_all_serving(self, serving: bool) -> None:
-        """What is answered for the server as a whole, for each of its services, and for `ready`."""
-        for service in ("", READY, *self._servicers):
+        """What is answered for the server as a whole, and for each of its services."""
+        for service in ("", *self._servicers):
             await self.set_serving(service, serving)
 
     async def drain(self) -> None:
         """Says NOT_SERVING, waits for clients to see it, takes no more calls, and waits for those that run."""
         self._is_draining = True
-        for service in self._said.difference(_LASTING):
+        for service in self._said.keys() - set(_LASTING):
             await self.set_serving(service, False)
         _LOGGER.info("draining: waiting %.1f s for clients to leave", self._options.drain_delay_s)
         await asyncio.sleep(self._options.drain_delay_s)
         self._departure.announce()
-        self._health.end_watches()
         await self._server.stop(self._options.drain_timeout_s)
         _LOGGER.info("drained")

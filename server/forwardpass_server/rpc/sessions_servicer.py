@@ -96,7 +96,7 @@ class SessionsServicer:
         return b""
 
     async def Evaluate(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
-        start = await _start(requests)
+        start = await self._departure.until(_start(requests))
         targets = [(target.session_id, target.weights_id) for target in start.targets]
         principal = principals.current()
         async with self._evaluations.begin(principal, start.writer_id, start.training, targets) as evaluation:

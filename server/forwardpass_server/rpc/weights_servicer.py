@@ -7,16 +7,21 @@ from collections.abc import AsyncIterator
 from forwardpass import v1
 from forwardpass.wire import chunks, errors, fields, manifests
 from forwardpass_server.rpc import principals
+from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.serving.weights import WeightStore
 
 _LEASE_ID_BYTES = 16
 
 
 class WeightsServicer:
-    """Each method has the name of its RPC, takes and returns bytes, or asynchronous iterators of them."""
+    """Each method has the name of its RPC, takes and returns bytes, or asynchronous iterators of them.
 
-    def __init__(self, store: WeightStore) -> None:
+    departure: ends uploads. What is still to come could not be published any more: that takes a further call.
+    """
+
+    def __init__(self, store: WeightStore, departure: Departure) -> None:
         self._store = store
+        self._departure = departure
 
     async def PutWeights(self, data: bytes, context: object) -> bytes:
         manifest = manifests.decode(fields.parse(v1.PutWeightsRequest, data).manifest)
@@ -27,10 +32,13 @@ class WeightsServicer:
         return response.SerializeToString()
 
     async def UploadTensors(self, requests: AsyncIterator[bytes], context: object) -> bytes:
+        await self._departure.until(self._upload(requests))
+        return b""
+
+    async def _upload(self, requests: AsyncIterator[bytes]) -> None:
         async for data in requests:
             header, chunk = chunks.decode(v1.UploadTensorsRequest, data)
             await self._store.upload(principals.current(), header.digest, header.offset, chunk)
-        return b""
 
     async def DescribeWeights(self, data: bytes, context: object) -> bytes:
         request = fields.parse(v1.DescribeWeightsRequest, data)

@@ -39,6 +39,12 @@ class RepositoryWatch:
         # Those that are to be unloaded, and have to wait.
         self._waiting: set[str] = set()
         self._complaint = ""
+        self._has_failed = False
+
+    @property
+    def is_good(self) -> bool:
+        """Whether the last look found a repository that can be followed."""
+        return not self._complaint and not self._has_failed and self._policies.are_good
 
     async def watch(self, every_s: float) -> None:
         """Looks every so many seconds, until it is cancelled."""
@@ -46,8 +52,10 @@ class RepositoryWatch:
             await asyncio.sleep(every_s)
             try:
                 await self.look()
+                self._has_failed = False
             except Exception:  # Whatever it is: who watches must not end by it.
                 _LOGGER.exception("model repository: a look at it failed")
+                self._has_failed = True
 
     async def look(self) -> None:
         """Loads what is new or has changed, one after another, and then unloads what is gone, or served no longer."""

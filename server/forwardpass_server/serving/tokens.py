@@ -16,6 +16,7 @@ import datetime
 import enum
 import hashlib
 import hmac
+import math
 import pathlib
 import re
 import secrets
@@ -67,6 +68,20 @@ class Tokens:
             [path], lambda contents: _parse(path.name, contents)
         )
         self.refresh = self._file.refresh
+
+    @property
+    def are_good(self) -> bool:
+        """Whether the file could be read when it was last looked at; what it said before holds otherwise."""
+        return self._file.are_good
+
+    def expire_s(self, role: Role) -> float:
+        """When the first principal is left without a token for a role, in seconds since 1970; infinite for never."""
+        last: dict[str, float] = {}
+        for token in self._file.value.values():
+            if role in token.roles:
+                expires_s = math.inf if token.expires_s is None else token.expires_s
+                last[token.principal] = max(expires_s, last.get(token.principal, 0.0))
+        return min(last.values(), default=math.inf)
 
     def find(self, token: str) -> Token | None:
         """What the file says of a token, one that has expired included."""

@@ -81,9 +81,17 @@ class VersionPolicies:
             except ModelLoadError as error:
                 raise ModelLoadError(f"{name}/{error}") from None
 
+    @property
+    def are_good(self) -> bool:
+        """Whether each file could be read when it was last looked at."""
+        return not self._complaints
+
     def refresh(self) -> None:
         """Reads the files again. Raises OSError where the repository cannot be read."""
-        for name in self._names():
+        names = self._names()
+        for gone in self._complaints.keys() - set(names):
+            del self._complaints[gone]
+        for name in names:
             try:
                 self._read(name)
             except (ModelLoadError, OSError) as error:

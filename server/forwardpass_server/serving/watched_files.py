@@ -22,9 +22,14 @@ class WatchedFiles(Generic[ValueT]):
     def __init__(self, paths: Sequence[pathlib.Path], read: Callable[[Sequence[bytes]], ValueT]) -> None:
         self._paths = paths
         self._read = read
-        self._complaint = ""
+        self._complaint: str | None = None
         self._contents = self._read_contents()
         self.value = self._read_whole(self._contents)
+
+    @property
+    def are_good(self) -> bool:
+        """Whether `value` is what the files said when they were last looked at."""
+        return self._complaint is None
 
     def refresh(self) -> None:
         """Reads the files, and their value anew if they have changed. To be called every second or so, by one thread.
@@ -34,7 +39,7 @@ class WatchedFiles(Generic[ValueT]):
         """
         try:
             contents = self._read_contents()
-            if contents == self._contents:
+            if contents == self._contents and self.are_good:
                 return
             self._contents = contents
             self.value = self._read_whole(contents)
@@ -44,7 +49,7 @@ class WatchedFiles(Generic[ValueT]):
                 self._complaint = str(error)
                 _LOGGER.error("kept as it was, for it cannot be read: %s: %s", self._names(), error)
         else:
-            self._complaint = ""
+            self._complaint = None
             _LOGGER.info("read again: %s", self._names())
 
     def _read_contents(self) -> Sequence[bytes]:

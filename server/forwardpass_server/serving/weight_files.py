@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import logging
 import os
@@ -18,6 +20,28 @@ from forwardpass.wire.dtypes import Array
 from forwardpass.wire.manifests import TensorManifest, WeightsManifest
 
 _LOGGER = logging.getLogger(__name__)
+
+_REASONS = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "full"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), "denied"),
+}
+
+
+class SetTooLarge(OSError):
+    """A set that the folder may not hold, however much else is deleted."""
+
+
+def reason(error: Exception) -> str:
+    """Why the disk did not do what it should, in a word that there are few of.
+
+    "limit": a set is larger than the folder may be. "full": the disk is. "denied": it is read-only, or not ours.
+    "corrupt": a tensor has another hash. "error": anything else.
+    """
+    if isinstance(error, SetTooLarge):
+        return "limit"
+    if isinstance(error, errors.TensorCorrupted):
+        return "corrupt"
+    return _REASONS.get(error.errno or 0, "error") if isinstance(error, OSError) else "error"
 
 
 class WeightFiles:
@@ -88,17 +112,19 @@ class WeightFiles:
             if manifest is None:
                 raise FileNotFoundError(path)
             self._manifests[path] = manifest
-            os.utime(path)
+            # A disk that takes nothing more may still be read: only the order after a restart suffers.
+            with contextlib.suppress(OSError):
+                os.utime(path)
             return manifest
 
     def tensor(self, manifest: TensorManifest) -> Array:
-        """A tensor's elements. Raises TensorCorrupted where they have another hash, and FileNotFoundError.
+        """A tensor's elements. Raises TensorCorrupted where they have another hash, and OSError.
 
-        No set with that tensor is there any more then.
+        No set with that tensor is there any more then: it can be put again.
         """
         try:
             return self._tensor(manifest)
-        except (FileNotFoundError, errors.TensorCorrupted):
+        except (OSError, errors.TensorCorrupted):
             with self._lock:
                 for path in [path for path, one in self._manifests.items() if manifest.digest in one.distinct]:
                     self._delete(path)
@@ -168,17 +194,20 @@ class WeightFiles:
         manifest = self._manifests.pop(path, None)
         if manifest is None:
             return
-        path.unlink(missing_ok=True)
+        unused = [path]
         for digest, tensor in manifest.distinct.items():
             self._users[digest] -= 1
             if not self._users[digest]:
                 del self._users[digest]
                 self._size_bytes -= tensor.size_bytes
-                self._tensor_path(digest).unlink(missing_ok=True)
+                unused.append(self._tensor_path(digest))
+        # After all counts are right: a disk may refuse.
+        for file in unused:
+            file.unlink(missing_ok=True)
 
     def _make_room(self, manifest: WeightsManifest) -> None:
         new_bytes = sum(one.size_bytes for digest, one in manifest.distinct.items() if digest not in self._users)
         if new_bytes > self._max_bytes:
-            raise OSError(f"{new_bytes} bytes are more than the folder may hold, {self._max_bytes}")
+            raise SetTooLarge(f"{new_bytes} bytes are more than the folder may hold, {self._max_bytes}")
         while self._size_bytes + new_bytes > self._max_bytes:
             self._delete(next(iter(self._manifests)))

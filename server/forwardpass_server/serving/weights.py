@@ -17,6 +17,7 @@ from forwardpass.wire.dtypes import Array
 from forwardpass.wire.manifests import TensorManifest, WeightsManifest
 from forwardpass.wire.specs import StructureSpec
 from forwardpass.wire.structures import Structure
+from forwardpass_server.serving import weight_files
 from forwardpass_server.serving.uploads import Uploads
 from forwardpass_server.serving.weight_files import WeightFiles
 
@@ -49,7 +50,8 @@ class StoreObserver(Protocol):
 
     def weights_evicted(self) -> None: ...
 
-    def weights_spill_failed(self) -> None: ...
+    def weights_disk_failed(self, operation: str, reason: str) -> None:
+        """A set was not kept on disk ("write"), or could not be read there ("read"): see `weight_files.reason`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -424,6 +426,9 @@ class WeightStore:
                 placed = await asyncio.to_thread(self._place_from_disk, wanted)
         except (OSError, errors.InvalidRequest) as error:
             _LOGGER.error("weights %s cannot be read from disk: %s", key[1].hex(), error)
+            # One that is not there was dropped for room meanwhile.
+            if not isinstance(error, FileNotFoundError):
+                self._observer.weights_disk_failed("read", weight_files.reason(error))
             return
         if any(digest not in self._tensors and digest not in placed for digest in manifest.distinct):
             # A set that shared them was dropped meanwhile.
@@ -442,7 +447,7 @@ class WeightStore:
             await asyncio.to_thread(self._files.save, principal, manifest, arrays)
         except OSError as error:
             # The set is served all the same, as long as this process lives and has room.
-            self._observer.weights_spill_failed()
+            self._observer.weights_disk_failed("write", weight_files.reason(error))
             _LOGGER.error("weights %s are not on disk: %s", manifest.weights_id.hex(), error)
 
 

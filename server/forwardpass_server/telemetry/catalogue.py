@@ -6,7 +6,6 @@ import itertools
 import sys
 
 from forwardpass_server.telemetry.families import Family
-from forwardpass_server.telemetry.machine import GPU_ONLY
 from forwardpass_server.telemetry.metrics import Metrics
 
 _HEAD = """# Metrics
@@ -35,7 +34,7 @@ def markdown() -> str:
 
 def _row(family: Family) -> str:
     labels = ", ".join(f"`{label}`" for label in family.labels)
-    meaning = family.meaning + (" On a GPU alone." if family.name in GPU_ONLY else "")
+    meaning = f"{family.meaning} {family.condition}".rstrip()
     return f"| `{family.name}` | {family.kind} | {labels} | {meaning} |"
 
 

@@ -17,6 +17,7 @@ class Family:
     """What there is to say of a metric.
 
     subject: what it is about, in words. name: as it is scraped, of a histogram without _bucket, _sum and _count.
+    condition: where there is any of it, as a sentence; "" for everywhere.
     """
 
     subject: str
@@ -24,6 +25,7 @@ class Family:
     kind: str
     labels: tuple[str, ...]
     meaning: str
+    condition: str = ""
 
 
 class Families:
@@ -38,8 +40,8 @@ class Families:
         self._note(name, "counter", labels, meaning)
         return prometheus.Counter(name, meaning, labels, registry=self._registry)
 
-    def gauge(self, name: str, meaning: str, labels: Sequence[str] = ()) -> prometheus.Gauge:
-        self._note(name, "gauge", labels, meaning)
+    def gauge(self, name: str, meaning: str, labels: Sequence[str] = (), condition: str = "") -> prometheus.Gauge:
+        self._note(name, "gauge", labels, meaning, condition)
         return prometheus.Gauge(name, meaning, labels, registry=self._registry)
 
     def histogram(
@@ -48,11 +50,11 @@ class Families:
         self._note(name, "histogram", labels, meaning)
         return prometheus.Histogram(name, meaning, labels, buckets=buckets, registry=self._registry)
 
-    def read(self, collector: Collector, metrics: Sequence[tuple[str, str, str]]) -> None:
+    def read(self, collector: Collector, metrics: Sequence[tuple[str, str, str]], condition: str = "") -> None:
         """Adds metrics that are read when they are scraped. metrics: the name, kind and meaning of each, unlabelled."""
         for name, kind, meaning in metrics:
-            self._note(name, kind, (), meaning)
+            self._note(name, kind, (), meaning, condition)
         self._registry.register(collector)
 
-    def _note(self, name: str, kind: str, labels: Sequence[str], meaning: str) -> None:
-        self._made.append(Family(self._subject, name, kind, tuple(labels), meaning))
+    def _note(self, name: str, kind: str, labels: Sequence[str], meaning: str, condition: str = "") -> None:
+        self._made.append(Family(self._subject, name, kind, tuple(labels), meaning, condition))

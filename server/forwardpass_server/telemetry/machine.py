@@ -29,8 +29,7 @@ _DEVICE = (
     ("forwardpass_device_memory_total_bytes", "gauge", "The GPU's memory."),
     ("forwardpass_device_utilisation_ratio", "gauge", "The share of the last second in which the GPU worked."),
 )
-GPU_ONLY = frozenset(name for name, _, _ in _DEVICE)
-"""What there is of a server on a GPU alone."""
+ON_A_GPU = "On a GPU alone."
 
 _PROCESS = (
     ("process_cpu_seconds_total", "counter", "Processor time that the process took, in seconds."),
@@ -51,7 +50,7 @@ class MachineMetrics:
         self._build = families.gauge(
             "forwardpass_build_info", "1, labelled with what runs.", ("version", "tensorflow", "device")
         )
-        families.read(_DeviceCollector(self), _DEVICE)
+        families.read(_DeviceCollector(self), _DEVICE, ON_A_GPU)
         families.read(prometheus.ProcessCollector(registry=None), _PROCESS)
 
     def build(self, version: str, tensorflow: str, device: str) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from forwardpass_server.telemetry.families import Families
 
+_DISK_FAILURES = {"write": ("limit", "full", "denied", "error"), "read": ("corrupt", "denied", "error")}
+
 
 class WeightMetrics:
     """Of one weight store."""
@@ -27,14 +29,24 @@ class WeightMetrics:
         self.weights_evicted = families.counter(
             "forwardpass_weights_evictions_total", "Sets dropped to make room for others."
         ).inc
-        self.weights_spill_failed = families.counter(
-            "forwardpass_weights_spill_failures_total", "Sets that could not be kept on disk."
-        ).inc
+        self._disk_failures = families.counter(
+            "forwardpass_weights_disk_failures_total",
+            "Sets that could not be kept in the folder, or read from it: each is served on from memory, or put again.",
+            ("operation", "reason"),
+        )
+        # Prometheus sees no growth in a series that begins with it.
+        for operation, reasons in _DISK_FAILURES.items():
+            for reason in reasons:
+                self._disk_failures.labels(operation, reason)
         self._disk_bytes = families.gauge(
             "forwardpass_weights_disk_bytes", "Tensors in the folder of weights; 0 where there is no folder."
         )
         self._disk_budget = families.gauge("forwardpass_weights_disk_budget_bytes", "What they may take.")
         self._disk_sets = families.gauge("forwardpass_weights_disk_sets", "Sets of weights in the folder.")
+
+    def weights_disk_failed(self, operation: str, reason: str) -> None:
+        """See `serving.weights.StoreObserver`."""
+        self._disk_failures.labels(operation, reason).inc()
 
     def store(
         self, used_bytes: Callable[[], int], budget_bytes: int, sets: Callable[[], int], tensors: Callable[[], int]

@@ -46,6 +46,9 @@ def test_files_that_are_none_are_refused_and_do_not_replace_good_ones(signer, tm
     spoil(signer, tmp_path)
     with pytest.raises(ValueError, match=message):
         Certificates(signer.certificate, signer.key, signer.ca)
+    ends = good.expire_s
     good.refresh()
+    assert not good.are_good
+    assert good.expire_s == ends
     assert "kept as it was, for it cannot be read" in caplog.text
     assert "PRIVATE KEY" not in caplog.text

@@ -135,6 +135,7 @@ def test_a_repository_that_is_gone_or_empty_takes_no_model_away(situation, caplo
         await look(watch, 3)
         assert situation.states() == {"m/1": State.AVAILABLE}
         assert sum("served on as they are" in record.message for record in caplog.records) == 1
+        assert not watch.is_good
 
     asyncio.run(run())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 
 import pytest
@@ -55,6 +56,20 @@ def test_another_token_is_not_found(read, other):
 )
 def test_a_token_expires_when_its_line_says(read, expiry, is_expired):
     assert read(f"{HASH} alice call {expiry}\n").find("secret").is_expired is is_expired
+
+
+def test_tokens_expire_when_the_first_principal_has_none_left(read):
+    lines = [
+        # The second takes over from the first.
+        f"sha256:{'1' * 64} alice call 2030-01-01",
+        f"sha256:{'2' * 64} alice call 2031-01-01",
+        f"sha256:{'3' * 64} bob call,manage 2032-01-01",
+        f"sha256:{'4' * 64} carol call never",
+    ]
+    found = read("\n".join(lines) + "\n")
+    assert found.expire_s(Role.CALL) == tokens.parse_expiry("2031-01-01")
+    assert found.expire_s(Role.MANAGE) == tokens.parse_expiry("2032-01-01")
+    assert [read(lines[-1] + "\n").expire_s(role) for role in Role] == [math.inf, math.inf]
 
 
 def test_times_are_utc_unless_they_say_otherwise():

@@ -37,10 +37,12 @@ def test_what_cannot_be_read_leaves_the_last_good_value_and_is_said_once(paths, 
     for _ in range(3):
         files.refresh()
     assert files.value == 11
+    assert not files.are_good
     assert len([record for record in caplog.records if "kept as it was" in record.getMessage()]) == 1
     paths[0].write_text("3")
     files.refresh()
     assert files.value == 31
+    assert files.are_good
 
 
 def test_a_file_that_comes_back_as_it_was_is_good_again(paths):
@@ -50,6 +52,16 @@ def test_a_file_that_comes_back_as_it_was_is_good_again(paths):
     paths[0].write_text("1")
     files.refresh()
     assert files.value == 11
+
+
+def test_a_file_that_was_away_for_a_while_is_good_again(paths):
+    files = WatchedFiles(paths, number)
+    away = paths[0].rename(paths[0].with_name("away"))
+    files.refresh()
+    assert not files.are_good
+    away.rename(paths[0])
+    files.refresh()
+    assert files.are_good
 
 
 def test_files_that_change_while_they_are_read_are_read_next_time(paths):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import gc
+import subprocess
 import weakref
 
 import numpy as np
@@ -17,6 +19,7 @@ from forwardpass.wire.structures import Structure
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.serving.weight_files import WeightFiles
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
+from support import filesystems
 
 KIB = 1024
 
@@ -26,7 +29,7 @@ class Counts:
     hits: int = 0
     misses: int = 0
     evictions: int = 0
-    spill_failures: int = 0
+    disk_failures: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def weights_hit(self):
         self.hits += 1
@@ -37,8 +40,8 @@ class Counts:
     def weights_evicted(self):
         self.evictions += 1
 
-    def weights_spill_failed(self):
-        self.spill_failures += 1
+    def weights_disk_failed(self, operation, reason):
+        self.disk_failures.append((operation, reason))
 
 
 class Set:
@@ -537,10 +540,26 @@ def test_a_tensor_that_was_changed_on_disk_is_noticed_and_sent_again(tmp_path):
         save(one, files(tmp_path))
         path = tmp_path / "tensors" / one.manifest.tensors[0].digest.hex()
         path.write_bytes(bytes(KIB))
-        options = StoreOptions(budget_bytes=100 * KIB)
-        store = WeightStore(options, TensorFlowDevice("/device:CPU:0"), Counts(), files(tmp_path))
+        store, counts = over(files(tmp_path))
         assert not await holds(store, one)
+        assert counts.disk_failures == [("read", "corrupt")]
         # And with new numbers all is well.
+        await upload(store, one)
+        assert await holds(store, one)
+
+    asyncio.run(run())
+
+
+def test_a_tensor_that_the_disk_does_not_give_is_sent_again(tmp_path):
+    async def run():
+        one = Set(1)
+        save(one, files(tmp_path))
+        store, counts = over(files(tmp_path))
+        path = tmp_path / "tensors" / one.manifest.tensors[0].digest.hex()
+        path.unlink()
+        path.mkdir()
+        assert not await holds(store, one)
+        assert counts.disk_failures == [("read", "error")]
         await upload(store, one)
         assert await holds(store, one)
 
@@ -590,17 +609,66 @@ def test_the_folder_stays_below_its_limit(tmp_path):
         save(Set(9, kib=9), target)
 
 
-def test_a_full_disk_costs_the_copy_on_disk_and_nothing_else(tmp_path):
+def over(target: WeightFiles) -> tuple[WeightStore, Counts]:
+    counts = Counts()
+    return WeightStore(StoreOptions(budget_bytes=100 * KIB), TensorFlowDevice("/device:CPU:0"), counts, target), counts
+
+
+def test_a_set_that_is_larger_than_the_folder_may_be_is_served_from_memory(tmp_path):
     async def run():
-        counts = Counts()
-        options = StoreOptions(budget_bytes=100 * KIB)
-        store = WeightStore(options, TensorFlowDevice("/device:CPU:0"), counts, files(tmp_path, kib=1))
+        store, counts = over(files(tmp_path, kib=1))
         one = Set(1)
         await upload(store, one)
         assert await holds(store, one)
-        assert counts.spill_failures == 1
+        assert counts.disk_failures == [("write", "limit")]
 
     asyncio.run(run())
+
+
+def test_a_full_disk_costs_the_copy_on_disk_and_nothing_else(tmp_path):
+    async def run(folder):
+        target = files(folder / "weights")
+        store, counts = over(target)
+        filler = folder / "filler"
+        with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(16 * KIB))
+        one, other = Set(1, kib=20), Set(2, kib=20)
+        await upload(store, one)
+        assert await holds(store, one)
+        assert counts.disk_failures == [("write", "full")]
+        assert not target.has("", one.id)
+        assert not list((folder / "weights" / "tensors").iterdir())
+        assert not list((folder / "weights" / "new").iterdir())
+        # Putting it again asks for nothing, and once there is room others are kept.
+        assert await store.put("", one.manifest) == []
+        filler.unlink()
+        await upload(store, other)
+        assert target.has("", other.id)
+        assert counts.disk_failures == [("write", "full")]
+
+    with filesystems.mounted(tmp_path / "small", "-t", "tmpfs", "-o", "size=1m", "tmpfs") as folder:
+        asyncio.run(run(folder))
+
+
+def test_a_disk_that_has_become_read_only_is_read_on_and_takes_no_more(tmp_path):
+    kept, new = Set(1), Set(2)
+
+    async def run(target):
+        store, counts = over(target)
+        assert await holds(store, kept)
+        await upload(store, new)
+        assert await holds(store, new)
+        assert counts.disk_failures == [("write", "denied")]
+        # What cannot be deleted counts no more.
+        assert (target.set_count, target.size_bytes) == (0, 0)
+
+    with filesystems.mounted(tmp_path / "small", "-t", "tmpfs", "tmpfs") as folder:
+        save(kept, files(folder))
+        # It has room for one of them.
+        target = files(folder, kib=2)
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        asyncio.run(run(target))
 
 
 async def on_device(store, one: Set, principal: str) -> bool:
