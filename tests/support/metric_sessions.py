@@ -19,9 +19,12 @@ from forwardpass_server.serving.admission import Admission, Limits
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.evaluation import Evaluations
+from forwardpass_server.serving.known_sessions import KnownSessions
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Registry
 from forwardpass_server.serving.scheduling import Scheduler
+from forwardpass_server.serving.session_commits import SessionCommits
+from forwardpass_server.serving.session_models import SessionModels
 from forwardpass_server.serving.session_records import UpdateIdentity
 from forwardpass_server.serving.session_store import SessionLimits, SessionStore
 from forwardpass_server.serving.session_stores.memory import MemorySessionStore
@@ -81,6 +84,8 @@ class Rig:
     """What a server joins for its sessions."""
 
     sessions: Sessions
+    models: SessionModels
+    known: KnownSessions
     evaluations: Evaluations
     caller: Caller
     admission: Admission
@@ -143,10 +148,12 @@ async def rig(
     limits = Limits(calls=max_calls, size_bytes=2**30)
     admission = Admission(limits, limits)
     caller = Caller(registry, weights, scheduler, Batcher(scheduler, observer, 100), observer, admission)
-    sessions = Sessions(store, registry, caller, admission, observer, max_state_bytes)
+    models = SessionModels(registry, store)
+    known = KnownSessions(store, models)
+    sessions = Sessions(store, models, known, SessionCommits(store, observer, max_state_bytes), caller, admission)
     evaluations = Evaluations(sessions, weights, caller, admission)
     try:
-        yield Rig(sessions, evaluations, caller, admission, weights, observer, registry, store)
+        yield Rig(sessions, models, known, evaluations, caller, admission, weights, observer, registry, store)
     finally:
         await scheduler.close(10)
 

@@ -29,12 +29,15 @@ from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller
 from forwardpass_server.serving.errors import ModelLoadError
 from forwardpass_server.serving.evaluation import Evaluations
+from forwardpass_server.serving.known_sessions import KnownSessions
 from forwardpass_server.serving.liveness import Liveness
 from forwardpass_server.serving.loading import ObservedLoader
 from forwardpass_server.serving.management import Management, RegistryManagement
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Registry, State
 from forwardpass_server.serving.scheduling import Scheduler
+from forwardpass_server.serving.session_commits import SessionCommits
+from forwardpass_server.serving.session_models import SessionModels
 from forwardpass_server.serving.session_store import SessionStore
 from forwardpass_server.serving.sessions import Sessions
 from forwardpass_server.serving.tokens import Role
@@ -76,7 +79,8 @@ class Parts:
     weights: WeightStore
     weights_bytes: int
     session_store: SessionStore
-    sessions: Sessions
+    session_models: SessionModels
+    known_sessions: KnownSessions
     server: Server
     liveness: Liveness
     health: Health
@@ -109,14 +113,10 @@ async def join(settings: Settings) -> Parts:
     caller = Caller(registry, weights, scheduler, batcher, observer, admission)
     session_store = await session_stores.open_store(settings, metrics.sessions)
     metrics.sessions.store(session_store.count, session_store.is_shared)
-    sessions = Sessions(
-        session_store,
-        registry,
-        caller,
-        admission,
-        metrics.sessions,
-        settings.max_state_bytes,
-    )
+    session_models = SessionModels(registry, session_store)
+    known_sessions = KnownSessions(session_store, session_models)
+    commits = SessionCommits(session_store, metrics.sessions, settings.max_state_bytes)
+    sessions = Sessions(session_store, session_models, known_sessions, commits, caller, admission)
     evaluations = Evaluations(sessions, weights, caller, admission)
     departure = Departure()
     sessions_servicer = SessionsServicer(sessions, evaluations, settings.max_message_bytes, metrics.models, departure)
@@ -160,7 +160,7 @@ async def join(settings: Settings) -> Parts:
         settings.factories,
         policies,
         functools.partial(_model_changed, health, registry, loader, metrics.models),
-        sessions,
+        session_models,
         settings.unload_with_sessions == "refuse",
     )
     return Parts(
@@ -178,7 +178,8 @@ async def join(settings: Settings) -> Parts:
         weights=weights,
         weights_bytes=weights_bytes,
         session_store=session_store,
-        sessions=sessions,
+        session_models=session_models,
+        known_sessions=known_sessions,
         server=server,
         liveness=liveness,
         health=health,

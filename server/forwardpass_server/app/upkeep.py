@@ -8,12 +8,12 @@ from collections.abc import Coroutine
 from typing import Any
 
 from forwardpass.wire import errors
-from forwardpass_server.app import garbage
 from forwardpass_server.app.parts import Parts
 from forwardpass_server.app.security import Security
+from forwardpass_server.serving.known_sessions import KnownSessions
 from forwardpass_server.serving.repository_watch import RepositoryWatch
+from forwardpass_server.serving.session_models import SessionModels
 from forwardpass_server.serving.session_store import SessionStore
-from forwardpass_server.serving.sessions import Sessions
 from forwardpass_server.serving.weights import WeightStore
 from forwardpass_server.telemetry.recent import INTERVAL_S, Recent
 
@@ -30,8 +30,8 @@ def works(parts: Parts, recent: Recent, loading: asyncio.Task[None]) -> list[Cor
     """What goes on until it is cancelled. loading: of the models of the start."""
     return [
         _sweep_weights(parts.weights),
-        _sweep_sessions(parts.sessions, parts.session_store),
-        _release_models(parts.sessions),
+        _sweep_sessions(parts.known_sessions, parts.session_store),
+        _release_models(parts.session_models),
         _watch(parts.security),
         _remember(recent),
         parts.health.watch(),
@@ -45,7 +45,7 @@ async def _sweep_weights(store: WeightStore) -> None:
         store.sweep()
 
 
-async def _sweep_sessions(sessions: Sessions, store: SessionStore) -> None:
+async def _sweep_sessions(sessions: KnownSessions, store: SessionStore) -> None:
     while True:
         await asyncio.sleep(_SWEEP_S)
         sessions.sweep()
@@ -54,11 +54,10 @@ async def _sweep_sessions(sessions: Sessions, store: SessionStore) -> None:
             await store.sweep()
 
 
-async def _release_models(sessions: Sessions) -> None:
+async def _release_models(models: SessionModels) -> None:
     while True:
         await asyncio.sleep(_RELEASE_S)
-        if await sessions.release():
-            await asyncio.to_thread(garbage.collect)
+        await models.release()
 
 
 async def _watch(security: Security) -> None:

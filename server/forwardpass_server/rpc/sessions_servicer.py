@@ -19,8 +19,9 @@ from forwardpass_server.rpc.evaluation_stream import EvaluationStream
 from forwardpass_server.rpc.selectors import checked
 from forwardpass_server.serving.calls import Request
 from forwardpass_server.serving.evaluation import Evaluations
+from forwardpass_server.serving.session import Session
 from forwardpass_server.serving.session_records import UpdateIdentity
-from forwardpass_server.serving.sessions import Session, Sessions
+from forwardpass_server.serving.sessions import Sessions
 from forwardpass_server.telemetry.models import ModelMetrics
 
 

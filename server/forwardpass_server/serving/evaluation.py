@@ -14,8 +14,9 @@ from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.calls import Caller, Request
+from forwardpass_server.serving.session import Session, Update
 from forwardpass_server.serving.session_records import UpdateIdentity, check_id
-from forwardpass_server.serving.sessions import Session, Sessions, Update, update_parts
+from forwardpass_server.serving.sessions import Sessions, update_parts
 from forwardpass_server.serving.weights import WeightStore
 
 # On their way at once; beyond it no more is read of the stream, and its caller has to wait.

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import prometheus_client as prometheus
 from prometheus_client.registry import Collector
 
-from forwardpass_server.telemetry.histograms import HistogramFamily
-
 # 100 us is less than gRPC itself needs, a minute more than a sensible deadline.
 SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60)
 
@@ -48,11 +46,9 @@ class Families:
 
     def histogram(
         self, name: str, meaning: str, labels: Sequence[str] = (), buckets: Sequence[float] = SECONDS
-    ) -> HistogramFamily:
+    ) -> prometheus.Histogram:
         self._note(name, "histogram", labels, meaning)
-        family = HistogramFamily(name, meaning, labels, buckets)
-        self._registry.register(family)
-        return family
+        return prometheus.Histogram(name, meaning, labels, buckets=buckets, registry=self._registry)
 
     def read(self, collector: Collector, metrics: Sequence[tuple[str, str, str]], condition: str = "") -> None:
         """Adds metrics that are read when they are scraped. metrics: the name, kind and meaning of each, unlabelled."""

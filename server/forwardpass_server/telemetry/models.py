@@ -6,9 +6,10 @@ import dataclasses
 import time
 from collections.abc import Callable
 
+import prometheus_client as prometheus
+
 from forwardpass.wire.description import Function
 from forwardpass_server.telemetry.families import Families
-from forwardpass_server.telemetry.histograms import Histogram
 
 _CALLS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _EXAMPLES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
@@ -22,9 +23,9 @@ _CALL = ("model", "function")
 class _Calls:
     """What is counted of one function of one model."""
 
-    examples: Histogram
-    queue: Histogram
-    execute: Histogram
+    examples: prometheus.Histogram
+    queue: prometheus.Histogram
+    execute: prometheus.Histogram
 
 
 class ModelMetrics:
@@ -72,16 +73,16 @@ class ModelMetrics:
         self._batched_calls = families.histogram(
             "forwardpass_batched_calls", "Calls run as one batch, where a model lets them be.", (), _CALLS
         )
-        self.decoded = self._decode_seconds.labels().observe
-        self.encoded = self._encode_seconds.labels().observe
-        self.batched_calls = self._batched_calls.labels().observe
-        self.batch_wait = self._batch_wait_seconds.labels().observe
+        self.decoded = self._decode_seconds.observe
+        self.encoded = self._encode_seconds.observe
+        self.batched_calls = self._batched_calls.observe
+        self.batch_wait = self._batch_wait_seconds.observe
         self.trace = self._traces.inc
         self._outcomes: set[tuple[str, str]] = set()
         self._by_model: dict[str, dict[Function, _Calls]] = {}
         # Calls may run on when their model is gone: they are counted here, where nobody looks.
         self._forgotten: set[str] = set()
-        unseen = Histogram(())
+        unseen = prometheus.Histogram("unseen", "Of models that are gone.", registry=None)
         self._unseen = _Calls(unseen, unseen, unseen)
 
     def in_state(self, state: str, count: Callable[[], int]) -> None:

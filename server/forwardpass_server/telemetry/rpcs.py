@@ -9,7 +9,6 @@ from collections.abc import Callable
 import prometheus_client as prometheus
 
 from forwardpass_server.telemetry.families import Families
-from forwardpass_server.telemetry.histograms import Histogram
 
 # Looking a labelled child up costs three times what counting in it does.
 _CACHED_CHILDREN = 1024
@@ -21,7 +20,7 @@ class MethodMetrics:
 
     started: prometheus.Counter
     handled: Callable[[str], prometheus.Counter]
-    seconds: Histogram
+    seconds: prometheus.Histogram
     received_bytes: prometheus.Counter
     sent_bytes: prometheus.Counter
 

@@ -28,11 +28,10 @@ class SessionMetrics:
         )
         self._applied = updates.labels("applied")
         self._duplicates = updates.labels("duplicate")
-        commits = families.histogram(
+        self.session_commit = families.histogram(
             "forwardpass_session_commit_seconds",
             "Seconds from handing a session's record to its store until it was kept.",
-        )
-        self.session_commit = commits.labels().observe
+        ).observe
 
     def store(self, count: Callable[[], int], is_shared: bool) -> None:
         """Shows count() as the number of open sessions, and whether they are this server's alone."""

@@ -13,7 +13,7 @@ from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.models.loading import TensorFlowLoader
-from forwardpass_server.serving import sessions as sessions_module
+from forwardpass_server.serving import known_sessions
 from forwardpass_server.serving.calls import Request
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Registry
@@ -111,7 +111,7 @@ def test_a_caller_that_leaves_does_not_take_its_update_back():
         calling = asyncio.ensure_future(rig.update(writer, 1))
         # Handed over with its first step, and stored some steps later.
         await asyncio.sleep(0)
-        assert rig.sessions._cached[SessionKey("", SESSION)].is_committing
+        assert rig.known._cached[SessionKey("", SESSION)].is_committing
         calling.cancel()
         await rig.update(writer, 1, sequence=1)
         assert await found(rig) == counts(1, 3, 3)
@@ -302,7 +302,7 @@ def test_a_state_larger_than_may_be_is_refused_and_the_session_goes_on():
 
 def test_sessions_that_are_not_at_hand_are_read_from_the_store(monkeypatch):
     # Each takes 4 KiB and its record.
-    monkeypatch.setattr(sessions_module, "_CACHED_BYTES", 2**15)
+    monkeypatch.setattr(known_sessions, "_CACHED_BYTES", 2**15)
 
     async def scenario(rig):
         ids = [index.to_bytes(16, "big") for index in range(20)]
@@ -311,8 +311,8 @@ def test_sessions_that_are_not_at_hand_are_read_from_the_store(monkeypatch):
             await rig.sessions.open("", one, "counting", 0)
         for _ in range(3):
             await asyncio.gather(*(rig.update(writer, 2) for writer in writers))
-        assert 0 < len(rig.sessions._cached) < 10
-        assert rig.sessions._cached_bytes <= 2**15
+        assert 0 < len(rig.known._cached) < 10
+        assert rig.known._cached_bytes <= 2**15
         assert [await found(rig, one) for one in ids] == [counts(3, 9, 18)] * 20
 
     run(scenario)
@@ -323,12 +323,12 @@ def test_sessions_that_nobody_uses_are_no_longer_at_hand_and_go_on_all_the_same(
         writer = Writer()
         await rig.sessions.open("", SESSION, "counting", 0)
         await rig.update(writer, 2)
-        rig.sessions.sweep()
-        assert len(rig.sessions._cached) == 1
-        monkeypatch.setattr(sessions_module, "_CACHED_S", 0.0)
-        rig.sessions.sweep()
-        assert not rig.sessions._cached
-        assert not rig.sessions._cached_bytes
+        rig.known.sweep()
+        assert len(rig.known._cached) == 1
+        monkeypatch.setattr(known_sessions, "_CACHED_S", 0.0)
+        rig.known.sweep()
+        assert not rig.known._cached
+        assert not rig.known._cached_bytes
         await rig.update(writer, 2)
         assert await found(rig) == counts(2, 6, 12)
 
@@ -341,18 +341,18 @@ def test_an_unloaded_model_lives_on_in_its_sessions_until_they_are_closed(monkey
         await rig.sessions.open("", SESSION, "counting", 0)
         await rig.update(writer, 2)
         # Not at hand when the model goes.
-        monkeypatch.setattr(sessions_module, "_CACHED_S", 0.0)
-        rig.sessions.sweep()
+        monkeypatch.setattr(known_sessions, "_CACHED_S", 0.0)
+        rig.known.sweep()
         with unloaded(rig):
-            assert not await rig.sessions.release()
+            assert not await rig.models.release()
             await rig.update(writer, 2)
-            rig.sessions.sweep()
+            rig.known.sweep()
             assert await found(rig) == counts(2, 6, 12)
             with pytest.raises(errors.ModelNotFound):
                 await rig.sessions.open("", OTHER, "counting", 0)
             await rig.sessions.close("", SESSION)
-            assert await rig.sessions.release()
-            assert not rig.sessions._left
+            assert await rig.models.release()
+            assert not rig.models._left
 
     run(scenario)
 
@@ -373,7 +373,7 @@ class SlowStore(MemorySessionStore):
 @contextlib.contextmanager
 def unloaded(rig):
     """Without `counting`, which other tests share."""
-    rig.sessions.leave(rig.registry.get("counting", 1))
+    rig.models.leave(rig.registry.get("counting", 1))
     assert rig.registry.unload("counting", 1)
     try:
         yield
@@ -389,7 +389,7 @@ def test_an_unloaded_model_lives_on_in_sessions_that_only_the_store_has():
 
     async def used(rig):
         with unloaded(rig):
-            assert not await rig.sessions.release()
+            assert not await rig.models.release()
             await rig.update(Writer(), 2)
             assert await found(rig) == counts(1, 3, 6)
 
@@ -400,12 +400,28 @@ def test_an_unloaded_model_lives_on_in_sessions_that_only_the_store_has():
 def test_a_model_that_is_loaded_anew_as_it_was_is_not_held_twice():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
-        rig.sessions.leave(rig.registry.get("counting", 1))
-        assert not await rig.sessions.release()
+        rig.models.leave(rig.registry.get("counting", 1))
+        assert not await rig.models.release()
         rig.registry.load(ModelSource("counting", 1, factory="support.zoo:counting"), TensorFlowLoader("cpu"))
-        assert await rig.sessions.release()
+        assert await rig.models.release()
         await rig.update(Writer(), 2)
         assert await found(rig) == counts(1, 3, 6)
+
+    run(scenario)
+
+
+def test_a_model_that_is_about_to_go_is_left_to_the_sessions_that_it_gets_until_then():
+    async def scenario(rig):
+        rig.models.leave(rig.registry.get("counting", 1))
+        assert not await rig.models.release()
+        await rig.sessions.open("", SESSION, "counting", 0)
+        rig.known._cached.clear()
+        assert rig.registry.unload("counting", 1)
+        try:
+            await rig.update(Writer(), 2)
+            assert await found(rig) == counts(1, 3, 6)
+        finally:
+            rig.registry.load(ModelSource("counting", 1, factory="support.zoo:counting"), TensorFlowLoader("cpu"))
 
     run(scenario)
 
@@ -417,8 +433,8 @@ def test_a_model_whose_sessions_cannot_be_counted_is_not_released():
 
     async def scenario(rig):
         with unloaded(rig):
-            assert not await rig.sessions.release()
-            assert len(rig.sessions._left) == 1
+            assert not await rig.models.release()
+            assert len(rig.models._left) == 1
 
     run(scenario, AwayStore(LIMITS, Observer()))
 
@@ -428,7 +444,7 @@ def test_a_session_that_is_being_opened_when_its_model_is_unloaded_is_served():
         opening = asyncio.ensure_future(rig.sessions.open("", SESSION, "counting", 0))
         await rig.store.asked.wait()
         with unloaded(rig):
-            releasing = asyncio.ensure_future(rig.sessions.release())
+            releasing = asyncio.ensure_future(rig.models.release())
             rig.store.let.set()
             await opening
             assert not await releasing
@@ -441,20 +457,20 @@ def test_a_session_that_is_being_opened_when_its_model_is_unloaded_is_served():
 def test_who_counts_the_sessions_of_a_model_waits_for_those_that_are_being_opened():
     async def scenario(rig):
         model = rig.registry.get("counting", 1).identity
-        assert await rig.sessions.count(model) == 0
+        assert await rig.models.count(model) == 0
         opening = asyncio.ensure_future(rig.sessions.open("", SESSION, "counting", 0))
         await rig.store.asked.wait()
         # Who has left may have a session all the same.
         opening.cancel()
         await asyncio.wait([opening])
-        counting = asyncio.ensure_future(rig.sessions.count(model))
+        counting = asyncio.ensure_future(rig.models.count(model))
         other = dataclasses.replace(model, content_hash=b"another")
-        assert await rig.sessions.count(other) == 0
+        assert await rig.models.count(other) == 0
         assert not counting.done()
         rig.store.let.set()
         assert await counting == 1
         await rig.sessions.close("", SESSION)
-        assert await rig.sessions.count(model) == 0
+        assert await rig.models.count(model) == 0
 
     run(scenario, SlowStore())
 
@@ -465,7 +481,7 @@ def test_an_opening_that_fails_is_no_session():
         model = rig.registry.get("counting", 1).identity
         with pytest.raises(errors.SessionLimitExceeded):
             await rig.sessions.open("", SESSION, "counting", 0)
-        assert await rig.sessions.count(model) == 0
+        assert await rig.models.count(model) == 0
 
     run(scenario, SlowStore(), max_state_bytes=1)
 
@@ -484,14 +500,14 @@ def test_a_session_that_is_opened_while_they_are_counted_is_counted():
     async def scenario(rig):
         rig.store.opened = False
         rig.store.open = lambda: rig.sessions.open("", SESSION, "counting", 0)
-        assert await rig.sessions.count(rig.registry.get("counting", 1).identity) == 1
+        assert await rig.models.count(rig.registry.get("counting", 1).identity) == 1
 
     run(scenario, CountingStore(LIMITS, Observer()))
 
 
 def test_a_forward_pass_outlives_its_session_at_hand(monkeypatch):
     # Two objects stand for one session then: the store decides between them.
-    monkeypatch.setattr(sessions_module, "_CACHED_BYTES", 0)
+    monkeypatch.setattr(known_sessions, "_CACHED_BYTES", 0)
 
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
@@ -682,11 +698,11 @@ def test_sessions_that_another_server_opened_are_counted(redis_process):
         model = one.registry.get("counting", 1).identity
         await one.sessions.open("", SESSION, "counting", 0)
         await other.sessions.open("another", OTHER, "counting", 0)
-        assert await other.sessions.count(model) == 2
+        assert await other.models.count(model) == 2
         await one.sessions.close("another", OTHER)
-        assert await other.sessions.count(model) == 1
+        assert await other.models.count(model) == 1
         redis_process.kill()
         with pytest.raises(errors.SessionStoreUnavailable):
-            await other.sessions.count(model)
+            await other.models.count(model)
 
     shared(redis_process, scenario)
