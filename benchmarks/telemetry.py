@@ -28,6 +28,7 @@ from forwardpass.wire.methods import METHODS, MODEL_SERVICE
 from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.interceptor import Interceptor
+from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.telemetry.tracing import CallObserver, Tracing
 
@@ -137,7 +138,7 @@ class Kind:
 
         self._echo = counting_echo if metrics else echo
         rpcs = metrics.rpcs if metrics else SILENT
-        self._interceptors = [] if is_bare else [Interceptor(rpcs, Access(), Departure(), tracing)]
+        self._interceptors = [] if is_bare else [Interceptor(rpcs, Access(), Departure(), Arrivals(), tracing)]
 
     @contextlib.asynccontextmanager
     async def called(self) -> AsyncIterator[Callable[[], Awaitable[Any]]]:

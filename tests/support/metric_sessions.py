@@ -16,6 +16,7 @@ from forwardpass.wire.structures import Structure
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.serving.admission import Admission, Limits
+from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.evaluation import Evaluations
@@ -147,7 +148,7 @@ async def rig(
     weights = WeightStore(StoreOptions(budget_bytes=2**20), TensorFlowDevice("/device:CPU:0"), observer)
     limits = Limits(calls=max_calls, size_bytes=2**30)
     admission = Admission(limits, limits)
-    caller = Caller(registry, weights, scheduler, Batcher(scheduler, observer, 100), observer, admission)
+    caller = Caller(registry, weights, scheduler, Batcher(scheduler, Arrivals(), observer, 100), observer, admission)
     models = SessionModels(registry, store)
     known = KnownSessions(store, models)
     sessions = Sessions(store, models, known, SessionCommits(store, observer, max_state_bytes), caller, admission)

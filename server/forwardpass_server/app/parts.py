@@ -25,6 +25,7 @@ from forwardpass_server.rpc.sessions_servicer import SessionsServicer
 from forwardpass_server.rpc.weights_servicer import WeightsServicer
 from forwardpass_server.serving import repository
 from forwardpass_server.serving.admission import Admission, Limits
+from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller
 from forwardpass_server.serving.errors import ModelLoadError
@@ -107,7 +108,8 @@ async def join(settings: Settings) -> Parts:
     weights_bytes = settings.weights_bytes or placing.default_budget_bytes()
     weights = _weight_store(settings, placing, weights_bytes, metrics)
     scheduler = Scheduler(settings.execution_threads)
-    batcher = Batcher(scheduler, metrics.models, settings.max_batch_examples)
+    arrivals = Arrivals()
+    batcher = Batcher(scheduler, arrivals, metrics.models, settings.max_batch_examples)
     admission = _admission(settings)
     observer = tracing.of_calls(metrics.models) if tracing else metrics.models
     caller = Caller(registry, weights, scheduler, batcher, observer, admission)
@@ -147,6 +149,7 @@ async def join(settings: Settings) -> Parts:
         security.access(Role.CALL),
         security.certificates,
         departure,
+        arrivals,
         tracing,
     )
     liveness = Liveness(placing, _TRIAL_S, settings.device_timeout_s)
@@ -250,6 +253,7 @@ def _management_server(
         security.access(Role.MANAGE),
         security.certificates,
         Departure(),
+        Arrivals(),
     )
 
 

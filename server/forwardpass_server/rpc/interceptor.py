@@ -17,6 +17,7 @@ from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.failures import failure_of
+from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.telemetry.rpcs import MethodMetrics, RpcMetrics
 
 if TYPE_CHECKING:
@@ -30,31 +31,41 @@ _UNKNOWN = "/unknown/unknown"
 
 
 class _Method(NamedTuple):
-    """A method's handlers: for calls that are admitted, and for others. is_open: all are admitted."""
+    """A method's handlers: for calls that are admitted, and for others. is_open: all are admitted.
+
+    is_unary: its calls come with one request, and may share a batch with others.
+    """
 
     handler: Any
     refusing: Any
     is_open: bool
+    is_unary: bool
 
 
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every handler, those of health and reflection included. Nothing else aborts a call of ours."""
 
-    def __init__(self, metrics: RpcMetrics, access: Access, departure: Departure, tracing: Tracing | None) -> None:
+    def __init__(
+        self, metrics: RpcMetrics, access: Access, departure: Departure, arrivals: Arrivals, tracing: Tracing | None
+    ) -> None:
         self._metrics = metrics
+        self._arrivals = arrivals
         self._tracing = tracing
         self._access = access
         self._departure = departure
         self._methods: dict[str, _Method] = {}
         # gRPC answers UNIMPLEMENTED where there is no handler.
-        self._unknown = _Method(None, self._refusing(_UNKNOWN, "unary"), access.is_open)
+        self._unknown = _Method(None, self._refusing(_UNKNOWN, "unary"), access.is_open, False)
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         # Before any of the request is read.
         method = self._methods.get(details.method) or await self._find(continuation, details)
-        if method.is_open or self._access.admits(details.invocation_metadata):
-            return method.handler
-        return method.refusing
+        if not method.is_open and not self._access.admits(details.invocation_metadata):
+            return method.refusing
+        if method.is_unary:
+            # The call's own, which gRPC made for it.
+            self._arrivals.announce(asyncio.current_task())  # type: ignore[arg-type]
+        return method.handler
 
     async def _find(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> _Method:
         handler, path = await continuation(details), details.method
@@ -62,7 +73,8 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return self._unknown
         kind = _KINDS[handler.request_streaming, handler.response_streaming]
         is_open = self._access.is_open or path.split("/")[1] in self._access.open_services
-        method = _Method(self._wrap(handler, path, is_open), self._refusing(path, kind), is_open)
+        is_unary = handler.unary_unary is not None
+        method = _Method(self._wrap(handler, path, is_open), self._refusing(path, kind), is_open, is_unary)
         self._methods[path] = method
         return method
 
@@ -130,9 +142,11 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self, answer: Callable[..., Awaitable[Any]], path: str, metrics: MethodMetrics
     ) -> Callable[..., Awaitable[Any]]:
         """`answer` with its errors turned into statuses, counted and timed."""
+        arrivals = self._arrivals
 
         async def guarded(request: Any, context: Any) -> Any:
             started = time.perf_counter()
+            arrivals.arrive()
             metrics.started.inc()
             status = "OK"
             try:

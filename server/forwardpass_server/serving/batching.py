@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from forwardpass.wire.dtypes import Array
+from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.serving.models import Leaf
 from forwardpass_server.serving.plans import Plan
 from forwardpass_server.serving.scheduling import Passage, Scheduler
@@ -23,6 +24,8 @@ _Key = tuple[int, int, tuple[tuple[int, ...], ...]]
 # How many turns of the event loop a call lets pass for others to arrive. From gRPC's thread to here a call takes
 # several, so that of 32 callers one turn hardly brings two together and 48 bring seven, with 1.7 times the calls/s
 # (measured). Whether others come is learned: a lone caller's calls run at once, and each batch of several raises it.
+# So does a call of which gRPC has told already: where each call runs at once those of many callers arrive one by one,
+# and without it that may stay so for good.
 # Calls that came in one message of a pipeline are all there at once: where none has come for some turns, none will.
 _MORE_TURNS = 16
 _MOST_TURNS = 48
@@ -66,8 +69,9 @@ class Batcher:
     max_rows: of a batch of several calls; a longer call runs alone.
     """
 
-    def __init__(self, scheduler: Scheduler, observer: BatchObserver, max_rows: int) -> None:
+    def __init__(self, scheduler: Scheduler, arrivals: Arrivals, observer: BatchObserver, max_rows: int) -> None:
         self._scheduler = scheduler
+        self._arrivals = arrivals
         self._observer = observer
         self._max_rows = max_rows
         self._queues: dict[_Key, _Queue] = {}
@@ -93,6 +97,8 @@ class Batcher:
         queue = self._queues.get(key)
         if queue is None:
             queue = self._queues[key] = _Queue(plan, weights)
+            if self._arrivals.count:
+                self._turns = _MOST_TURNS
             if self._turns == 1:
                 # Calls have come alone of late. Those that come meanwhile, or in the same turn, make a batch.
                 queue.is_running = True

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from forwardpass.wire import errors
+from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.scheduling import Estimates, Passage, Scheduler
 
@@ -43,11 +44,12 @@ class Doubling:
         return [leaf * weight for leaf in x]
 
 
-def run(scenario, max_rows: int = 100):
+def run(scenario, max_rows: int = 100, arrivals: Arrivals | None = None):
     async def main():
         scheduler, observer, doubling = Scheduler(2), Observer(), Doubling()
         try:
-            return await scenario(Batcher(scheduler, observer, max_rows), doubling, observer)
+            batcher = Batcher(scheduler, arrivals or Arrivals(), observer, max_rows)
+            return await scenario(batcher, doubling, observer)
         finally:
             doubling.gate.set()
             await scheduler.close(10)
@@ -103,6 +105,43 @@ def test_a_call_alone_waits_for_nobody():
         assert batcher._turns == 1
 
     run(scenario)
+
+
+def test_a_call_waits_for_one_that_is_known_to_come():
+    arrivals = Arrivals()
+
+    async def scenario(batcher, doubling, observer):
+        async def come_later():
+            for _ in range(5):
+                await asyncio.sleep(0)
+            arrivals.arrive()
+            return await predict(batcher, doubling, rows(2))
+
+        later = asyncio.ensure_future(come_later())
+        arrivals.announce(later)
+        found = await asyncio.gather(predict(batcher, doubling, rows(1)), later)
+        assert [leaves[0].tolist() for leaves in found] == [[2], [4]]
+        assert observer.calls == [2]
+        assert not arrivals.count
+
+    run(scenario, arrivals=arrivals)
+
+
+def test_one_that_is_known_to_come_and_never_does_holds_nobody_up():
+    arrivals = Arrivals()
+
+    async def scenario(batcher, doubling, observer):
+        never = asyncio.ensure_future(asyncio.Event().wait())
+        arrivals.announce(never)
+        for value in range(5):
+            assert (await predict(batcher, doubling, rows(value)))[0].tolist() == [2 * value]
+        assert observer.calls == [1] * 5
+        assert arrivals.count == 1
+        never.cancel()
+        await asyncio.wait([never])
+        assert not arrivals.count
+
+    run(scenario, arrivals=arrivals)
 
 
 def test_other_weights_and_rows_of_another_shape_have_batches_of_their_own():

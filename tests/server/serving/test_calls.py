@@ -14,6 +14,7 @@ from forwardpass.wire.structures import Structure
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.serving.admission import Admission, Limits
+from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.models import ModelSource
@@ -66,7 +67,7 @@ def test_no_call_builds_a_graph(registry, monkeypatch):
         store = WeightStore(StoreOptions(budget_bytes=0), TensorFlowDevice("/device:CPU:0"), None)
         limits = Limits(calls=10, size_bytes=1000)
         admission = Admission(limits, limits)
-        caller = Caller(registry, store, scheduler, Batcher(scheduler, observer, 10), observer, admission)
+        caller = Caller(registry, store, scheduler, Batcher(scheduler, Arrivals(), observer, 10), observer, admission)
         for size in range(200):
             parts = parts_for(registry, *zoo.keras_batch(size))
             for training in (True, False):
