@@ -23,8 +23,8 @@ FACTORIES = {"slow": "support.zoo:slow"}
 
 # Of the programs beside ours that these pages name.
 OTHERS = {
-    "docs/reliability.md": {"--rounds", "--seconds"},
-    "docs/security.md": {"--http", "--log-cli-level", "--protocol", "--reflect-header"},
+    "docs/reliability.md": {"--log-cli-level", "--rounds"},
+    "docs/security.md": {"--http", "--protocol", "--reflect-header"},
 }
 PAGES = sorted({"README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))})
 
