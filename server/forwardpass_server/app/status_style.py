@@ -21,7 +21,8 @@ dl,dd,ul{margin:0;padding:0}
 .pill.bad{color:var(--bad);background:var(--bad-back)}
 .tiles{display:grid;grid-template-columns:repeat(6,1fr);gap:12px;margin-bottom:16px}
 .tiles div{background:var(--card);border:1px solid var(--line);border-radius:12px;padding:14px 16px}
-.tiles dd{font-size:21px;line-height:1.4;white-space:nowrap;font-weight:650;letter-spacing:-.01em;font-variant-numeric:tabular-nums}
+.tiles dd{font-size:21px;line-height:1.4;font-weight:650;letter-spacing:-.01em;font-variant-numeric:tabular-nums;
+  white-space:nowrap}
 .tiles dt{color:var(--soft);font-size:13px}
 table{width:100%;border-collapse:collapse}
 th{color:var(--soft);font-size:13px;font-weight:500;text-align:left;padding:0 12px 6px 0;white-space:nowrap}
