@@ -73,8 +73,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return self._unknown
         kind = _KINDS[handler.request_streaming, handler.response_streaming]
         is_open = self._access.is_open or path.split("/")[1] in self._access.open_services
-        is_unary = handler.unary_unary is not None
-        method = _Method(self._wrap(handler, path, is_open), self._refusing(path, kind), is_open, is_unary)
+        method = _Method(self._wrap(handler, path, is_open), self._refusing(path, kind), is_open, kind == "unary")
         self._methods[path] = method
         return method
 

@@ -130,7 +130,7 @@ class FunctionalModelServicer:
     def _version(self, selector: v1.ModelSelector) -> int:
         """The version that is asked for, 0 for the highest."""
         model = checked(selector)
-        return self._registry.labelled(model.name, model.label) if model.label else model.version
+        return self._registry.asked_for(model.name, model.version, model.label)
 
     def _status(self, entry: Entry) -> v1.ModelVersionStatus:
         return version_status(entry, self._registry.labels(entry.source))

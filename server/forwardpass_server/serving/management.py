@@ -131,9 +131,7 @@ class RegistryManagement:
 
     async def unload(self, name: str, version: int, label: str = "") -> None:
         async with self._writing:
-            if label:
-                version = self._registry.labelled(name, label)
-            await self._unload(ModelSource(name, version))
+            await self._unload(ModelSource(name, self._registry.asked_for(name, version, label)))
 
     async def _unload(self, source: ModelSource) -> None:
         if self.serves(source):

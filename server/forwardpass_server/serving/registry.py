@@ -142,6 +142,10 @@ class Registry:
             self.versions(name)
         return version_labelled(name, label, labels)
 
+    def asked_for(self, name: str, version: int, label: str) -> int:
+        """The version that a label stands for, and without one `version`. Raises what `labelled` raises."""
+        return self.labelled(name, label) if label else version
+
     def get(self, name: str, version: int) -> Servable:
         """One model; version 0 is the highest that is available.
 

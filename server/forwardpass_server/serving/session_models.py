@@ -38,7 +38,7 @@ class SessionModels:
 
         Raises what `Registry.get` and `Registry.labelled` raise.
         """
-        return self._registry.get(name, self._registry.labelled(name, label) if label else version)
+        return self._registry.get(name, self._registry.asked_for(name, version, label))
 
     def of(self, identity: ModelIdentity) -> Servable:
         """The very model that a session was opened with. Raises what `Registry.get` raises, and ModelChanged."""
