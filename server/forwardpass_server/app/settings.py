@@ -70,6 +70,17 @@ class Settings:
             parse=parse_factories,
         ),
     ] = dataclasses.field(default_factory=dict)
+    # Code runs because an operator names it, never because a model file or a request does.
+    imports: Annotated[
+        tuple[str, ...],
+        Option(
+            "--import",
+            "Import a module that registers custom Keras objects, before any model loads. May be repeated.",
+            is_repeated=True,
+            metavar="MODULE",
+            variable="FORWARDPASS_IMPORTS",
+        ),
+    ] = ()
     # A version that an operator takes away is not to stay for as long as callers open sessions of it.
     unload_with_sessions: Annotated[
         str,
