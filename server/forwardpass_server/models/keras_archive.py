@@ -8,17 +8,26 @@ import json
 import pathlib
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
+# There is no public name for the class of a model of inputs and outputs.
+from keras.src.models.functional import Functional
+
 from forwardpass_server.models.keras_losses import first_sentence
 from forwardpass_server.models.model_config import FILE_NAME, ModelConfig
 from forwardpass_server.serving.errors import ModelLoadError
 
-_UNKNOWN_OBJECT = re.compile(r"Could not locate (\w+) '([^']*)'")
+# What Keras says of custom objects in files, and of those in short configurations.
+_UNKNOWN_OBJECTS = (
+    re.compile(
+        r"Could not locate (?P<kind>\w+) '(?P<name>[^']*)'.*?(?:config: \{'module': '(?P<module>[^']*)'|$)", re.S
+    ),
+    re.compile(r"Could not interpret (?P<kind>\w+) identifier: \{.*'class_name': '(?P<name>[^']*>[^']*)'"),
+)
 
 
 class KerasArchive:
@@ -97,11 +106,12 @@ class KerasArchive:
 def unknown_object(error: BaseException | None) -> str | None:
     """Which custom object Keras did not find, and what to do; None where the error or its causes say nothing of one."""
     while error is not None:
-        found = _UNKNOWN_OBJECT.search(str(error))
-        if found:
+        for found in filter(None, (pattern.search(str(error)) for pattern in _UNKNOWN_OBJECTS)):
+            named = found.groupdict()
+            home = f" of module {named['module']}" if named.get("module") else ""
             return (
-                f"the custom {found[1]} {found[2]!r} is not registered: name the module that registers it by --import "
-                f'MODULE, or by "imports" in {FILE_NAME}'
+                f"the custom {named['kind']} {named['name']!r}{home} is not registered: name the module that registers "
+                f'it by --import MODULE, or by "imports" in {FILE_NAME}'
             )
         error = error.__cause__ or error.__context__
     return None
@@ -119,10 +129,19 @@ def _seed_generators(model: keras.Model) -> Iterator[keras.random.SeedGenerator]
 
 def _input_spec(model: keras.Model, loss: Any) -> Any:
     """(x, y) where they follow from the model's inputs and outputs and its losses; None where they do not."""
-    if not isinstance(model, (keras.Sequential, keras.src.models.Functional)) or not model.built or loss is None:
+    if loss is None:
         return None
-    y = _labels(model, loss)
-    return None if y is None else (_specs(model.input), y)
+    if isinstance(model, keras.Sequential):
+        try:
+            (inputs,), (outputs,) = model.inputs, model.outputs
+        except ValueError:  # It was saved before it had a shape.
+            return None
+    elif isinstance(model, Functional):
+        inputs, outputs = model.input, model.output
+    else:
+        return None
+    labels = _labels(loss, outputs, getattr(model, "output_names", ()))
+    return None if labels is None else (_specs(inputs), _specs(labels))
 
 
 def _specs(tensors: Any) -> Any:
@@ -134,28 +153,19 @@ def _specs(tensors: Any) -> Any:
     return tf.TensorSpec(tensors.shape, tensors.dtype)
 
 
-def _labels(model: keras.Model, loss: Any) -> Any:
-    """The spec of y: like the outputs, without the last dimension where a loss takes class numbers."""
-    outputs = model.output
-    losses = _for_outputs(loss, outputs, model)
-    if losses is None:
-        return None
-    specs = [_label(one, output) for one, output in zip(losses, keras.tree.flatten(outputs), strict=True)]
-    if any(spec is None for spec in specs):
-        return None
-    return _specs(keras.tree.pack_sequence_as(outputs, specs))
-
-
-def _for_outputs(loss: Any, outputs: Any, model: keras.Model) -> list[Any] | None:
-    """One loss for each output, in the order of keras.tree; None where that is not certain."""
+def _labels(loss: Any, outputs: Any, output_names: Sequence[str]) -> Any:
+    """Symbolic tensors of y: like the outputs, without the last dimension where a loss takes class numbers."""
     count = len(keras.tree.flatten(outputs))
     if isinstance(loss, Mapping) and "class_name" not in loss:
         # keras.tree sorts the keys of a dict.
-        names = sorted(outputs) if isinstance(outputs, Mapping) else list(getattr(model, "output_names", ()))
-        return [loss[name] for name in names] if set(loss) == set(names) and len(names) == count else None
-    if isinstance(loss, (list, tuple)):
-        return list(loss) if len(loss) == count else None
-    return [loss] * count
+        names = sorted(outputs) if isinstance(outputs, Mapping) else list(output_names)
+        losses = [loss.get(name) for name in names]
+    else:
+        losses = list(loss) if isinstance(loss, (list, tuple)) else [loss] * count
+    if len(losses) != count:
+        return None
+    labels = [_label(one, output) for one, output in zip(losses, keras.tree.flatten(outputs), strict=True)]
+    return None if any(label is None for label in labels) else keras.tree.pack_sequence_as(outputs, labels)
 
 
 _LIKE_OUTPUT = {
@@ -188,6 +198,8 @@ _CLASS_NUMBERS = keras.losses.SparseCategoricalCrossentropy().fn
 
 def _label(loss: Any, output: Any) -> Any:
     """The symbolic tensor of one output's labels; None where it is not certain."""
+    if loss is None:
+        return None
     try:
         loss = keras.losses.get(dict(loss) if isinstance(loss, Mapping) else loss)
     except (TypeError, ValueError):
