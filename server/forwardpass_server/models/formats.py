@@ -75,11 +75,11 @@ def read_keras(archive: pathlib.Path, config: ModelConfig, objects: Objects | No
     with keras_names.of_load(), custom_objects.only(objects, config.imports):
         opened = KerasArchive(archive)
         model = opened.model()
-        config = opened.with_defaults(config, model)
-        for name in ("input_spec", "loss"):
-            if getattr(config, name) is None:
-                raise ModelLoadError(f"{archive.name} needs a {FILE_NAME} beside it with {name}")
         try:
+            config = opened.with_defaults(config, model)
+            for name in ("input_spec", "loss"):
+                if getattr(config, name) is None:
+                    raise ModelLoadError(f"{archive.name} needs a {FILE_NAME} beside it with {name}")
             return functional_model_from_keras(
                 model,
                 config.loss,

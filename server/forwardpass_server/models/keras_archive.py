@@ -17,7 +17,7 @@ import tensorflow as tf
 # There is no public name for the class of a model of inputs and outputs.
 from keras.src.models.functional import Functional
 
-from forwardpass_server.models.keras_losses import first_sentence
+from forwardpass_server.models.keras_losses import InvalidCompileArgument, first_sentence
 from forwardpass_server.models.model_config import FILE_NAME, ModelConfig
 from forwardpass_server.serving.errors import ModelLoadError
 
@@ -73,7 +73,8 @@ class KerasArchive:
     def with_defaults(self, config: ModelConfig, model: keras.Model) -> ModelConfig:
         """The configuration, completed by what the model was compiled with and by the shapes that follow from it.
 
-        Raises ModelLoadError for what is compiled in and cannot be read in safe mode.
+        Raises ModelLoadError for what is compiled in and cannot be read in safe mode, InvalidCompileArgument for a loss
+        that Keras does not know.
         """
         compiled = self._config.get("compile_config")
         if not isinstance(compiled, dict):
@@ -198,12 +199,12 @@ _CLASS_NUMBERS = keras.losses.SparseCategoricalCrossentropy().fn
 
 def _label(loss: Any, output: Any) -> Any:
     """The symbolic tensor of one output's labels; None where it is not certain."""
-    if loss is None:
+    if loss is None or (isinstance(loss, str) and loss.lower() in ("crossentropy", "ce")):
         return None
     try:
         loss = keras.losses.get(dict(loss) if isinstance(loss, Mapping) else loss)
-    except (TypeError, ValueError):
-        return None  # Said where the loss is used.
+    except (TypeError, ValueError) as error:
+        raise InvalidCompileArgument(f"loss: {first_sentence(error)}") from error
     function = getattr(loss, "fn", loss)
     if function is _CLASS_NUMBERS:
         is_last = not isinstance(loss, keras.losses.Loss) or loss.get_config().get("axis", -1) == -1

@@ -49,7 +49,7 @@ def test_a_compiled_file_needs_no_configuration_and_equals_model_evaluate(tmp_pa
     )
     output = made.forward_pass(made.initial_weights, (X, y), training=False)
     # A graph may sum in another order: last bits of float32.
-    assert made.loss(output.predictions, y, WEIGHT) == pytest.approx(expected["loss"], rel=1e-5)
+    assert float(made.loss(output.predictions, y, WEIGHT)) == pytest.approx(expected["loss"], rel=1e-5)
     # compile() counts weights in weighted_metrics alone.
     state = made.update_metrics_state(made.initialize_metrics_state(), y, output, WEIGHT)
     found = {name: float(value) for name, value in made.finalize_metrics(state).items()}
