@@ -16,6 +16,7 @@ from forwardpass_client.calls import Call, FoundModel, ModelVersion
 from forwardpass_client.credentials import Credentials, Tls, Token
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
 from forwardpass_client.options import Options
+from forwardpass_client.processes import OfOneProcess, check_gevent
 from forwardpass_client.transport import AsyncTransport, Transport
 
 ResultT = TypeVar("ResultT")
@@ -55,7 +56,8 @@ def connect(
       "grpc.dns_min_time_between_resolutions_ms" (1000), "grpc.max_reconnect_backoff_ms" (2000) and so on.
     Calls that meet a server that is gone or stopping (UNAVAILABLE, CANCELLED) are sent again, up to four times within
     some seconds; updates of sessions count once however often they are sent.
-    Raises ValueError for a list of what are no addresses.
+    Raises ValueError for a list of what are no addresses, and RuntimeError where gevent has patched Python's threads
+    and gRPC was not told.
     """
     credentials = _credentials(target, tls, token, allow_insecure_token)
     return Client(credentials, _options(timeout_s, max_message_bytes, reuse_weights, channel_options))
@@ -72,7 +74,10 @@ def connect_async(
     allow_insecure_token: bool = False,
     channel_options: Sequence[tuple[str, Any]] = (),
 ) -> AsyncClient:
-    """`connect` for asyncio. Call it, and use the client, on one event loop."""
+    """`connect` for asyncio.
+
+    The client belongs to the event loop on which it is first used; methods raise RuntimeError on another.
+    """
     credentials = _credentials(target, tls, token, allow_insecure_token)
     return AsyncClient(credentials, _options(timeout_s, max_message_bytes, reuse_weights, channel_options))
 
@@ -95,7 +100,7 @@ def _credentials(
     return Credentials(target=targets.joined(target), tls=found, token=token, allow_insecure_token=allow_insecure_token)
 
 
-class ClientApi(abc.ABC):
+class ClientApi(OfOneProcess, abc.ABC):
     """What can be asked of a server, for whoever makes the call.
 
     timeout_s: seconds that one call may take; None for the client's own.
@@ -149,6 +154,7 @@ class Client(ClientApi):
     """One connection, for any number of threads. A context manager: leaving it closes the connection."""
 
     def __init__(self, credentials: Credentials, options: Options) -> None:
+        check_gevent(is_async=False)
         super().__init__(options)
         self._transport = Transport(credentials, options)
 
@@ -197,6 +203,7 @@ class AsyncClient(ClientApi):
     """`Client` for asyncio: the same methods, whose results are to be awaited."""
 
     def __init__(self, credentials: Credentials, options: Options) -> None:
+        check_gevent(is_async=True)
         super().__init__(options)
         self._transport = AsyncTransport(credentials, options)
 

@@ -242,7 +242,9 @@ def named_tuple_class(type_name: str, fields: tuple[str, ...]) -> Callable[..., 
     def reduce(self: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return named_tuple, (type_name, fields, tuple(self))
 
-    made: Any = collections.namedtuple(type_name, fields)
+    # mypy takes `made = collections.namedtuple(...)` for a definition with names that it can read.
+    namedtuple: Any = collections.namedtuple
+    made = namedtuple(type_name, fields)
     made.__reduce__ = reduce
     return cast(Callable[..., Any], made)
 
