@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 START_S = 120.0
@@ -35,11 +35,17 @@ def read_metrics(url: str) -> dict[str, float]:
 class ServerProcess:
     """A `forwardpass-server serve` that has loaded its models. A context manager: leaving it kills the process.
 
-    arguments: what else stands on the command line. environment: variables to add.
+    arguments: what else stands on the command line. environment: variables to add. prefix: a command that runs it.
     """
 
-    def __init__(self, *arguments: str, port: int = 0, environment: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "forwardpass_server.app.cli", "serve", "--port", str(port)]
+    def __init__(
+        self,
+        *arguments: str,
+        port: int = 0,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+    ) -> None:
+        command = [*prefix, sys.executable, "-m", "forwardpass_server.app.cli", "serve", "--port", str(port)]
         self.process = subprocess.Popen(
             [*command, "--metrics-port", "0", "--drain-delay", "0.1", *arguments],
             stdout=subprocess.PIPE,

@@ -6,13 +6,14 @@ import asyncio
 import dataclasses
 import functools
 import importlib.metadata
+import urllib.parse
 from typing import TYPE_CHECKING
 
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
 from forwardpass_server.app import garbage, session_stores
 from forwardpass_server.app.health import Health
 from forwardpass_server.app.security import Security
-from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.app.settings import Settings, SettingsError, is_loopback
 from forwardpass_server.models import device as devices
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
@@ -264,7 +265,8 @@ def _tracing(endpoint: str | None) -> Tracing | None:
         from forwardpass_server.telemetry.tracing import Tracing
     except ImportError:
         raise SettingsError("--trace-endpoint: expected OpenTelemetry: install forwardpass[tracing]") from None
-    return Tracing(endpoint)
+    host = urllib.parse.urlsplit(endpoint).hostname or ""
+    return Tracing(endpoint, uses_proxy=not is_loopback(host))
 
 
 async def _model_changed(
