@@ -401,6 +401,7 @@ class AsyncStream:
 
     async def close(self) -> None:
         """Waits for every answer, and ends the stream. Cancelled, it gives up what is unanswered."""
+        self._transport.check_loop()
         self._is_closing = True
         self._changed.set()
         try:

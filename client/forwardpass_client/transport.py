@@ -223,10 +223,9 @@ class AsyncTransport:
         return self._errors.is_closed
 
     async def close(self) -> None:
+        channels = [] if self._made is None else self._channels.all
         self._errors.is_closed = True
-        if self._made is None:
-            return
-        for channel in self._channels.all:
+        for channel in channels:
             await channel.close()
 
 

@@ -7,6 +7,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -19,10 +20,12 @@ NOBODY = 65534
 
 
 @pytest.fixture
-def models(tmp_path):
-    """A repository with one model."""
-    shutil.copytree(FOLDER / "no_metrics" / "saved_model", tmp_path / "models" / "m" / "1")
-    return tmp_path / "models"
+def models():
+    """A repository with one model, which any user may read: pytest's own folders are for one user alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)
+        shutil.copytree(FOLDER / "no_metrics" / "saved_model", pathlib.Path(folder) / "models" / "m" / "1")
+        yield pathlib.Path(folder) / "models"
 
 
 def forbidden(folder: pathlib.Path) -> pathlib.Path:

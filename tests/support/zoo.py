@@ -213,17 +213,23 @@ def whole_batch() -> FunctionalModel:
 
 
 def plain_sum() -> FunctionalModel:
-    """Predicts one scalar for a batch."""
+    """Predicts one scalar for a batch. Its own forward pass: nothing else tells the number of examples."""
 
     @tf.function
     def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
         return tf.reduce_sum(x)
+
+    @tf.function
+    def forward_pass(model_weights: Any, batch_input: Any, training: bool) -> Any:
+        total = predict_on_batch(model_weights, batch_input[0], training)
+        return BatchOutput(loss=total, predictions=total, num_examples=tf.size(batch_input[0]))
 
     return FunctionalModel(
         initial_weights=((), ()),
         predict_on_batch_fn=predict_on_batch,
         loss_fn=lambda output, label, sample_weight=None: output,
         input_spec=(tf.TensorSpec([None]), tf.TensorSpec([None])),
+        forward_pass_fn=forward_pass,
     )
 
 
