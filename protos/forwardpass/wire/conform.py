@@ -260,8 +260,9 @@ def _cast(array: Array, spec: TensorSpec, place: str) -> Array:
         raise _dtype_mismatch(array, spec, place)
     if is_string:
         strings = array.astype(object)
-        # A StringDType may have an object for what is missing.
-        _check_objects(strings, spec, place)
+        if array.dtype.kind == "T":
+            # A StringDType may have an object for what is missing.
+            _check_objects(strings, spec, place)
         return strings
     if array.dtype.newbyteorder("=") == target:
         return array.astype(target)
