@@ -12,7 +12,7 @@ _PAGE = "see docs/processes.md"
 
 
 class OfOneProcess:
-    """What holds a connection: it cannot be copied or sent to another process, and says so."""
+    """Base of what holds a connection: it cannot be copied or pickled, and the error says so."""
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -22,13 +22,13 @@ class OfOneProcess:
 
 
 class OneLoop:
-    """Ties what is made of gRPC's to the event loop on which it is made: gRPC would fail or wait forever on another."""
+    """Remembers the event loop of gRPC's channels: used on another loop, they fail or wait forever."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def check(self) -> None:
-        """Ties to the running event loop at the first call. Raises RuntimeError on any other loop, and without one."""
+        """Remembers the running loop at the first call. Raises RuntimeError on another loop later, and without a loop."""
         try:
             running = asyncio.get_running_loop()
         except RuntimeError:
@@ -55,7 +55,7 @@ def check_gevent(*, is_async: bool) -> None:
             "connect_async() does not work where gevent has patched Python's threads, because grpc.aio would wait "
             f"forever: use connect() in greenlets, or asyncio in a process without gevent ({_PAGE})"
         )
-    # Private: gRPC has no public question for it. Where a version lacks it, nothing is refused.
+    # Private: gRPC has no public way to ask. Where a version lacks the name, nothing is refused.
     if not getattr(cygrpc, "g_gevent_activated", True):
         raise RuntimeError(
             "gevent has patched Python's threads, and gRPC does not know: call grpc.experimental.gevent.init_gevent() "

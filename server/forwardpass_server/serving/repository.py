@@ -47,8 +47,8 @@ def scan(folder: pathlib.Path, level: int = logging.WARNING) -> list[ModelSource
 def look(folder: pathlib.Path) -> Contents:
     """Everything that a repository holds.
 
-    A folder of somebody else's (lost+found, .Trash-0, another team's) is no reason to serve nothing: what cannot be
-    read, and what is no model or version, is passed over. Names that begin with a dot are ignored without a word.
+    What cannot be read, and what is no model or version, is passed over: a folder that belongs to somebody else
+    (lost+found, another team's) must not stop the others from being served. Names that begin with a dot are ignored.
     Raises OSError where the repository itself cannot be listed.
     """
     found = _Look(folder)
@@ -110,9 +110,9 @@ class _Look:
 
 
 def visible(folder: pathlib.Path) -> list[pathlib.Path]:
-    """What is in a folder, in order, but for names that begin with a dot. Raises OSError.
+    """What is in a folder, in order, without names that begin with a dot. Raises OSError.
 
-    Such names are not the model's: .DS_Store and ._model.keras of a Mac, .nfs files, the ..data of a ConfigMap.
+    Other programs write such names: a Mac .DS_Store and ._model.keras, NFS .nfs files, a kubelet ..data.
     """
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
@@ -145,10 +145,10 @@ def file_states(folder: pathlib.Path) -> FileStates:
 
 
 def files_in(folder: pathlib.Path, level: int = logging.DEBUG) -> Iterator[pathlib.Path]:
-    """Every file of a folder and of those in it, but for names that begin with a dot.
+    """Every file of a folder and of those in it, without names that begin with a dot.
 
     Links are followed; a folder that is met again is passed over. A folder below that may not be read (the lost+found
-    of a volume) is passed over too, and logged at `level`: nothing of a model can be read from there.
+    of a volume) is passed over too, and logged at `level`: no model can be loaded from there either.
     Raises OSError where the folder itself cannot be listed.
     """
     yield from _files_in(visible(folder), {folder.resolve()}, level)
