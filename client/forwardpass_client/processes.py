@@ -28,7 +28,7 @@ class OneLoop:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def check(self) -> None:
-        """Remembers the running loop at the first call. Raises RuntimeError on another loop later, and without a loop."""
+        """Remembers the loop of the first call. Raises RuntimeError on another loop, and where no loop runs."""
         try:
             running = asyncio.get_running_loop()
         except RuntimeError:
