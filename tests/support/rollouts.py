@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import pathlib
+import signal
 import socket
 from collections.abc import Sequence
 from typing import Any
@@ -54,6 +55,10 @@ class Rollout:
     def publish(self, *hosts: str) -> None:
         """What the name stands for from now on."""
         self._dns.addresses = hosts
+
+    def begin_stop(self, host: str) -> None:
+        """SIGTERM. `stop` waits for the end too."""
+        self._running[host].process.send_signal(signal.SIGTERM)
 
     def stop(self, *hosts: str) -> list[int]:
         """SIGTERM to servers at once, as when a node is drained. Their exit codes."""
