@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import os
@@ -80,10 +81,25 @@ def test_a_version_that_only_some_replicas_have_is_called_where_it_was_looked_up
                 call_in_every_way(client.model("times", 2))
                 assert len(client._transports.all) <= 2
         assert versions == {1, 2}
+        asyncio.run(call_asynchronously(addresses))
         with forwardpass_client.connect(addresses) as client:
             with pytest.raises(errors.ModelVersionNotFound, match="3"):
                 client.model("times", 3)
             assert client._transports.all == [client._transports.own]
+
+
+async def call_asynchronously(addresses: list[str]) -> None:
+    for _ in range(8):
+        async with forwardpass_client.connect_async(addresses) as client:
+            assert await client.is_ready()
+            for model in (await client.model("times"), await client.model("times", 2)):
+                weights, expected = await model.initial_weights, [3.0 * model.version]
+                for _ in range(10):
+                    assert (await model.predict_on_batch(weights, [3.0])).tolist() == expected
+                handle = await model.put_weights(weights)
+                assert (await model.predict_on_batch(handle, [3.0])).tolist() == expected
+            with pytest.raises(errors.ModelVersionNotFound):
+                await client.model("times", 3)
 
 
 def call_in_every_way(model: RemoteFunctionalModel) -> None:

@@ -96,10 +96,10 @@ class Callers:
             taken, self.seconds = self.seconds, collections.defaultdict(list)
         return taken
 
-    def go_on(self, calls: int, timeout_s: float = 120) -> None:
+    def go_on(self, calls: int) -> None:
         """Waits until so many more calls have ended, or one has failed."""
         before = self.completed
-        wait_until(lambda: bool(self.failed) or self.completed >= before + calls, timeout_s)
+        wait_until(lambda: bool(self.failed) or self.completed >= before + calls, 120)
 
     def end(self) -> None:
         """Waits for the calls that run."""
