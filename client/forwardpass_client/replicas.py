@@ -137,7 +137,7 @@ class Transports(Generic[TransportT]):
         self, error: errors.ForwardPassError, former: errors.ForwardPassError | None
     ) -> errors.ForwardPassError:
         """What a look-up raises in the end, after another error. Raises it where no other server is to be asked."""
-        if isinstance(error, errors.DeadlineExceeded):
+        if isinstance(error, errors.DeadlineExceeded) and former is not None:
             raise expired(former) from None
         if not isinstance(error, TRY_ANOTHER) or self.own.is_closed or not self.own.has_several_servers:
             raise error
