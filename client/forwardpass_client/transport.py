@@ -8,17 +8,22 @@ import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
 from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
-from forwardpass_client import channel_policy, long_calls, targets
+from forwardpass_client import channel_policy, long_calls, replicas, targets
 from forwardpass_client.credentials import Credentials
 from forwardpass_client.options import Options
 from forwardpass_client.processes import OneLoop
 from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, Unary
+
+if TYPE_CHECKING:
+    from forwardpass_client.calls import Call
+
+ResultT = TypeVar("ResultT")
 
 _CLOSED = "the client is closed"
 
@@ -49,6 +54,18 @@ class Transport:
             response: bytes = method(request, timeout=timeout_s, metadata=self._metadata())
         return response
 
+    def ask(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
+        """The result of a call that any server may answer. Another is asked where one cannot: see `replicas`."""
+        deadline = replicas.deadline(timeout_s)
+        try:
+            return call.read(self.call(call.path, call.request, timeout_s))
+        except replicas.TRY_ANOTHER as error:
+            if self.is_closed or not self.has_several_servers:
+                raise
+            steps = replicas.ask_others(call, error, deadline)
+        answer: ResultT = self.run(steps, timeout_s)
+        return answer
+
     def run(self, steps: Steps, timeout_s: float | None) -> Any:
         """Makes the calls that `steps` asks for, and returns what it returns. timeout_s: for each unary call."""
         answer = _Answer(steps)
@@ -65,7 +82,7 @@ class Transport:
     def _perform(self, step: Any, timeout_s: float | None) -> Any:
         if isinstance(step, Unary):
             step_timeout_s = timeout_s if step.timeout_s is None else step.timeout_s
-            return self.call(step.path, step.request, step_timeout_s, stays=True)
+            return self.call(step.path, step.request, step_timeout_s, stays=step.stays)
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
         if isinstance(step, Exchange):
@@ -115,6 +132,11 @@ class Transport:
     def is_closed(self) -> bool:
         return self._errors.is_closed
 
+    @property
+    def has_several_servers(self) -> bool:
+        """Whether the target stands, or may stand, for several servers."""
+        return self._channels.are_two
+
     def close(self) -> None:
         self._errors.is_closed = True
         for channel in self._channels.all:
@@ -156,6 +178,18 @@ class AsyncTransport:
             response: bytes = await method(request, timeout=timeout_s, metadata=self._metadata())
         return response
 
+    async def ask(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
+        """See `Transport.ask`."""
+        deadline = replicas.deadline(timeout_s)
+        try:
+            return call.read(await self.call(call.path, call.request, timeout_s))
+        except replicas.TRY_ANOTHER as error:
+            if self.is_closed or not self.has_several_servers:
+                raise
+            steps = replicas.ask_others(call, error, deadline)
+        answer: ResultT = await self.run(steps, timeout_s)
+        return answer
+
     async def run(self, steps: Steps, timeout_s: float | None) -> Any:
         """See `Transport.run`."""
         answer = _Answer(steps)
@@ -172,7 +206,7 @@ class AsyncTransport:
     async def _perform(self, step: Any, timeout_s: float | None) -> Any:
         if isinstance(step, Unary):
             step_timeout_s = timeout_s if step.timeout_s is None else step.timeout_s
-            return await self.call(step.path, step.request, step_timeout_s, stays=True)
+            return await self.call(step.path, step.request, step_timeout_s, stays=step.stays)
         if isinstance(step, Pause):
             return await asyncio.sleep(step.seconds)
         if isinstance(step, Exchange):
@@ -222,6 +256,11 @@ class AsyncTransport:
     def is_closed(self) -> bool:
         return self._errors.is_closed
 
+    @property
+    def has_several_servers(self) -> bool:
+        """Whether the target stands, or may stand, for several servers."""
+        return self._channels.are_two
+
     async def close(self) -> None:
         channels = [] if self._made is None else self._channels.all
         self._errors.is_closed = True
@@ -230,7 +269,7 @@ class AsyncTransport:
 
 
 class _Channels:
-    """The channel of calls that stay with one server, and that of those which any may answer.
+    """The channel of calls that stay with one server, and the channel of calls that any server may answer.
 
     They are one where the target is one server. api: `grpc` or `grpc.aio`.
     """
@@ -239,10 +278,9 @@ class _Channels:
         self.staying = credentials.channel(api, channel_policy.staying(options))
         self.all = [self.staying]
         self._spread = self.staying
-        if targets.are_several(credentials.target):
-            # Health has to be asked without a token: gRPC would send none.
-            checks_health = credentials.token is None
-            self._spread = credentials.channel(api, channel_policy.spread(options, checks_health))
+        self.are_two = targets.are_several(credentials.target)
+        if self.are_two:
+            self._spread = credentials.channel(api, channel_policy.spread(options))
             self.all.append(self._spread)
         self._unary: dict[tuple[str, bool], Any] = {}
 

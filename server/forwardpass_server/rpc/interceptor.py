@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import grpc
 
 from forwardpass.wire import errors
-from forwardpass.wire.methods import SERVICES
+from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.departure import Departure
@@ -29,15 +29,24 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 # What stands for every method that there is not. A name that a stranger made up must not be kept, nor become a label.
 _UNKNOWN = "/unknown/unknown"
 
+# Unary calls for which the device computes, and which any server may answer.
+_COMPUTING = {
+    method.path
+    for name, method in SERVICES[MODEL_SERVICE].items()
+    if method.is_unary and name not in ("GetModel", "ListModels")
+}
+
 
 class _Method(NamedTuple):
     """A method's handlers: for calls that are admitted, and for others. is_open: all are admitted.
 
+    without_device: answers calls while the device does not work; None for a method that needs no device.
     is_unary: its calls come with one request, and may share a batch with others.
     """
 
     handler: Any
     refusing: Any
+    without_device: Any
     is_open: bool
     is_unary: bool
 
@@ -46,22 +55,32 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every handler, those of health and reflection included. Nothing else aborts a call of ours."""
 
     def __init__(
-        self, metrics: RpcMetrics, access: Access, departure: Departure, arrivals: Arrivals, tracing: Tracing | None
+        self,
+        metrics: RpcMetrics,
+        access: Access,
+        departure: Departure,
+        arrivals: Arrivals,
+        tracing: Tracing | None,
+        device_works: Callable[[], bool] = lambda: True,
     ) -> None:
+        """device_works: False while the device hangs or fails, so that calls would wait until their deadlines."""
         self._metrics = metrics
         self._arrivals = arrivals
         self._tracing = tracing
         self._access = access
         self._departure = departure
+        self._device_works = device_works
         self._methods: dict[str, _Method] = {}
         # gRPC answers UNIMPLEMENTED where there is no handler.
-        self._unknown = _Method(None, self._refusing(_UNKNOWN, "unary"), access.is_open, False)
+        self._unknown = _Method(None, self._refusing(_UNKNOWN, "unary"), None, access.is_open, False)
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         # Before any of the request is read.
         method = self._methods.get(details.method) or await self._find(continuation, details)
         if not method.is_open and not self._access.admits(details.invocation_metadata):
             return method.refusing
+        if method.without_device is not None and not self._device_works():
+            return method.without_device
         if method.is_unary:
             # The call's own, which gRPC made for it.
             self._arrivals.announce(asyncio.current_task())  # type: ignore[arg-type]
@@ -73,15 +92,22 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return self._unknown
         kind = _KINDS[handler.request_streaming, handler.response_streaming]
         is_open = self._access.is_open or path.split("/")[1] in self._access.open_services
-        method = _Method(self._wrap(handler, path, is_open), self._refusing(path, kind), is_open, kind == "unary")
+        without_device = self._raising(_no_device, path, kind) if path in _COMPUTING else None
+        method = _Method(
+            self._wrap(handler, path, is_open), self._refusing(path, kind), without_device, is_open, kind == "unary"
+        )
         self._methods[path] = method
         return method
 
     def _refusing(self, path: str, kind: str) -> Any:
         """What answers calls that are not admitted, of any kind."""
+        return self._raising(lambda context: self._access.refusal(context.invocation_metadata()), path, kind)
+
+    def _raising(self, error: Callable[[Any], Exception], path: str, kind: str) -> Any:
+        """What answers calls of any kind with an error, before their requests are read. error: of a call's context."""
 
         async def refuse(requests: Any, context: Any) -> None:
-            raise self._access.refusal(context.invocation_metadata())
+            raise error(context)
 
         return grpc.stream_stream_rpc_method_handler(
             self._guard(refuse, path, self._metrics.method(kind, *_names(path)))
@@ -168,6 +194,10 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return await _abort(context, failure)
 
         return guarded
+
+
+def _no_device(context: Any) -> errors.ServerUnavailable:
+    return errors.ServerUnavailable("the device hangs or fails: call another server, or this one later")
 
 
 def _names(path: str) -> tuple[str, str]:

@@ -83,7 +83,9 @@ class Server:
         self._departure = departure
         self._health = HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[Interceptor(metrics.rpcs, access, departure, arrivals, tracing)],
+            interceptors=[
+                Interceptor(metrics.rpcs, access, departure, arrivals, tracing, lambda: self._said.get(LIVE, True))
+            ],
             options=[
                 ("grpc.max_receive_message_length", options.max_message_bytes),
                 ("grpc.max_send_message_length", options.max_message_bytes),
