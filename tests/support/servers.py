@@ -35,10 +35,17 @@ def read_metrics(url: str) -> dict[str, float]:
 class ServerProcess:
     """A `forwardpass-server serve` that has loaded its models. A context manager: leaving it kills the process.
 
-    arguments: what else stands on the command line. environment: variables to add.
+    arguments: what else stands on the command line. environment: variables to add. waits_for: how the line begins that
+    says so; "not ready: " for a server that does not become ready.
     """
 
-    def __init__(self, *arguments: str, port: int = 0, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        port: int = 0,
+        environment: dict[str, str] | None = None,
+        waits_for: str = "ready on ",
+    ) -> None:
         command = [sys.executable, "-m", "forwardpass_server.app.cli", "serve", "--port", str(port)]
         self.process = subprocess.Popen(
             [*command, "--metrics-port", "0", "--drain-delay", "0.1", *arguments],
@@ -54,7 +61,7 @@ class ServerProcess:
         watchdog = threading.Timer(START_S, self.process.kill)
         watchdog.start()
         try:
-            self.ready_line = self._line("ready on ")
+            self.ready_line = self._line(waits_for)
         finally:
             watchdog.cancel()
         self.address = self._line("listening on ").removeprefix("listening on ")
@@ -68,6 +75,10 @@ class ServerProcess:
             assert line, "the server ended: " + "".join(self.log[-20:])
             self.lines.append(line.strip())
         return next(line for line in self.lines if line.startswith(start))
+
+    def wait_until_ready(self) -> str:
+        """The line that says so, of a server that was not ready when its models were loaded."""
+        return self._line("ready on ")
 
     def _read_log(self) -> None:
         assert self.process.stderr is not None

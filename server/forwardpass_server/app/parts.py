@@ -35,11 +35,14 @@ from forwardpass_server.serving.liveness import Liveness
 from forwardpass_server.serving.loading import ObservedLoader
 from forwardpass_server.serving.management import Management, RegistryManagement
 from forwardpass_server.serving.models import ModelSource
+from forwardpass_server.serving.readiness import Readiness
 from forwardpass_server.serving.registry import Registry, State
+from forwardpass_server.serving.required_models import RequiredModels
 from forwardpass_server.serving.scheduling import Scheduler
 from forwardpass_server.serving.session_commits import SessionCommits
 from forwardpass_server.serving.session_models import SessionModels
 from forwardpass_server.serving.session_store import SessionStore
+from forwardpass_server.serving.session_store_watch import SessionStoreWatch
 from forwardpass_server.serving.sessions import Sessions
 from forwardpass_server.serving.tokens import Role
 from forwardpass_server.serving.version_policy import VersionPolicies
@@ -80,10 +83,12 @@ class Parts:
     weights: WeightStore
     weights_bytes: int
     session_store: SessionStore
+    store_watch: SessionStoreWatch
     session_models: SessionModels
     known_sessions: KnownSessions
     server: Server
     liveness: Liveness
+    readiness: Readiness
     health: Health
     management: RegistryManagement
     managing: Server | None
@@ -114,7 +119,10 @@ async def join(settings: Settings) -> Parts:
     observer = tracing.of_calls(metrics.models) if tracing else metrics.models
     caller = Caller(registry, weights, scheduler, batcher, observer, admission)
     session_store = await session_stores.open_store(settings, metrics.sessions)
-    metrics.sessions.store(session_store.count, session_store.is_shared)
+    metrics.sessions.store(session_store.count, session_store.is_shared, lambda: not session_store.problem)
+    store_watch = SessionStoreWatch(session_store)
+    liveness = Liveness(placing, _TRIAL_S, settings.device_timeout_s)
+    readiness = Readiness(RequiredModels(registry, settings.required_models), store_watch, liveness)
     session_models = SessionModels(registry, session_store)
     known_sessions = KnownSessions(session_store, session_models)
     commits = SessionCommits(session_store, metrics.sessions, settings.max_state_bytes)
@@ -138,6 +146,7 @@ async def join(settings: Settings) -> Parts:
                 settings.max_message_bytes,
                 admission,
                 metrics,
+                readiness,
                 handlers.unary(SESSION_SERVICE, sessions_servicer),
                 departure,
                 tracing,
@@ -152,8 +161,7 @@ async def join(settings: Settings) -> Parts:
         arrivals,
         tracing,
     )
-    liveness = Liveness(placing, _TRIAL_S, settings.device_timeout_s)
-    health = Health(server, registry, liveness)
+    health = Health(server, registry, liveness, readiness)
     metrics.health.read = health.reading
     loader = ObservedLoader(garbage.SparingLoader(tensorflow), metrics.models)
     management = RegistryManagement(
@@ -181,10 +189,12 @@ async def join(settings: Settings) -> Parts:
         weights=weights,
         weights_bytes=weights_bytes,
         session_store=session_store,
+        store_watch=store_watch,
         session_models=session_models,
         known_sessions=known_sessions,
         server=server,
         liveness=liveness,
+        readiness=readiness,
         health=health,
         management=management,
         managing=_management_server(settings, management, metrics, security),

@@ -177,11 +177,11 @@ def _names(path: str) -> tuple[str, str]:
 
 
 async def _abort(context: Any, error: errors.ForwardPassError) -> None:
-    await context.abort(
-        grpc.StatusCode[error.status],
-        errors.encode_message(error),
-        trailing_metadata=((errors.DETAIL_KEY, errors.encode_detail(error)),),
-    )
+    trailing: list[tuple[str, str | bytes]] = [(errors.DETAIL_KEY, errors.encode_detail(error))]
+    if isinstance(error, errors.SessionStoreUnavailable):
+        # gRPC's own retries take some 3 s and lose the error where a deadline ends them. The SDK retries by itself.
+        trailing.append(("grpc-retry-pushback-ms", "-1"))
+    await context.abort(grpc.StatusCode[error.status], errors.encode_message(error), trailing_metadata=tuple(trailing))
 
 
 # As go-grpc-prometheus calls them, by whether requests and responses are streams.
