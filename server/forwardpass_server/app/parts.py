@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
 from forwardpass_server.app import garbage, session_stores
+from forwardpass_server.app.capacity import Capacity
 from forwardpass_server.app.health import Health
 from forwardpass_server.app.security import Security
 from forwardpass_server.app.settings import Settings, SettingsError
@@ -24,7 +25,6 @@ from forwardpass_server.rpc.servicer import FunctionalModelServicer
 from forwardpass_server.rpc.sessions_servicer import SessionsServicer
 from forwardpass_server.rpc.weights_servicer import WeightsServicer
 from forwardpass_server.serving import repository
-from forwardpass_server.serving.admission import Admission, Limits
 from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller
@@ -34,6 +34,7 @@ from forwardpass_server.serving.known_sessions import KnownSessions
 from forwardpass_server.serving.liveness import Liveness
 from forwardpass_server.serving.loading import ObservedLoader
 from forwardpass_server.serving.management import Management, RegistryManagement
+from forwardpass_server.serving.memory_budget import MemoryBudget
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.readiness import Readiness
 from forwardpass_server.serving.registry import Registry, State
@@ -48,7 +49,7 @@ from forwardpass_server.serving.tokens import Role
 from forwardpass_server.serving.version_policy import VersionPolicies
 from forwardpass_server.serving.weight_files import WeightFiles
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
-from forwardpass_server.telemetry import control_groups, gpus
+from forwardpass_server.telemetry import control_groups, gpus, machine
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.telemetry.models import ModelMetrics
 
@@ -80,6 +81,7 @@ class Parts:
     registry: Registry
     loader: ObservedLoader
     scheduler: Scheduler
+    capacity: Capacity
     weights: WeightStore
     weights_bytes: int
     session_store: SessionStore
@@ -115,7 +117,9 @@ async def join(settings: Settings) -> Parts:
     scheduler = Scheduler(settings.execution_threads)
     arrivals = Arrivals()
     batcher = Batcher(scheduler, arrivals, metrics.models, settings.max_batch_examples)
-    admission = _admission(settings)
+    capacity = Capacity(settings, _memory_budget(weights_bytes, device), registry)
+    admission = capacity.admission
+    metrics.rpcs.messages(lambda: admission.size_bytes, lambda: admission.limit_bytes)
     observer = tracing.of_calls(metrics.models) if tracing else metrics.models
     caller = Caller(registry, weights, scheduler, batcher, observer, admission)
     session_store = await session_stores.open_store(settings, metrics.sessions)
@@ -160,6 +164,7 @@ async def join(settings: Settings) -> Parts:
         departure,
         arrivals,
         tracing,
+        admission,
     )
     health = Health(server, registry, liveness, readiness)
     metrics.health.read = health.reading
@@ -170,7 +175,7 @@ async def join(settings: Settings) -> Parts:
         settings.model_repository,
         settings.factories,
         policies,
-        functools.partial(_model_changed, health, registry, loader, metrics.models),
+        functools.partial(_model_changed, health, capacity, registry, loader, metrics.models),
         session_models,
         settings.unload_with_sessions == "refuse",
     )
@@ -186,6 +191,7 @@ async def join(settings: Settings) -> Parts:
         registry=registry,
         loader=loader,
         scheduler=scheduler,
+        capacity=capacity,
         weights=weights,
         weights_bytes=weights_bytes,
         session_store=session_store,
@@ -234,13 +240,12 @@ def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: in
     return store
 
 
-def _admission(settings: Settings) -> Admission:
-    in_all = Limits(calls=settings.max_concurrent_calls, size_bytes=settings.max_concurrent_bytes)
-    each = Limits(
-        calls=settings.share(settings.max_concurrent_calls_per_principal, in_all.calls),
-        size_bytes=settings.share(settings.max_concurrent_bytes_per_principal, in_all.size_bytes),
+def _memory_budget(weights_bytes: int, device: str) -> MemoryBudget:
+    return MemoryBudget(
+        memory_bytes=control_groups.memory_bytes(),
+        base_bytes=machine.resident_bytes(),
+        weights_bytes=weights_bytes if device.startswith("CPU") else 0,
     )
-    return Admission(in_all, each)
 
 
 def _management_server(
@@ -278,7 +283,12 @@ def _tracing(endpoint: str | None) -> Tracing | None:
 
 
 async def _model_changed(
-    health: Health, registry: Registry, loader: ObservedLoader, metrics: ModelMetrics, source: ModelSource
+    health: Health,
+    capacity: Capacity,
+    registry: Registry,
+    loader: ObservedLoader,
+    metrics: ModelMetrics,
+    source: ModelSource,
 ) -> None:
     """Says of a model, and of its version, whether it can be called; forgets what there was of one that is gone."""
     await asyncio.to_thread(garbage.collect)
@@ -287,4 +297,5 @@ async def _model_changed(
         loader.forget(source)
     if source.name not in dict(known):
         metrics.forget(source.name)
+    capacity.refresh()
     await health.model_changed(source)

@@ -120,6 +120,9 @@ async def _listen(parts: Parts, announce: Announce) -> None:
         f"weights: up to {parts.weights_bytes / 2**20:,.0f} MiB on {parts.device}"
         + (f", kept in {settings.weights_folder}" if settings.weights_folder else "")
     )
+    announce(
+        f"requests and responses: up to {parts.capacity.messages_bytes / 2**20:,.0f} MiB at once, less what models take"
+    )
     announce(f"metric sessions in {parts.session_store.place}")
 
 

@@ -277,16 +277,18 @@ class Settings:
             least=1,
         ),
     ] = 1024
-    # Of requests that arrive in pieces, wait or run: four of the longest.
+    # Of requests that arrive in pieces, wait or run, and of responses that are not read yet. None for what the memory
+    # of the process holds: a server that takes more is killed, with everything that callers have put on it.
     max_concurrent_bytes: Annotated[
-        int,
+        int | None,
         Option(
             "--max-concurrent-mib",
-            "MiB of requests at once; further ones are refused with RESOURCE_EXHAUSTED.",
+            "MiB of requests and responses at once; further requests are refused with RESOURCE_EXHAUSTED.",
+            otherwise="what the memory of the process or its control group holds beside weights and models",
             unit=MIB,
             least=1,
         ),
-    ] = 1024 * MIB
+    ] = None
     # None for half where principals are told apart, so that none can take all, and for everything where they are not.
     max_concurrent_calls_per_principal: Annotated[
         int | None,
