@@ -24,6 +24,8 @@ import workloads
 import forwardpass_client
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.methods import METHODS
+from forwardpass_server.serving import tokens
+from forwardpass_server.serving.tokens import Role
 
 MIB = 2**20
 LIMIT_MIB = 1024
@@ -99,8 +101,9 @@ def measure(kind: str, size_bytes: int, callers: int) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         command = SERVE
         if "token" in kind:
-            (tokens := pathlib.Path(folder, "tokens")).write_text("")
-            command = [*SERVE, "--tokens", str(tokens)]
+            _, token = tokens.create("somebody", [Role.CALL], tokens.parse_expiry("1d"))
+            (file := pathlib.Path(folder, "tokens")).write_text(token.line() + "\n")
+            command = [*SERVE, "--tokens", str(file)]
         with run.server_process(command) as (address, pid):
             traffic = Traffic(address, size_bytes)
             if "token" not in kind:
