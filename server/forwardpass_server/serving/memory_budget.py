@@ -9,11 +9,11 @@ from forwardpass.wire.dtypes import Array
 
 _MIB = 2**20
 
-COPIES = 3
-"""Of each byte of a request or of a response, at the worst moment. Measured by benchmarks/memory.py.
+COPIES = 4
+"""Of each byte of a request or of a response, at the worst moment: the highest figure of benchmarks/memory.py.
 
-A request in one message: gRPC's buffer, the message, and the tensor. Its response: the result, the message, and gRPC's
-buffer. What travels in pieces, as the SDK sends it from 8 MiB on, takes one copy of each.
+A request in one message is copied by gRPC in Python on its way from gRPC's buffer, and once more to the tensor. What
+travels in pieces, as the SDK sends it from 8 MiB on, takes one copy.
 """
 
 SAFETY_SHARE = 0.1

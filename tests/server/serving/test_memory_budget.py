@@ -16,7 +16,7 @@ def test_what_weights_and_models_leave_is_for_messages_and_all_of_it_stays_withi
     budget = MemoryBudget(memory_bytes=4 * GIB, base_bytes=0, weights_bytes=GIB)
     messages_bytes = budget.messages_bytes(256 * MIB)
     # The figure of docs/reliability.md and deploy/README.md.
-    assert messages_bytes // MIB == 588
+    assert messages_bytes // MIB == 441
     taken = BASE_BYTES + GIB + 256 * MIB + COPIES * messages_bytes
     assert 0.89 * 4 * GIB < taken <= 0.9 * 4 * GIB
 
