@@ -140,11 +140,15 @@ class ClientApi(OfOneProcess, abc.ABC):
         return self._run(calls.list_models(), timeout_s)
 
     def is_ready(self, *, timeout_s: float | None = None) -> Any:
-        """Whether the server has tried to load every model, and is not about to stop. Raises ServerUnavailable.
+        """Whether the server takes calls: its required models can be called, its device works, and it does not drain.
 
-        Of several servers, whether one is ready: where none is, `models` says why.
+        Of several servers, whether one is ready. Where none is, `unready_reasons` says why. Raises ServerUnavailable.
         """
         return self.is_serving("", timeout_s=timeout_s)
+
+    def unready_reasons(self, *, timeout_s: float | None = None) -> Any:
+        """Why the server is not ready, such as a required model that cannot be called; an empty list when it is."""
+        return self._run(calls.unready_reasons(), timeout_s)
 
     def is_serving(self, service: str, *, timeout_s: float | None = None) -> Any:
         """Whether grpc.health.v1 answers SERVING for a service, such as `model/NAME`; "" is the server as a whole.

@@ -278,6 +278,12 @@ FACTORIES = tuple(
 )
 
 
+def serving(repository: pathlib.Path) -> list[str]:
+    """The arguments of a server over what `write_repository` has written. The model that is broken is not required."""
+    names = sorted(path.name for path in repository.iterdir() if path.name != "broken")
+    return ["--model-repository", str(repository), "--required-models", ",".join(names)]
+
+
 def write_repository(folder: pathlib.Path) -> None:
     """Every golden model; TFF's with Keras metrics; Keras in two versions; our own export; one that is broken."""
     for name in golden.NAMES:

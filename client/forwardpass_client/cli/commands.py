@@ -102,11 +102,18 @@ def models(host: Host) -> None:
 def health(host: Host, service: str, timeout: float) -> None:
     """Ask whether a server is serving: exits with 0 if it says SERVING, with 1 otherwise.
 
-    Fit for a probe: it starts in a third of a second and asks once.
+    Fit for a probe: it starts in a third of a second and asks once. Where the server is not ready, it asks why, too.
     """
+    reasons: list[str] = []
     with _client(host) as client:
         is_serving = client.is_serving(service, timeout_s=timeout)
+        if not is_serving:
+            # The answer is there already. An older server knows no reasons, and some callers may ask for health only.
+            with contextlib.suppress(errors.ForwardPassError):
+                reasons = client.unready_reasons(timeout_s=timeout)
     click.echo("SERVING" if is_serving else "NOT_SERVING")
+    for reason in reasons:
+        click.echo(reason, err=True)
     if not is_serving:
         raise click.exceptions.Exit(1)
 
