@@ -8,6 +8,7 @@ against an error in the rules.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,16 +43,10 @@ def reason_against(execution: Execution, concrete: Any, spec: ModelSpec, weights
         return str(error)
     except Exception as error:  # TensorFlow's own machinery: a graph that it cannot take apart cannot be judged.
         return f"the graph cannot be judged: {type(error).__name__}"
-    rng = np.random.default_rng(0)
-    varied = [_varied(leaf, rng) for leaf in weights]
-    has_free_size = any(None in leaf.shape[1:] for leaf in spec.x.leaves if leaf.shape)
-    reasons = [
-        _probe(execution, spec, varied, _examples(spec, size, rng))
-        for size in _FREE_SIZES[: None if has_free_size else 1]
-    ]
-    # A model may refuse one size and take another. One size must have been probed.
-    judged = [reason for reason in reasons if not reason.startswith(_REFUSED)]
-    return next(filter(None, judged), "") if judged else reasons[0]
+    try:
+        return _probe_sizes(execution, spec, weights)
+    except Exception as error:  # A probe that cannot judge is no reason to fail a load.
+        return f"the probe failed: {type(error).__name__}"
 
 
 def _check_graph(concrete: Any, weights: int, inputs: int) -> None:
@@ -95,6 +90,20 @@ _MOST_ROWS = 16
 _MOST_BATCHES = 6
 
 
+def _probe_sizes(execution: Execution, spec: ModelSpec, weights: Sequence[Array]) -> str:
+    """Probes a model with each size of its free dimensions."""
+    rng = np.random.default_rng(0)
+    varied = [_varied(leaf, rng) for leaf in weights]
+    has_free_size = any(None in leaf.shape[1:] for leaf in spec.x.leaves if leaf.shape)
+    reasons = [
+        _probe(execution, spec, varied, _examples(spec, size, rng))
+        for size in _FREE_SIZES[: None if has_free_size else 1]
+    ]
+    # A model may refuse one size and take another. One size must have been probed.
+    judged = [reason for reason in reasons if not reason.startswith(_REFUSED)]
+    return next(filter(None, judged), "") if judged else reasons[0]
+
+
 def _examples(spec: ModelSpec, size: int, rng: np.random.Generator) -> list[list[Array]]:
     """Random batches of x of several lengths, with free dimensions of one size."""
     sizes = {dim for leaf in (*spec.x.leaves, *spec.predictions.leaves) for dim in (leaf.shape or ())[1:]}
@@ -131,10 +140,10 @@ def _probe(execution: Execution, spec: ModelSpec, weights: Sequence[Array], exam
         return f"{_REFUSED}: {type(error).__name__}"
     for index, leaf in enumerate(spec.predictions.leaves):
         apart = [results[index] for results in alone]
-        parts = np.split(together[index], ends[:-1]) if together[index].ndim else []
-        if len(together[index]) != ends[-1] or not (
-            all(probing.agree(one, part, leaf) for one, part in zip(apart, parts, strict=True))
-            and probing.agree(together[index][order], shuffled[index], leaf)
+        joint = together[index]
+        if joint.shape[:1] != (ends[-1],) or not (
+            all(map(probing.agree, apart, np.split(joint, ends[:-1]), itertools.repeat(leaf)))
+            and probing.agree(joint[order], shuffled[index], leaf)
         ):
             return "rows had other predictions together than alone"
     return ""

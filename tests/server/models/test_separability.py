@@ -56,6 +56,8 @@ SEPARABLE = {
     "top two of each row": functional(lambda x: tf.math.top_k(x, 2).values),
     "batched product": functional(lambda x: tf.matmul(x, x, transpose_b=True), shape=(2, 3)),
     "einsum": functional(lambda x, w: tf.einsum("bij,jk->bik", x, w), shape=(2, 3), weights=(np.ones((3, 2)),)),
+    "a free length": functional(lambda x: tf.reduce_mean(x, 1), shape=(None,)),
+    "two free lengths": functional(lambda x: tf.matmul(x, x, transpose_b=True), shape=(None, None)),
     "padded features": functional(lambda x: tf.pad(x, [[0, 0], [1, 1]])),
 }
 
@@ -359,6 +361,35 @@ def test_the_probe_catches_what_the_rules_would_let_pass(monkeypatch):
     mixed = functional(lambda x: x - tf.reduce_mean(x, 0, keepdims=True) + tf.zeros_like(x))
     monkeypatch.setattr(separability, "_check_graph", lambda *arguments: None)
     assert reason(mixed) == "rows had other predictions together than alone"
+
+
+PROBED = {
+    "weights that are all zeros": (lambda x, w: x @ w + tf.reduce_mean(x @ w, 0), (4,)),
+    "a batch as long as a row": (lambda x, w: swapped(x), (4,)),
+    "a batch as long as a free dimension": (lambda x, w: swapped(x), (None,)),
+    "a batch of one row": (lambda x, w: x * tf.cast(1 + 1 // tf.shape(x)[0], tf.float32), (4,)),
+    "rows in other places": (lambda x, w: x * tf.cast(tf.range(tf.shape(x)[0]) > 5, tf.float32)[:, None], (4,)),
+    "no row more or less than the other batch": (lambda x, w: tf.reshape(x, [-1, 2]), (4,)),
+}
+
+
+def swapped(x):
+    """The rows transposed where there are as many as each is long."""
+    rows, size = tf.unstack(tf.shape(x))
+    return tf.cond(rows == size, lambda: tf.transpose(x), lambda: x)
+
+
+@pytest.mark.parametrize("name", PROBED)
+def test_the_probe_finds_rows_that_depend_on_their_batch(name, monkeypatch):
+    predict, shape = PROBED[name]
+    monkeypatch.setattr(separability, "_check_graph", lambda *arguments: None)
+    weights = (np.zeros((4, 3)),)
+    assert reason(functional(predict, shape, weights)) == "rows had other predictions together than alone"
+
+
+def test_a_probe_that_fails_is_a_reason_and_not_an_error(monkeypatch):
+    monkeypatch.setattr(separability, "_examples", lambda *arguments: 1 / 0)
+    assert reason(SEPARABLE["dense"]) == "the probe failed: ZeroDivisionError"
 
 
 def test_a_model_that_refuses_random_inputs_is_not_judged():
