@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -177,7 +178,7 @@ def _of_compiled(metrics: Any, weighted_metrics: Any, outputs: _Outputs) -> Metr
 
     @tf.function
     def finalize(state: Any) -> Any:
-        return _map(lambda metric, variables: metric.stateless_result(variables), named, state)
+        return _map(_result, named, state)
 
     return initialize, update, finalize
 
@@ -203,9 +204,23 @@ def _of_metrics(metrics: Any, outputs: _Outputs) -> MetricsFns:
 
     @tf.function
     def finalize(state: Any) -> Any:
-        return _map(lambda metric, variables: metric.stateless_result(variables), metrics, state)
+        return _map(_result, metrics, state)
 
     return initialize, update, finalize
+
+
+def _result(metric: keras.metrics.Metric, variables: list[Any]) -> Any:
+    with keras.StatelessScope(state_mapping=list(zip(metric.variables, variables, strict=True))):
+        try:
+            result = metric.result()
+        except tf.errors.OperatorNotAllowedInGraphError:
+            # The metric branches on a tensor (R2Score with num_regressors): Keras can do so outside of graphs alone.
+            with warnings.catch_warnings():
+                # Both branches are traced: a warning of one says nothing.
+                warnings.simplefilter("ignore")
+                result = tf.autograph.to_graph(type(metric).result)(metric)
+        # A metric may return a variable, which has its value from the state only within this scope.
+        return keras.tree.map_structure(tf.convert_to_tensor, result)
 
 
 def _takes_weights(metric: keras.metrics.Metric) -> bool:

@@ -55,6 +55,13 @@ def test_a_model_whose_own_code_fails_is_one_line(tmp_path):
     assert "Traceback" not in done.output
 
 
+def test_a_module_that_cannot_be_imported_is_one_line(tmp_path):
+    done = run("export", "--import", "no_such_module", "support.zoo:structures", str(tmp_path / "models"), "mine")
+    assert done.exit_code == 1
+    assert "--import: module 'no_such_module' cannot be imported (ModuleNotFoundError" in done.output
+    assert "Traceback" not in done.output
+
+
 def test_a_python_function_is_exported_and_served(tmp_path):
     done = run("export", "support.zoo:structures", str(tmp_path / "models"), "mine")
     assert done.exit_code == 0, done.output
