@@ -73,11 +73,13 @@ class KerasArchive:
     def with_defaults(self, config: ModelConfig, model: keras.Model) -> ModelConfig:
         """The configuration, completed by what the model was compiled with and by the shapes that follow from it.
 
+        That of a model that was never compiled stays as it is.
+
         Raises ModelLoadError for what is compiled in and cannot be read in safe mode, InvalidCompileArgument for a loss
         that Keras does not know.
         """
         compiled = self._config.get("compile_config")
-        if not isinstance(compiled, dict):
+        if not compiled:
             return config
         found: dict[str, Any] = {}
         if config.loss is None:
