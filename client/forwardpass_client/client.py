@@ -15,6 +15,7 @@ from forwardpass_client.calls import Call, FoundModel, ModelVersion
 from forwardpass_client.credentials import Credentials, Tls, Token
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
 from forwardpass_client.options import Options
+from forwardpass_client.processes import OfOneProcess, check_gevent
 from forwardpass_client.replicas import Transports
 from forwardpass_client.transfers import Steps
 from forwardpass_client.transport import AsyncTransport, Transport
@@ -57,7 +58,8 @@ def connect(
     Calls that meet a server that is gone or stopping (UNAVAILABLE, CANCELLED) are sent again: up to four times within
     some seconds, and calls that any of several servers may answer for half a minute. Updates of sessions count once
     however often they are sent.
-    Raises ValueError for a list of what are no addresses.
+    Raises ValueError for a list of what are no addresses, and RuntimeError where gevent has patched Python's threads
+    and gRPC was not told.
     """
     credentials = _credentials(target, tls, token, allow_insecure_token)
     return Client(credentials, _options(timeout_s, max_message_bytes, reuse_weights, channel_options))
@@ -74,7 +76,10 @@ def connect_async(
     allow_insecure_token: bool = False,
     channel_options: Sequence[tuple[str, Any]] = (),
 ) -> AsyncClient:
-    """`connect` for asyncio. Call it, and use the client, on one event loop."""
+    """`connect` for asyncio.
+
+    The client belongs to the event loop on which it is first used; methods raise RuntimeError on another.
+    """
     credentials = _credentials(target, tls, token, allow_insecure_token)
     return AsyncClient(credentials, _options(timeout_s, max_message_bytes, reuse_weights, channel_options))
 
@@ -97,7 +102,7 @@ def _credentials(
     return Credentials(target=targets.joined(target), tls=found, token=token, allow_insecure_token=allow_insecure_token)
 
 
-class ClientApi(abc.ABC):
+class ClientApi(OfOneProcess, abc.ABC):
     """What can be asked of a server, for whoever makes the call.
 
     timeout_s: seconds that one call may take; None for the client's own.
@@ -135,11 +140,15 @@ class ClientApi(abc.ABC):
         return self._run(calls.list_models(), timeout_s)
 
     def is_ready(self, *, timeout_s: float | None = None) -> Any:
-        """Whether the server has tried to load every model, and is not about to stop. Raises ServerUnavailable.
+        """Whether the server takes calls: its required models can be called, its device works, and it does not drain.
 
-        Of several servers, whether one is ready: where none is, `models` says why.
+        Of several servers, whether one is ready. Where none is, `unready_reasons` says why. Raises ServerUnavailable.
         """
         return self.is_serving("", timeout_s=timeout_s)
+
+    def unready_reasons(self, *, timeout_s: float | None = None) -> Any:
+        """Why the server is not ready, such as a required model that cannot be called; an empty list when it is."""
+        return self._run(calls.unready_reasons(), timeout_s)
 
     def is_serving(self, service: str, *, timeout_s: float | None = None) -> Any:
         """Whether grpc.health.v1 answers SERVING for a service, such as `model/NAME`; "" is the server as a whole.
@@ -171,6 +180,7 @@ class Client(ClientApi):
     """One connection, for any number of threads. A context manager: leaving it closes the connection."""
 
     def __init__(self, credentials: Credentials, options: Options) -> None:
+        check_gevent(is_async=False)
         super().__init__(options)
         self._transports = Transports(lambda: Transport(credentials, options))
 
@@ -242,6 +252,7 @@ class AsyncClient(ClientApi):
     """`Client` for asyncio: the same methods, whose results are to be awaited."""
 
     def __init__(self, credentials: Credentials, options: Options) -> None:
+        check_gevent(is_async=True)
         super().__init__(options)
         self._transports = Transports(lambda: AsyncTransport(credentials, options))
 

@@ -21,6 +21,7 @@ from forwardpass_client.calls_in_flight import MAX_CALLS
 from forwardpass_client.evaluation import BatchesInFlight, BatchProgress
 from forwardpass_client.options import Options
 from forwardpass_client.pipeline import AsyncPipeline, Pipeline
+from forwardpass_client.processes import OfOneProcess
 from forwardpass_client.reuse import Reuse
 from forwardpass_client.session_calls import SessionCalls
 from forwardpass_client.sessions import ID_BYTES, AsyncMetricsSession, MetricsSession, MetricsSessionApi
@@ -39,7 +40,7 @@ from forwardpass_client.weights import (
 _CLOSE_S = 2.0
 
 
-class FunctionalModelApi(abc.ABC):
+class FunctionalModelApi(OfOneProcess, abc.ABC):
     """The methods of a functional model on a server, for whoever makes the call.
 
     Arguments: nested tuples, lists, dicts and named tuples as the model was written for, with numpy arrays, Python

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from types import TracebackType
@@ -16,6 +17,7 @@ from forwardpass.wire.chunks import Pieces
 from forwardpass_client import channel_policy, long_calls, replicas, targets
 from forwardpass_client.credentials import Credentials
 from forwardpass_client.options import Options
+from forwardpass_client.processes import OneLoop
 from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, Unary
 
 if TYPE_CHECKING:
@@ -39,7 +41,7 @@ class Transport:
         self._channels = _Channels(grpc, credentials, options)
         self._metadata = credentials.metadata
         self._max_message_bytes = options.max_message_bytes
-        self._errors = _Errors()
+        self._errors = _Errors(credentials.proxy)
 
     def call(self, path: str, request: bytes | Pieces, timeout_s: float | None, *, stays: bool = False) -> bytes:
         """One unary call. Raises the error that its status stands for."""
@@ -142,13 +144,28 @@ class Transport:
 
 
 class AsyncTransport:
-    """`Transport` on the event loop that made it."""
+    """`Transport` on the event loop of its first call."""
 
     def __init__(self, credentials: Credentials, options: Options) -> None:
-        self._channels = _Channels(grpc.aio, credentials, options)
+        self._make_channels = functools.partial(_Channels, grpc.aio, credentials, options)
+        self._made: _Channels | None = None
+        self._loop = OneLoop()
         self._metadata = credentials.metadata
         self._max_message_bytes = options.max_message_bytes
-        self._errors = _Errors()
+        self._errors = _Errors(credentials.proxy)
+
+    @property
+    def _channels(self) -> _Channels:
+        self.check_loop()
+        if self._made is None:
+            if self.is_closed:
+                raise errors.CallCancelled(_CLOSED)
+            self._made = self._make_channels()
+        return self._made
+
+    def check_loop(self) -> None:
+        """Raises RuntimeError on another event loop than that of the first call."""
+        self._loop.check()
 
     async def call(self, path: str, request: bytes | Pieces, timeout_s: float | None, *, stays: bool = False) -> bytes:
         """One unary call. Raises the error that its status stands for."""
@@ -245,8 +262,9 @@ class AsyncTransport:
         return self._channels.are_two
 
     async def close(self) -> None:
+        channels = [] if self._made is None else self._channels.all
         self._errors.is_closed = True
-        for channel in self._channels.all:
+        for channel in channels:
             await channel.close()
 
 
@@ -278,11 +296,14 @@ class _Channels:
 class _Errors:
     """Raises, in a `with`, the errors that statuses stand for. is_closed: whether its channel is.
 
+    proxy: what the channel goes through, as `proxies.of` says it.
+
     A class: a generator would cost a small call more than all that it does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, proxy: str = "") -> None:
         self.is_closed = False
+        self._proxy = proxy
 
     def __enter__(self) -> None:
         return
@@ -293,7 +314,7 @@ class _Errors:
         if error is None or isinstance(error, errors.ForwardPassError) or not isinstance(error, Exception):
             return
         if isinstance(error, grpc.RpcError):
-            raise _decode(error) from None
+            raise _decode(error, self._proxy) from None
         # On a closed channel gRPC raises errors of several classes, not all of which it exports.
         if self.is_closed:
             raise errors.CallCancelled(_CLOSED) from None
@@ -324,9 +345,15 @@ class _Answer:
             self.is_done, self.result = True, stop.value
 
 
-def _decode(error: Any) -> errors.ForwardPassError:
+def _decode(error: Any, proxy: str) -> errors.ForwardPassError:
     trailing = dict(error.trailing_metadata() or ())
     status, message = error.code().name, error.details() or ""
     if status == "INTERNAL" and message == _LOST_IN_MID_SEND:
         status = "UNAVAILABLE"
-    return errors.decode(status, message, trailing.get(errors.DETAIL_KEY))
+    detail = trailing.get(errors.DETAIL_KEY)
+    if proxy and detail is None:
+        # No server of ours has answered: it may be the proxy that cannot be reached, or refuses.
+        message += (
+            f"; calls to this server go through the proxy {proxy}: name the server in no_proxy to call it directly"
+        )
+    return errors.decode(status, message, detail)

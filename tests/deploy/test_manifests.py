@@ -15,14 +15,17 @@ from forwardpass_client.cli.commands import forwardpass
 from forwardpass_server.app.cli import main
 from forwardpass_server.app.settings import Settings
 from forwardpass_server.rpc.server import LIVE, READY, STARTUP
+from forwardpass_server.serving.memory_budget import BASE_BYTES, MemoryBudget
 from support.environments import ROOT
 from support.manifests import RENDERED, find, is_custom, render, render_folder, validate_custom
 
 # The oldest with gRPC probes, matchLabelKeys and unhealthyPodEvictionPolicy switched on; the newest that there is.
 VERSIONS = ("1.27", "1.37")
 
-# What TensorFlow takes before it has a model, with room for some.
-SERVER_MIB = 1024
+MIB = 2**20
+
+# Of the models of a pod: some versions of a hundred MiB of weights in all.
+MODELS_BYTES = 256 * MIB
 
 each = pytest.mark.parametrize("name", RENDERED)
 
@@ -155,8 +158,16 @@ def test_what_the_server_may_keep_fits_into_its_memory(name):
     environment = environment_of(name)
     limit = container_of(name)["resources"]["limits"]["memory"]
     assert limit.endswith("Gi")
-    kept_mib = sum(int(environment.get(f"FORWARDPASS_{what}_MIB", 0)) for what in ("WEIGHTS", "MAX_CONCURRENT"))
-    assert kept_mib + SERVER_MIB <= int(limit.removesuffix("Gi")) * 1024
+    # The server computes the same of its control group.
+    assert "FORWARDPASS_MAX_CONCURRENT_MIB" not in environment
+    budget = MemoryBudget(
+        memory_bytes=int(limit.removesuffix("Gi")) * 1024 * MIB,
+        base_bytes=BASE_BYTES,
+        weights_bytes=int(environment.get("FORWARDPASS_WEIGHTS_MIB", 0)) * MIB,
+    )
+    # One alone is always taken, however long it is: it must fit.
+    longest_bytes = int(environment.get("FORWARDPASS_MAX_MESSAGE_MIB", Settings.max_message_bytes // MIB)) * MIB
+    assert budget.messages_bytes(MODELS_BYTES) >= longest_bytes
     assert container_of(name)["resources"]["requests"]["memory"] == limit
     assert environment["FORWARDPASS_EXECUTION_THREADS"] == container_of(name)["resources"]["requests"]["cpu"]
 

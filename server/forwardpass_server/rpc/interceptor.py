@@ -13,10 +13,11 @@ import grpc
 
 from forwardpass.wire import errors
 from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
-from forwardpass_server.rpc import handlers
+from forwardpass_server.rpc import handlers, principals
 from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.failures import failure_of
+from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.telemetry.rpcs import MethodMetrics, RpcMetrics
 
@@ -61,12 +62,14 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         departure: Departure,
         arrivals: Arrivals,
         tracing: Tracing | None,
+        admission: Admission | None = None,
         device_works: Callable[[], bool] = lambda: True,
     ) -> None:
         """device_works: False while the device hangs or fails, so that calls would wait until their deadlines."""
         self._metrics = metrics
         self._arrivals = arrivals
         self._tracing = tracing
+        self._admission = admission
         self._access = access
         self._departure = departure
         self._device_works = device_works
@@ -120,11 +123,13 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             method = _reading(method, handler.request_deserializer, handler.request_streaming)
         streams = handler.request_streaming, handler.response_streaming
         metrics = self._metrics.method(_KINDS[streams], *_names(path))
+        is_ours = _names(path)[0] in SERVICES
         # Those of health and reflection are no bytes yet, and too few to matter.
         if handler.response_serializer is None:
             method = _measured(method, metrics, *streams)
+        if not any(streams) and is_ours and self._admission is not None:
+            method = _held(method, self._admission)
         answer = _writing(method) if handler.response_streaming else method
-        is_ours = _names(path)[0] in SERVICES
         # Watches of health and talks with reflection last until their callers leave. Ours know what is to be finished.
         if any(streams) and not is_ours:
             answer = self._until_departure(answer)
@@ -207,11 +212,11 @@ def _names(path: str) -> tuple[str, str]:
 
 
 async def _abort(context: Any, error: errors.ForwardPassError) -> None:
-    await context.abort(
-        grpc.StatusCode[error.status],
-        errors.encode_message(error),
-        trailing_metadata=((errors.DETAIL_KEY, errors.encode_detail(error)),),
-    )
+    trailing: list[tuple[str, str | bytes]] = [(errors.DETAIL_KEY, errors.encode_detail(error))]
+    if isinstance(error, errors.SessionStoreUnavailable):
+        # gRPC's own retries take some 3 s and lose the error where a deadline ends them. The SDK retries by itself.
+        trailing.append(("grpc-retry-pushback-ms", "-1"))
+    await context.abort(grpc.StatusCode[error.status], errors.encode_message(error), trailing_metadata=tuple(trailing))
 
 
 # As go-grpc-prometheus calls them, by whether requests and responses are streams.
@@ -250,6 +255,25 @@ def _measured(
         return _counted(method(_counted(request, received) if streams_requests else request, context), sent)
 
     return respond if streams_responses else answer
+
+
+# Shorter ones do not matter: as many as there may be calls are 64 MiB.
+_HELD_BYTES = 2**16
+
+
+def _held(method: Callable[[Any, Any], Any], admission: Admission) -> Callable[[Any, Any], Any]:
+    """The unary method, with its response counted until its caller has read it, or is gone."""
+
+    async def answer(request: Any, context: Any) -> Any:
+        response = await method(request, context)
+        size_bytes = len(response)
+        if size_bytes >= _HELD_BYTES:
+            principal = principals.current()
+            admission.hold(principal, size_bytes)
+            context.add_done_callback(lambda _: admission.leave(principal, size_bytes, calls=0))
+        return response
+
+    return answer
 
 
 async def _counted(messages: Any, count: Callable[[int], None]) -> AsyncIterator[bytes]:
