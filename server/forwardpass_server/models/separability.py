@@ -43,9 +43,10 @@ def reason_against(execution: Execution, concrete: Any, spec: ModelSpec, weights
     for leaf, path in zip(spec.x.leaves, spec.x.tree.paths("x"), strict=True):
         if not leaf.shape or leaf.shape[0] is not None:
             return f"{path} has no batch dimension of free size: {leaf}"
-    for leaf, path in zip(spec.predictions.leaves, spec.predictions.tree.paths("predictions"), strict=True):
-        if not leaf.shape or leaf.shape[0] is not None:
-            return f"{path} has no batch dimension of free size: {leaf}"
+    for part, place in ((spec.predictions, "predictions"), (spec.prediction_mask, "prediction_mask")):
+        for leaf, path in zip(part.leaves, part.tree.paths(place), strict=True):
+            if not leaf.shape or leaf.shape[0] is not None:
+                return f"{path} has no batch dimension of free size: {leaf}"
     if not spec.x.leaves or not spec.predictions.leaves:
         return "x or the predictions hold no array"
     try:
@@ -420,7 +421,8 @@ def _probe(execution: Execution, spec: ModelSpec, weights: Sequence[Array]) -> s
         shuffled = predict([leaf[order] for leaf in joined])
     except Exception as error:  # The model may want other inputs than random ones.
         return f"the model refused the inputs of the probe: {type(error).__name__}"
-    for leaf, one, two, three in zip(spec.predictions.leaves, alone, together, shuffled, strict=True):
+    leaves = (*spec.predictions.leaves, *spec.prediction_mask.leaves)
+    for leaf, one, two, three in zip(leaves, alone, together, shuffled, strict=True):
         if not (probing.agree(one, two, leaf) and probing.agree(one[order], three, leaf)):
             return "rows had other predictions together than alone"
     return ""
