@@ -191,7 +191,7 @@ class ModelCalls:
 
         return self._call_with_weights(Function.FORWARD_PASS, "ForwardPass", request, model_weights, values, read)
 
-    def loss(self, output: Any, label: Any, sample_weight: Any, mask: Any) -> Call[Any]:
+    def loss(self, output: Any, label: Any, sample_weight: Any, mask: Any = None) -> Call[Any]:
         function = Function.LOSS if sample_weight is None else Function.WEIGHTED_LOSS
         values = {
             "output": output,
@@ -215,7 +215,7 @@ class ModelCalls:
         )
 
     def update_metrics_state(
-        self, state: Any, labels: Any, batch_output: Any, sample_weight: Any, mask: Any
+        self, state: Any, labels: Any, batch_output: Any, sample_weight: Any, mask: Any = None
     ) -> Call[Any]:
         function = Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
         values = {"state": state, "labels": labels, "sample_weight": sample_weight, **batch_output_values(batch_output)}

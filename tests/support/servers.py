@@ -13,7 +13,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-START_S = 120.0
+START_S = 240.0
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
