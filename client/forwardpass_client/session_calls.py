@@ -36,9 +36,7 @@ class SessionCalls(ModelCalls):
 
         return self._call("OpenSession", request, parts, read)
 
-    def update_session(
-        self, labels: Any, batch_output: Any, sample_weight: Any, mask: Any = None
-    ) -> Call[None]:
+    def update_session(self, labels: Any, batch_output: Any, sample_weight: Any, mask: Any = None) -> Call[None]:
         function = Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
         values = {"labels": labels, "sample_weight": sample_weight, **batch_output_values(batch_output)}
         place = "batch_output.prediction_mask"

@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import forwardpass_client
 from forwardpass_client import MaskedPredictions, MaskMissing, errors
+from forwardpass_client.cli.commands import forwardpass
 from support import masked_models
 from support.masked_models import MODELS
 from support.servers import ServerProcess
@@ -216,6 +218,12 @@ def test_predictions_of_a_pipeline_carry_their_mask(output):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert close(remote.loss(found.predictions, y), batch_output.loss)
+
+
+def test_the_command_says_that_loss_needs_the_mask(masked_server):
+    found = CliRunner().invoke(forwardpass, ["describe", masked_server.address, "lstm"])
+    shown = " ".join(found.output.split())
+    assert "bool[None,None]; loss(output, label) counts masked positions unless output carries its mask" in shown
 
 
 def test_a_session_answers_without_predictions_and_without_their_mask(output):

@@ -58,7 +58,7 @@ def functional_model_from_keras(
     @tf.function
     def predict_on_batch(model_weights: Any, x: Any, training: bool = True) -> Any:
         outputs, _ = model.stateless_call(*model_weights, x, training=training)
-        return outputs, masks.of(outputs)
+        return outputs, _masks(model, x, outputs)
 
     def loss_of(output: Any, label: Any, sample_weight: Any = None, prediction_mask: Any = None) -> Any:
         return keras_loss(label, masks.attached(output, prediction_mask), sample_weight=sample_weight)
@@ -67,10 +67,11 @@ def functional_model_from_keras(
     def forward_pass(model_weights: Any, batch_input: Any, training: bool = True) -> tuple[BatchOutput, Any]:
         x, y = x_and_y(batch_input)
         outputs, _, added = model.stateless_call(*model_weights, x, training=training, return_losses=True)
-        loss = loss_of(outputs, y, prediction_mask=masks.of(outputs))
+        prediction_mask = _masks(model, x, outputs)
+        loss = loss_of(outputs, y, prediction_mask=prediction_mask)
         # Layers of other precision have losses of theirs.
         loss = tf.add_n([loss, *(tf.cast(tf.reduce_sum(one), loss.dtype) for one in added)])
-        return BatchOutput(loss, outputs, num_examples(outputs)), masks.of(outputs)
+        return BatchOutput(loss, outputs, num_examples(outputs)), prediction_mask
 
     metrics_fns = None
     if metrics_constructor is not None:
@@ -89,3 +90,14 @@ def functional_model_from_keras(
         sample_weight_spec=sample_weight_spec,
         has_prediction_masks=True,
     )
+
+
+def _masks(model: keras.Model, x: Any, outputs: Any) -> Any:
+    """The masks of a model's outputs: see `masks.of`."""
+    found = masks.of(outputs)
+    if found is None and model.supports_masking:
+        # Calling the model asks it for masks of its own; a stateless call does not.
+        computed = model.compute_mask(x, tf.nest.map_structure(lambda _: None, x))
+        if any(mask is not None for mask in tf.nest.flatten(computed)):
+            found = computed
+    return found

@@ -89,6 +89,33 @@ def test_predictions_without_their_mask_are_counted_whole(lstm):
     assert close(lstm.loss(plain, y, mask=np.ones_like(x, bool)), expected)
 
 
+class _Masking(keras.Model):
+    """A model that masks its outputs itself, where its input is 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = keras.layers.Embedding(12, 5)
+        self.supports_masking = True
+
+    def call(self, inputs, training=None):
+        return keras.ops.softmax(self.embedding(inputs))
+
+    def compute_mask(self, inputs, previous_mask):
+        return keras.ops.not_equal(inputs, 0)
+
+
+def test_a_mask_that_the_model_itself_computes_counts():
+    keras.utils.set_random_seed(0)
+    model = _Masking()
+    model.compile(loss=TOKENS.loss)
+    made = functional(model)
+    x, y, _ = TOKENS.batch(5, 0)
+    expected = model.evaluate(x, y, batch_size=5, verbose=0)
+    output = made.forward_pass(made.initial_weights, (x, y), False)
+    assert close(output.loss, expected)
+    assert close(made.loss(output.predictions, y), expected)
+
+
 def test_an_export_keeps_the_spec_of_the_mask(tmp_path):
     model = functional(masked_models.build("lstm"))
     spec = tracing.trace(model).spec
