@@ -174,7 +174,7 @@ class FunctionalModel:
         if sample_weight is not None:
             self._require(Function.WEIGHTED_UPDATE_METRICS_STATE)
         update = self._metrics_fn(Function.UPDATE_METRICS_STATE, 1)
-        keyword = self._mask_keyword(masks.of(batch_output.predictions), mask)
+        keyword = self._mask_keyword(masks.of(getattr(batch_output, "predictions", None)), mask)
         return update(state, labels, batch_output, sample_weight, **keyword)
 
     def finalize_metrics(self, state: Any) -> Any:

@@ -89,7 +89,7 @@ def test_predictions_without_their_mask_are_counted_whole(lstm):
     assert close(lstm.loss(plain, y, mask=np.ones_like(x, bool)), expected)
 
 
-class _Masking(keras.Model):
+class SelfMasking(keras.Model):
     """A model that masks its outputs itself, where its input is 0."""
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class _Masking(keras.Model):
 
 def test_a_mask_that_the_model_itself_computes_counts():
     keras.utils.set_random_seed(0)
-    model = _Masking()
+    model = SelfMasking()
     model.compile(loss=TOKENS.loss)
     made = functional(model)
     x, y, _ = TOKENS.batch(5, 0)
