@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from forwardpass_server.models import masks
 from forwardpass_server.models.functional import MetricsFns
 
 
@@ -88,12 +89,13 @@ def functional_metrics(metrics: Any, example_labels: Any, example_predictions: A
         return tf.nest.map_structure(lambda metric: tuple(metric.stateless_reset_state()), metrics)
 
     @tf.function
-    def update(state: Any, labels: Any, batch_output: Any, sample_weight: Any = None) -> Any:
+    def update(
+        state: Any, labels: Any, batch_output: Any, sample_weight: Any = None, prediction_mask: Any = None
+    ) -> Any:
         weight = {} if sample_weight is None else {"sample_weight": sample_weight}
+        predictions = masks.attached(batch_output.predictions, prediction_mask)
         return _map(
-            lambda metric, variables: tuple(
-                metric.stateless_update_state(variables, labels, batch_output.predictions, **weight)
-            ),
+            lambda metric, variables: tuple(metric.stateless_update_state(variables, labels, predictions, **weight)),
             metrics,
             state,
         )
