@@ -49,7 +49,7 @@ def serve(**given: Any) -> None:
             from forwardpass_server.app import serve as app_serve
 
         asyncio.run(_run(app_serve.serve(settings, _announce)))
-    except (SettingsError, DeviceNotFound, SessionStoreError, OSError) as error:
+    except (SettingsError, DeviceNotFound, ModelLoadError, SessionStoreError, OSError) as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -63,13 +63,26 @@ def serve(**given: Any) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
     help="For a .keras file: a forwardpass.json with input_spec, loss and metrics.",
 )
+@click.option(
+    "--import",
+    "imports",
+    multiple=True,
+    metavar="MODULE",
+    envvar="FORWARDPASS_IMPORTS",
+    help="Import a module that registers custom Keras objects. May be repeated.",
+)
 def export(
-    source: str, model_repository: pathlib.Path, name: str, version: int | None, config: pathlib.Path | None
+    source: str,
+    model_repository: pathlib.Path,
+    name: str,
+    version: int | None,
+    config: pathlib.Path | None,
+    imports: tuple[str, ...],
 ) -> None:
     """Write a functional model into a model repository.
 
     SOURCE is a .keras file, with a forwardpass.json beside it or named by --config, or a Python function
-    MODULE:FUNCTION that returns a FunctionalModel.
+    MODULE:FUNCTION that returns a FunctionalModel. A compiled .keras file may need no forwardpass.json.
 
     \b
     Example of a forwardpass.json:
@@ -87,7 +100,7 @@ def export(
         from forwardpass_server.app import export as app_export
 
     try:
-        folder = app_export.export(source, model_repository, name, version, config)
+        folder = app_export.export(source, model_repository, name, version, config, imports)
     except (ModelLoadError, SettingsError, OSError) as error:
         raise click.ClickException(str(error)) from None
     except Exception as error:  # The model's own code.
@@ -152,7 +165,8 @@ def _configure_logging(level: str, log_format: str = "text") -> None:
     logs.configure(level, log_format)
     # Before TensorFlow is imported. Its own lines say nothing that ours do not.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    # Whatever the environment or a keras.json says: models run on TensorFlow. See also `models.keras_settings`.
+    os.environ["KERAS_BACKEND"] = "tensorflow"
 
 
 if __name__ == "__main__":

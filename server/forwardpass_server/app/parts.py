@@ -98,13 +98,19 @@ class Parts:
 
 
 async def join(settings: Settings) -> Parts:
-    """Raises DeviceNotFound, SettingsError, or SessionStoreError for what the settings name and cannot be used."""
+    """Raises DeviceNotFound, SettingsError, ModelLoadError or SessionStoreError for settings that cannot be used."""
     metrics = Metrics()
     tracing = _tracing(settings.trace_endpoint)
     security = Security(settings)
     security.show(metrics.files)
     devices.use_cores(control_groups.cores())
-    tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
+    tensorflow = TensorFlowLoader(
+        settings.device,
+        metrics.models.trace,
+        settings.batching,
+        imports=settings.imports,
+        factories=list(settings.factories.values()),
+    )
     device = tensorflow.device.removeprefix("/device:")
     version = importlib.metadata.version("forwardpass")
     metrics.machine.build(version, tensorflow.tensorflow_version, device)

@@ -79,6 +79,17 @@ class Settings:
             parse=parse_factories,
         ),
     ] = dataclasses.field(default_factory=dict)
+    # Code runs because an operator names it, never because a model file or a request does.
+    imports: Annotated[
+        tuple[str, ...],
+        Option(
+            "--import",
+            "Import a module that registers custom Keras objects, before any model loads. May be repeated.",
+            is_repeated=True,
+            metavar="MODULE",
+            variable="FORWARDPASS_IMPORTS",
+        ),
+    ] = ()
     # A server that lacks one of its models answers some of its callers with errors: a rollout should stop at the first.
     required_models: Annotated[
         tuple[str, ...] | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 from collections.abc import Callable, Sequence
@@ -11,8 +12,19 @@ import tensorflow as tf
 from forwardpass.wire import description
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
+from forwardpass_server.models import (
+    custom_objects,
+    formats,
+    graphs,
+    hashing,
+    keras_names,
+    keras_settings,
+    mergeability,
+    separability,
+    tracing,
+    warming,
+)
 from forwardpass_server.models import device as devices
-from forwardpass_server.models import formats, graphs, hashing, mergeability, separability, tracing, warming
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
 from forwardpass_server.models.model_config import ModelConfig
@@ -43,20 +55,36 @@ class TensorFlowLoader:
 
     device: as `device.choose` takes it. on_trace: called for each graph that Python builds.
     batching: whether models may be batched where they show that they can.
+    imports: modules that register custom Keras objects, which every .keras file may use. They are imported first, and
+      then the modules of `factories` (`module:function`): what a model is must not depend on the order of loads.
+
+    Raises ModelLoadError where a module of `imports` cannot be imported.
     """
 
     def __init__(
-        self, device: str = "auto", on_trace: Callable[[], None] = lambda: None, batching: bool = True
+        self,
+        device: str = "auto",
+        on_trace: Callable[[], None] = lambda: None,
+        batching: bool = True,
+        imports: Sequence[str] = (),
+        factories: Sequence[str] = (),
     ) -> None:
+        keras_settings.use_defaults()
         self.device = devices.choose(device)
         self.tensorflow_version: str = tf.__version__
         self._on_trace = on_trace
         self._batching = batching
+        custom_objects.import_modules(imports, "--import")
+        self._objects = custom_objects.registered()
+        for factory in sorted(factories):
+            # One that cannot be imported says so when its model is loaded.
+            with contextlib.suppress(ModelLoadError):
+                custom_objects.import_modules([factory.partition(":")[0]], "factory")
 
     def load(self, source: ModelSource) -> TensorFlowModel:
         if source.folder is not None:
             content_hash = hashing.of_folder(source.folder)
-            model, format_name, config = formats.read(source.folder)
+            model, format_name, config = formats.read(source.folder, self._objects)
             traced = tracing.trace(model, self._on_trace)
             if hashing.of_folder(source.folder) != content_hash:
                 raise ModelLoadError("the files changed while they were read")
@@ -94,10 +122,12 @@ def from_factory(factory: str) -> FunctionalModel:
     module_name, separator, function_name = factory.partition(":")
     if not separator:
         raise ModelLoadError(f"factory: expected module:function, got {factory!r}")
-    function = getattr(importlib.import_module(module_name), function_name, None)
+    with keras_names.of_imports():
+        function = getattr(importlib.import_module(module_name), function_name, None)
     if not callable(function):
         raise ModelLoadError(f"factory: {module_name} has no function {function_name!r}")
-    model = function()
+    with keras_names.of_load():
+        model = function()
     if not isinstance(model, FunctionalModel):
         raise ModelLoadError(f"factory: {factory} returned a {type(model).__name__}, expected a FunctionalModel")
     return model
