@@ -158,10 +158,16 @@ class MetricsSessionApi(OfOneProcess, abc.ABC):
         self._writer.updates += 1
 
     def update(
-        self, labels: Any, batch_output: Any, sample_weight: Any = None, *, timeout_s: float | None = None
+        self,
+        labels: Any,
+        batch_output: Any,
+        sample_weight: Any = None,
+        *,
+        mask: Any = None,
+        timeout_s: float | None = None,
     ) -> Any:
         """Counts one batch. Arguments as of the model's `update_metrics_state`."""
-        return self._made(self._calls.update_session(labels, batch_output, sample_weight), timeout_s)
+        return self._made(self._calls.update_session(labels, batch_output, sample_weight, mask), timeout_s)
 
     def forward_pass(
         self,

@@ -15,7 +15,7 @@ from typing import Any
 
 from support.memory_groups import MemoryGroup
 
-START_S = 120.0
+START_S = 240.0
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:

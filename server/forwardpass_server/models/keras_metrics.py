@@ -16,7 +16,7 @@ import tensorflow as tf
 from keras.src.backend import compute_output_spec
 from keras.src.trainers.compile_utils import CompileMetrics
 
-from forwardpass_server.models import keras_names
+from forwardpass_server.models import keras_names, masks
 from forwardpass_server.models.functional import MetricsFns
 from forwardpass_server.models.keras_losses import InvalidCompileArgument, as_keras_tensors, first_sentence
 
@@ -171,9 +171,12 @@ def _of_compiled(metrics: Any, weighted_metrics: Any, outputs: _Outputs) -> Metr
         return _map(lambda metric: tuple(metric.stateless_reset_state()), named)
 
     @tf.function
-    def update(state: Any, labels: Any, batch_output: Any, sample_weight: Any = None) -> Any:
+    def update(
+        state: Any, labels: Any, batch_output: Any, sample_weight: Any = None, prediction_mask: Any = None
+    ) -> Any:
+        predictions = masks.attached(batch_output.predictions, prediction_mask)
         flat = [variable for name in names for variable in state[name]]
-        updated = iter(compiled.stateless_update_state(flat, labels, batch_output.predictions, sample_weight))
+        updated = iter(compiled.stateless_update_state(flat, labels, predictions, sample_weight))
         return _map(lambda metric: tuple(next(updated) for _ in metric.variables), named)
 
     @tf.function
@@ -195,10 +198,14 @@ def _of_metrics(metrics: Any, outputs: _Outputs) -> MetricsFns:
         return _map(lambda metric: tuple(metric.stateless_reset_state()), metrics)
 
     @tf.function
-    def update(state: Any, labels: Any, batch_output: Any, sample_weight: Any = None) -> Any:
+    def update(
+        state: Any, labels: Any, batch_output: Any, sample_weight: Any = None, prediction_mask: Any = None
+    ) -> Any:
+        predictions = masks.attached(batch_output.predictions, prediction_mask)
+
         def updated(metric: keras.metrics.Metric, variables: list[Any]) -> Any:
             weight = {} if sample_weight is None or not _takes_weights(metric) else {"sample_weight": sample_weight}
-            return tuple(metric.stateless_update_state(variables, labels, batch_output.predictions, **weight))
+            return tuple(metric.stateless_update_state(variables, labels, predictions, **weight))
 
         return _map(updated, metrics, state)
 

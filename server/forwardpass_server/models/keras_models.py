@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from forwardpass.wire.description import BatchOutput
-from forwardpass_server.models import keras_losses, keras_metrics, keras_settings
+from forwardpass_server.models import keras_losses, keras_metrics, keras_settings, masks
 from forwardpass_server.models.functional import NO_METRICS, FunctionalModel, num_examples, x_and_y
 
 
@@ -39,7 +39,7 @@ def functional_model_from_keras(
     Weights are (trainable_variables, non_trainable_variables) in the layers' order. The second hold the moving
     statistics of batch normalisation and the seeds of dropout: the same weights give the same mask, and as a forward
     pass returns no weights, it changes neither. Losses that layers add (regularisation) count in forward_pass and in
-    nothing else.
+    nothing else. Predictions keep their Keras masks, and loss and metrics leave out masked positions.
     Raises ValueError where the model, loss or metrics cannot be used.
     Source: tff.learning.models.functional_model_from_keras.
     """
@@ -61,10 +61,10 @@ def functional_model_from_keras(
     def predict_on_batch(model_weights: Any, x: Any, training: bool = True) -> Any:
         outputs, _, added = model.stateless_call(*model_weights, x, training=training, return_losses=True)
         adds_losses.append(bool(added))
-        return outputs
+        return outputs, _masks(model, x, outputs)
 
     # Activity regularisers show only in a call. This trace is the one that serves, so it costs nothing.
-    predictions = predict_on_batch.get_concrete_function(
+    predictions, _ = predict_on_batch.get_concrete_function(
         tf.nest.map_structure(lambda array: tf.TensorSpec(array.shape, array.dtype), initial_weights),
         x_spec,
         training=True,
@@ -73,18 +73,19 @@ def functional_model_from_keras(
     output_names = getattr(model, "output_names", None)
     keras_loss = keras_losses.loss_function(loss_fn, loss_weights, output_names, y_spec, predictions)
 
-    def loss_of(output: Any, label: Any, sample_weight: Any = None) -> Any:
-        return keras_loss(label, output, sample_weight=sample_weight)
+    def loss_of(output: Any, label: Any, sample_weight: Any = None, prediction_mask: Any = None) -> Any:
+        return keras_loss(label, masks.attached(output, prediction_mask), sample_weight=sample_weight)
 
     @tf.function
-    def forward_pass(model_weights: Any, batch_input: Any, training: bool = True) -> BatchOutput:
+    def forward_pass(model_weights: Any, batch_input: Any, training: bool = True) -> tuple[BatchOutput, Any]:
         x, y = x_and_y(batch_input)
         outputs, _, added = model.stateless_call(*model_weights, x, training=training, return_losses=True)
-        loss = loss_of(outputs, y)
+        prediction_mask = _masks(model, x, outputs)
+        loss = loss_of(outputs, y, prediction_mask=prediction_mask)
         for one in added:
             # Layers of other precision have losses of theirs. A loss without reduction has a value for each example.
             loss += tf.cast(tf.reduce_sum(one), loss.dtype)
-        return BatchOutput(loss, outputs, num_examples(outputs))
+        return BatchOutput(loss, outputs, num_examples(outputs)), prediction_mask
 
     metrics_fns = None
     if metrics_constructor is not None or weighted_metrics is not None:
@@ -99,4 +100,16 @@ def functional_model_from_keras(
         input_spec=input_spec,
         forward_pass_fn=forward_pass if any(adds_losses) else None,
         sample_weight_spec=sample_weight_spec,
+        has_prediction_masks=True,
     )
+
+
+def _masks(model: keras.Model, x: Any, outputs: Any) -> Any:
+    """The masks of a model's outputs: see `masks.of`."""
+    found = masks.of(outputs)
+    if found is None and model.supports_masking:
+        # Calling the model asks it for masks of its own; a stateless call does not.
+        computed = model.compute_mask(x, tf.nest.map_structure(lambda _: None, x))
+        if any(mask is not None for mask in tf.nest.flatten(computed)):
+            found = computed
+    return found

@@ -32,9 +32,10 @@ def reason_against(execution: Execution, concrete: Any, spec: ModelSpec, weights
     for leaf, path in zip(spec.x.leaves, spec.x.tree.paths("x"), strict=True):
         if not leaf.shape or leaf.shape[0] is not None:
             return f"{path} has no batch dimension of free size: {leaf}"
-    for leaf, path in zip(spec.predictions.leaves, spec.predictions.tree.paths("predictions"), strict=True):
-        if not leaf.shape or leaf.shape[0] is not None:
-            return f"{path} has no batch dimension of free size: {leaf}"
+    for part, place in ((spec.predictions, "predictions"), (spec.prediction_mask, "prediction_mask")):
+        for leaf, path in zip(part.leaves, part.tree.paths(place), strict=True):
+            if not leaf.shape or leaf.shape[0] is not None:
+                return f"{path} has no batch dimension of free size: {leaf}"
     if not spec.x.leaves or not spec.predictions.leaves:
         return "x or the predictions hold no array"
     try:
@@ -138,7 +139,7 @@ def _probe(execution: Execution, spec: ModelSpec, weights: Sequence[Array], exam
         shuffled = predict([leaf[order] for leaf in joined])
     except Exception as error:  # The model may want other inputs than random ones.
         return f"{_REFUSED}: {type(error).__name__}"
-    for index, leaf in enumerate(spec.predictions.leaves):
+    for index, leaf in enumerate((*spec.predictions.leaves, *spec.prediction_mask.leaves)):
         apart = [results[index] for results in alone]
         joint = together[index]
         if joint.shape[:1] != (ends[-1],) or not (
