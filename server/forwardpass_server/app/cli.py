@@ -11,11 +11,13 @@ from typing import Any
 
 import click
 
-from forwardpass_server.app import logs, options, quiet
+from forwardpass_server.app import logs, onednn, options, quiet
 from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.serving import tokens
 from forwardpass_server.serving.errors import DeviceNotFound, ModelLoadError, SessionStoreError
 from forwardpass_server.serving.tokens import Role
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -42,6 +44,7 @@ def serve(**given: Any) -> None:
     try:
         settings = options.read(Settings, given)
         _configure_logging(settings.log_level, settings.log_format)
+        _LOGGER.info(onednn.decide(settings.onednn))
         # TensorFlow takes seconds to import: --help and a wrong setting need not wait for it.
         with quiet.native_stderr():
             from forwardpass_server.app import serve as app_serve

@@ -96,7 +96,7 @@ async def join(settings: Settings) -> Parts:
     security = Security(settings)
     security.show(metrics.files)
     devices.use_cores(control_groups.cores())
-    tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
+    tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching, settings.trial)
     device = tensorflow.device.removeprefix("/device:")
     version = importlib.metadata.version("forwardpass")
     metrics.machine.build(version, tensorflow.tensorflow_version, device)

@@ -44,21 +44,28 @@ def functional_model_from_keras(
     if not isinstance(model, keras.Model):
         raise ValueError(f"keras_model: expected a keras.Model or a callable for one, got {type(model).__name__}")
     x_spec, y_spec = x_and_y(input_spec)
-    example = tf_specs.zeros(x_spec)
     if not model.built:
-        model(example)
+        # Symbolic: the model may refuse inputs of size 1.
+        model(tf.nest.map_structure(lambda spec: keras.KerasTensor(spec.shape.as_list(), spec.dtype.name), x_spec))
     initial_weights = (
         tuple(np.asarray(variable) for variable in model.trainable_variables),
         tuple(np.asarray(variable) for variable in model.non_trainable_variables),
     )
-    # Activity regularisers show only in a call.
-    predictions, _, added_losses = model.stateless_call(*initial_weights, example, training=True, return_losses=True)
     keras_loss = keras_metrics.resolve_loss(loss_fn)
+    adds_losses: list[bool] = []
 
     @tf.function
     def predict_on_batch(model_weights: Any, x: Any, training: bool = True) -> Any:
-        outputs, _ = model.stateless_call(*model_weights, x, training=training)
+        outputs, _, added = model.stateless_call(*model_weights, x, training=training, return_losses=True)
+        adds_losses.append(bool(added))
         return outputs
+
+    # Activity regularisers show only in a call. This trace is the one that serves, so it costs nothing.
+    predictions = predict_on_batch.get_concrete_function(
+        tf.nest.map_structure(lambda array: tf.TensorSpec(array.shape, array.dtype), initial_weights),
+        x_spec,
+        training=True,
+    ).structured_outputs
 
     def loss_of(output: Any, label: Any, sample_weight: Any = None) -> Any:
         return keras_loss(label, output, sample_weight=sample_weight)
@@ -77,7 +84,7 @@ def functional_model_from_keras(
         metrics_fns = keras_metrics.functional_metrics(
             keras_metrics.resolve_metrics(metrics_constructor),
             tf_specs.zeros(y_spec),
-            predictions,
+            tf_specs.zeros(predictions),
         )
     return FunctionalModel(
         initial_weights=initial_weights,
@@ -85,6 +92,6 @@ def functional_model_from_keras(
         loss_fn=loss_of,
         metrics_fns=metrics_fns or NO_METRICS,
         input_spec=input_spec,
-        forward_pass_fn=forward_pass if added_losses else None,
+        forward_pass_fn=forward_pass if any(adds_losses) else None,
         sample_weight_spec=sample_weight_spec,
     )

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import logging
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import tensorflow as tf
 
@@ -12,15 +14,32 @@ from forwardpass.wire import description
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
 from forwardpass_server.models import device as devices
-from forwardpass_server.models import formats, graphs, hashing, mergeability, separability, tracing, warming
+from forwardpass_server.models import (
+    example_file,
+    examples,
+    formats,
+    graphs,
+    hashing,
+    mergeability,
+    separability,
+    tracing,
+    trial,
+    warming,
+)
+from forwardpass_server.models.examples import Examples
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
 from forwardpass_server.models.model_config import ModelConfig
 from forwardpass_server.models.tracing import TracedModel
+from forwardpass_server.models.trial import Trial
 from forwardpass_server.serving.errors import ModelLoadError
 from forwardpass_server.serving.models import ModelSource
 
+_LOGGER = logging.getLogger(__name__)
+
 FACTORY_FORMAT = "factory"
+
+JudgementT = TypeVar("JudgementT")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,17 +62,29 @@ class TensorFlowLoader:
 
     device: as `device.choose` takes it. on_trace: called for each graph that Python builds.
     batching: whether models may be batched where they show that they can.
+    has_trial: whether models are tried in a child process, which `close` ends.
     """
 
     def __init__(
-        self, device: str = "auto", on_trace: Callable[[], None] = lambda: None, batching: bool = True
+        self,
+        device: str = "auto",
+        on_trace: Callable[[], None] = lambda: None,
+        batching: bool = True,
+        has_trial: bool = False,
     ) -> None:
         self.device = devices.choose(device)
         self.tensorflow_version: str = tf.__version__
         self._on_trace = on_trace
         self._batching = batching
+        self._trial = Trial() if has_trial else None
+
+    def close(self) -> None:
+        if self._trial is not None:
+            self._trial.close()
 
     def load(self, source: ModelSource) -> TensorFlowModel:
+        if self._trial is not None:
+            self._trial.start()
         if source.folder is not None:
             content_hash = hashing.of_folder(source.folder)
             model, format_name, config = formats.read(source.folder)
@@ -66,24 +97,50 @@ class TensorFlowLoader:
             model, format_name, config = from_factory(source.factory or ""), FACTORY_FORMAT, ModelConfig()
             traced = tracing.trace(model, self._on_trace)
             content_hash = hashing.of_traced(traced)
+        weights = traced.initial_weights
+        given = None
+        if source.folder is not None and config.example_input is not None:
+            given = example_file.read(source.folder / config.example_input, traced.spec)
         execution = Execution(traced.functions, self.device)
-        warming.warm(execution, traced.functions, traced.spec, str(source))
+        # Before anything of the model runs in this process.
+        verdict = trial.not_wanted() if self._trial is None else self._trial.judge(str(source), traced, given)
+        found = verdict.found or examples.find(execution, traced.spec, weights, given)
+        warming.warm(execution, traced.functions, found, weights, str(source))
         described = ModelDescription(
             ModelIdentity(source.name, source.version, content_hash),
             format_name,
-            warming.with_batched_leaves(execution, traced.spec),
-            self._unbatchable_reason(config, traced, execution),
-            mergeability.reason_against(execution, traced.spec),
+            _judged(lambda: warming.with_batched_leaves(execution, found, weights), lambda error: traced.spec),
+            self._unbatchable_reason(config, traced, execution, found),
+            _judged(lambda: mergeability.reason_against(execution, traced.spec, found), _unjudged),
+            verdict.guard,
         )
         # A client must be able to read it: what it could not, fails here.
         description.decode(description.encode(described))
         return TensorFlowModel(described, traced.initial_weights, execution)
 
-    def _unbatchable_reason(self, config: ModelConfig, traced: TracedModel, execution: Execution) -> str:
+    def _unbatchable_reason(
+        self, config: ModelConfig, traced: TracedModel, execution: Execution, found: Examples
+    ) -> str:
         if not self._batching or config.batching is False:
             return "the operator forbids it"
         predict = traced.functions[Function.PREDICT_ON_BATCH, False]
-        return separability.reason_against(execution, predict, traced.spec, traced.initial_weights)
+        return _judged(
+            lambda: separability.reason_against(execution, predict, traced.spec, traced.initial_weights, found),
+            _unjudged,
+        )
+
+
+def _judged(judge: Callable[[], JudgementT], otherwise: Callable[[Exception], JudgementT]) -> JudgementT:
+    """What a probe finds, or `otherwise` where it fails: a probe that cannot judge fails no load."""
+    try:
+        return judge()
+    except Exception as error:  # The model's code, or TensorFlow's machinery.
+        _LOGGER.warning("a probe of the model failed", exc_info=True)
+        return otherwise(error)
+
+
+def _unjudged(error: Exception) -> str:
+    return f"it cannot be judged: {type(error).__name__}"
 
 
 def from_factory(factory: str) -> FunctionalModel:

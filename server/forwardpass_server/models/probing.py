@@ -22,13 +22,18 @@ _TOLERANCE = {
 
 
 def random(
-    spec: TensorSpec, rows: int, rng: np.random.Generator, draw: Callable[[Sequence[int]], Array] | None = None
+    spec: TensorSpec,
+    rows: int,
+    rng: np.random.Generator,
+    draw: Callable[[Sequence[int]], Array] | None = None,
+    other: int | None = None,
 ) -> Array:
-    """An array that fits a spec, free dimensions of size `rows`.
+    """An array that fits a spec, with a free first dimension of size `rows`.
 
     draw: floating-point numbers of a shape; None for those of a normal distribution.
+    other: the size of the other free dimensions; None for `rows`.
     """
-    shape = specs.zeros(spec, rows, rows).shape
+    shape = specs.zeros(spec, rows, rows if other is None else other).shape
     if spec.data_type is dtypes.STRING:
         return rng.choice(np.array([b"", b"a", b"bc"], object), shape)
     if spec.dtype.kind in "biu":

@@ -7,6 +7,7 @@ nothing; it guards against an error in the rules.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +19,8 @@ from tensorflow.python.framework import convert_to_constants
 
 from forwardpass.wire.description import Function, ModelSpec
 from forwardpass.wire.dtypes import Array
-from forwardpass_server.models import probing
-from forwardpass_server.models.execution import Execution
+from forwardpass_server.models import examples, probing
+from forwardpass_server.models.examples import Examples, Runs, Shape
 
 
 class _Inseparable(Exception):
@@ -35,10 +36,13 @@ class _Kind(enum.Enum):
     SHAPE = "a vector, the number of rows first and nothing of it behind"
 
 
-def reason_against(execution: Execution, concrete: Any, spec: ModelSpec, weights: Sequence[Array]) -> str:
+def reason_against(
+    execution: Runs, concrete: Any, spec: ModelSpec, weights: Sequence[Array], found: Examples | None = None
+) -> str:
     """Why concurrent calls of predict_on_batch cannot share a batch; "" where they can.
 
     concrete: predict_on_batch for inference. weights: of which the probe may make use.
+    found: examples for the probe; None for those that `examples.find` finds.
     """
     for leaf, path in zip(spec.x.leaves, spec.x.tree.paths("x"), strict=True):
         if not leaf.shape or leaf.shape[0] is not None:
@@ -54,7 +58,7 @@ def reason_against(execution: Execution, concrete: Any, spec: ModelSpec, weights
         return str(error)
     except Exception as error:  # TensorFlow's own machinery: a graph that it cannot take apart cannot be judged.
         return f"the graph cannot be judged: {type(error).__name__}"
-    return _probe(execution, spec, weights)
+    return _probe(execution, found or examples.find(execution, spec, weights), weights)
 
 
 def _check_graph(concrete: Any, weights: int, inputs: int) -> None:
@@ -404,23 +408,31 @@ _RULES: Mapping[str, Rule] = {
 _PROBE_ROWS = (3, 2)
 
 
-def _probe(execution: Execution, spec: ModelSpec, weights: Sequence[Array]) -> str:
-    """Runs rows alone, together, and in another order."""
+def _probe(execution: Runs, found: Examples, weights: Sequence[Array]) -> str:
+    """Runs rows alone, together, and in another order, with each size of the other free dimensions in turn."""
+    for shape in found.shapes:
+        try:
+            reason = _difference(execution, found, shape, weights)
+        except Exception as error:  # The model may want other inputs than random ones.
+            return f"the model refused the inputs of the probe: {type(error).__name__}"
+        if reason:
+            return reason
+    return ""
+
+
+def _difference(execution: Runs, found: Examples, shape: Shape, weights: Sequence[Array]) -> str:
     rng = np.random.default_rng(0)
-    first, second = ([probing.random(leaf, rows, rng) for leaf in spec.x.leaves] for rows in _PROBE_ROWS)
+    first, second = (found.x(rng, dataclasses.replace(shape, rows=rows)) for rows in _PROBE_ROWS)
     joined = [np.concatenate(pair) for pair in zip(first, second, strict=True)]
     order = rng.permutation(sum(_PROBE_ROWS))
 
     def predict(x: Sequence[Array]) -> list[Array]:
         return execution.run(Function.PREDICT_ON_BATCH, False, [*weights, *x])
 
-    try:
-        alone = [np.concatenate(pair) for pair in zip(predict(first), predict(second), strict=True)]
-        together = predict(joined)
-        shuffled = predict([leaf[order] for leaf in joined])
-    except Exception as error:  # The model may want other inputs than random ones.
-        return f"the model refused the inputs of the probe: {type(error).__name__}"
-    for leaf, one, two, three in zip(spec.predictions.leaves, alone, together, shuffled, strict=True):
+    alone = [np.concatenate(pair) for pair in zip(predict(first), predict(second), strict=True)]
+    together = predict(joined)
+    shuffled = predict([leaf[order] for leaf in joined])
+    for leaf, one, two, three in zip(found.spec.predictions.leaves, alone, together, shuffled, strict=True):
         if not (probing.agree(one, two, leaf) and probing.agree(one[order], three, leaf)):
             return "rows had other predictions together than alone"
     return ""
