@@ -36,6 +36,8 @@ class ServerProcess:
     """A `forwardpass-server serve` that has loaded its models. A context manager: leaving it kills the process.
 
     arguments: what else stands on the command line. environment: variables to add.
+
+    Models are not tried in a child process unless the environment says so: its start takes seconds.
     """
 
     def __init__(self, *arguments: str, port: int = 0, environment: dict[str, str] | None = None) -> None:
@@ -45,7 +47,7 @@ class ServerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, "FORWARDPASS_TRIAL": "false", **(environment or {})},
         )
         self.lines: list[str] = []
         self.log: list[str] = []

@@ -93,6 +93,38 @@ def export(
 
 
 @main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
+@click.option("--device", default="auto", show_default=True, help="As of `serve`.")
+@click.option("--onednn", "onednn_setting", type=click.Choice(onednn.CHOICES), default="auto", help="As of `serve`.")
+@click.option("--trial/--no-trial", default=True, help="As of `serve`.")
+def check(folder: pathlib.Path, device: str, onednn_setting: str, trial: bool) -> None:
+    """Load models as `serve` does, without serving them, and show what a client would see.
+
+    FOLDER is the folder of a version, of a model with its versions, or a model repository. Exits with 1 if a model
+    fails to load, and says what to change.
+    """
+    _configure_logging("warning")
+    onednn.decide(onednn_setting)
+    with quiet.native_stderr():
+        from forwardpass_server.app import check as app_check
+
+    failed = False
+    try:
+        for entry in app_check.check(folder, device, trial):
+            if entry.servable is None:
+                failed = True
+                click.echo(f"{entry.source} fails to load: {entry.error}")
+                continue
+            click.echo(f"{entry.source} loads")
+            for line in app_check.lines(entry.servable.model.description):
+                click.echo(line)
+    except (SettingsError, DeviceNotFound, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
 @click.argument("principal")
 @click.option(
     "--role",

@@ -7,7 +7,7 @@ import pathlib
 import keras
 import tensorflow as tf
 
-from forwardpass_server.models import export, keras_metrics, model_config, tf_specs, tff_saved_model
+from forwardpass_server.models import export, failures, keras_metrics, model_config, tf_specs, tff_saved_model
 from forwardpass_server.models.functional import FunctionalModel, MetricsFns
 from forwardpass_server.models.keras_models import functional_model_from_keras
 from forwardpass_server.models.model_config import FILE_NAME, ModelConfig
@@ -36,12 +36,14 @@ def read(folder: pathlib.Path) -> tuple[FunctionalModel, str, ModelConfig]:
 
 def _tff(folder: pathlib.Path, config: ModelConfig) -> tuple[FunctionalModel, str]:
     _refuse(config, folder, "input_spec", "loss", "sample_weight_spec")
-    root = tf.saved_model.load(str(folder))
+    with failures.explained("saved_model.pb", "save the model again"):
+        root = tf.saved_model.load(str(folder))
     if not tff_saved_model.is_functional_model(root):
         raise ModelLoadError("the SavedModel holds no functional model")
 
     def metrics_fns(label_spec: object, prediction_spec: object) -> MetricsFns:
-        metrics = keras_metrics.resolve_metrics(config.metrics)
+        with failures.explained(f"{FILE_NAME}: metrics", "name metrics that Keras knows"):
+            metrics = keras_metrics.resolve_metrics(config.metrics)
         return keras_metrics.functional_metrics(metrics, tf_specs.zeros(label_spec), tf_specs.zeros(prediction_spec))
 
     model = tff_saved_model.functional_model(root, metrics_fns if config.metrics is not None else None)
@@ -53,13 +55,16 @@ def read_keras(archive: pathlib.Path, config: ModelConfig) -> FunctionalModel:
     for name in ("input_spec", "loss"):
         if getattr(config, name) is None:
             raise ModelLoadError(f"{archive.name} needs a {FILE_NAME} beside it with {name}")
-    return functional_model_from_keras(
-        keras.saving.load_model(archive, compile=False, safe_mode=True),
-        config.loss,
-        config.input_spec,
-        config.metrics,
-        sample_weight_spec=config.sample_weight_spec,
-    )
+    with failures.explained(archive.name, f"save the model with Keras {keras.__version__}, without Lambda layers"):
+        model = keras.saving.load_model(archive, compile=False, safe_mode=True)
+    with failures.explained(FILE_NAME, "make input_spec, loss and metrics fit the model"):
+        return functional_model_from_keras(
+            model,
+            config.loss,
+            config.input_spec,
+            config.metrics,
+            sample_weight_spec=config.sample_weight_spec,
+        )
 
 
 def _refuse(config: ModelConfig, folder: pathlib.Path, *names: str) -> None:

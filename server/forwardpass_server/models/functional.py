@@ -56,6 +56,7 @@ class FunctionalModel:
       predict_on_batch, loss and the number of examples.
     sample_weight_spec: a tf.TensorSpec. The default, float32[None], is one weight for each example.
     unavailable: why the model lacks a function, for each that it lacks besides.
+    keras_model: the Keras model that it was made of, or None: what it computes directly is compared at a load.
 
     Raises CallableNotTensorFlowFunctionError and ValueMustNotBeTFError as TFF does.
     Source: tff.learning.models.FunctionalModel; forward_pass_fn as of TFF 0.52.
@@ -72,6 +73,7 @@ class FunctionalModel:
         forward_pass_fn: Callable[..., Any] | None = None,
         sample_weight_spec: Any = None,
         unavailable: Mapping[Function, str] | None = None,
+        keras_model: Any = None,
     ) -> None:
         tf.nest.map_structure(_check_no_tf_value, initial_weights)
         _check_tf_function(predict_on_batch_fn, "predict_on_batch_fn")
@@ -81,6 +83,7 @@ class FunctionalModel:
         self._predict_on_batch_fn = predict_on_batch_fn
         self._loss_fn = loss_fn
         self._metrics_fns = metrics_fns
+        self.keras_model = keras_model
         self._input_spec = input_spec
         self._forward_pass_fn = forward_pass_fn
         self._sample_weight_spec = sample_weight_spec or tf.TensorSpec([None], tf.float32)

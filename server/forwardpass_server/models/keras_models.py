@@ -94,4 +94,5 @@ def functional_model_from_keras(
         input_spec=input_spec,
         forward_pass_fn=forward_pass if any(adds_losses) else None,
         sample_weight_spec=sample_weight_spec,
+        keras_model=model,
     )

@@ -17,9 +17,11 @@ from forwardpass_server.models import device as devices
 from forwardpass_server.models import (
     example_file,
     examples,
+    failures,
     formats,
     graphs,
     hashing,
+    keras_agreement,
     mergeability,
     separability,
     tracing,
@@ -87,15 +89,19 @@ class TensorFlowLoader:
             self._trial.start()
         if source.folder is not None:
             content_hash = hashing.of_folder(source.folder)
-            model, format_name, config = formats.read(source.folder)
-            traced = tracing.trace(model, self._on_trace)
+            with failures.explained(f"the files of {source}", "write the version anew"):
+                model, format_name, config = formats.read(source.folder)
+            with failures.explained(f"the functions of {source}", "make input_spec, loss and metrics fit the model"):
+                traced = tracing.trace(model, self._on_trace)
             if hashing.of_folder(source.folder) != content_hash:
                 raise ModelLoadError("the files changed while they were read")
             if any(map(graphs.calls_python, traced.functions.values())):
                 raise ModelLoadError("the model calls Python functions, which no file holds: serve it by --factory")
         else:
-            model, format_name, config = from_factory(source.factory or ""), FACTORY_FORMAT, ModelConfig()
-            traced = tracing.trace(model, self._on_trace)
+            factory = source.factory or ""
+            with failures.of_code(f"factory {factory}"):
+                model, format_name, config = from_factory(factory), FACTORY_FORMAT, ModelConfig()
+                traced = tracing.trace(model, self._on_trace)
             content_hash = hashing.of_traced(traced)
         weights = traced.initial_weights
         given = None
@@ -105,7 +111,11 @@ class TensorFlowLoader:
         # Before anything of the model runs in this process.
         verdict = trial.not_wanted() if self._trial is None else self._trial.judge(str(source), traced, given)
         found = verdict.found or examples.find(execution, traced.spec, weights, given)
-        warming.warm(execution, traced.functions, found, weights, str(source))
+        with failures.of_code(f"the first call of {source}"):
+            warming.warm(execution, traced.functions, found, weights, str(source))
+        warnings = _warnings(model, execution, found, weights)
+        for warning in warnings:
+            _LOGGER.warning("model %s: %s", source, warning)
         described = ModelDescription(
             ModelIdentity(source.name, source.version, content_hash),
             format_name,
@@ -113,6 +123,7 @@ class TensorFlowLoader:
             self._unbatchable_reason(config, traced, execution, found),
             _judged(lambda: mergeability.reason_against(execution, traced.spec, found), _unjudged),
             verdict.guard,
+            tuple(warnings),
         )
         # A client must be able to read it: what it could not, fails here.
         description.decode(description.encode(described))
@@ -137,6 +148,13 @@ def _judged(judge: Callable[[], JudgementT], otherwise: Callable[[Exception], Ju
     except Exception as error:  # The model's code, or TensorFlow's machinery.
         _LOGGER.warning("a probe of the model failed", exc_info=True)
         return otherwise(error)
+
+
+def _warnings(model: FunctionalModel, execution: Execution, found: Examples, weights: Sequence[Array]) -> list[str]:
+    if model.keras_model is None:
+        return []
+    warning = _judged(lambda: keras_agreement.warning(model.keras_model, execution, found, weights), lambda error: "")
+    return [warning] if warning else []
 
 
 def _unjudged(error: Exception) -> str:

@@ -26,9 +26,6 @@ from forwardpass_server.serving.errors import ModelLoadError
 
 _LOGGER = logging.getLogger(__name__)
 
-# The first call of a graph compiles it: a large network on a busy machine takes seconds.
-_CALL_S = 60.0
-
 _ROWS = (1, 0, 5)
 _SIZES = (1, 0, 2)
 
@@ -42,9 +39,14 @@ class Verdict:
 
 
 class Trial:
-    """Tries models, one after another, in one child process."""
+    """Tries models, one after another, in one child process.
 
-    def __init__(self) -> None:
+    call_s: seconds that one call may take. The first call of a graph compiles it, which takes seconds for a large
+      network on a busy machine.
+    """
+
+    def __init__(self, call_s: float = 60.0) -> None:
+        self._call_s = call_s
         # The trial is for the CPU: a child process would take hundreds of MB of a GPU's memory.
         environment = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
         for variable, count in (
@@ -68,7 +70,7 @@ class Trial:
         Raises ModelLoadError for a model that ends the child process, or that does not end for an unusual batch.
         """
         left_out = {key: reason for key, one in traced.functions.items() if (reason := _why_immovable(one))}
-        child = _Child(self._process, traced, left_out)
+        child = _Child(self._process, traced, left_out, self._call_s)
         try:
             self._process.define(*child.definition())
             found, count = child.tried(given)
@@ -79,10 +81,12 @@ class Trial:
             ) from None
         except TimedOut:
             if child.is_first:
-                return self._not_tried(name, f"a call of {child.place()} takes longer than {_CALL_S:g} s on the CPU")
+                return self._not_tried(
+                    name, f"a call of {child.place()} takes longer than {self._call_s:g} s on the CPU"
+                )
             raise ModelLoadError(
-                f"{child.place()} does not end within {_CALL_S:g} s: make the model refuse such a batch, or start the "
-                "server with --no-trial if that is what it should do"
+                f"{child.place()} does not end within {self._call_s:g} s: make the model refuse such a batch, or start "
+                "the server with --no-trial if that is what it should do"
             ) from None
         except Unusable as error:
             return self._not_tried(name, f"the child process cannot be used: {error}")
@@ -128,8 +132,9 @@ def _why_immovable(concrete: Any) -> str:
 class _Child:
     """The functions of one model in the child process. Remembers the last call, for an error that names it."""
 
-    def __init__(self, process: TrialProcess, traced: TracedModel, left_out: Mapping[Key, str]) -> None:
+    def __init__(self, process: TrialProcess, traced: TracedModel, left_out: Mapping[Key, str], call_s: float) -> None:
         self._process = process
+        self._call_s = call_s
         self._traced = traced
         self._functions = {key: one for key, one in traced.functions.items() if key not in left_out}
         self._last: tuple[Function, bool, Sequence[Array]] | None = None
@@ -170,7 +175,7 @@ class _Child:
         """See `execution.Execution.run`. leaves: without the weights, which the child process makes."""
         self._last = function, training, leaves
         has_weights = any(place in self._traced.spec.weights_places for place in self._traced.spec.arguments[function])
-        kind, answer = self._process.ask(_CALL_S, "run", (function, training), has_weights, list(leaves))
+        kind, answer = self._process.ask(self._call_s, "run", (function, training), has_weights, list(leaves))
         if kind == "refusal":
             raise errors.ModelRefusedInput(answer)
         results: list[Array] = answer
