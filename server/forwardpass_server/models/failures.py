@@ -33,8 +33,8 @@ def explained(what: str, change: str) -> Iterator[None]:
         raise
     except Exception as error:
         # A mistake in a file needs no traceback of Keras's. Anything else may be an error of ours.
-        cause = None if isinstance(error, _MISTAKES) else error
-        raise ModelLoadError(f"{what}: {sentence(error)}: {change}") from cause
+        unexpected = not isinstance(error, _MISTAKES)
+        raise ModelLoadError(f"{what}: {sentence(error)}: {change}", needs_traceback=unexpected) from error
 
 
 @contextlib.contextmanager
@@ -46,11 +46,12 @@ def of_code(what: str) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         if isinstance(error, ImportError):
-            raise ModelLoadError(f"{what}: {error}") from error
+            raise ModelLoadError(f"{what}: {error}", needs_traceback=True) from error
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         raise ModelLoadError(
-            f"{what} raised {type(error).__name__}{place}: mend the code; the server's log has the traceback"
+            f"{what} raised {type(error).__name__}{place}: mend the code; the server's log has the traceback",
+            needs_traceback=True,
         ) from error
 
 

@@ -12,7 +12,7 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-# A process that only waits holds some 400 MB, and starting another one takes seconds.
+# A process that only waits holds 240 MB of its own, and starting another one takes seconds.
 IDLE_S = 120.0
 
 # A kernel that corrupts memory may need several calls to end the process. Small models get them.

@@ -167,11 +167,11 @@ class Registry:
 def _log_failure(source: ModelSource, error: BaseException) -> str:
     """Logs why a model failed to load, and returns the sentence for callers.
 
-    A mistake of the operator's is one line. Anything else has its traceback.
+    A mistake in a file is one line. Anything else has its traceback.
     """
     is_explained = isinstance(error, (ModelLoadError, errors.ForwardPassError))
-    is_mistake = is_explained and error.__cause__ is None
-    _LOGGER.error("model %s failed to load: %s", source, error, exc_info=None if is_mistake else error)
+    needs_traceback = not is_explained or getattr(error, "needs_traceback", False)
+    _LOGGER.error("model %s failed to load: %s", source, error, exc_info=error if needs_traceback else None)
     # What other errors say may be anything: only the log has it.
     return str(error) if is_explained else f"{type(error).__name__}: the server's log has the traceback"
 
