@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from forwardpass.wire.description import Function, ModelDescription
 from forwardpass_server.app.settings import SettingsError
 from forwardpass_server.models.loading import TensorFlowLoader
+from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.serving import repository
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Entry, Registry
+from forwardpass_server.telemetry import control_groups
 
 
 def check(folder: pathlib.Path, device: str, has_trial: bool) -> Iterator[Entry]:
@@ -20,12 +22,14 @@ def check(folder: pathlib.Path, device: str, has_trial: bool) -> Iterator[Entry]
     Raises SettingsError where there is no version, and DeviceNotFound.
     """
     found = sources(folder)
-    loader = TensorFlowLoader(device, has_trial=has_trial)
+    process = TrialProcess(control_groups.cores()) if has_trial else None
+    loader = TensorFlowLoader(device, trial_process=process)
     try:
         for source in found:
             yield Registry([source]).load(source, loader)
     finally:
-        loader.close()
+        if process is not None:
+            process.close()
 
 
 def sources(folder: pathlib.Path) -> list[ModelSource]:

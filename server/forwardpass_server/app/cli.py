@@ -13,9 +13,11 @@ import click
 
 from forwardpass_server.app import logs, onednn, options, quiet
 from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.serving import tokens
 from forwardpass_server.serving.errors import DeviceNotFound, ModelLoadError, SessionStoreError
 from forwardpass_server.serving.tokens import Role
+from forwardpass_server.telemetry import control_groups
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -45,11 +47,16 @@ def serve(**given: Any) -> None:
         settings = options.read(Settings, given)
         _configure_logging(settings.log_level, settings.log_format)
         _LOGGER.info(onednn.decide(settings.onednn))
+        trial_process = None
+        if settings.trial:
+            # It imports TensorFlow while this process does.
+            trial_process = TrialProcess(control_groups.cores())
+            trial_process.start()
         # TensorFlow takes seconds to import: --help and a wrong setting need not wait for it.
         with quiet.native_stderr():
             from forwardpass_server.app import serve as app_serve
 
-        asyncio.run(_run(app_serve.serve(settings, _announce)))
+        asyncio.run(_run(app_serve.serve(settings, _announce, trial_process)))
     except (SettingsError, DeviceNotFound, SessionStoreError, OSError) as error:
         raise click.ClickException(str(error)) from None
 

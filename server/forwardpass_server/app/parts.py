@@ -16,6 +16,7 @@ from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.models import device as devices
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
+from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.management_servicer import ManagementServicer
@@ -89,14 +90,16 @@ class Parts:
     managing: Server | None
 
 
-async def join(settings: Settings) -> Parts:
-    """Raises DeviceNotFound, SettingsError, or SessionStoreError for what the settings name and cannot be used."""
+async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
+    """trial_process: the child process in which models are tried; None where they are not.
+
+    Raises DeviceNotFound, SettingsError, or SessionStoreError for what the settings name and cannot be used."""
     metrics = Metrics()
     tracing = _tracing(settings.trace_endpoint)
     security = Security(settings)
     security.show(metrics.files)
     devices.use_cores(control_groups.cores())
-    tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching, settings.trial)
+    tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching, trial_process)
     device = tensorflow.device.removeprefix("/device:")
     version = importlib.metadata.version("forwardpass")
     metrics.machine.build(version, tensorflow.tensorflow_version, device)

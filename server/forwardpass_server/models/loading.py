@@ -34,6 +34,7 @@ from forwardpass_server.models.functional import FunctionalModel
 from forwardpass_server.models.model_config import ModelConfig
 from forwardpass_server.models.tracing import TracedModel
 from forwardpass_server.models.trial import Trial
+from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.serving.errors import ModelLoadError
 from forwardpass_server.serving.models import ModelSource
 
@@ -64,7 +65,7 @@ class TensorFlowLoader:
 
     device: as `device.choose` takes it. on_trace: called for each graph that Python builds.
     batching: whether models may be batched where they show that they can.
-    has_trial: whether models are tried in a child process, which `close` ends.
+    trial_process: the child process in which models are tried; None where they are not.
     """
 
     def __init__(
@@ -72,17 +73,13 @@ class TensorFlowLoader:
         device: str = "auto",
         on_trace: Callable[[], None] = lambda: None,
         batching: bool = True,
-        has_trial: bool = False,
+        trial_process: TrialProcess | None = None,
     ) -> None:
         self.device = devices.choose(device)
         self.tensorflow_version: str = tf.__version__
         self._on_trace = on_trace
         self._batching = batching
-        self._trial = Trial() if has_trial else None
-
-    def close(self) -> None:
-        if self._trial is not None:
-            self._trial.close()
+        self._trial = None if trial_process is None else Trial(trial_process)
 
     def load(self, source: ModelSource) -> TensorFlowModel:
         if self._trial is not None:

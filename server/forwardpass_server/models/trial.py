@@ -45,24 +45,13 @@ class Trial:
       network on a busy machine.
     """
 
-    def __init__(self, call_s: float = 60.0) -> None:
+    def __init__(self, process: TrialProcess, call_s: float = 60.0) -> None:
+        self._process = process
         self._call_s = call_s
-        # The trial is for the CPU: a child process would take hundreds of MB of a GPU's memory.
-        environment = {"CUDA_VISIBLE_DEVICES": "-1", "TF_CPP_MIN_LOG_LEVEL": "3"}
-        for variable, count in (
-            ("TF_NUM_INTRAOP_THREADS", tf.config.threading.get_intra_op_parallelism_threads()),
-            ("TF_NUM_INTEROP_THREADS", tf.config.threading.get_inter_op_parallelism_threads()),
-        ):
-            if count:
-                environment[variable] = str(count)
-        self._process = TrialProcess(environment)
 
     def start(self) -> None:
         """Starts the child process without waiting for it: its start takes as long as reading a model."""
         self._process.start()
-
-    def close(self) -> None:
-        self._process.close()
 
     def judge(self, name: str, traced: TracedModel, given: Given | None) -> Verdict:
         """Tries a model. name: for the log. given: as of `examples.find`.

@@ -15,6 +15,8 @@ from typing import Any
 # A process that only waits holds 240 MB of its own, and starting another one takes seconds.
 IDLE_S = 120.0
 
+_NICENESS = 5
+
 # A kernel that corrupts memory may need several calls to end the process. Small models get them.
 _REPEATS = 5
 _REPEAT_S = 0.02
@@ -23,6 +25,7 @@ _REPEAT_S = 0.02
 def main() -> None:
     connection = Connection(int(sys.argv[1]))
     _be_the_first_to_go()
+    _give_way()
     messages: queue.Queue[Any] = queue.Queue()
     # A thread of its own sees the server's end while a graph runs or hangs.
     threading.Thread(target=_receive, args=(connection, messages), daemon=True).start()
@@ -46,6 +49,12 @@ def _be_the_first_to_go() -> None:
     """Has the kernel end this process, and not the server, where memory runs out. Best effort."""
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _give_way() -> None:
+    """Lowers the priority to that of loads (`serving.background`). Best effort."""
+    with contextlib.suppress(OSError):
+        os.nice(max(_NICENESS - os.nice(0), 0))
 
 
 class _Graphs:

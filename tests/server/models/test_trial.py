@@ -16,6 +16,7 @@ import tensorflow as tf
 from forwardpass_server import FunctionalModel, functional_model_from_keras
 from forwardpass_server.models import tracing, trial_process
 from forwardpass_server.models.trial import Trial
+from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.serving.errors import ModelLoadError
 from support import zoo
 from support.servers import wait_until
@@ -23,9 +24,9 @@ from support.servers import wait_until
 
 @pytest.fixture(scope="module")
 def trial():
-    made = Trial(call_s=30)
-    yield made
-    made.close()
+    process = TrialProcess(2)
+    yield Trial(process, call_s=30)
+    process.close()
 
 
 def judge(trial: Trial, model: FunctionalModel):
@@ -41,14 +42,15 @@ def test_a_model_that_ends_the_process_is_refused_with_function_shape_and_signal
 
 
 def test_a_model_that_does_not_end_is_refused():
-    trial = Trial(call_s=3)
+    process = TrialProcess(2)
+    trial = Trial(process, call_s=3)
     try:
         # The first answer may take long on a busy machine, and is no part of what is tested.
         judge(trial, zoo.slow())
         with pytest.raises(ModelLoadError, match=r"with arguments of shape \[0,3\] does not end within 3 s"):
             judge(trial, zoo.hanging())
     finally:
-        trial.close()
+        process.close()
 
 
 def test_sizes_that_the_model_accepts_are_found(trial):
@@ -84,22 +86,23 @@ def test_constants_of_a_model_travel_with_it(trial):
 
 def test_a_child_process_that_cannot_be_started_fails_no_load(monkeypatch, caplog):
     monkeypatch.setattr(sys, "executable", "/no/such/python")
-    verdict = judge(Trial(), zoo.slow())
+    verdict = judge(Trial(TrialProcess(2)), zoo.slow())
     assert verdict.guard.startswith("not tried: the child process cannot be used: it cannot be started")
     assert "m/1 was not tried in a child process" in caplog.text
 
 
 def test_a_child_process_that_is_killed_from_outside_fails_no_load():
-    trial = Trial()
+    process = TrialProcess(2)
+    trial = Trial(process)
     try:
         judge(trial, zoo.slow())
-        trial._process._process.send_signal(signal.SIGSTOP)
-        trial._process._process.send_signal(signal.SIGKILL)
-        trial._process._process.wait()
+        process._process.send_signal(signal.SIGSTOP)
+        process._process.send_signal(signal.SIGKILL)
+        process._process.wait()
         # It ended between two models: the next one starts another.
         assert judge(trial, zoo.slow()).guard.startswith("tried")
     finally:
-        trial.close()
+        process.close()
 
 
 def test_the_child_process_ends_with_its_parent_even_while_it_computes(tmp_path):
@@ -107,10 +110,12 @@ def test_the_child_process_ends_with_its_parent_even_while_it_computes(tmp_path)
         import pathlib, sys
         from forwardpass_server.models import tracing
         from forwardpass_server.models.trial import Trial
+        from forwardpass_server.models.trial_process import TrialProcess
         from support import zoo
-        trial = Trial(call_s=600)
+        process = TrialProcess(2)
+        trial = Trial(process, call_s=600)
         trial.judge("m/1", tracing.trace(zoo.slow()), None)
-        print(trial._process._process.pid, flush=True)
+        print(process._process.pid, flush=True)
         trial.judge("m/2", tracing.trace(zoo.hanging()), None)
     """
     with subprocess.Popen(
