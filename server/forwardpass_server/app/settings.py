@@ -206,8 +206,8 @@ class Settings:
             least=1,
         ),
     ] = 30.0
-    # Off unless somebody asks for it: with it TensorFlow 2.21 may end the process (TensorFlow issue 117700). It gains
-    # up to a tenth for small models: see docs/benchmarks.md.
+    # Off unless somebody asks for it: with it TensorFlow 2.21 may end the process (TensorFlow issue 117700). It makes a
+    # small MLP 1.3 to 1.7 times as fast, and other models faster or slower: see docs/benchmarks.md.
     onednn: Annotated[
         str,
         Option(
