@@ -273,7 +273,7 @@ def test_a_keras_file_from_strangers_runs_no_code(tmp_path, loader):
     model.save(tmp_path / "model.keras")
     spec = {"x": {"dtype": "float32", "shape": [None, 2]}, "y": {"dtype": "float32", "shape": [None, 2]}}
     (tmp_path / "forwardpass.json").write_text(json.dumps({"input_spec": spec, "loss": "mse"}))
-    with pytest.raises(ValueError, match=r"safe_mode|unsafe"):
+    with pytest.raises(ModelLoadError, match=r"model.keras: .*(safe_mode|unsafe)"):
         loader.load(ModelSource("lambda", 1, folder=tmp_path))
 
 
