@@ -35,7 +35,7 @@ def server(repository: pathlib.Path) -> Iterator[ServerProcess]:
 
     factories = [argument for factory in zoo.FACTORIES for argument in ("--factory", factory)]
     trial = {"FORWARDPASS_TRIAL": "true"}
-    with ServerProcess("--model-repository", str(repository), *factories, environment=trial) as process:
+    with ServerProcess(*zoo.serving(repository), *factories, environment=trial) as process:
         yield process
 
 

@@ -21,6 +21,7 @@ from forwardpass_client.calls_in_flight import MAX_CALLS
 from forwardpass_client.evaluation import BatchesInFlight, BatchProgress
 from forwardpass_client.options import Options
 from forwardpass_client.pipeline import AsyncPipeline, Pipeline
+from forwardpass_client.processes import OfOneProcess
 from forwardpass_client.reuse import Reuse
 from forwardpass_client.session_calls import SessionCalls
 from forwardpass_client.sessions import ID_BYTES, AsyncMetricsSession, MetricsSession, MetricsSessionApi
@@ -39,7 +40,7 @@ from forwardpass_client.weights import (
 _CLOSE_S = 2.0
 
 
-class FunctionalModelApi(abc.ABC):
+class FunctionalModelApi(OfOneProcess, abc.ABC):
     """The methods of a functional model on a server, for whoever makes the call.
 
     Arguments: nested tuples, lists, dicts and named tuples as the model was written for, with numpy arrays, Python
@@ -125,13 +126,24 @@ class FunctionalModelApi(abc.ABC):
         """Predictions for one batch under these weights, leaves of shape [B, ...]. Arguments as of `forward_pass`."""
         return self._run(self._calls.predict_on_batch(model_weights, x, training), timeout_s)
 
-    def loss(self, output: Any, label: Any, sample_weight: Any = None, *, timeout_s: float | None = None) -> Any:
+    def loss(
+        self,
+        output: Any,
+        label: Any,
+        sample_weight: Any = None,
+        *,
+        mask: Any = None,
+        timeout_s: float | None = None,
+    ) -> Any:
         """The loss of predictions against labels.
 
         output: what `predict_on_batch` returns. label: like y of `input_spec`.
         sample_weight: one weight for each example, float32[B] unless the model says otherwise.
+        mask: for a model whose predictions have a Keras mask (`description.spec.prediction_mask`), which positions
+          count, like that spec. None for the mask that `output` carries, which it does as long as it is the array that
+          the model returned: see `MaskedPredictions`. Without any, every position counts, and MaskMissing is warned of.
         """
-        return self._run(self._calls.loss(output, label, sample_weight), timeout_s)
+        return self._run(self._calls.loss(output, label, sample_weight, mask), timeout_s)
 
     def initialize_metrics_state(self, *, timeout_s: float | None = None) -> Any:
         """The metrics state before the first batch: a value, to be passed to `update_metrics_state`."""
@@ -144,14 +156,17 @@ class FunctionalModelApi(abc.ABC):
         batch_output: Any,
         sample_weight: Any = None,
         *,
+        mask: Any = None,
         timeout_s: float | None = None,
     ) -> Any:
         """The metrics state after one more batch; `state` itself stays as it is.
 
         labels: like y of `input_spec`. batch_output: what `forward_pass` returned, or any object with the fields
         loss, predictions and num_examples; those that the model's metrics do not read may be None.
+        mask: of the batch output's predictions, as of `loss`.
         """
-        return self._run(self._calls.update_metrics_state(state, labels, batch_output, sample_weight), timeout_s)
+        call = self._calls.update_metrics_state(state, labels, batch_output, sample_weight, mask)
+        return self._run(call, timeout_s)
 
     def finalize_metrics(self, state: Any, *, timeout_s: float | None = None) -> Any:
         """The metrics of a state, in the model's order."""
@@ -274,11 +289,12 @@ class RemoteFunctionalModel(FunctionalModelApi):
 
     def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
         deadline = self._deadline(timeout_s)
+        if call.held is None:
+            return self._transport.ask(call, deadline)
         try:
-            return call.read(self._transport.call(call.path, call.request, deadline, stays=call.held is not None))
+            return call.read(self._transport.call(call.path, call.request, deadline, stays=True))
         except errors.WeightsNotFound:
-            if call.held is None:
-                raise
+            pass
         return call.read(self._transport.run(after_put(call.held, Unary(call.path, call.request)), deadline))
 
     def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> WeightsHandle:
@@ -415,11 +431,12 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         return self._run_joined(call.joined(), self._deadline(timeout_s))
 
     async def _run_joined(self, call: Call[ResultT], deadline: float | None) -> ResultT:
+        if call.held is None:
+            return await self._transport.ask(call, deadline)
         try:
-            return call.read(await self._transport.call(call.path, call.request, deadline, stays=call.held is not None))
+            return call.read(await self._transport.call(call.path, call.request, deadline, stays=True))
         except errors.WeightsNotFound:
-            if call.held is None:
-                raise
+            pass
         return call.read(await self._transport.run(after_put(call.held, Unary(call.path, call.request)), deadline))
 
     async def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> AsyncWeightsHandle:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import pathlib
+import tempfile
 from collections.abc import Coroutine
 from typing import Any
 
@@ -46,6 +47,7 @@ def serve(**given: Any) -> None:
     try:
         settings = options.read(Settings, given)
         _configure_logging(settings.log_level, settings.log_format)
+        _check_temporary_folder()
         _LOGGER.info(onednn.decide(settings.onednn))
         trial_process = None
         if settings.trial:
@@ -57,7 +59,7 @@ def serve(**given: Any) -> None:
             from forwardpass_server.app import serve as app_serve
 
         asyncio.run(_run(app_serve.serve(settings, _announce, trial_process)))
-    except (SettingsError, DeviceNotFound, SessionStoreError, OSError) as error:
+    except (SettingsError, DeviceNotFound, ModelLoadError, SessionStoreError, OSError) as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -71,13 +73,26 @@ def serve(**given: Any) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
     help="For a .keras file: a forwardpass.json with input_spec, loss and metrics.",
 )
+@click.option(
+    "--import",
+    "imports",
+    multiple=True,
+    metavar="MODULE",
+    envvar="FORWARDPASS_IMPORTS",
+    help="Import a module that registers custom Keras objects. May be repeated.",
+)
 def export(
-    source: str, model_repository: pathlib.Path, name: str, version: int | None, config: pathlib.Path | None
+    source: str,
+    model_repository: pathlib.Path,
+    name: str,
+    version: int | None,
+    config: pathlib.Path | None,
+    imports: tuple[str, ...],
 ) -> None:
     """Write a functional model into a model repository.
 
     SOURCE is a .keras file, with a forwardpass.json beside it or named by --config, or a Python function
-    MODULE:FUNCTION that returns a FunctionalModel.
+    MODULE:FUNCTION that returns a FunctionalModel. A compiled .keras file may need no forwardpass.json.
 
     \b
     Example of a forwardpass.json:
@@ -87,11 +102,15 @@ def export(
          "metrics": ["SparseCategoricalAccuracy"]}
     """
     _configure_logging("warning")
+    try:
+        _check_temporary_folder()
+    except SettingsError as error:
+        raise click.ClickException(str(error)) from None
     with quiet.native_stderr():
         from forwardpass_server.app import export as app_export
 
     try:
-        folder = app_export.export(source, model_repository, name, version, config)
+        folder = app_export.export(source, model_repository, name, version, config, imports)
     except (ModelLoadError, SettingsError, OSError) as error:
         raise click.ClickException(str(error)) from None
     except Exception as error:  # The model's own code.
@@ -173,11 +192,23 @@ def _announce(line: str) -> None:
     print(line, flush=True)
 
 
+def _check_temporary_folder() -> None:
+    """Raises SettingsError without one: TensorFlow looks for it when it is imported, and Keras unpacks models there."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise SettingsError(
+            f"TensorFlow needs a folder for temporary files, and there is none that can be written ({error.strerror}): "
+            "mount one at /tmp, or name one with TMPDIR"
+        ) from None
+
+
 def _configure_logging(level: str, log_format: str = "text") -> None:
     logs.configure(level, log_format)
     # Before TensorFlow is imported. Its own lines say nothing that ours do not.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    # Whatever the environment or a keras.json says: models run on TensorFlow. See also `models.keras_settings`.
+    os.environ["KERAS_BACKEND"] = "tensorflow"
 
 
 if __name__ == "__main__":

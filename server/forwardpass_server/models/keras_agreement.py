@@ -29,7 +29,9 @@ def warning(model: keras.Model, execution: Runs, found: Examples, weights: Seque
     for shape in found.shapes:
         x = found.x(np.random.default_rng(0), dataclasses.replace(shape, rows=_ROWS))
         try:
-            served = execution.run(Function.PREDICT_ON_BATCH, False, [*weights, *x])
+            results = execution.run(Function.PREDICT_ON_BATCH, False, [*weights, *x])
+            # Behind them are masks.
+            served = results[: len(found.spec.predictions.leaves)]
             direct = [np.asarray(leaf) for leaf in tf.nest.flatten(model(_nested(found.spec.x, x), training=False))]
         except Exception:  # The model may refuse made-up inputs. What it is asked to do is served all the same.
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import logging
@@ -13,8 +14,8 @@ import tensorflow as tf
 from forwardpass.wire import description
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
-from forwardpass_server.models import device as devices
 from forwardpass_server.models import (
+    custom_objects,
     example_file,
     examples,
     failures,
@@ -22,12 +23,15 @@ from forwardpass_server.models import (
     graphs,
     hashing,
     keras_agreement,
+    keras_names,
+    keras_settings,
     mergeability,
     separability,
     tracing,
     trial,
     warming,
 )
+from forwardpass_server.models import device as devices
 from forwardpass_server.models.examples import Examples
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
@@ -66,6 +70,10 @@ class TensorFlowLoader:
     device: as `device.choose` takes it. on_trace: called for each graph that Python builds.
     batching: whether models may be batched where they show that they can.
     trial_process: the child process in which models are tried; None where they are not.
+    imports: modules that register custom Keras objects, which every .keras file may use. They are imported first, and
+      then the modules of `factories` (`module:function`): what a model is must not depend on the order of loads.
+
+    Raises ModelLoadError where a module of `imports` cannot be imported.
     """
 
     def __init__(
@@ -74,12 +82,21 @@ class TensorFlowLoader:
         on_trace: Callable[[], None] = lambda: None,
         batching: bool = True,
         trial_process: TrialProcess | None = None,
+        imports: Sequence[str] = (),
+        factories: Sequence[str] = (),
     ) -> None:
+        keras_settings.use_defaults()
         self.device = devices.choose(device)
         self.tensorflow_version: str = tf.__version__
         self._on_trace = on_trace
         self._batching = batching
         self._trial = None if trial_process is None else Trial(trial_process)
+        custom_objects.import_modules(imports, "--import")
+        self._objects = custom_objects.registered()
+        for factory in sorted(factories):
+            # One that cannot be imported says so when its model is loaded.
+            with contextlib.suppress(ModelLoadError):
+                custom_objects.import_modules([factory.partition(":")[0]], "factory")
 
     def load(self, source: ModelSource) -> TensorFlowModel:
         if self._trial is not None:
@@ -87,7 +104,7 @@ class TensorFlowLoader:
         if source.folder is not None:
             content_hash = hashing.of_folder(source.folder)
             with failures.explained(f"the files of {source}", "write the version anew"):
-                model, format_name, config = formats.read(source.folder)
+                model, format_name, config = formats.read(source.folder, self._objects)
             with failures.explained(f"the functions of {source}", "make input_spec, loss and metrics fit the model"):
                 traced = tracing.trace(model, self._on_trace)
             if hashing.of_folder(source.folder) != content_hash:
@@ -166,10 +183,12 @@ def from_factory(factory: str) -> FunctionalModel:
     module_name, separator, function_name = factory.partition(":")
     if not separator:
         raise ModelLoadError(f"factory: expected module:function, got {factory!r}")
-    function = getattr(importlib.import_module(module_name), function_name, None)
+    with keras_names.of_imports():
+        function = getattr(importlib.import_module(module_name), function_name, None)
     if not callable(function):
         raise ModelLoadError(f"factory: {module_name} has no function {function_name!r}")
-    model = function()
+    with keras_names.of_load():
+        model = function()
     if not isinstance(model, FunctionalModel):
         raise ModelLoadError(f"factory: {factory} returned a {type(model).__name__}, expected a FunctionalModel")
     return model

@@ -19,22 +19,34 @@ class RuntimeFunction:
 
     def __init__(self, concrete: Any) -> None:
         self.name: bytes = concrete.name
+        functions = _called(concrete.inference_fn)
         # The runtime counts by name who holds a function. The type matters to calls from Python alone.
         self._held = [
             atomic_function.AtomicFunction(name, context.context(), function_type=None)
-            for name in _names(concrete.inference_fn)
+            for name, function in functions.items()
+            if not _is_of_tensorflow_1(function)
         ]
+        self._held_of_tensorflow_1 = list(filter(_is_of_tensorflow_1, functions.values()))
         # TensorFlow ties Python code that a function calls to the graph in which it was traced, the thread's own.
         self._traced_in = concrete.graph.outer_graph if graphs.calls_python(concrete) else None
 
 
-def _names(function: Any) -> set[bytes]:
-    """Of a function and of all that it calls, and they call."""
-    names: set[bytes] = set()
+def _called(function: Any) -> dict[bytes, Any]:
+    """By name, a function and all that it calls, and they call."""
+    functions: dict[bytes, Any] = {}
     waiting = [function]
     while waiting:
         one = waiting.pop()
-        if one.name not in names:
-            names.add(one.name)
-            waiting += one.children
-    return names
+        if one.name not in functions:
+            functions[one.name] = one
+            if not _is_of_tensorflow_1(one):
+                waiting += one.children
+    return functions
+
+
+def _is_of_tensorflow_1(function: Any) -> bool:
+    """Whether this is a Defun, as in tf.nn.ctc_loss: it is in the runtime for as long as its Python object exists.
+
+    The function that calls it lists those that it calls in turn, too.
+    """
+    return not hasattr(function, "children")

@@ -108,15 +108,17 @@ class Caller:
         predict, size_bytes = servable.plan(Function.PREDICT_ON_BATCH), request.size_bytes
         passage = Passage()
         try:
-            predictions = await self._batcher.predict(predict, weights, x, size_bytes, passage)
+            predicted = await self._batcher.predict(predict, weights, x, size_bytes, passage)
             if request.function is Function.PREDICT_ON_BATCH:
-                return predictions
-            loss = servable.plan(Function.LOSS)
-            results = await self._scheduler.run(loss.run, [*predictions, *y], loss.estimates, size_bytes, [passage])
+                return predicted
+            count = len(servable.spec.predictions.leaves)
+            predictions, masks = predicted[:count], predicted[count:]
+            loss, arguments = servable.plan(Function.LOSS), [*predictions, *y, *masks]
+            results = await self._scheduler.run(loss.run, arguments, loss.estimates, size_bytes, [passage])
         finally:
             self._observe_end(request, servable, passage)
         (num_examples,) = servable.spec.batch_output.named_child("num_examples").leaves
-        return [*results, *predictions, np.array(predictions[0].shape[0], num_examples.dtype)]
+        return [*results, *predictions, np.array(predictions[0].shape[0], num_examples.dtype), *masks]
 
     def _observe(self, request: Request, servable: Servable) -> None:
         x = request.parts.get("x") or request.parts.get("batch_input.x")

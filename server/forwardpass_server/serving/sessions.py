@@ -123,6 +123,7 @@ class Sessions:
             answer = dict(results)
             if without_predictions:
                 del answer["batch_output.predictions"]
+                answer.pop("batch_output.prediction_mask", None)
             parts = update_parts(request.parts, results)
             update = self.counting(identity, parts, request.size_bytes, session_records.encode_outcome(answer))
             await self.submit(session, update)

@@ -50,7 +50,7 @@ def test_a_version_that_loads_is_described(tmp_path):
         ),
         (
             {"input_spec": {**SPEC, "y": {"dtype": "float32", "shape": [None, 3]}}},
-            "m/1 fails to load: the functions of m/1: ",
+            "m/1 fails to load: forwardpass.json: loss: ",
         ),
     ],
 )
