@@ -143,6 +143,8 @@ def describe(host: Host, model: NamedModel) -> None:
         ("metrics", str(spec.metrics)),
         ("batching", _yes_unless(description.unbatchable_reason)),
         ("merging metrics states", _yes_unless(description.unmergeable_reason)),
+        ("guard", description.guard),
+        *(("warning", warning) for warning in description.warnings),
     ):
         facts.add_row(name, Text(value))
     _OUT.print(facts)

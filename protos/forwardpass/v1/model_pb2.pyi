@@ -120,7 +120,7 @@ class FunctionDescription(_message.Message):
     def __init__(self, function: _Optional[_Union[Function, str]] = ..., available: bool = ..., unavailable_reason: _Optional[str] = ...) -> None: ...
 
 class ModelDescription(_message.Message):
-    __slots__ = ("identity", "format", "functions", "has_own_forward_pass", "weights", "input", "predictions", "batch_output", "sample_weight", "loss", "metrics_state", "metrics", "unused_batch_output_fields", "unbatchable_reason", "unmergeable_reason", "prediction_mask")
+    __slots__ = ("identity", "format", "functions", "has_own_forward_pass", "weights", "input", "predictions", "batch_output", "sample_weight", "loss", "metrics_state", "metrics", "unused_batch_output_fields", "unbatchable_reason", "unmergeable_reason", "prediction_mask", "guard", "warnings")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     FUNCTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -137,6 +137,8 @@ class ModelDescription(_message.Message):
     UNBATCHABLE_REASON_FIELD_NUMBER: _ClassVar[int]
     UNMERGEABLE_REASON_FIELD_NUMBER: _ClassVar[int]
     PREDICTION_MASK_FIELD_NUMBER: _ClassVar[int]
+    GUARD_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     identity: ModelIdentity
     format: str
     functions: _containers.RepeatedCompositeFieldContainer[FunctionDescription]
@@ -153,4 +155,6 @@ class ModelDescription(_message.Message):
     unbatchable_reason: str
     unmergeable_reason: str
     prediction_mask: _structure_pb2.StructureSpec
-    def __init__(self, identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., format: _Optional[str] = ..., functions: _Optional[_Iterable[_Union[FunctionDescription, _Mapping]]] = ..., has_own_forward_pass: bool = ..., weights: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., input: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., predictions: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., batch_output: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., loss: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics_state: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., unused_batch_output_fields: _Optional[_Iterable[str]] = ..., unbatchable_reason: _Optional[str] = ..., unmergeable_reason: _Optional[str] = ..., prediction_mask: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ...) -> None: ...
+    guard: str
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., format: _Optional[str] = ..., functions: _Optional[_Iterable[_Union[FunctionDescription, _Mapping]]] = ..., has_own_forward_pass: bool = ..., weights: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., input: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., predictions: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., batch_output: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., loss: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics_state: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., unused_batch_output_fields: _Optional[_Iterable[str]] = ..., unbatchable_reason: _Optional[str] = ..., unmergeable_reason: _Optional[str] = ..., prediction_mask: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., guard: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...

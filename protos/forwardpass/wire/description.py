@@ -199,6 +199,8 @@ class ModelDescription:
 
     unbatchable_reason: why concurrent calls with the same weights are not run as one batch; "" where they are.
     unmergeable_reason: why metrics states cannot be added to each other; "" where they can.
+    guard: how the server knows that no batch of this model ends its process, or why it does not know.
+    warnings: what an operator should know of this model, one sentence each.
     """
 
     identity: ModelIdentity
@@ -206,6 +208,8 @@ class ModelDescription:
     spec: ModelSpec
     unbatchable_reason: str = ""
     unmergeable_reason: str = ""
+    guard: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 MASKS_OF = {"output_mask": "output", "batch_output.prediction_mask": "batch_output.predictions"}
@@ -244,6 +248,8 @@ def encode(description: ModelDescription) -> v1.ModelDescription:
         unused_batch_output_fields=sorted(spec.unused_batch_output_fields),
         unbatchable_reason=description.unbatchable_reason,
         unmergeable_reason=description.unmergeable_reason,
+        guard=description.guard,
+        warnings=description.warnings,
         **structures,
     )
 
@@ -280,6 +286,8 @@ def decode(message: v1.ModelDescription) -> ModelDescription:
         spec,
         message.unbatchable_reason,
         message.unmergeable_reason,
+        message.guard,
+        tuple(message.warnings),
     )
 
 

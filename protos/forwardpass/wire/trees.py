@@ -140,6 +140,17 @@ class TreeDef:
             return [root]
         return [path for index, child in enumerate(self.children) for path in child.paths(self.child_path(root, index))]
 
+    def file_names(self, root: str) -> list[str]:
+        """What each leaf is called in an .npz file: its path, joined by "/": `root/0/dense`."""
+        if self.kind is Kind.LEAF:
+            return [root]
+        keys = self.names or [str(index) for index in range(len(self.children))]
+        return [
+            name
+            for key, child in zip(keys, self.children, strict=True)
+            for name in child.file_names(f"{root}/{key}" if root else key)
+        ]
+
     def child_path(self, path: str, index: int) -> str:
         """Where child `index` of a tree at `path` stands."""
         if self.kind in _SEQUENCES:

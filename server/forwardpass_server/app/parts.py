@@ -18,6 +18,7 @@ from forwardpass_server.app.settings import Settings, SettingsError, is_loopback
 from forwardpass_server.models import device as devices
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
+from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.management_servicer import ManagementServicer
@@ -97,8 +98,11 @@ class Parts:
     managing: Server | None
 
 
-async def join(settings: Settings) -> Parts:
-    """Raises DeviceNotFound, SettingsError, ModelLoadError or SessionStoreError for settings that cannot be used."""
+async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
+    """trial_process: the child process in which models are tried; None where they are not.
+
+    Raises DeviceNotFound, SettingsError, ModelLoadError or SessionStoreError for settings that cannot be used.
+    """
     metrics = Metrics()
     tracing = _tracing(settings.trace_endpoint)
     security = Security(settings)
@@ -108,6 +112,7 @@ async def join(settings: Settings) -> Parts:
         settings.device,
         metrics.models.trace,
         settings.batching,
+        trial_process,
         imports=settings.imports,
         factories=list(settings.factories.values()),
     )

@@ -6,11 +6,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from forwardpass_server.models import (
     custom_objects,
     export,
+    failures,
     keras_metrics,
     keras_names,
     model_config,
@@ -54,12 +56,14 @@ def read(folder: pathlib.Path, objects: Objects | None = None) -> tuple[Function
 
 def _tff(folder: pathlib.Path, config: ModelConfig) -> tuple[FunctionalModel, str]:
     _refuse(config, folder, *_OF_KERAS)
-    root = tf.saved_model.load(str(folder))
+    with failures.explained("saved_model.pb", "save the model again"):
+        root = tf.saved_model.load(str(folder))
     if not tff_saved_model.is_functional_model(root):
         raise ModelLoadError("the SavedModel holds no functional model")
 
     def metrics_fns(label_spec: object, prediction_spec: object) -> MetricsFns:
-        return keras_metrics.functional_metrics(config.metrics, None, None, label_spec, prediction_spec)
+        with failures.explained(FILE_NAME, "name metrics that Keras knows and that fit the model"):
+            return keras_metrics.functional_metrics(config.metrics, None, None, label_spec, prediction_spec)
 
     model = tff_saved_model.functional_model(root, metrics_fns if config.metrics is not None else None)
     return model, tff_saved_model.generation(root)
@@ -75,23 +79,30 @@ def read_keras(archive: pathlib.Path, config: ModelConfig, objects: Objects | No
     objects = custom_objects.registered() if objects is None else objects
     with keras_names.of_load(), custom_objects.only(objects, config.imports):
         opened = KerasArchive(archive)
-        model = opened.model()
-        try:
-            config = opened.with_defaults(config, model)
-            for name in ("input_spec", "loss"):
-                if getattr(config, name) is None:
-                    raise ModelLoadError(f"{archive.name} needs a {FILE_NAME} beside it with {name}")
-            return functional_model_from_keras(
-                model,
-                config.loss,
-                config.input_spec,
-                config.metrics,
-                loss_weights=config.loss_weights,
-                weighted_metrics=config.weighted_metrics,
-                sample_weight_spec=config.sample_weight_spec,
-            )
-        except InvalidCompileArgument as error:
-            raise ModelLoadError(f"{FILE_NAME}: {unknown_object(error) or error}") from error
+        advice = f"save the model with Keras {keras.__version__} and without Lambda layers"
+        with failures.explained(archive.name, advice):
+            model = opened.model()
+        with failures.explained(FILE_NAME, "make input_spec, loss and metrics fit the model"):
+            return _functional_model(opened, model, config)
+
+
+def _functional_model(archive: KerasArchive, model: keras.Model, config: ModelConfig) -> FunctionalModel:
+    try:
+        config = archive.with_defaults(config, model)
+        for name in ("input_spec", "loss"):
+            if getattr(config, name) is None:
+                raise ModelLoadError(f"{archive.name} needs a {FILE_NAME} beside it with {name}")
+        return functional_model_from_keras(
+            model,
+            config.loss,
+            config.input_spec,
+            config.metrics,
+            loss_weights=config.loss_weights,
+            weighted_metrics=config.weighted_metrics,
+            sample_weight_spec=config.sample_weight_spec,
+        )
+    except InvalidCompileArgument as error:
+        raise ModelLoadError(f"{FILE_NAME}: {unknown_object(error) or error}") from error
 
 
 def _refuse(config: ModelConfig, folder: pathlib.Path, *names: str) -> None:

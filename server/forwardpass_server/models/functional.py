@@ -62,6 +62,7 @@ class FunctionalModel:
     has_prediction_masks: predict_on_batch_fn and forward_pass_fn return a pair: what they return otherwise, and the
       Keras masks of the predictions as `masks.of` returns them. loss_fn and the update of metrics_fns take such masks,
       or None, as the keyword `prediction_mask`.
+    keras_model: the Keras model that it was made of, or None: what it computes directly is compared at a load.
 
     Predictions carry their Keras masks in the attribute `_keras_mask`, as those of a Keras model do, and `loss` and
     `update_metrics_state` read them there.
@@ -81,6 +82,7 @@ class FunctionalModel:
         forward_pass_fn: Callable[..., Any] | None = None,
         sample_weight_spec: Any = None,
         unavailable: Mapping[Function, str] | None = None,
+        keras_model: Any = None,
         has_prediction_masks: bool = False,
     ) -> None:
         tf.nest.map_structure(_check_no_tf_value, initial_weights)
@@ -91,6 +93,7 @@ class FunctionalModel:
         self._predict_on_batch_fn = predict_on_batch_fn
         self._loss_fn = loss_fn
         self._metrics_fns = metrics_fns
+        self.keras_model = keras_model
         self._input_spec = input_spec
         self._forward_pass_fn = forward_pass_fn
         self._sample_weight_spec = sample_weight_spec or tf.TensorSpec([None], tf.float32)

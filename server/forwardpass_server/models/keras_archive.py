@@ -44,6 +44,11 @@ class KerasArchive:
                 f"{path.name}: not a .keras file of Keras 3 ({error}): write it by model.save('NAME.keras')"
             ) from None
 
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self._path.name
+
     def model(self) -> keras.Model:
         """The model, with its weights, without an optimizer. Seeds that the file does not hold follow from its content.
 

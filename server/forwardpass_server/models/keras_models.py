@@ -101,6 +101,7 @@ def functional_model_from_keras(
         forward_pass_fn=forward_pass if any(adds_losses) else None,
         sample_weight_spec=sample_weight_spec,
         has_prediction_masks=True,
+        keras_model=model,
     )
 
 

@@ -27,7 +27,7 @@ def test_help_names_the_commands_and_shows_a_repository():
     assert "models/digits/1/" in shown
 
 
-@pytest.mark.parametrize("command", ["serve", "export", "token"])
+@pytest.mark.parametrize("command", ["serve", "export", "check", "token"])
 def test_every_option_says_what_it_does(command):
     for option in main.commands[command].params:
         assert option.param_type_name == "argument" or option.help, option.name
