@@ -322,10 +322,7 @@ def _from_message(message: v1.TreeDef, place: str, limits: Limits, depth: int, b
     node = getattr(message, field)
     names: tuple[str, ...] = ()
     type_name = ""
-    if kind in _SEQUENCES:
-        values = node.items
-    else:
-        values = node.values
+    values = node.items if kind in _SEQUENCES else node.values
     if budget is not None:
         budget.take_nodes(len(values))
     if kind not in _SEQUENCES:

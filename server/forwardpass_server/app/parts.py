@@ -17,6 +17,7 @@ from forwardpass_server.models import device as devices
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.rpc import handlers
+from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.management_servicer import ManagementServicer
 from forwardpass_server.rpc.server import Server, ServerOptions
@@ -121,7 +122,8 @@ async def join(settings: Settings) -> Parts:
     sessions = Sessions(session_store, session_models, known_sessions, commits, caller, admission)
     evaluations = Evaluations(sessions, weights, caller, admission)
     departure = Departure()
-    sessions_servicer = SessionsServicer(sessions, evaluations, settings.max_message_bytes, metrics.models, departure)
+    codec = Codec(settings.max_message_bytes, metrics.models)
+    sessions_servicer = SessionsServicer(sessions, evaluations, codec, settings.max_message_bytes, admission, departure)
     server = Server(
         ServerOptions(
             host=settings.host,
@@ -135,6 +137,7 @@ async def join(settings: Settings) -> Parts:
             MODEL_SERVICE: FunctionalModelServicer(
                 registry,
                 caller,
+                codec,
                 settings.max_message_bytes,
                 admission,
                 metrics,
@@ -142,7 +145,7 @@ async def join(settings: Settings) -> Parts:
                 departure,
                 tracing,
             ),
-            WEIGHTS_SERVICE: WeightsServicer(weights, departure),
+            WEIGHTS_SERVICE: WeightsServicer(weights, codec, departure),
             SESSION_SERVICE: sessions_servicer,
         },
         metrics,
