@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
+from grpc._cython.cygrpc import ExecuteBatchError
 
 from forwardpass.wire import errors
 from forwardpass.wire.methods import SERVICES
-from forwardpass_server.rpc import handlers
+from forwardpass_server.rpc import handlers, unsent_answers
 from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.failures import failure_of
@@ -54,6 +55,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._access = access
         self._departure = departure
         self._methods: dict[str, _Method] = {}
+        unsent_answers.expect()
         # gRPC answers UNIMPLEMENTED where there is no handler.
         self._unknown = _Method(None, self._refusing(_UNKNOWN, "unary"), access.is_open, False)
 
@@ -147,9 +149,19 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             started = time.perf_counter()
             arrivals.arrive()
             metrics.started.inc()
-            status = "OK"
+            status: str | None = "OK"
+
+            def count(status: str) -> None:
+                metrics.handled(status).inc()
+                metrics.seconds.observe(time.perf_counter() - started)
+
             try:
-                return await answer(request, context)
+                response = await answer(request, context)
+                if isinstance(response, bytes) and len(response) > unsent_answers.LONG_BYTES:
+                    # Its caller may leave before it is sent.
+                    unsent_answers.watch(path, count)
+                    status = None
+                return response
             except grpc.aio.AbortError:
                 status = context.code().name
                 raise
@@ -158,13 +170,17 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 expired = remaining is not None and remaining <= 0
                 status = "DEADLINE_EXCEEDED" if expired else "CANCELLED"
                 raise
+            except ExecuteBatchError:
+                # The caller of a stream has left, and gRPC has met that before it cancels the call.
+                status = "CANCELLED"
+                raise
             except Exception as error:
                 failure = failure_of(error, path)
                 status = failure.status
             finally:
                 # Before the caller hears of it, who may look at once.
-                metrics.handled(status).inc()
-                metrics.seconds.observe(time.perf_counter() - started)
+                if status is not None:
+                    count(status)
             return await _abort(context, failure)
 
         return guarded
