@@ -10,7 +10,7 @@ from forwardpass.wire import errors, frames
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.frames import Inbox, Outbox
 from forwardpass.wire.methods import METHODS
-from forwardpass_client.patience import AWAY
+from forwardpass_client.patience import AWAY, deadline_exceeded
 from forwardpass_client.transfers import Exchange, Pause, Steps
 
 # Measured, with an answer as long as the request: in pieces 4 MiB take a fifth longer and 16 MiB half the time, for
@@ -54,6 +54,7 @@ def steps(
 ) -> Steps:
     """The steps of one long call, tried again as short ones are: the whole answer in the end. stays: see `Exchange`."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    reason: Exception | None = None
     for pause_s in (*_PAUSES_S, None):
         remaining_s = None if deadline is None else max(deadline - time.monotonic(), 0)
         call = LongCall(path, request, remaining_s, max_message_bytes)
@@ -61,8 +62,13 @@ def steps(
             answer = yield Exchange(METHODS["Pipeline"].path, call.requests(), call.take, remaining_s, stays)
             if answer is None:
                 raise errors.ServerUnavailable("the server ended the stream without an answer")
-        except AWAY:
-            if pause_s is None:
+        except errors.DeadlineExceeded:
+            if reason is None:
+                raise
+            raise deadline_exceeded(reason) from reason
+        except AWAY as error:
+            reason = error
+            if pause_s is None or (deadline is not None and time.monotonic() + pause_s > deadline):
                 raise
             yield Pause(pause_s)
         else:

@@ -193,11 +193,30 @@ def _names(path: str) -> tuple[str, str]:
 
 
 async def _abort(context: Any, error: errors.ForwardPassError) -> None:
-    await context.abort(
-        grpc.StatusCode[error.status],
-        errors.encode_message(error),
-        trailing_metadata=((errors.DETAIL_KEY, errors.encode_detail(error)),),
-    )
+    metadata: list[tuple[str, str | bytes]] = [(errors.DETAIL_KEY, errors.encode_detail(error))]
+    if error.status == "UNAVAILABLE" and _is_last_try(context):
+        metadata.append((_PUSHBACK_KEY, "-1"))
+    await context.abort(grpc.StatusCode[error.status], errors.encode_message(error), trailing_metadata=tuple(metadata))
+
+
+# gRPC's retry policy (proposal A6). A client tries a call again after 0.2 s, and each time after twice as long.
+_ATTEMPTS_KEY, _PUSHBACK_KEY = "grpc-previous-rpc-attempts", "grpc-retry-pushback-ms"
+_FIRST_BACKOFF_S = 0.2
+_JITTER = 1.2
+
+
+def _is_last_try(context: Any) -> bool:
+    """Whether the caller's deadline passes before its gRPC would try again.
+
+    gRPC would end such a call with DEADLINE_EXCEEDED and without the reason. Told not to try again, it hands the reason
+    on.
+    """
+    remaining_s = context.time_remaining()
+    if remaining_s is None:
+        return False
+    attempts = dict(context.invocation_metadata() or ()).get(_ATTEMPTS_KEY, "0")
+    tries = int(attempts) if attempts.isdecimal() and len(attempts) < 3 else 0
+    return bool(remaining_s <= _JITTER * _FIRST_BACKOFF_S * 2**tries)
 
 
 # As go-grpc-prometheus calls them, by whether requests and responses are streams.

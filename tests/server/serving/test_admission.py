@@ -53,7 +53,7 @@ def test_bytes_that_arrive_count_and_are_no_calls():
     admission = Admission(Limits(calls=1, size_bytes=10), Limits(calls=1, size_bytes=10))
     for _ in range(2):
         admission.enter("alice", 5, calls=0)
-    with pytest.raises(errors.ServerOverloaded, match="10 bytes at once, got 11"):
+    with pytest.raises(errors.ServerOverloaded, match="10 bytes at once, got more"):
         admission.enter("alice", 1, calls=0)
     admission.leave("alice", 10, calls=0)
     admission.enter("alice", 10)
