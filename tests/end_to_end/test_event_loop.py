@@ -103,14 +103,16 @@ def strings(count: int) -> np.ndarray:
     return array
 
 
+LEAVES = flat(Kind.TUPLE, LEAF, COUNT)
+
 STRUCTURES: dict[str, Callable[[], Structure]] = {
-    "many leaves": lambda: Structure(flat(Kind.TUPLE, LEAF, COUNT), [EMPTY] * COUNT),
+    "many leaves": lambda: Structure(LEAVES, [EMPTY] * COUNT),
     "many names": lambda: Structure(flat(Kind.DICT, LEAF, COUNT), [EMPTY] * COUNT),
     "many containers": lambda: Structure(flat(Kind.LIST, NONE, COUNT), []),
     "many tensors of strings": lambda: Structure(flat(Kind.TUPLE, LEAF, 64), [strings(2**14)] * 64),
     "many strings": lambda: Structure(LEAF, [strings(2**20)]),
     "too many strings": lambda: Structure(flat(Kind.TUPLE, LEAF, 4), [strings(2**20)] * 4),
-    "too many leaves": lambda: Structure(flat(Kind.TUPLE, LEAF, COUNT), [EMPTY] * COUNT),
+    "too many leaves": lambda: Structure(LEAVES, [EMPTY] * COUNT),
 }
 
 
@@ -151,15 +153,24 @@ def request_of(name: str, kind: str, session_id: bytes) -> bytes:
 
 
 def answer(channel, path: str, request: bytes) -> bytes | grpc.RpcError:
-    try:
-        return channel.unary_unary(path)(request, timeout=120)
-    except grpc.RpcError as error:
-        assert error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION), error
-        return error
+    call = channel.unary_unary(path).future(request, timeout=120)
+    error = call.exception()
+    if error is None:
+        return call.result()
+    assert error.code() in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION), error
+    return error
 
 
-@pytest.mark.parametrize("kind", STRUCTURES)
-@pytest.mark.parametrize("name", TAKING)
+# Each kind of structure in one method, and two in each of the others.
+CASES = [
+    (name, kind)
+    for name in TAKING
+    for kind in STRUCTURES
+    if name == "PredictOnBatch" or kind in ("many leaves", "many tensors of strings")
+]
+
+
+@pytest.mark.parametrize("name, kind", CASES)
 def test_a_request_of_many_parts_has_the_event_loop_for_a_moment(served, channel, session_id, name, kind):
     request = request_of(name, kind, session_id)
     with served.watched():
@@ -167,7 +178,7 @@ def test_a_request_of_many_parts_has_the_event_loop_for_a_moment(served, channel
         assert isinstance(found, bytes) or len(found.details()) < 4000
 
 
-@pytest.mark.parametrize("kind", STRUCTURES)
+@pytest.mark.parametrize("kind", ["many names", "many strings"])
 def test_a_call_of_many_parts_in_pieces_has_the_event_loop_for_a_moment(served, channel, session_id, kind):
     outbox = Outbox(answers=False)
     for call, name in enumerate(TAKING[:3], 1):
@@ -176,7 +187,7 @@ def test_a_call_of_many_parts_in_pieces_has_the_event_loop_for_a_moment(served, 
 
     def requests() -> Iterator[bytes]:
         while outbox:
-            yield outbox.next_message()[:]
+            yield outbox.next_message()
 
     with served.watched():
         responses = list(channel.stream_stream(PIPELINE)(requests(), timeout=120))
@@ -184,7 +195,7 @@ def test_a_call_of_many_parts_in_pieces_has_the_event_loop_for_a_moment(served, 
     assert {frame.call for frame in answers} == {1, 2, 3}
 
 
-@pytest.mark.parametrize("kind", STRUCTURES)
+@pytest.mark.parametrize("kind", ["many leaves", "many strings"])
 def test_a_batch_of_many_parts_has_the_event_loop_for_a_moment(served, client, channel, kind):
     model = client.model("counting")
     handle = model.put_weights(model.initial_weights)
@@ -222,7 +233,6 @@ UNKNOWN = b"\xa0\x06\x01"
     [
         UNKNOWN * 100_000,
         v1.PredictOnBatchRequest(model=v1.ModelSelector(name="counting")).SerializeToString()
-        + messages.encode(v1.PredictOnBatchRequest(), {"x": Structure(LEAF, [EMPTY])})[:0]
         + b"".join([b"\x2a\x05\x12\x03" + UNKNOWN] * 100),
     ],
     ids=["in the request", "in many structures"],
