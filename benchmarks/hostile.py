@@ -25,7 +25,7 @@ import workloads
 
 import forwardpass_client
 from forwardpass import v1
-from forwardpass.wire import frames, messages
+from forwardpass.wire import dtypes, fields, frames, messages, tensors
 from forwardpass.wire.frames import Outbox
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
@@ -44,10 +44,14 @@ def flat(count: int) -> TreeDef:
     return TreeDef(Kind.TUPLE, [LEAF] * count)
 
 
-def strings(count: int) -> np.ndarray[Any, Any]:
-    array = np.empty(count, object)
-    array[:] = b""
-    return array
+def strings(count: int) -> bytes:
+    """A ForwardPassRequest with so many tensors of 2^20 empty strings."""
+    tree = flat(count).encoded
+    tensor = tensors.encode_header(dtypes.STRING.code, (2**20,), 2**22) + bytes(2**22)
+    structure = fields.prefix(1, len(tree)) + tree + (fields.prefix(2, len(tensor)) + tensor) * count
+    batch = fields.prefix(1, len(structure)) + structure
+    header = v1.ForwardPassRequest(model=v1.ModelSelector(name="mlp")).SerializeToString()
+    return header + fields.prefix(5, len(batch)) + batch
 
 
 def forward_pass(structure: Structure, *places: str) -> bytes:
@@ -75,8 +79,7 @@ def in_pieces(request: bytes) -> Iterator[bytes]:
 
 
 def attacks() -> dict[str, Callable[[grpc.Channel], object]]:
-    sixty = forward_pass(Structure(flat(60), [strings(2**20)] * 60), "batch_input.x")
-    within = forward_pass(Structure(LEAF, [strings(2**20)]), "batch_input.x")
+    sixty, within = strings(60), strings(1)
     structures = forward_pass(Structure(flat(LEAVES), [np.empty(0, np.float32)] * LEAVES), *EVERYWHERE)
     one = forward_pass(Structure(flat(LEAVES), [np.empty(0, np.float32)] * LEAVES), "batch_input.x")
     manifest = put_weights()

@@ -48,7 +48,9 @@ def read_varint(data: bytes, position: int, end: int) -> tuple[int, int]:
     raise malformed("a varint that ends nowhere", position)
 
 
-def scan(data: bytes, start: int, end: int, budget: Budget | None = None) -> Iterator[tuple[int, int, int, int, int]]:
+def scan(
+    data: bytes, start: int, end: int, budget: Budget | None = None, max_fields: int = _MAX_FIELDS
+) -> Iterator[tuple[int, int, int, int, int]]:
     """The fields of the message in data[start:end], in order.
 
     Each is (number, wire type, start of the whole field, start of its value, end of its value). A length-delimited
@@ -57,7 +59,7 @@ def scan(data: bytes, start: int, end: int, budget: Budget | None = None) -> Ite
     Raises InvalidRequest where the bytes are no protobuf message, and LimitExceeded.
     """
     position = start
-    most = _MAX_FIELDS if budget is None else max(min(_MAX_FIELDS, budget.fields), 0)
+    most = max_fields if budget is None else max(min(max_fields, budget.fields), 0)
     for count in range(most):
         if position >= end:
             if budget is not None:
@@ -92,20 +94,17 @@ def scan(data: bytes, start: int, end: int, budget: Budget | None = None) -> Ite
             raise malformed(f"a field of {value_end - position} bytes where {end - position} are left", field_start)
         yield number, wire_type, field_start, position, value_end
         position = value_end
-    if position < end and most < _MAX_FIELDS:
+    if position < end and most < max_fields:
         raise LimitExceeded(f"{MAX_MESSAGE_FIELDS} fields in a message")
     if position < end:
-        raise malformed(f"more than {_MAX_FIELDS} fields", position)
+        raise malformed(f"more than {max_fields} fields", position)
     if budget is not None:
         budget.fields -= most
 
 
 def scan_few(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
     """`scan` of a message that has a handful of fields. Raises InvalidRequest for one of more than `_FEW_FIELDS`."""
-    for count, field in enumerate(scan(data, start, end)):
-        if count == _FEW_FIELDS:
-            raise malformed(f"more than {_FEW_FIELDS} fields", field[2])
-        yield field
+    return scan(data, start, end, None, _FEW_FIELDS)
 
 
 def without(message_type: type[MessageT], data: bytes, number: int) -> tuple[MessageT, tuple[int, int]]:

@@ -129,7 +129,8 @@ def decode(
         header, layout = found
         return header, _read(data, layout.parts)
     try:
-        return _decode(message_type, data, limits, whole_message())
+        head, parts = _decode(message_type, data, limits, whole_message())
+        return _header_of(message_type, head), parts
     except LimitExceeded as error:
         raise errors.InvalidRequest(
             place=message_type.DESCRIPTOR.name, expected=f"at most {error.most}", found="more"
@@ -214,17 +215,17 @@ def is_small(parts: Mapping[str, Structure]) -> bool:
 
 
 def _decode(
-    message_type: type[MessageT], data: bytes, limits: Limits, budget: Budget
-) -> tuple[MessageT, dict[str, Structure]]:
+    message_type: type[Message], data: bytes, limits: Limits, budget: Budget
+) -> tuple[bytes, dict[str, Structure]]:
+    """The bytes of the header, and the structures. Raises LimitExceeded for a message of more than its budget."""
     schema = _structure_fields(message_type.DESCRIPTOR)
     parts: dict[str, structures.Located] = {}
     head, head_end = _locate(schema, data, 0, len(data), parts, limits, budget)
-    header = _header_of(message_type, head)
     if limits is DEFAULT and len(head) == head_end and len(head) <= _CACHED_BYTES:
         layout = layouts.of(data, head_end, parts)
         if layout is not None:
             _layouts.keep(message_type, len(data), layout)
-    return header, _read(data, parts)
+    return head, _read(data, parts)
 
 
 # From call to call it is the structures that change. Longer headers are not kept: strangers write them too.
