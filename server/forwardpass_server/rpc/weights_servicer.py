@@ -77,7 +77,10 @@ class WeightsServicer:
 
 
 def _decode(request: v1.PutWeightsRequest) -> WeightsManifest:
-    return manifests.decode(request.manifest)
+    manifest = manifests.decode(request.manifest)
+    # What the store asks of it on the event loop is worked out here.
+    _ = manifest.weights_id, manifest.size_bytes
+    return manifest
 
 
 def _encode_missing(manifest: WeightsManifest, missing: Sequence[tuple[bytes, int]]) -> bytes:
