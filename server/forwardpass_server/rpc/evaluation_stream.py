@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from forwardpass import v1
-from forwardpass.wire import frames
+from forwardpass.wire import errors, frames
 from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
 from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
@@ -63,6 +63,9 @@ class EvaluationStream:
             self._evaluation.complete()
 
     async def _add(self, sequence: int, data: bytes | memoryview) -> None:
-        # A view is read like bytes.
-        incoming = self._codec.open(v1.EvaluationBatch, data)  # type: ignore[arg-type]
+        try:
+            # A view is read like bytes.
+            incoming = self._codec.open(v1.EvaluationBatch, data)  # type: ignore[arg-type]
+        except errors.InvalidRequest as error:
+            raise type(error)(f"batch {sequence}: {error}") from None
         await self._evaluation.add(sequence, incoming.header.update_id, incoming.size_bytes, incoming.parts)
