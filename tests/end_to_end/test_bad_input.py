@@ -370,7 +370,7 @@ ROWS = [
                 x=v1.Structure(
                     tree=v1.TreeDef(leaf=v1.TreeDef.Leaf()),
                     leaves=[v1.Tensor(data_type=2, shape=[10**6, 10**6], data=b"1234")],
-                )
+                ),
             ).SerializeToString(),
         ),
     ),

@@ -65,7 +65,15 @@ class TreeDef:
         self.named_tuple_class = named_tuple_class
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, TreeDef) and self.encoded == other.encoded)
+        # Ends at the first difference: a tree that a caller has made up costs no more than the model's own.
+        return self is other or (
+            isinstance(other, TreeDef)
+            and self.kind is other.kind
+            and self.names == other.names
+            and self.type_name == other.type_name
+            and len(self.children) == len(other.children)
+            and self.children == other.children
+        )
 
     def __hash__(self) -> int:
         return hash(self.encoded)
@@ -284,9 +292,6 @@ def decode(encoded: bytes, place: str = "structure", limits: Limits = DEFAULT, b
     tree = _decode(encoded, place, limits, budget)
     if is_short:
         _known.keep(encoded, tree)
-    else:
-        # Compared with a model's own later, perhaps on an event loop: what that takes is made here.
-        _ = tree.encoded
     return tree
 
 

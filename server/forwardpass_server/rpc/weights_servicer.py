@@ -30,9 +30,8 @@ class WeightsServicer:
         self._departure = departure
 
     async def PutWeights(self, data: bytes, context: object) -> bytes:
-        request = fields.parse(v1.PutWeightsRequest, data)
         is_small = len(data) <= _SMALL_MANIFEST_BYTES
-        manifest = _decode(request) if is_small else await self._codec.aside(lambda: _decode(request))
+        manifest = _decode(data) if is_small else await self._codec.aside(lambda: _decode(data))
         missing = await self._store.put(principals.current(), manifest)
         if len(missing) <= limits.SMALL_LEAVES:
             return _encode_missing(manifest, missing)
@@ -76,8 +75,8 @@ class WeightsServicer:
         return b""
 
 
-def _decode(request: v1.PutWeightsRequest) -> WeightsManifest:
-    manifest = manifests.decode(request.manifest)
+def _decode(data: bytes) -> WeightsManifest:
+    manifest = manifests.decode(fields.parse(v1.PutWeightsRequest, data).manifest)
     # What the store asks of it on the event loop is worked out here.
     _ = manifest.weights_id, manifest.size_bytes
     return manifest

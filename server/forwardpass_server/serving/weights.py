@@ -28,7 +28,7 @@ _MAX_TTL_S = 30 * 24 * 3600
 _MAX_LEASES = 1024
 
 # Announced without a look at other callers.
-_TENSORS_AT_ONCE = 1024
+_TENSORS_AT_ONCE = 256
 
 Key = tuple[str, bytes]
 """A principal and a weights id, or the digest of a tensor: what one principal put, another cannot see by its hash."""
