@@ -546,3 +546,18 @@ def wide_counting() -> FunctionalModel:
         metrics_fns=(tf.function(lambda: {"examples": tf.constant(0)}), update, lambda state: state),
         input_spec=(tf.TensorSpec([None, 4], tf.float32), tf.TensorSpec([None], tf.int64)),
     )
+
+
+def words() -> FunctionalModel:
+    """Returns its strings as they are."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        return tf.identity(x)
+
+    return FunctionalModel(
+        initial_weights=((np.float32(1),), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(label),
+        input_spec=(tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.float32)),
+    )

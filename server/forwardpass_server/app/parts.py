@@ -20,6 +20,7 @@ from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.rpc import handlers
+from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.management_servicer import ManagementServicer
 from forwardpass_server.rpc.server import Server, ServerOptions
@@ -145,7 +146,8 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
     sessions = Sessions(session_store, session_models, known_sessions, commits, caller, admission)
     evaluations = Evaluations(sessions, weights, caller, admission)
     departure = Departure()
-    sessions_servicer = SessionsServicer(sessions, evaluations, settings.max_message_bytes, metrics.models, departure)
+    codec = Codec(settings.max_message_bytes, metrics.models)
+    sessions_servicer = SessionsServicer(sessions, evaluations, codec, settings.max_message_bytes, admission, departure)
     server = Server(
         ServerOptions(
             host=settings.host,
@@ -159,6 +161,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
             MODEL_SERVICE: FunctionalModelServicer(
                 registry,
                 caller,
+                codec,
                 settings.max_message_bytes,
                 admission,
                 metrics,
@@ -167,7 +170,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
                 departure,
                 tracing,
             ),
-            WEIGHTS_SERVICE: WeightsServicer(weights, departure),
+            WEIGHTS_SERVICE: WeightsServicer(weights, codec, departure),
             SESSION_SERVICE: sessions_servicer,
         },
         metrics,

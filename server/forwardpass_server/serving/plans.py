@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 import numpy as np
 from google.protobuf.message import Message
 
-from forwardpass.wire import conform, errors, specs, trees
+from forwardpass.wire import conform, errors, limits, specs, trees
 from forwardpass.wire.description import MASKS_OF, Function
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.specs import StructureSpec
@@ -45,6 +45,7 @@ class Plan:
     weights: how many of the arguments, the first ones, are the model's weights.
     is_prediction: the function is predict_on_batch, or a forward pass that is made of it and the loss.
     shares_batch: several arguments must agree in the batch dimension.
+    is_small: the arguments have few leaves: see `limits.SMALL_LEAVES`.
     run: flat leaves in, flat leaves out; only for a function that the model has.
     estimates: how long it takes.
     """
@@ -56,6 +57,7 @@ class Plan:
     results: tuple[tuple[str, StructureSpec], ...]
     is_prediction: bool
     shares_batch: bool
+    is_small: bool
     run: Callable[[Sequence[Leaf]], list[Array]]
     estimates: Estimates
 
@@ -145,6 +147,7 @@ def _plan(model: LoadedModel, function: Function, training: bool) -> Plan:
         is_prediction=function is Function.PREDICT_ON_BATCH
         or (function is Function.FORWARD_PASS and not spec.has_own_forward_pass),
         shares_batch=batched > 1,
+        is_small=sum(len(argument.spec.leaves) for argument in arguments) <= limits.SMALL_LEAVES,
         run=functools.partial(model.run, function, training),
         estimates=Estimates(model.has_loops(function, training)),
     )
