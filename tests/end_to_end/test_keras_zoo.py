@@ -167,8 +167,7 @@ def test_metrics_equal_those_of_evaluate(pair: Pair, weighted: bool):
 
 def test_the_loss_of_predictions_equals_that_of_a_forward_pass(pair: Pair):
     output = pair.remote.forward_pass(pair.weights, (pair.x, pair.y), training=False)
-    mask = output.prediction_mask
-    loss = pair.remote.loss(output.predictions, pair.y, mask=mask)
+    loss = pair.remote.loss(output.predictions, pair.y)
     penalty = sum(float(tf.reduce_sum(one)) for one in pair.local.losses)
     pair.assert_close(loss + penalty, output.loss)
 
@@ -179,7 +178,7 @@ def test_a_weighted_loss_equals_kerass(pair: Pair):
     penalty = sum(float(tf.reduce_sum(one)) for one in pair.local.losses)
     expected = pair.local.compute_loss(pair.tensors, pair.y, predictions, sample_weight=weight)
     output = pair.remote.forward_pass(pair.weights, (pair.x, pair.y), training=False)
-    loss = pair.remote.loss(output.predictions, pair.y, weight, mask=output.prediction_mask)
+    loss = pair.remote.loss(output.predictions, pair.y, weight)
     pair.assert_close(loss + penalty, expected)
 
 
