@@ -91,3 +91,15 @@ def scale() -> FunctionalModel:
         return tf.reduce_mean(output) - tf.reduce_mean(label)
 
     return _model("scale", [1024], tf.TensorSpec([None], tf.float32), predict, loss)
+
+
+def total() -> FunctionalModel:
+    """As `scale`, with one number for each example in its response."""
+
+    def predict(model_weights: Any, x: Any, training: bool) -> Any:
+        return tf.reduce_sum(x, 1) * model_weights[0][0]
+
+    def loss(output: Any, label: Any, sample_weight: Any = None) -> Any:
+        return tf.reduce_mean(output) - tf.reduce_mean(label)
+
+    return _model("scale", [1024], tf.TensorSpec([None], tf.float32), predict, loss)

@@ -34,7 +34,7 @@ def server(repository: pathlib.Path) -> Iterator[ServerProcess]:
     from support import zoo
 
     factories = [argument for factory in zoo.FACTORIES for argument in ("--factory", factory)]
-    with ServerProcess("--model-repository", str(repository), *factories) as process:
+    with ServerProcess(*zoo.serving(repository), *factories) as process:
         yield process
 
 

@@ -96,6 +96,14 @@ def list_models() -> Call[list[ModelVersion]]:
     return Call(METHODS["ListModels"].path, b"", read)
 
 
+def unready_reasons() -> Call[list[str]]:
+    def read(data: bytes) -> list[str]:
+        response, _ = messages.decode(v1.ListModelsResponse, data)
+        return list(response.unready_reasons)
+
+    return Call(METHODS["ListModels"].path, b"", read)
+
+
 def check_health(service: str = "") -> Call[bool]:
     """Whether the server says SERVING for a service; "" is the server as a whole.
 

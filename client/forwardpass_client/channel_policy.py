@@ -10,7 +10,7 @@ from forwardpass_client.options import Options
 
 # Every method is a pure function of its request, or an update that is applied once however often it comes: a call that
 # a server dropped, or never got, may be sent again.
-_METHODS = [
+_RETRIES = [
     {
         "name": [{"service": MODEL_SERVICE}, {"service": WEIGHTS_SERVICE}, {"service": SESSION_SERVICE}],
         "retryPolicy": {
@@ -37,20 +37,24 @@ _METHODS = [
 
 def staying(options: Options) -> list[tuple[str, Any]]:
     """For a channel that stays with a server while it is there; with any of several, so that clients spread."""
-    return _options({"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": True}}]}, options)
+    balancing = {"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": True}}]}
+    return _options({**balancing, "methodConfig": _RETRIES}, options)
 
 
-def spread(options: Options, checks_health: bool) -> list[tuple[str, Any]]:
-    """For a channel that calls one server after another. checks_health: only those that say that they are ready."""
-    config: dict[str, Any] = {"loadBalancingConfig": [{"round_robin": {}}]}
-    if checks_health:
-        config["healthCheckConfig"] = {"serviceName": ""}
-    return _options(config, options)
+def spread(options: Options) -> list[tuple[str, Any]]:
+    """For a channel that calls one server after another.
+
+    It has no retry policy: `replicas` asks another server at once, where gRPC would wait for 0.1 to 1.6 s first. It
+    does not check health: with health checks, round_robin drops servers that drain, and does not look the name up again
+    before they close their connections. When all the servers that it knows drain, calls would fail, although the
+    servers still answer and new ones are in DNS. A server that cannot answer a call refuses it at once.
+    """
+    return _options({"loadBalancingConfig": [{"round_robin": {}}]}, options)
 
 
 def _options(config: dict[str, Any], options: Options) -> list[tuple[str, Any]]:
     defaults = {
-        "grpc.service_config": json.dumps({**config, "methodConfig": _METHODS}),
+        "grpc.service_config": json.dumps(config),
         "grpc.enable_retries": 1,
         # A request longer than this buffer would not be sent again.
         "grpc.per_rpc_retry_buffer_size": options.max_message_bytes,

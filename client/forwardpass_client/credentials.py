@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import grpc
 
-from forwardpass_client import trace_context
+from forwardpass_client import proxies, targets, trace_context
 from forwardpass_client.trace_context import Metadata
 
 Token: TypeAlias = str | Callable[[], str]
 """A bearer token, or what is asked for one at each call: it may answer otherwise from one to the next."""
 
-_ADDRESS_SCHEMES = re.compile(r"(?:ipv4|ipv6|dns)(?=:)")
+# With one of them the caller has decided on a proxy.
+_PROXY_OPTIONS = ("grpc.enable_http_proxy", "grpc.http_proxy")
 _TOKEN = re.compile(r"[!-~]+")
 
 
@@ -49,15 +49,22 @@ class Credentials:
     allow_insecure_token: bool = False
 
     def __post_init__(self) -> None:
-        if self.token is None or self.tls is not None or self.allow_insecure_token or is_loopback(self.target):
+        if self.token is None or self.tls is not None or self.allow_insecure_token or targets.is_loopback(self.target):
             return
         raise ValueError(
             f"token: expected tls beside, for {self.target} is another machine, and whoever is between could read it; "
             "where something else encrypts, say allow_insecure_token=True"
         )
 
+    @property
+    def proxy(self) -> str:
+        """What the target is called through: see `proxies.of`."""
+        return proxies.of(self.target)
+
     def channel(self, api: Any, options: list[tuple[str, Any]]) -> Any:
         """The channel. api: `grpc` or `grpc.aio`."""
+        if not self.proxy and not any(name in _PROXY_OPTIONS for name, _ in options):
+            options = [*options, ("grpc.enable_http_proxy", 0)]
         if self.tls is None:
             if self.token is not None and not self.allow_insecure_token:
                 # A proxy of the environment may be another machine after all.
@@ -82,23 +89,3 @@ class Credentials:
             # What it is must not be said.
             raise ValueError("token: expected a str of ASCII without spaces")
         return (("authorization", f"Bearer {token}"), *context)
-
-
-def is_loopback(target: str) -> bool:
-    """Whether a gRPC target is this machine, as far as its name tells."""
-    if target.startswith(("unix:", "unix-abstract:")):
-        return True
-    scheme = _ADDRESS_SCHEMES.match(target)
-    addresses = target[scheme.end() :].lstrip(":/") if scheme else target
-    return all(map(_is_loopback, addresses.split(",")))
-
-
-def _is_loopback(address: str) -> bool:
-    host = re.fullmatch(r"\[(.*)\](?::\d+)?|([^:]*)(?::\d+)?", address)
-    name = (host[1] or host[2]) if host else ""
-    if name == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Iterator
 from typing import cast
@@ -10,7 +11,7 @@ from forwardpass.wire import errors, frames
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.frames import Inbox, Outbox
 from forwardpass.wire.methods import METHODS
-from forwardpass_client.patience import AWAY
+from forwardpass_client.patience import AWAY, Patience
 from forwardpass_client.transfers import Exchange, Pause, Steps
 
 # Measured, with an answer as long as the request: in pieces 4 MiB take a fifth longer and 16 MiB half the time, for
@@ -18,6 +19,9 @@ from forwardpass_client.transfers import Exchange, Pause, Steps
 MIN_BYTES = 8 * 2**20
 
 _CALL = 1
+
+# Long calls take a second or so: sooner there is hardly room for another.
+_FIRST_OVERLOAD_PAUSE_S = 0.2
 
 # As the retry policy of short calls has it.
 _PAUSES_S = (0.2, 0.4, 0.8, 1.6)
@@ -52,18 +56,31 @@ class LongCall:
 def steps(
     path: str, request: bytes | Pieces, timeout_s: float | None, max_message_bytes: int, stays: bool = False
 ) -> Steps:
-    """The steps of one long call, tried again as short ones are: the whole answer in the end. stays: see `Exchange`."""
+    """The steps of one long call: the whole answer in the end. stays: see `Exchange`.
+
+    Tried again as short calls are; and, until its deadline or for half a minute, while the server has no memory for it.
+    """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    for pause_s in (*_PAUSES_S, None):
+    pauses_s = iter(_PAUSES_S)
+    overload = Patience(_FIRST_OVERLOAD_PAUSE_S)
+    while True:
         remaining_s = None if deadline is None else max(deadline - time.monotonic(), 0)
         call = LongCall(path, request, remaining_s, max_message_bytes)
         try:
             answer = yield Exchange(METHODS["Pipeline"].path, call.requests(), call.take, remaining_s, stays)
             if answer is None:
                 raise errors.ServerUnavailable("the server ended the stream without an answer")
-        except AWAY:
+            return answer
+        except errors.ServerOverloaded as error:
+            pause_s = overload.pause_s(limited=deadline is None)
             if pause_s is None:
                 raise
-            yield Pause(pause_s)
-        else:
-            return answer
+            # Those that were refused together must not come back together.
+            pause_s = max(error.retry_after_s, pause_s * random.uniform(0.5, 1.5))
+            if deadline is not None and time.monotonic() + pause_s > deadline:
+                raise
+        except AWAY:
+            pause_s = next(pauses_s, None)
+            if pause_s is None:
+                raise
+        yield Pause(pause_s)

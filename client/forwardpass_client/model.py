@@ -21,6 +21,7 @@ from forwardpass_client.calls_in_flight import MAX_CALLS
 from forwardpass_client.evaluation import BatchesInFlight, BatchProgress
 from forwardpass_client.options import Options
 from forwardpass_client.pipeline import AsyncPipeline, Pipeline
+from forwardpass_client.processes import OfOneProcess
 from forwardpass_client.reuse import Reuse
 from forwardpass_client.session_calls import SessionCalls
 from forwardpass_client.sessions import ID_BYTES, AsyncMetricsSession, MetricsSession, MetricsSessionApi
@@ -39,7 +40,7 @@ from forwardpass_client.weights import (
 _CLOSE_S = 2.0
 
 
-class FunctionalModelApi(abc.ABC):
+class FunctionalModelApi(OfOneProcess, abc.ABC):
     """The methods of a functional model on a server, for whoever makes the call.
 
     Arguments: nested tuples, lists, dicts and named tuples as the model was written for, with numpy arrays, Python
@@ -274,11 +275,12 @@ class RemoteFunctionalModel(FunctionalModelApi):
 
     def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
         deadline = self._deadline(timeout_s)
+        if call.held is None:
+            return self._transport.ask(call, deadline)
         try:
-            return call.read(self._transport.call(call.path, call.request, deadline, stays=call.held is not None))
+            return call.read(self._transport.call(call.path, call.request, deadline, stays=True))
         except errors.WeightsNotFound:
-            if call.held is None:
-                raise
+            pass
         return call.read(self._transport.run(after_put(call.held, Unary(call.path, call.request)), deadline))
 
     def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> WeightsHandle:
@@ -415,11 +417,12 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         return self._run_joined(call.joined(), self._deadline(timeout_s))
 
     async def _run_joined(self, call: Call[ResultT], deadline: float | None) -> ResultT:
+        if call.held is None:
+            return await self._transport.ask(call, deadline)
         try:
-            return call.read(await self._transport.call(call.path, call.request, deadline, stays=call.held is not None))
+            return call.read(await self._transport.call(call.path, call.request, deadline, stays=True))
         except errors.WeightsNotFound:
-            if call.held is None:
-                raise
+            pass
         return call.read(await self._transport.run(after_put(call.held, Unary(call.path, call.request)), deadline))
 
     async def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> AsyncWeightsHandle:

@@ -30,12 +30,15 @@ class Patience:
         self._failing_since: float | None = None
         self._pause_s = self._first_pause_s
 
-    def pause_s(self) -> float | None:
-        """Seconds to wait, after a failure, before the next try; None where it has been long enough."""
+    def pause_s(self, *, limited: bool = True) -> float | None:
+        """Seconds to wait, after a failure, before the next try; None where it has been long enough.
+
+        limited: False where a deadline says how long is long enough.
+        """
         now = time.monotonic()
         if self._failing_since is None:
             self._failing_since = now
-        if now - self._failing_since > PATIENCE_S:
+        if limited and now - self._failing_since > PATIENCE_S:
             return None
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
         return pause_s

@@ -21,6 +21,7 @@ from forwardpass.wire.chunks import Pieces
 from forwardpass_client import session_calls
 from forwardpass_client.calls import Call
 from forwardpass_client.patience import AWAY, Patience
+from forwardpass_client.processes import OfOneProcess
 from forwardpass_client.session_calls import SessionCalls
 from forwardpass_client.transfers import Pause, Steps, Unary
 from forwardpass_client.transport import AsyncTransport, Transport
@@ -125,7 +126,7 @@ def tried(call: Call[Any], timeout_s: float | None) -> Steps:
         yield Pause(pause_s)
 
 
-class MetricsSessionApi(abc.ABC):
+class MetricsSessionApi(OfOneProcess, abc.ABC):
     """A metrics state that the server holds under an id, and to which each update is applied exactly once.
 
     Calls that meet a server that is gone or starts anew are tried again for half a minute. Where an update raises

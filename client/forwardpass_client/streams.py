@@ -282,6 +282,7 @@ class AsyncStream:
 
     def submit(self, item: Any, timeout_s: float | None) -> asyncio.Future[Any]:
         """Sends an item: a future of its answer. Where as much is on its way as may be, it is sent later."""
+        self._transport.check_loop()
         if self._error is not None:
             raise self._error
         if self._is_closing:
@@ -400,6 +401,7 @@ class AsyncStream:
 
     async def close(self) -> None:
         """Waits for every answer, and ends the stream. Cancelled, it gives up what is unanswered."""
+        self._transport.check_loop()
         self._is_closing = True
         self._changed.set()
         try:

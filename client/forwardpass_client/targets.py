@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 _ADDRESS = re.compile(r"\[(?P<six>[^\]]+)\]:\d+|(?P<four>[\d.]+):\d+")
 
+_ADDRESS_SCHEMES = re.compile(r"(?:ipv4|ipv6|dns)(?=:)")
+
 
 def joined(target: str | Sequence[str]) -> str:
     """The gRPC target that stands for all of several addresses; one alone is a target already.
@@ -39,3 +41,29 @@ def _version(address: str) -> int:
 def are_several(target: str) -> bool:
     """Whether a target stands, or may stand, for several servers."""
     return target.startswith("dns:") or (target.startswith(("ipv4:", "ipv6:")) and "," in target)
+
+
+def hosts(target: str) -> list[str]:
+    """The names or addresses of the machines that a gRPC target stands for; those that are no addresses are ""."""
+    scheme = _ADDRESS_SCHEMES.match(target)
+    addresses = target[scheme.end() :].lstrip(":/") if scheme else target
+    return [_host(address) for address in addresses.split(",")]
+
+
+def _host(address: str) -> str:
+    found = re.fullmatch(r"\[(.*)\](?::\d+)?|([^:]*)(?::\d+)?", address)
+    return (found[1] or found[2] or "") if found else ""
+
+
+def is_loopback(target: str) -> bool:
+    """Whether a gRPC target is this machine, as far as its name tells."""
+    return target.startswith(("unix:", "unix-abstract:")) or all(map(_is_loopback, hosts(target)))
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

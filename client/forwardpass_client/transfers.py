@@ -32,11 +32,15 @@ _LEAST_BYTES_PER_S = 2**20
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unary:
-    """One request, one response: the step's result. timeout_s: None for the usual one."""
+    """One request, one response: the step's result. timeout_s: None for the usual one.
+
+    stays: whether it goes to the server that the client stays with; otherwise the next in turn may answer it.
+    """
 
     path: str
     request: bytes | Pieces
     timeout_s: float | None = None
+    stays: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

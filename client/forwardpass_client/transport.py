@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 
 from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
-from forwardpass_client import channel_policy, long_calls, targets
+from forwardpass_client import channel_policy, long_calls, replicas, targets
 from forwardpass_client.credentials import Credentials
 from forwardpass_client.options import Options
+from forwardpass_client.processes import OneLoop
 from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, Unary
+
+if TYPE_CHECKING:
+    from forwardpass_client.calls import Call
+
+ResultT = TypeVar("ResultT")
 
 _CLOSED = "the client is closed"
 
@@ -34,7 +41,7 @@ class Transport:
         self._channels = _Channels(grpc, credentials, options)
         self._metadata = credentials.metadata
         self._max_message_bytes = options.max_message_bytes
-        self._errors = _Errors()
+        self._errors = _Errors(credentials.proxy)
 
     def call(self, path: str, request: bytes | Pieces, timeout_s: float | None, *, stays: bool = False) -> bytes:
         """One unary call. Raises the error that its status stands for."""
@@ -46,6 +53,18 @@ class Transport:
         with self._errors:
             response: bytes = method(request, timeout=timeout_s, metadata=self._metadata())
         return response
+
+    def ask(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
+        """The result of a call that any server may answer. Another is asked where one cannot: see `replicas`."""
+        deadline = replicas.deadline(timeout_s)
+        try:
+            return call.read(self.call(call.path, call.request, timeout_s))
+        except replicas.TRY_ANOTHER as error:
+            if self.is_closed or not self.has_several_servers:
+                raise
+            steps = replicas.ask_others(call, error, deadline)
+        answer: ResultT = self.run(steps, timeout_s)
+        return answer
 
     def run(self, steps: Steps, timeout_s: float | None) -> Any:
         """Makes the calls that `steps` asks for, and returns what it returns. timeout_s: for each unary call."""
@@ -63,7 +82,7 @@ class Transport:
     def _perform(self, step: Any, timeout_s: float | None) -> Any:
         if isinstance(step, Unary):
             step_timeout_s = timeout_s if step.timeout_s is None else step.timeout_s
-            return self.call(step.path, step.request, step_timeout_s, stays=True)
+            return self.call(step.path, step.request, step_timeout_s, stays=step.stays)
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
         if isinstance(step, Exchange):
@@ -113,6 +132,11 @@ class Transport:
     def is_closed(self) -> bool:
         return self._errors.is_closed
 
+    @property
+    def has_several_servers(self) -> bool:
+        """Whether the target stands, or may stand, for several servers."""
+        return self._channels.are_two
+
     def close(self) -> None:
         self._errors.is_closed = True
         for channel in self._channels.all:
@@ -120,13 +144,28 @@ class Transport:
 
 
 class AsyncTransport:
-    """`Transport` on the event loop that made it."""
+    """`Transport` on the event loop of its first call."""
 
     def __init__(self, credentials: Credentials, options: Options) -> None:
-        self._channels = _Channels(grpc.aio, credentials, options)
+        self._make_channels = functools.partial(_Channels, grpc.aio, credentials, options)
+        self._made: _Channels | None = None
+        self._loop = OneLoop()
         self._metadata = credentials.metadata
         self._max_message_bytes = options.max_message_bytes
-        self._errors = _Errors()
+        self._errors = _Errors(credentials.proxy)
+
+    @property
+    def _channels(self) -> _Channels:
+        self.check_loop()
+        if self._made is None:
+            if self.is_closed:
+                raise errors.CallCancelled(_CLOSED)
+            self._made = self._make_channels()
+        return self._made
+
+    def check_loop(self) -> None:
+        """Raises RuntimeError on another event loop than that of the first call."""
+        self._loop.check()
 
     async def call(self, path: str, request: bytes | Pieces, timeout_s: float | None, *, stays: bool = False) -> bytes:
         """One unary call. Raises the error that its status stands for."""
@@ -138,6 +177,18 @@ class AsyncTransport:
         with self._errors:
             response: bytes = await method(request, timeout=timeout_s, metadata=self._metadata())
         return response
+
+    async def ask(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
+        """See `Transport.ask`."""
+        deadline = replicas.deadline(timeout_s)
+        try:
+            return call.read(await self.call(call.path, call.request, timeout_s))
+        except replicas.TRY_ANOTHER as error:
+            if self.is_closed or not self.has_several_servers:
+                raise
+            steps = replicas.ask_others(call, error, deadline)
+        answer: ResultT = await self.run(steps, timeout_s)
+        return answer
 
     async def run(self, steps: Steps, timeout_s: float | None) -> Any:
         """See `Transport.run`."""
@@ -155,7 +206,7 @@ class AsyncTransport:
     async def _perform(self, step: Any, timeout_s: float | None) -> Any:
         if isinstance(step, Unary):
             step_timeout_s = timeout_s if step.timeout_s is None else step.timeout_s
-            return await self.call(step.path, step.request, step_timeout_s, stays=True)
+            return await self.call(step.path, step.request, step_timeout_s, stays=step.stays)
         if isinstance(step, Pause):
             return await asyncio.sleep(step.seconds)
         if isinstance(step, Exchange):
@@ -205,14 +256,20 @@ class AsyncTransport:
     def is_closed(self) -> bool:
         return self._errors.is_closed
 
+    @property
+    def has_several_servers(self) -> bool:
+        """Whether the target stands, or may stand, for several servers."""
+        return self._channels.are_two
+
     async def close(self) -> None:
+        channels = [] if self._made is None else self._channels.all
         self._errors.is_closed = True
-        for channel in self._channels.all:
+        for channel in channels:
             await channel.close()
 
 
 class _Channels:
-    """The channel of calls that stay with one server, and that of those which any may answer.
+    """The channel of calls that stay with one server, and the channel of calls that any server may answer.
 
     They are one where the target is one server. api: `grpc` or `grpc.aio`.
     """
@@ -221,10 +278,9 @@ class _Channels:
         self.staying = credentials.channel(api, channel_policy.staying(options))
         self.all = [self.staying]
         self._spread = self.staying
-        if targets.are_several(credentials.target):
-            # Health has to be asked without a token: gRPC would send none.
-            checks_health = credentials.token is None
-            self._spread = credentials.channel(api, channel_policy.spread(options, checks_health))
+        self.are_two = targets.are_several(credentials.target)
+        if self.are_two:
+            self._spread = credentials.channel(api, channel_policy.spread(options))
             self.all.append(self._spread)
         self._unary: dict[tuple[str, bool], Any] = {}
 
@@ -240,11 +296,14 @@ class _Channels:
 class _Errors:
     """Raises, in a `with`, the errors that statuses stand for. is_closed: whether its channel is.
 
+    proxy: what the channel goes through, as `proxies.of` says it.
+
     A class: a generator would cost a small call more than all that it does.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, proxy: str = "") -> None:
         self.is_closed = False
+        self._proxy = proxy
 
     def __enter__(self) -> None:
         return
@@ -255,7 +314,7 @@ class _Errors:
         if error is None or isinstance(error, errors.ForwardPassError) or not isinstance(error, Exception):
             return
         if isinstance(error, grpc.RpcError):
-            raise _decode(error) from None
+            raise _decode(error, self._proxy) from None
         # On a closed channel gRPC raises errors of several classes, not all of which it exports.
         if self.is_closed:
             raise errors.CallCancelled(_CLOSED) from None
@@ -286,9 +345,15 @@ class _Answer:
             self.is_done, self.result = True, stop.value
 
 
-def _decode(error: Any) -> errors.ForwardPassError:
+def _decode(error: Any, proxy: str) -> errors.ForwardPassError:
     trailing = dict(error.trailing_metadata() or ())
     status, message = error.code().name, error.details() or ""
     if status == "INTERNAL" and message == _LOST_IN_MID_SEND:
         status = "UNAVAILABLE"
-    return errors.decode(status, message, trailing.get(errors.DETAIL_KEY))
+    detail = trailing.get(errors.DETAIL_KEY)
+    if proxy and detail is None:
+        # No server of ours has answered: it may be the proxy that cannot be reached, or refuses.
+        message += (
+            f"; calls to this server go through the proxy {proxy}: name the server in no_proxy to call it directly"
+        )
+    return errors.decode(status, message, detail)

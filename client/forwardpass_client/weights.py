@@ -12,6 +12,7 @@ from forwardpass.wire.manifests import WeightsManifest
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
 from forwardpass_client import transfers
+from forwardpass_client.processes import OfOneProcess
 from forwardpass_client.transfers import Progress, Steps, Unary
 from forwardpass_client.transport import AsyncTransport, Transport
 
@@ -63,7 +64,7 @@ class HeldWeights:
         return None if self._manifest is None else self._manifest.size_bytes
 
 
-class WeightsHandleApi(abc.ABC):
+class WeightsHandleApi(OfOneProcess, abc.ABC):
     """Weights that a server holds under an id, to be passed wherever `model_weights` is.
 
     The id is a hash of the numbers and their containers: the same weights have the same id on every client, server

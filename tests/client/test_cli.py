@@ -149,6 +149,28 @@ def test_structures_go_by_the_path_of_each_leaf(run, tmp_path):
     assert np.allclose(np.load(tmp_path / "out.npz")["predictions"], expected.array("predict_infer"), rtol=1e-6)
 
 
+@pytest.mark.parametrize("examples, batch_sizes", [(5, [2, 2, 1]), (2, [2]), (0, [0])])
+def test_predictions_of_whole_batches_have_one_entry_for_each_batch(run, tmp_path, examples, batch_sizes):
+    x = np.arange(examples, dtype=np.float32)
+    rows = np.repeat(x[:, None], 4, 1)
+    np.savez(tmp_path / "data.npz", **{"x/rows": rows, "x/scale": np.float32(2)})
+    run("predict", "whole_batch", "--data", tmp_path / "data.npz", "-o", tmp_path / "out.npz", "--batch-size", 2)
+    starts = np.cumsum([0, *batch_sizes[:-1]])
+    columns = [2 * rows[start : start + size].sum(0) for start, size in zip(starts, batch_sizes, strict=True)]
+    # Small whole numbers: exact.
+    with np.load(tmp_path / "out.npz") as found:
+        assert found["predictions/rows"].tolist() == (2 * rows).tolist()
+        assert found["predictions/sum"].tolist() == [column.sum() for column in columns]
+        assert found["predictions/columns"].tolist() == [column.tolist() for column in columns]
+
+
+def test_scalar_predictions_are_written(run, tmp_path):
+    np.savez(tmp_path / "data.npz", x=np.float32([1, 2, 3]))
+    for batch_size, expected in ((2, [3, 3]), (256, [6])):
+        run("predict", "plain_sum", "--data", tmp_path / "data.npz", "-o", tmp_path / "out", "--batch-size", batch_size)
+        assert np.load(tmp_path / "out")["predictions"].tolist() == expected
+
+
 def test_predictions_of_every_dtype_are_written(run, client, tmp_path):
     spec = client.model("every_dtype").input_spec[0]
     arrays = {

@@ -6,36 +6,6 @@ import pytest
 
 import forwardpass_client
 from forwardpass_client import Tls
-from forwardpass_client.credentials import is_loopback
-
-
-@pytest.mark.parametrize(
-    "target, expected",
-    [
-        ("localhost:8500", True),
-        ("localhost", True),
-        ("127.0.0.1:8500", True),
-        ("127.8.8.8:1", True),
-        ("[::1]:8500", True),
-        ("ipv4:127.0.0.1:1,127.0.0.1:2", True),
-        ("ipv6:[::1]:1", True),
-        ("dns:localhost:1", True),
-        ("dns:///localhost:1", True),
-        ("unix:/run/forwardpass.sock", True),
-        ("example.org:8500", False),
-        ("10.0.0.1:8500", False),
-        ("0.0.0.0:8500", False),
-        ("localhost.example.org:1", False),
-        ("ipv4:127.0.0.1:1,10.0.0.1:2", False),
-        ("dns://10.0.0.1/localhost:1", False),
-        ("dns:///example.org:1", False),
-        ("[::2]:1", False),
-        ("xds:///localhost", False),
-        ("", False),
-    ],
-)
-def test_targets_are_this_machine_or_may_be_another(target, expected):
-    assert is_loopback(target) is expected
 
 
 @pytest.mark.parametrize("connect", [forwardpass_client.connect, forwardpass_client.connect_async])

@@ -44,3 +44,32 @@ def test_addresses_of_two_kinds_are_refused():
 )
 def test_a_target_tells_whether_it_may_be_several_servers(target, several):
     assert targets.are_several(target) is several
+
+
+@pytest.mark.parametrize(
+    "target, expected",
+    [
+        ("localhost:8500", True),
+        ("localhost", True),
+        ("127.0.0.1:8500", True),
+        ("127.8.8.8:1", True),
+        ("[::1]:8500", True),
+        ("ipv4:127.0.0.1:1,127.0.0.1:2", True),
+        ("ipv6:[::1]:1", True),
+        ("dns:localhost:1", True),
+        ("dns:///localhost:1", True),
+        ("unix:/run/forwardpass.sock", True),
+        ("example.org:8500", False),
+        ("10.0.0.1:8500", False),
+        ("0.0.0.0:8500", False),
+        ("localhost.example.org:1", False),
+        ("ipv4:127.0.0.1:1,10.0.0.1:2", False),
+        ("dns://10.0.0.1/localhost:1", False),
+        ("dns:///example.org:1", False),
+        ("[::2]:1", False),
+        ("xds:///localhost", False),
+        ("", False),
+    ],
+)
+def test_targets_are_this_machine_or_may_be_another(target, expected):
+    assert targets.is_loopback(target) is expected

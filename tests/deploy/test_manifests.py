@@ -15,14 +15,17 @@ from forwardpass_client.cli.commands import forwardpass
 from forwardpass_server.app.cli import main
 from forwardpass_server.app.settings import Settings
 from forwardpass_server.rpc.server import LIVE, READY, STARTUP
+from forwardpass_server.serving.memory_budget import BASE_BYTES, MemoryBudget
 from support.environments import ROOT
 from support.manifests import RENDERED, find, is_custom, render, render_folder, validate_custom
 
 # The oldest with gRPC probes, matchLabelKeys and unhealthyPodEvictionPolicy switched on; the newest that there is.
 VERSIONS = ("1.27", "1.37")
 
-# What TensorFlow takes before it has a model, with room for some.
-SERVER_MIB = 1024
+MIB = 2**20
+
+# Of the models of a pod: some versions of a hundred MiB of weights in all.
+MODELS_BYTES = 256 * MIB
 
 each = pytest.mark.parametrize("name", RENDERED)
 
@@ -92,7 +95,9 @@ def test_ports_are_those_that_the_server_listens_on(name):
     assert (service_port["port"], service_port["targetPort"]) == (Settings.port, "grpc")
     (exposed,) = re.findall(r"^EXPOSE (.*)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     assert sorted(map(int, exposed.split())) == sorted(ports.values())
-    opened = [port["port"] for rule in find(name, "NetworkPolicy")["spec"]["ingress"] for port in rule["ports"]]
+    opened = [
+        port["port"] for rule in find(name, "NetworkPolicy", "forwardpass")["spec"]["ingress"] for port in rule["ports"]
+    ]
     assert opened == ["grpc", "metrics"]
 
 
@@ -130,9 +135,15 @@ def test_the_server_has_the_time_to_drain_before_it_is_killed(name):
 def test_a_start_has_an_hour_to_load_models_and_a_server_that_hangs_a_minute(name):
     patience_s = {kind: probe["periodSeconds"] * probe["failureThreshold"] for kind, probe in probes_of(name).items()}
     assert patience_s["startupProbe"] == 3600
-    # Or an update would be given up while a start may still go on.
-    assert find(name, "Deployment")["spec"]["progressDeadlineSeconds"] > patience_s["startupProbe"]
     assert patience_s["livenessProbe"] == 60
+
+
+@each
+def test_an_update_leaves_callers_time_to_find_the_new_replica_and_reports_a_wrong_image_soon(name):
+    spec = find(name, "Deployment")["spec"]
+    assert spec["minReadySeconds"] > float(environment_of(name)["FORWARDPASS_DRAIN_DELAY"])
+    # Kubernetes refuses a deadline that is not longer. Beyond it, it only reports: a slow start goes on.
+    assert spec["minReadySeconds"] < spec["progressDeadlineSeconds"] <= 900
 
 
 @each
@@ -147,8 +158,16 @@ def test_what_the_server_may_keep_fits_into_its_memory(name):
     environment = environment_of(name)
     limit = container_of(name)["resources"]["limits"]["memory"]
     assert limit.endswith("Gi")
-    kept_mib = sum(int(environment.get(f"FORWARDPASS_{what}_MIB", 0)) for what in ("WEIGHTS", "MAX_CONCURRENT"))
-    assert kept_mib + SERVER_MIB <= int(limit.removesuffix("Gi")) * 1024
+    # The server computes the same of its control group.
+    assert "FORWARDPASS_MAX_CONCURRENT_MIB" not in environment
+    budget = MemoryBudget(
+        memory_bytes=int(limit.removesuffix("Gi")) * 1024 * MIB,
+        base_bytes=BASE_BYTES,
+        weights_bytes=int(environment.get("FORWARDPASS_WEIGHTS_MIB", 0)) * MIB,
+    )
+    # One alone is always taken, however long it is: it must fit.
+    longest_bytes = int(environment.get("FORWARDPASS_MAX_MESSAGE_MIB", Settings.max_message_bytes // MIB)) * MIB
+    assert budget.messages_bytes(MODELS_BYTES) >= longest_bytes
     assert container_of(name)["resources"]["requests"]["memory"] == limit
     assert environment["FORWARDPASS_EXECUTION_THREADS"] == container_of(name)["resources"]["requests"]["cpu"]
 
@@ -179,7 +198,7 @@ def test_everything_that_selects_pods_selects_these(name):
         find(name, "Deployment")["spec"]["selector"]["matchLabels"],
         find(name, "Service")["spec"]["selector"],
         find(name, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
-        find(name, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"],
+        *(found["spec"]["podSelector"]["matchLabels"] for found in render(name) if found["kind"] == "NetworkPolicy"),
         *(spread["labelSelector"]["matchLabels"] for spread in pod_of(name)["spec"]["topologySpreadConstraints"]),
         *(found["spec"]["selector"]["matchLabels"] for found in render(name) if found["kind"] == "PodMonitor"),
     ]
@@ -211,7 +230,10 @@ def test_the_overlay_that_the_readme_shows_is_rendered(tmp_path):
     (tmp_path / "cluster").mkdir()
     (tmp_path / "cluster" / "kustomization.yaml").write_text(shown)
     shutil.copytree(ROOT / "deploy", tmp_path / "deploy")
-    deployments = [found for found in render_folder(tmp_path / "cluster") if found["kind"] == "Deployment"]
+    rendered = render_folder(tmp_path / "cluster")
+    # A cluster without extensions takes it.
+    assert not any(map(is_custom, rendered))
+    deployments = [found for found in rendered if found["kind"] == "Deployment"]
     (container,) = deployments[0]["spec"]["template"]["spec"]["containers"]
     assert container["image"].startswith("registry.example.com/forwardpass:")
 
@@ -232,14 +254,18 @@ def test_the_address_of_redis_comes_from_a_secret(name):
 
 @each
 def test_the_server_reaches_what_it_is_told_to_call_and_nothing_else(name):
-    opened = [port["port"] for rule in find(name, "NetworkPolicy")["spec"]["egress"] for port in rule["ports"]]
+    policies = [found["spec"] for found in render(name) if found["kind"] == "NetworkPolicy"]
+    assert all("Egress" in policy["policyTypes"] for policy in policies)
+    # The API server drops an empty list, so that `kubectl diff` would always show it.
+    assert all(policy.get("egress") != [] for policy in policies)
+    opened = [port["port"] for policy in policies for rule in policy.get("egress", []) for port in rule["ports"]]
     called = []
     environment = environment_of(name)
     if "FORWARDPASS_SESSION_STORE" in environment:
         called += [53, 53, 6379]
     if "FORWARDPASS_TRACE_ENDPOINT" in environment:
         called += [53, 53, int(environment["FORWARDPASS_TRACE_ENDPOINT"].rpartition(":")[2])]
-    assert opened == called
+    assert sorted(opened) == sorted(called)
 
 
 @each

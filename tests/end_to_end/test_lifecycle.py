@@ -79,7 +79,7 @@ def started_calls(method: str) -> str:
 
 
 def test_callers_lose_no_call_when_their_server_stops_and_another_is_there(repository):
-    arguments = ("--model-repository", str(repository), "--drain-delay", "0.6")
+    arguments = (*zoo.serving(repository), "--drain-delay", "0.6")
     x, y = zoo.keras_batch(3)
     with ServerProcess(*arguments) as first, ServerProcess(*arguments) as second:
         with forwardpass_client.connect(f"ipv4:{first.address},{second.address}") as client:
@@ -253,18 +253,9 @@ def test_a_server_that_drains_is_alive_and_not_ready():
         assert scraped_health(server.metrics()) == {"started": 1, "live": 1, "ready": 0, "draining": 1}
 
 
-def test_a_server_whose_models_all_failed_has_started_and_is_not_ready():
-    with ServerProcess("--factory", "broken=support.zoo:missing") as server:
-        assert [health(server.address, service) for service in ("startup", "live", "ready")] == [
-            "SERVING",
-            "SERVING",
-            "NOT_SERVING",
-        ]
-        assert scraped_health(server.metrics()) == {"started": 1, "live": 1, "ready": 0, "draining": 0}
-
-
 def test_the_port_of_management_says_that_it_takes_calls():
-    with ServerProcess("--factory", "broken=support.zoo:missing", "--management-port", "0") as server:
+    broken = ("--factory", "broken=support.zoo:missing", "--management-port", "0")
+    with ServerProcess(*broken, waits_for="not ready: ") as server:
         answers = {service: health(server.management_address, service) for service in ("", MANAGEMENT_SERVICE, "ready")}
         # Whether models can be called is for the other port to say.
         assert answers == {"": "SERVING", MANAGEMENT_SERVICE: "SERVING", "ready": "NOT_FOUND"}

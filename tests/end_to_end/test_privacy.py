@@ -35,7 +35,7 @@ def caller(tmp_path_factory, repository):
     factories = [argument for factory in zoo.FACTORIES for argument in ("--factory", factory)]
     patient = ("--factory", "patient=support.zoo:patient")
     security = ("--tokens", str(file), "--log-level", "debug")
-    with ServerProcess("--model-repository", str(repository), *factories, *patient, *security) as server:
+    with ServerProcess(*zoo.serving(repository), *factories, *patient, *security) as server:
         with forwardpass_client.connect(server.address, token=secret) as client:
             yield Caller(server, secret, client)
 

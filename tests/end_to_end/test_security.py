@@ -94,7 +94,7 @@ def guarded(tmp_path_factory, repository):
     file = tmp_path_factory.mktemp("tokens") / "tokens"
     file.write_text("# who may call\n" + "".join(token.line() + "\n" for _, token in made.values()))
     factories = (*SLOW, "--factory", "wide=support.zoo:wide_1m")
-    arguments = ("--model-repository", str(repository), *factories, "--management-port", "0", "--tokens", str(file))
+    arguments = (*zoo.serving(repository), *factories, "--management-port", "0", "--tokens", str(file))
     limits = ("--max-concurrent-calls-per-principal", "1", "--weights-mib", "5")
     with ServerProcess(*arguments, *limits) as server:
         yield Guarded(server, file, **{name: secret for name, (secret, _) in made.items()})

@@ -156,20 +156,22 @@ def test_what_was_chosen_or_said_elsewhere_is_escaped():
             device=hostile,
             started=0,
             health=HealthReading(has_started=True, is_live=True, is_ready=False, is_draining=False),
+            unready_reasons=[hostile],
+            session_store_problem=hostile,
             entries=[Entry(source, State.FAILED, error=hostile, waiting=hostile)],
             loads={str(source): Load(1.0, 0.0)},
             recent=Recent(metrics.registry).window(),
         )
     )
     assert hostile not in page
-    assert page.count(html.escape(hostile)) == 7
-    assert "no model can be called" in page
+    assert page.count(html.escape(hostile)) == 9
+    assert "not ready" in page
 
 
 @pytest.mark.parametrize(
     "reading, word",
     [
-        (HealthReading(has_started=False, is_live=True, is_ready=False, is_draining=False), "loading"),
+        (HealthReading(has_started=False, is_live=True, is_ready=False, is_draining=False), "not ready"),
         (HealthReading(has_started=True, is_live=False, is_ready=False, is_draining=False), "the device does not work"),
         (HealthReading(has_started=True, is_live=True, is_ready=True, is_draining=False), "ready, without a model"),
         (HealthReading(has_started=True, is_live=True, is_ready=False, is_draining=True), "draining"),
@@ -183,9 +185,29 @@ def test_it_says_first_what_probes_are_told(reading, word):
             device="CPU:0",
             started=0,
             health=reading,
+            unready_reasons=[],
+            session_store_problem="",
             entries=[],
             loads={},
             recent=Recent(Metrics().registry).window(),
         )
     )
     assert f"<title>forwardpass: {word}</title>" in page
+
+
+def test_it_says_that_models_are_being_loaded():
+    page = status_page.render(
+        Status(
+            version="1",
+            tensorflow="2",
+            device="CPU:0",
+            started=0,
+            health=HealthReading(has_started=False, is_live=True, is_ready=False, is_draining=False),
+            unready_reasons=["the models of the start are being loaded"],
+            session_store_problem="",
+            entries=[Entry(ModelSource("digits", 1), State.LOADING)],
+            loads={},
+            recent=Recent(Metrics().registry).window(),
+        )
+    )
+    assert "<title>forwardpass: loading</title>" in page

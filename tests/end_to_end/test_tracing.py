@@ -35,7 +35,9 @@ def traced():
     parents = {}
     x, _ = zoo.counting_batch(1)
     with SpanCollector() as collector:
-        with ServerProcess(*FACTORIES, "--trace-endpoint", collector.url) as server:
+        # The collector is on this machine: no proxy of the environment is for it.
+        proxy = {"http_proxy": "http://127.0.0.1:1"}
+        with ServerProcess(*FACTORIES, "--trace-endpoint", collector.url, environment=proxy) as server:
             with forwardpass_client.connect(server.address) as client:
                 model = client.model("counting")
                 weights = model.initial_weights

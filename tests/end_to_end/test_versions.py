@@ -14,7 +14,6 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-import tensorflow as tf
 from click.testing import CliRunner
 from google.protobuf.descriptor import Descriptor
 
@@ -25,43 +24,9 @@ from forwardpass.wire.errors import DETAIL_KEY
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, METHODS, SERVICES
 from forwardpass.wire.structures import Structure
 from forwardpass_client.cli.commands import forwardpass
-from forwardpass_server import FunctionalModel, save_functional_model
+from support.multiplying import write
 from support.redis_servers import RedisProcess
 from support.servers import ServerProcess, wait_until
-
-
-def times(factor: float) -> FunctionalModel:
-    """Multiplies by its number, so that versions can be told from one another."""
-
-    @tf.function
-    def predict_on_batch(model_weights, x, training):
-        return x * tf.constant(factor, tf.float32) * model_weights[0][0]
-
-    zero = {"total": tf.constant(0.0)}
-    return FunctionalModel(
-        initial_weights=((np.float32(1),), ()),
-        predict_on_batch_fn=predict_on_batch,
-        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(output),
-        metrics_fns=(
-            tf.function(lambda: zero),
-            tf.function(
-                lambda state, labels, batch_output, sample_weight=None: {
-                    "total": state["total"] + tf.reduce_sum(batch_output.predictions)
-                }
-            ),
-            lambda state: state,
-        ),
-        input_spec=(tf.TensorSpec([None], tf.float32), tf.TensorSpec([None], tf.float32)),
-    )
-
-
-def write(folder: pathlib.Path, version: int, factor: float) -> None:
-    """Puts a version there at once, as `mv` does."""
-    beside = folder / f".{version}"
-    save_functional_model(times(factor), beside)
-    if (folder / str(version)).exists():
-        shutil.rmtree(folder / str(version))
-    beside.rename(folder / str(version))
 
 
 def label(folder: pathlib.Path, **labels: int) -> None:

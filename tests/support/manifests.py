@@ -62,10 +62,11 @@ def render_folder(folder: pathlib.Path) -> tuple[dict[str, Any], ...]:
     return tuple(yaml.safe_load_all(_run(str(_kubectl()), "kustomize", str(folder))))
 
 
-def find(name: str, kind: str) -> dict[str, Any]:
-    """The one object of a kind. Raises ValueError where there is none, or another."""
-    (found,) = (found for found in render(name) if found["kind"] == kind)
-    return found
+def find(name: str, kind: str, called: str | None = None) -> dict[str, Any]:
+    """The one object of a kind, and of a name where there may be several. Raises ValueError where there is not one."""
+    found = [one for one in render(name) if one["kind"] == kind]
+    (only,) = (one for one in found if called in (None, one["metadata"]["name"]))
+    return only
 
 
 def is_custom(rendered: dict[str, Any]) -> bool:

@@ -64,10 +64,11 @@ class Callers:
     """Sixteen threads of one client, as `connect` makes it, that call without a pause in every way there is.
 
     seconds: what each call took, by kind. failed: their errors. updates: (acknowledged, counted), once they have ended.
+    options: of `connect`.
     """
 
-    def __init__(self, addresses: list[str]) -> None:
-        self._client = forwardpass_client.connect(addresses)
+    def __init__(self, target: str | list[str], **options: Any) -> None:
+        self._client = forwardpass_client.connect(target, **options)
         self._model: RemoteFunctionalModel = self._client.model("counting")
         self._weights = self._model.initial_weights
         self._handle = self._model.put_weights(self._weights)

@@ -10,8 +10,10 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from support.memory_groups import MemoryGroup
 
 START_S = 120.0
 
@@ -35,11 +37,30 @@ def read_metrics(url: str) -> dict[str, float]:
 class ServerProcess:
     """A `forwardpass-server serve` that has loaded its models. A context manager: leaving it kills the process.
 
-    arguments: what else stands on the command line. environment: variables to add.
+    arguments: what else stands on the command line. environment: variables to add. prefix: a command that runs it.
+    waits_for: how the line begins that says so; "not ready: " for a server that does not become ready. group: the
+    control group that it is put into.
     """
 
-    def __init__(self, *arguments: str, port: int = 0, environment: dict[str, str] | None = None) -> None:
-        command = [sys.executable, "-m", "forwardpass_server.app.cli", "serve", "--port", str(port)]
+    def __init__(
+        self,
+        *arguments: str,
+        port: int = 0,
+        environment: dict[str, str] | None = None,
+        prefix: Sequence[str] = (),
+        waits_for: str = "ready on ",
+        group: MemoryGroup | None = None,
+    ) -> None:
+        command = [
+            *(group.entering if group is not None else ()),
+            *prefix,
+            sys.executable,
+            "-m",
+            "forwardpass_server.app.cli",
+            "serve",
+            "--port",
+            str(port),
+        ]
         self.process = subprocess.Popen(
             [*command, "--metrics-port", "0", "--drain-delay", "0.1", *arguments],
             stdout=subprocess.PIPE,
@@ -54,20 +75,28 @@ class ServerProcess:
         watchdog = threading.Timer(START_S, self.process.kill)
         watchdog.start()
         try:
-            self.ready_line = self._line("ready on ")
+            self.ready_line = self._line(
+                waits_for, lambda line: line.startswith(waits_for) or not line.startswith("not ready: ")
+            )
         finally:
             watchdog.cancel()
         self.address = self._line("listening on ").removeprefix("listening on ")
         self.metrics_url = self._line("metrics on ").removeprefix("metrics on ")
 
-    def _line(self, start: str) -> str:
+    def _line(self, start: str, is_expected: Callable[[str], bool] = lambda line: True) -> str:
         """The first line of stdout that starts so, waiting for it."""
         assert self.process.stdout is not None
         while not any(line.startswith(start) for line in self.lines):
             line = self.process.stdout.readline()
             assert line, "the server ended: " + "".join(self.log[-20:])
+            # Whoever waits for a server that is not ready would wait for ever, unless it is brought about.
+            assert is_expected(line), line + "".join(self.log[-20:])
             self.lines.append(line.strip())
         return next(line for line in self.lines if line.startswith(start))
+
+    def wait_until_ready(self) -> str:
+        """The line that says so, of a server that was not ready when its models were loaded."""
+        return self._line("ready on ")
 
     def _read_log(self) -> None:
         assert self.process.stderr is not None
@@ -95,8 +124,15 @@ class ServerProcess:
         return "".join(self.log)
 
     def resident_bytes(self) -> int:
+        return self._memory_bytes("VmRSS")
+
+    def highest_resident_bytes(self) -> int:
+        """The most that it has ever been."""
+        return self._memory_bytes("VmHWM")
+
+    def _memory_bytes(self, name: str) -> int:
         status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) * 1024
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith(name))) * 1024
 
     def terminate(self) -> int:
         """SIGTERM, and the exit code."""

@@ -23,6 +23,7 @@ ARGUMENTS = (
     *("--factory", "counting=support.zoo:counting", "--factory", "wide=support.zoo:wide_1m"),
     *("--factory", "slow=support.zoo:slow"),
     *("--factory", "crashing=support.zoo:crashing", "--factory", "broken=support.zoo:missing"),
+    *("--required-models", "counting,wide,slow,crashing"),
     *("--weights-mib", "2", "--max-concurrent-calls", "64", "--management-port", "0"),
 )
 """Of a server that is to be sent it. Its weight store holds two sets of `wide`."""

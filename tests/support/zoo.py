@@ -193,6 +193,46 @@ def greedy() -> FunctionalModel:
     )
 
 
+def whole_batch() -> FunctionalModel:
+    """Returns rows, and what is of a batch as a whole: a scalar, and an array whose first dimension is no example's."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        rows = x["rows"] * x["scale"]
+        return {"rows": rows, "sum": tf.reduce_sum(rows), "columns": tf.reduce_sum(rows, 0)}
+
+    return FunctionalModel(
+        initial_weights=((), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: output["sum"],
+        input_spec=(
+            {"rows": tf.TensorSpec([None, 4]), "scale": tf.TensorSpec([])},
+            tf.TensorSpec([None], tf.float32),
+        ),
+    )
+
+
+def plain_sum() -> FunctionalModel:
+    """Predicts one scalar for a batch. Its own forward pass: nothing else tells the number of examples."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        return tf.reduce_sum(x)
+
+    @tf.function
+    def forward_pass(model_weights: Any, batch_input: Any, training: bool) -> Any:
+        total = predict_on_batch(model_weights, batch_input[0], training)
+        return BatchOutput(loss=total, predictions=total, num_examples=tf.size(batch_input[0]))
+
+    return FunctionalModel(
+        initial_weights=((), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: output,
+        input_spec=(tf.TensorSpec([None]), tf.TensorSpec([None])),
+        forward_pass_fn=forward_pass,
+    )
+
+
 def keras_cnn(seed: int) -> keras.Model:
     """A convolutional model with batch normalisation and dropout, which TFF refuses."""
     keras.utils.set_random_seed(seed)
@@ -232,7 +272,16 @@ def keras_batch(examples: int, seed: int = 0) -> tuple[Any, Any]:
     return rng.normal(size=(examples, 6, 6, 1)).astype(np.float32), rng.integers(0, 5, examples)
 
 
-FACTORIES = tuple(f"{name}=support.zoo:{name}" for name in ("slow", "crashing", "counting", "remembering", "curves"))
+FACTORIES = tuple(
+    f"{name}=support.zoo:{name}"
+    for name in ("slow", "crashing", "counting", "remembering", "curves", "whole_batch", "plain_sum")
+)
+
+
+def serving(repository: pathlib.Path) -> list[str]:
+    """The arguments of a server over what `write_repository` has written. The model that is broken is not required."""
+    names = sorted(path.name for path in repository.iterdir() if path.name != "broken")
+    return ["--model-repository", str(repository), "--required-models", ",".join(names)]
 
 
 def write_repository(folder: pathlib.Path) -> None:

@@ -8,7 +8,7 @@ import re
 import shlex
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import click
@@ -32,6 +32,8 @@ from rich.text import Text
 import forwardpass_client
 from forwardpass.wire import errors, trees
 from forwardpass.wire.description import Function
+from forwardpass.wire.dtypes import Array
+from forwardpass.wire.specs import StructureSpec, TensorSpec
 from forwardpass_client.calls import ModelVersion
 from forwardpass_client.cli import npz
 from forwardpass_client.cli.evaluation import Evaluation
@@ -100,11 +102,18 @@ def models(host: Host) -> None:
 def health(host: Host, service: str, timeout: float) -> None:
     """Ask whether a server is serving: exits with 0 if it says SERVING, with 1 otherwise.
 
-    Fit for a probe: it starts in a third of a second and asks once.
+    Fit for a probe: it starts in a third of a second and asks once. Where the server is not ready, it asks why, too.
     """
+    reasons: list[str] = []
     with _client(host) as client:
         is_serving = client.is_serving(service, timeout_s=timeout)
+        if not is_serving:
+            # The answer is there already. An older server knows no reasons, and some callers may ask for health only.
+            with contextlib.suppress(errors.ForwardPassError):
+                reasons = client.unready_reasons(timeout_s=timeout)
     click.echo("SERVING" if is_serving else "NOT_SERVING")
+    for reason in reasons:
+        click.echo(reason, err=True)
     if not is_serving:
         raise click.exceptions.Exit(1)
 
@@ -213,7 +222,8 @@ def delete_weights(host: Host, model: NamedModel, weights_id: str) -> None:
     "-o",
     required=True,
     type=click.Path(dir_okay=False, path_type=pathlib.Path),
-    help="The .npz file to write: predictions, or predictions/0 and so on.",
+    help="The .npz file to write: predictions, or predictions/0 and so on. What a model returns for a whole batch, "
+    "such as a scalar, has one entry for each batch.",
 )
 @_weights_option
 @_batch_size_option
@@ -225,12 +235,13 @@ def predict(
         model_weights = _weights(remote, weights)
         x = npz.take(npz.load(data), "x", remote.description.spec.x)
         slices, predictions = Slices(x, batch_size), []
+        counts = [slices.examples_in(index + 1) - slices.examples_in(index) for index in range(len(slices))]
         with _bar("predicting", slices.examples) as show:
             for index in range(len(slices)):
                 predictions.append(remote.predict_on_batch(model_weights, slices[index], training=False))
                 show(slices.examples_in(index + 1))
         arrays: dict[str, Any] = {}
-        npz.put(arrays, "predictions", _concatenate(predictions))
+        npz.put(arrays, "predictions", _joined(predictions, remote.description.spec.predictions, counts))
         npz.save(output, arrays)
     _ERR.print(f"wrote {', '.join(arrays)} to {output}")
 
@@ -408,7 +419,27 @@ def _bar(title: str, examples: int) -> Iterator[Callable[[int], None]]:
         yield lambda done: progress.update(task, completed=done)
 
 
-def _concatenate(structures: list[Any]) -> Any:
+def _joined(structures: list[Any], spec: StructureSpec, examples: list[int]) -> Any:
+    """The predictions of all batches as one structure. examples: in each batch.
+
+    Rows of examples are put behind each other. What is of a batch as a whole, such as a scalar, is in the order of the
+    batches, along a dimension of its own.
+    """
     flat = [trees.flatten(structure) for structure in structures]
     tree = flat[0][0]
-    return tree.unflatten([np.concatenate(leaves) for leaves in zip(*(leaves for _, leaves in flat), strict=True)])
+    batches = zip(*(leaves for _, leaves in flat), strict=True)
+    named = zip(tree.paths("predictions"), batches, spec.leaves, strict=True)
+    return tree.unflatten([_joined_leaf(name, leaves, leaf_spec, examples) for name, leaves, leaf_spec in named])
+
+
+def _joined_leaf(name: str, leaves: Sequence[Array], spec: TensorSpec, examples: list[int]) -> Array:
+    is_free = spec.shape is None or spec.shape[:1] == (None,)
+    has_rows = leaves[0].ndim > 0 and (is_free or [len(leaf) for leaf in leaves] == examples)
+    try:
+        return np.concatenate(leaves) if has_rows else np.stack(leaves)
+    except ValueError:
+        shapes = ", ".join(sorted({str(list(leaf.shape)) for leaf in leaves}))
+        raise ValueError(
+            f"{name}: the batches have results of shapes that do not go together, {shapes}: use a --batch-size of "
+            f"{sum(examples)}, for one batch"
+        ) from None

@@ -10,16 +10,16 @@ from forwardpass.wire import errors, trees
 class Slices:
     """The slices of a structure of arrays, `size` examples each, the last one fewer; at least one.
 
-    Raises ShapeMismatch for arrays of different lengths.
+    Scalars beside the arrays are in each slice as they are. Raises ShapeMismatch for arrays of different lengths.
     """
 
     def __init__(self, data: Any, size: int) -> None:
         self._tree, self._leaves = trees.flatten(data)
         self._size = size
-        lengths = {int(leaf.shape[0]) if leaf.ndim else -1 for leaf in self._leaves}
-        if len(lengths) != 1 or -1 in lengths:
+        lengths = {int(leaf.shape[0]) for leaf in self._leaves if leaf.ndim}
+        if len(lengths) != 1:
             raise errors.ShapeMismatch(
-                place="data", expected="as many examples in each array", found=f"{sorted(lengths)}"
+                place="data", expected="as many examples in each array", found=f"{sorted(lengths) or 'scalars'}"
             )
         (self.examples,) = lengths
 
@@ -30,7 +30,7 @@ class Slices:
         if not 0 <= index < len(self):
             raise IndexError(index)
         start = index * self._size
-        return self._tree.unflatten([leaf[start : start + self._size] for leaf in self._leaves])
+        return self._tree.unflatten([leaf[start : start + self._size] if leaf.ndim else leaf for leaf in self._leaves])
 
     def examples_in(self, count: int) -> int:
         """How many examples the first slices hold."""

@@ -144,10 +144,12 @@ class ListModelsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ListModelsResponse(_message.Message):
-    __slots__ = ("models",)
+    __slots__ = ("models", "unready_reasons")
     MODELS_FIELD_NUMBER: _ClassVar[int]
+    UNREADY_REASONS_FIELD_NUMBER: _ClassVar[int]
     models: _containers.RepeatedCompositeFieldContainer[_model_pb2.ModelVersionStatus]
-    def __init__(self, models: _Optional[_Iterable[_Union[_model_pb2.ModelVersionStatus, _Mapping]]] = ...) -> None: ...
+    unready_reasons: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, models: _Optional[_Iterable[_Union[_model_pb2.ModelVersionStatus, _Mapping]]] = ..., unready_reasons: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class GetInitialWeightsRequest(_message.Message):
     __slots__ = ("model",)

@@ -210,21 +210,25 @@ def items(value: trees.Nested, tree: trees.TreeDef, place: str) -> Sequence[tree
 def conform_leaf(value: Any, spec: TensorSpec, place: str) -> Array:
     """One value as an array of the spec's dtype, with a shape that it admits. Errors as of `conform`."""
     array = value if type(value) is np.ndarray else _as_array(value, spec, place)
+    if array.dtype == object:
+        _check_objects(array, spec, place)
     if not spec.admits_shape(array.shape):
         raise errors.ShapeMismatch(place=place, expected=str(spec), found=_describe(array))
     if array.dtype != spec.dtype:
         array = _cast(array, spec, place)
-    elif spec.data_type is dtypes.STRING:
-        _check_strings(array, spec, place)
     return array
 
 
-def _check_strings(array: Array, spec: TensorSpec, place: str) -> None:
-    for element in array.ravel().tolist():
-        if not isinstance(element, (bytes, str)):
-            raise errors.DTypeMismatch(
-                place=place, expected=str(spec), found=f"an object array with {type(element).__name__}"
-            )
+def _check_objects(array: Array, spec: TensorSpec, place: str) -> None:
+    """Raises DTypeMismatch, or ShapeMismatch for sequences of several lengths, unless an object array holds strings."""
+    foreign = dtypes.foreign_object(array)
+    if not foreign:
+        return
+    is_ragged = array.ndim and all(isinstance(element, (list, tuple, np.ndarray)) for element in array.flat)
+    if is_ragged:
+        found = f"{_describe(array)}: it is no rectangular array"
+        raise errors.ShapeMismatch(place=place, expected=str(spec), found=found)
+    raise errors.DTypeMismatch(place=place, expected=str(spec), found=_describe(array))
 
 
 def _as_array(value: Any, spec: TensorSpec, place: str) -> Array:
@@ -251,10 +255,15 @@ def _is_plain(value: Any) -> bool:
 
 def _cast(array: Array, spec: TensorSpec, place: str) -> Array:
     target = spec.dtype
-    if spec.data_type is dtypes.STRING:
-        if array.dtype.kind in "SU":
-            return array.astype(object)
+    is_string = array.dtype.kind in dtypes.STRING_KINDS
+    if is_string != (spec.data_type is dtypes.STRING):
         raise _dtype_mismatch(array, spec, place)
+    if is_string:
+        strings = array.astype(object)
+        if array.dtype.kind == "T":
+            # A StringDType may have an object for what is missing.
+            _check_objects(strings, spec, place)
+        return strings
     if array.dtype.newbyteorder("=") == target:
         return array.astype(target)
     if not _can_cast(array.dtype, spec.data_type):
@@ -285,8 +294,13 @@ def _dtype_mismatch(array: Array, spec: TensorSpec, place: str) -> errors.DTypeM
 
 
 def _describe(array: Array) -> str:
-    kind = array.dtype.kind
-    name = "string" if kind in "SUO" else str(array.dtype)
+    if array.dtype == object:
+        foreign = dtypes.foreign_object(array)
+        if foreign and not array.ndim:
+            return f"a value of type {foreign}, which numpy keeps as an object"
+        if foreign:
+            return f"an object array{describe_shape(array.shape)} that holds {foreign}"
+    name = "string" if array.dtype.kind in dtypes.STRING_KINDS + "O" else str(array.dtype)
     return f"{name}{describe_shape(array.shape)}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -44,11 +45,23 @@ class DType:
     def __str__(self) -> str:
         return self.name
 
+    def __reduce__(self) -> tuple[Callable[[str], DType], tuple[str]]:
+        # There is one object for each type: comparisons are by identity, in copies of a spec too.
+        return by_name, (self.name,)
+
+
+def by_name(name: str) -> DType:
+    """The element type of this name. Pickles name this function. Raises KeyError."""
+    return BY_NAME[name]
+
 
 def _plain(code: int, name: str) -> DType:
     dtype = np.dtype(name)
     return DType(name, code, dtype.itemsize, dtype)
 
+
+# numpy's bytes, str and, from numpy 2 on, StringDType.
+STRING_KINDS = "SUT"
 
 STRING = DType("string", v1.DataType.DATA_TYPE_STRING, 0, np.dtype(object))
 
@@ -93,7 +106,7 @@ def of(array: Array, place: str = "array") -> DType:
     dtype = _BY_NUMPY.get(array.dtype)
     if dtype is not None:
         return dtype
-    if array.dtype.kind in "SU":
+    if array.dtype.kind in STRING_KINDS:
         return STRING
     dtype = _BY_NUMPY.get(array.dtype.newbyteorder("="))
     if dtype is None:
@@ -101,6 +114,20 @@ def of(array: Array, place: str = "array") -> DType:
             place=place, expected=f"one of {', '.join(sorted(BY_NAME))}", found=f"dtype {array.dtype}"
         )
     return dtype
+
+
+def foreign_object(array: Array) -> str:
+    """What makes an object array no array of strings, as type and place: `None at [3]`; "" where all are strings.
+
+    It is the first element that is neither a string nor a number, such as the None of a column of floats, or else the
+    first number.
+    """
+    others = [one for one in enumerate(array.ravel().tolist()) if not isinstance(one[1], (bytes, str))]
+    if not others:
+        return ""
+    index, element = next((one for one in others if not isinstance(one[1], (int, float, complex))), others[0])
+    name = "None" if element is None else type(element).__name__
+    return f"{name} at [{', '.join(map(str, np.unravel_index(index, array.shape)))}]" if array.ndim else name
 
 
 def bfloat16_bits(array: Array) -> npt.NDArray[np.uint16]:

@@ -201,7 +201,9 @@ def _encode_strings(array: Array, place: str) -> bytes:
             except UnicodeEncodeError:
                 raise errors.InvalidRequest("a str with characters that UTF-8 lacks", place=place) from None
         elif not isinstance(element, bytes):
-            raise errors.DTypeMismatch(place=place, expected="bytes or str", found=type(element).__name__)
+            raise errors.DTypeMismatch(
+                place=place, expected="bytes or str", found=f"an object array that holds {dtypes.foreign_object(array)}"
+            )
         pieces.append(_LENGTH.pack(len(element)))
         pieces.append(element)
     return b"".join(pieces)

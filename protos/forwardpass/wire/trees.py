@@ -7,7 +7,7 @@ import enum
 import functools
 import keyword
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias, TypeGuard, cast
 
 from google.protobuf.message import DecodeError
 
@@ -234,8 +234,24 @@ def check_type_name(name: str, place: str) -> None:
 
 @functools.lru_cache(maxsize=256)
 def named_tuple_class(type_name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
-    """The class for named tuples of this name and these fields: one for all calls."""
-    return collections.namedtuple(type_name, fields)
+    """The class for named tuples of this name and these fields: one for all calls.
+
+    Its instances can be pickled: a process that unpickles one makes the class in the same way.
+    """
+
+    def reduce(self: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return named_tuple, (type_name, fields, tuple(self))
+
+    # mypy takes `made = collections.namedtuple(...)` for a definition with names that it can read.
+    namedtuple: Any = collections.namedtuple
+    made = namedtuple(type_name, fields)
+    made.__reduce__ = reduce
+    return cast(Callable[..., Any], made)
+
+
+def named_tuple(type_name: str, fields: tuple[str, ...], items: Sequence[Any]) -> Any:
+    """A named tuple of these items. Pickles name this function: keep its name and arguments."""
+    return named_tuple_class(type_name, fields)(*items)
 
 
 # Trees come with every array and are few: a decoded one is kept under its bytes. Longer ones are not, so that

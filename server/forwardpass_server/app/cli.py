@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import pathlib
+import tempfile
 from collections.abc import Coroutine
 from typing import Any
 
@@ -42,6 +43,7 @@ def serve(**given: Any) -> None:
     try:
         settings = options.read(Settings, given)
         _configure_logging(settings.log_level, settings.log_format)
+        _check_temporary_folder()
         # TensorFlow takes seconds to import: --help and a wrong setting need not wait for it.
         with quiet.native_stderr():
             from forwardpass_server.app import serve as app_serve
@@ -77,6 +79,10 @@ def export(
          "metrics": ["SparseCategoricalAccuracy"]}
     """
     _configure_logging("warning")
+    try:
+        _check_temporary_folder()
+    except SettingsError as error:
+        raise click.ClickException(str(error)) from None
     with quiet.native_stderr():
         from forwardpass_server.app import export as app_export
 
@@ -129,6 +135,17 @@ async def _run(serving: Coroutine[Any, Any, bool]) -> None:
 def _announce(line: str) -> None:
     # Whoever started this may read it from a pipe.
     print(line, flush=True)
+
+
+def _check_temporary_folder() -> None:
+    """Raises SettingsError without one: TensorFlow looks for it when it is imported, and Keras unpacks models there."""
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError as error:
+        raise SettingsError(
+            f"TensorFlow needs a folder for temporary files, and there is none that can be written ({error.strerror}): "
+            "mount one at /tmp, or name one with TMPDIR"
+        ) from None
 
 
 def _configure_logging(level: str, log_format: str = "text") -> None:

@@ -8,7 +8,9 @@ import logging
 from forwardpass_server.rpc.server import LIVE, MODEL_HEALTH_PREFIX, READY, STARTUP, Server
 from forwardpass_server.serving.liveness import Liveness
 from forwardpass_server.serving.models import ModelSource
-from forwardpass_server.serving.registry import Registry, State
+from forwardpass_server.serving.readiness import Readiness
+from forwardpass_server.serving.registry import Registry
+from forwardpass_server.serving.session_store_watch import SessionStoreWatch
 from forwardpass_server.telemetry.health import HealthReading
 
 _LOGGER = logging.getLogger(__name__)
@@ -20,16 +22,18 @@ _LOOK_S = 1.0
 class Health:
     """Tells a server of its health.
 
-    startup: every model of the start was tried. live: the process and the device work. ready, and the server as a whole
-    and each of its services: both, and a model can be called, or none is configured; not while it drains.
+    startup: see `Readiness.has_started`. live: the process and the device work. ready, and the server as a whole and
+    each of its services: see `Readiness`; not while the server drains.
     """
 
-    def __init__(self, server: Server, registry: Registry, liveness: Liveness) -> None:
+    def __init__(self, server: Server, registry: Registry, liveness: Liveness, readiness: Readiness) -> None:
         self._server = server
         self._registry = registry
         self._liveness = liveness
-        self._has_started = False
+        self._readiness = readiness
         self._is_alive = True
+        self._told: list[str] = []
+        self.started = asyncio.Event()
 
     async def open(self) -> None:
         """To be told before the server listens."""
@@ -39,8 +43,7 @@ class Health:
 
     async def models_tried(self) -> None:
         """Every model of the start was loaded, or failed to."""
-        self._has_started = True
-        await self._server.set_serving(STARTUP, True)
+        self._readiness.has_tried_models = True
         await self._tell()
 
     async def model_changed(self, source: ModelSource) -> None:
@@ -68,17 +71,25 @@ class Health:
             await asyncio.sleep(_LOOK_S)
             if self._liveness.is_alive != self._is_alive:
                 self._is_alive = not self._is_alive
-                if self._is_alive:
-                    _LOGGER.warning("the device works again")
-                else:
-                    _LOGGER.error("the device fails or hangs: not live, not ready")
                 await self._server.set_serving(LIVE, self._is_alive)
                 await self._tell()
 
+    async def follow_store(self, store: SessionStoreWatch) -> None:
+        """Waits for the session store to be reached for the first time."""
+        await store.reached.wait()
+        await self._tell()
+
     async def _tell(self) -> None:
-        entries = self._registry.entries()
-        # A server of which no model can be called is of use to nobody.
-        is_useful = any(entry.state is State.AVAILABLE for entry in entries) or not entries
-        is_ready = self._has_started and self._is_alive and is_useful
-        await self._server.set_serving(READY, is_ready)
-        await self._server.set_all_serving(is_ready)
+        reasons = self._readiness.reasons()
+        if self._readiness.has_started and not self.started.is_set():
+            await self._server.set_serving(STARTUP, True)
+            self.started.set()
+        await self._server.set_serving(READY, not reasons)
+        await self._server.set_all_serving(not reasons)
+        # What is still to be loaded is logged as it is loaded.
+        if self._readiness.has_tried_models and reasons != self._told:
+            if reasons:
+                _LOGGER.error("not ready: %s", "; ".join(reasons))
+            else:
+                _LOGGER.warning("ready again")
+            self._told = reasons

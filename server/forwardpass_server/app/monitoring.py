@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import socket
 import socketserver
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from wsgiref import simple_server
 
@@ -21,6 +22,34 @@ _HEADERS = (
         "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     ),
 )
+
+
+_METHODS = ("GET", "HEAD")
+
+
+class _NamedMetrics:
+    """The metrics of a registry, or those that `?name[]=` asks for: by name of a family or of a sample.
+
+    In place of prometheus_client's own choice, which knows neither names of histograms nor metrics that are read when
+    they are scraped: a scrape of these was empty.
+    """
+
+    def __init__(self, registry: prometheus.CollectorRegistry, names: frozenset[str] | None = None) -> None:
+        self._registry = registry
+        self._names = names
+
+    def restricted_registry(self, names: Iterable[str]) -> _NamedMetrics:
+        return _NamedMetrics(self._registry, frozenset(names))
+
+    def collect(self) -> Iterator[prometheus.Metric]:
+        for family in self._registry.collect():
+            if self._names is None or family.name in self._names:
+                yield family
+                continue
+            chosen = copy.copy(family)
+            chosen.samples = [sample for sample in family.samples if sample.name in self._names]
+            if chosen.samples:
+                yield chosen
 
 
 class _Handler(simple_server.WSGIRequestHandler):
@@ -43,9 +72,26 @@ class MonitoringServer:
 
     def __init__(self, host: str, port: int, registry: prometheus.CollectorRegistry, page: Callable[[], str]) -> None:
         """Listens from now on. Raises OSError where it cannot."""
-        metrics: Any = prometheus.make_wsgi_app(registry)
+        metrics: Any = prometheus.make_wsgi_app(_NamedMetrics(registry))
 
         def answer(environ: dict[str, Any], start_response: Any) -> Any:
+            method = environ["REQUEST_METHOD"]
+            if method not in _METHODS:
+                start_response("405 Method Not Allowed", [("Allow", ", ".join(_METHODS))])
+                return [b"There are GET and HEAD."]
+            if method == "HEAD":
+                return head(environ, start_response)
+            return get(environ, start_response)
+
+        def head(environ: dict[str, Any], start_response: Any) -> Any:
+            """The headers of the same GET, its Content-Length included, and no body."""
+            answered: list[Any] = []
+            body = get({**environ, "REQUEST_METHOD": "GET"}, lambda *arguments: answered.extend(arguments))
+            status, headers = answered
+            start_response(status, [*headers, ("Content-Length", str(sum(map(len, body))))])
+            return []
+
+        def get(environ: dict[str, Any], start_response: Any) -> Any:
             path = environ["PATH_INFO"]
             if path == "/metrics":
                 return metrics(environ, start_response)

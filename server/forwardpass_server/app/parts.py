@@ -6,13 +6,15 @@ import asyncio
 import dataclasses
 import functools
 import importlib.metadata
+import urllib.parse
 from typing import TYPE_CHECKING
 
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
 from forwardpass_server.app import garbage, session_stores
+from forwardpass_server.app.capacity import Capacity
 from forwardpass_server.app.health import Health
 from forwardpass_server.app.security import Security
-from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.app.settings import Settings, SettingsError, is_loopback
 from forwardpass_server.models import device as devices
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
@@ -24,7 +26,6 @@ from forwardpass_server.rpc.servicer import FunctionalModelServicer
 from forwardpass_server.rpc.sessions_servicer import SessionsServicer
 from forwardpass_server.rpc.weights_servicer import WeightsServicer
 from forwardpass_server.serving import repository
-from forwardpass_server.serving.admission import Admission, Limits
 from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.serving.batching import Batcher
 from forwardpass_server.serving.calls import Caller
@@ -34,18 +35,22 @@ from forwardpass_server.serving.known_sessions import KnownSessions
 from forwardpass_server.serving.liveness import Liveness
 from forwardpass_server.serving.loading import ObservedLoader
 from forwardpass_server.serving.management import Management, RegistryManagement
+from forwardpass_server.serving.memory_budget import MemoryBudget
 from forwardpass_server.serving.models import ModelSource
+from forwardpass_server.serving.readiness import Readiness
 from forwardpass_server.serving.registry import Registry, State
+from forwardpass_server.serving.required_models import RequiredModels
 from forwardpass_server.serving.scheduling import Scheduler
 from forwardpass_server.serving.session_commits import SessionCommits
 from forwardpass_server.serving.session_models import SessionModels
 from forwardpass_server.serving.session_store import SessionStore
+from forwardpass_server.serving.session_store_watch import SessionStoreWatch
 from forwardpass_server.serving.sessions import Sessions
 from forwardpass_server.serving.tokens import Role
 from forwardpass_server.serving.version_policy import VersionPolicies
 from forwardpass_server.serving.weight_files import WeightFiles
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
-from forwardpass_server.telemetry import control_groups, gpus
+from forwardpass_server.telemetry import control_groups, gpus, machine
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.telemetry.models import ModelMetrics
 
@@ -77,13 +82,16 @@ class Parts:
     registry: Registry
     loader: ObservedLoader
     scheduler: Scheduler
+    capacity: Capacity
     weights: WeightStore
     weights_bytes: int
     session_store: SessionStore
+    store_watch: SessionStoreWatch
     session_models: SessionModels
     known_sessions: KnownSessions
     server: Server
     liveness: Liveness
+    readiness: Readiness
     health: Health
     management: RegistryManagement
     managing: Server | None
@@ -110,11 +118,16 @@ async def join(settings: Settings) -> Parts:
     scheduler = Scheduler(settings.execution_threads)
     arrivals = Arrivals()
     batcher = Batcher(scheduler, arrivals, metrics.models, settings.max_batch_examples)
-    admission = _admission(settings)
+    capacity = Capacity(settings, _memory_budget(weights_bytes, device), registry)
+    admission = capacity.admission
+    metrics.rpcs.messages(lambda: admission.size_bytes, lambda: admission.limit_bytes)
     observer = tracing.of_calls(metrics.models) if tracing else metrics.models
     caller = Caller(registry, weights, scheduler, batcher, observer, admission)
     session_store = await session_stores.open_store(settings, metrics.sessions)
-    metrics.sessions.store(session_store.count, session_store.is_shared)
+    metrics.sessions.store(session_store.count, session_store.is_shared, lambda: not session_store.problem)
+    store_watch = SessionStoreWatch(session_store)
+    liveness = Liveness(placing, _TRIAL_S, settings.device_timeout_s)
+    readiness = Readiness(RequiredModels(registry, settings.required_models), store_watch, liveness)
     session_models = SessionModels(registry, session_store)
     known_sessions = KnownSessions(session_store, session_models)
     commits = SessionCommits(session_store, metrics.sessions, settings.max_state_bytes)
@@ -138,6 +151,7 @@ async def join(settings: Settings) -> Parts:
                 settings.max_message_bytes,
                 admission,
                 metrics,
+                readiness,
                 handlers.unary(SESSION_SERVICE, sessions_servicer),
                 departure,
                 tracing,
@@ -151,9 +165,9 @@ async def join(settings: Settings) -> Parts:
         departure,
         arrivals,
         tracing,
+        admission,
     )
-    liveness = Liveness(placing, _TRIAL_S, settings.device_timeout_s)
-    health = Health(server, registry, liveness)
+    health = Health(server, registry, liveness, readiness)
     metrics.health.read = health.reading
     loader = ObservedLoader(garbage.SparingLoader(tensorflow), metrics.models)
     management = RegistryManagement(
@@ -162,7 +176,7 @@ async def join(settings: Settings) -> Parts:
         settings.model_repository,
         settings.factories,
         policies,
-        functools.partial(_model_changed, health, registry, loader, metrics.models),
+        functools.partial(_model_changed, health, capacity, registry, loader, metrics.models),
         session_models,
         settings.unload_with_sessions == "refuse",
     )
@@ -178,13 +192,16 @@ async def join(settings: Settings) -> Parts:
         registry=registry,
         loader=loader,
         scheduler=scheduler,
+        capacity=capacity,
         weights=weights,
         weights_bytes=weights_bytes,
         session_store=session_store,
+        store_watch=store_watch,
         session_models=session_models,
         known_sessions=known_sessions,
         server=server,
         liveness=liveness,
+        readiness=readiness,
         health=health,
         management=management,
         managing=_management_server(settings, management, metrics, security),
@@ -224,13 +241,12 @@ def _weight_store(settings: Settings, device: TensorFlowDevice, budget_bytes: in
     return store
 
 
-def _admission(settings: Settings) -> Admission:
-    in_all = Limits(calls=settings.max_concurrent_calls, size_bytes=settings.max_concurrent_bytes)
-    each = Limits(
-        calls=settings.share(settings.max_concurrent_calls_per_principal, in_all.calls),
-        size_bytes=settings.share(settings.max_concurrent_bytes_per_principal, in_all.size_bytes),
+def _memory_budget(weights_bytes: int, device: str) -> MemoryBudget:
+    return MemoryBudget(
+        memory_bytes=control_groups.memory_bytes(),
+        base_bytes=machine.resident_bytes(),
+        weights_bytes=weights_bytes if device.startswith("CPU") else 0,
     )
-    return Admission(in_all, each)
 
 
 def _management_server(
@@ -264,11 +280,17 @@ def _tracing(endpoint: str | None) -> Tracing | None:
         from forwardpass_server.telemetry.tracing import Tracing
     except ImportError:
         raise SettingsError("--trace-endpoint: expected OpenTelemetry: install forwardpass[tracing]") from None
-    return Tracing(endpoint)
+    host = urllib.parse.urlsplit(endpoint).hostname or ""
+    return Tracing(endpoint, uses_proxy=not is_loopback(host))
 
 
 async def _model_changed(
-    health: Health, registry: Registry, loader: ObservedLoader, metrics: ModelMetrics, source: ModelSource
+    health: Health,
+    capacity: Capacity,
+    registry: Registry,
+    loader: ObservedLoader,
+    metrics: ModelMetrics,
+    source: ModelSource,
 ) -> None:
     """Says of a model, and of its version, whether it can be called; forgets what there was of one that is gone."""
     await asyncio.to_thread(garbage.collect)
@@ -277,4 +299,5 @@ async def _model_changed(
         loader.forget(source)
     if source.name not in dict(known):
         metrics.forget(source.name)
+    capacity.refresh()
     await health.model_changed(source)

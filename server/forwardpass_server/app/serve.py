@@ -29,7 +29,8 @@ Announce = Callable[[str], None]
 async def serve(settings: Settings, announce: Announce) -> bool:
     """Serves until SIGTERM or SIGINT.
 
-    announce: is told, once each, where the server listens, what weights may take, and when the models are loaded.
+    announce: is told, once each, where the server listens, what weights may take, and when it has started; or, where it
+    has not when the models are loaded, why.
     Returns whether everything has ended: otherwise a model still computes or loads, and only the end of the process
     can end it. Raises DeviceNotFound, SettingsError, SessionStoreError, or OSError where a port is taken.
     """
@@ -48,11 +49,12 @@ async def serve(settings: Settings, announce: Announce) -> bool:
     await _listen(parts, announce)
     parts.liveness.start()
     loading = asyncio.create_task(_load(parts, announce))
+    starting = asyncio.create_task(_announce_start(parts, announce))
     # What goes wrong in it otherwise than with one model must not leave a server that is never ready.
     loading.add_done_callback(lambda task: None if task.cancelled() or task.exception() is None else stop.set())
     upkeeping = [asyncio.create_task(work) for work in upkeep.works(parts, recent, loading)]
     await stop.wait()
-    for task in upkeeping:
+    for task in [*upkeeping, starting]:
         task.cancel()
     is_loading = not loading.done()
     loading.cancel()
@@ -93,6 +95,8 @@ def _monitoring_server(parts: Parts, recent: Recent) -> MonitoringServer | None:
                 device=parts.device,
                 started=parts.metrics.machine.started,
                 health=parts.health.reading(),
+                unready_reasons=parts.readiness.reasons(),
+                session_store_problem=parts.session_store.problem,
                 entries=parts.registry.entries(),
                 loads=parts.loader.loads,
                 recent=recent.window(),
@@ -116,17 +120,27 @@ async def _listen(parts: Parts, announce: Announce) -> None:
         f"weights: up to {parts.weights_bytes / 2**20:,.0f} MiB on {parts.device}"
         + (f", kept in {settings.weights_folder}" if settings.weights_folder else "")
     )
+    announce(
+        f"requests and responses: up to {parts.capacity.messages_bytes / 2**20:,.0f} MiB at once, less what models take"
+    )
     announce(f"metric sessions in {parts.session_store.place}")
 
 
 async def _load(parts: Parts, announce: Announce) -> None:
-    """Loads every model, one after another beside the event loop, and then says so."""
+    """Loads every model, one after another beside the event loop."""
     parts.management.relabel()
     await parts.management.load_all()
     # What models brought that stays: modules of factories.
     garbage.set_aside()
-    entries = parts.registry.entries()
     await parts.health.models_tried()
+    if not parts.health.started.is_set():
+        announce(f"not ready: {'; '.join(parts.readiness.reasons())}")
+
+
+async def _announce_start(parts: Parts, announce: Announce) -> None:
+    """Waits until the server has started, and says so."""
+    await parts.health.started.wait()
+    entries = parts.registry.entries()
     failed = [str(entry.source) for entry in entries if entry.state is State.FAILED]
     announce(
         f"ready on {parts.device}: {len(entries) - len(failed)} of {len(entries)} models"

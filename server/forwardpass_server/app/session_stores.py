@@ -8,6 +8,7 @@ import pathlib
 
 from forwardpass.wire import errors
 from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.serving.errors import SessionStoreError
 from forwardpass_server.serving.session_store import SessionLimits, SessionObserver, SessionStore
 from forwardpass_server.serving.session_stores.memory import MemorySessionStore
 from forwardpass_server.serving.session_stores.sqlite import SqliteSessionStore
@@ -30,8 +31,9 @@ async def open_store(settings: Settings, observer: SessionObserver) -> SessionSt
         remember_s=_REMEMBER_S,
     )
     url = settings.session_store
-    if url is None:
-        url = f"{_SQLITE}{_state_folder() / f'sessions-{settings.port}.sqlite3'}" if settings.port else "memory://"
+    if url is None and settings.port:
+        return _open_default(f"sessions-{settings.port}.sqlite3", limits, observer)
+    url = url or "memory://"
     if url.startswith(_SQLITE):
         return SqliteSessionStore(pathlib.Path(url.removeprefix(_SQLITE)), limits, observer)
     if url == "memory://":
@@ -46,7 +48,24 @@ async def open_store(settings: Settings, observer: SessionObserver) -> SessionSt
     return store
 
 
+def _open_default(file_name: str, limits: SessionLimits, observer: SessionObserver) -> SessionStore:
+    """The store in the user's state folder. Raises SettingsError where there is none, as in many containers."""
+    try:
+        return SqliteSessionStore(_state_folder() / file_name, limits, observer)
+    except SessionStoreError as error:
+        raise SettingsError(
+            f"--session-store: the default file cannot be used: {error}: give sqlite:///PATH in a folder that this "
+            "user may write to, or memory:// for sessions that end with the server"
+        ) from None
+
+
 def _state_folder() -> pathlib.Path:
-    """Source: the XDG base directory specification."""
-    home = os.environ.get("XDG_STATE_HOME") or pathlib.Path.home() / ".local" / "state"
-    return pathlib.Path(home) / "forwardpass"
+    """Raises SessionStoreError for a user without a home. Source: the XDG base directory specification."""
+    state = pathlib.Path(os.environ.get("XDG_STATE_HOME", ""))
+    # The specification has relative paths ignored.
+    if not state.is_absolute():
+        try:
+            state = pathlib.Path.home() / ".local" / "state"
+        except RuntimeError:
+            raise SessionStoreError("the user has no home folder, and HOME is not set") from None
+    return state / "forwardpass"

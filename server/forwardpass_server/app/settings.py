@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping
 from typing import Annotated
 
+import click
+
 from forwardpass.wire.chunks import CHUNK_BYTES
 from forwardpass_server.app import logs, options
 from forwardpass_server.app.options import FILE, FOLDER, MIB, Option
@@ -37,6 +39,13 @@ def parse_factories(values: tuple[str, ...]) -> dict[str, str]:
             raise SettingsError(f"--factory: {name} is given twice")
         factories[name] = factory
     return factories
+
+
+def parse_required_models(value: str) -> tuple[str, ...] | None:
+    """`all`, which is None; `none`, or nothing, which is (); or names with commas between them."""
+    if value.strip() == "all":
+        return None
+    return () if value.strip() in ("", "none") else tuple(name.strip() for name in value.split(","))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +79,20 @@ class Settings:
             parse=parse_factories,
         ),
     ] = dataclasses.field(default_factory=dict)
+    # A server that lacks one of its models answers some of its callers with errors: a rollout should stop at the first.
+    required_models: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            "--required-models",
+            "Models that must be callable before the server is started and ready: NAME or NAME/VERSION, with commas "
+            "between them. all: every model found at the start, and at least one. none: no model, so that an empty "
+            "repository is ready too.",
+            otherwise="all",
+            metavar="NAMES",
+            type=click.STRING,
+            parse=parse_required_models,
+        ),
+    ] = None
     # A version that an operator takes away is not to stay for as long as callers open sessions of it.
     unload_with_sessions: Annotated[
         str,
@@ -254,16 +277,18 @@ class Settings:
             least=1,
         ),
     ] = 1024
-    # Of requests that arrive in pieces, wait or run: four of the longest.
+    # Of requests that arrive in pieces, wait or run, and of responses that are not read yet. None for what the memory
+    # of the process holds: a server that takes more is killed, with everything that callers have put on it.
     max_concurrent_bytes: Annotated[
-        int,
+        int | None,
         Option(
             "--max-concurrent-mib",
-            "MiB of requests at once; further ones are refused with RESOURCE_EXHAUSTED.",
+            "MiB of requests and responses at once; further requests are refused with RESOURCE_EXHAUSTED.",
+            otherwise="what the memory of the process or its control group holds beside weights and models",
             unit=MIB,
             least=1,
         ),
-    ] = 1024 * MIB
+    ] = None
     # None for half where principals are told apart, so that none can take all, and for everything where they are not.
     max_concurrent_calls_per_principal: Annotated[
         int | None,
@@ -449,6 +474,11 @@ class Settings:
                 raise SettingsError(f"--factory: expected a model name like {MODEL_NAME.pattern}, got {name!r}")
             if not all(factory.partition(":")):
                 raise SettingsError(f"--factory: expected NAME=MODULE:FUNCTION, got {name}={factory}")
+
+        for required in self.required_models or ():
+            name, _, version = required.partition("/")
+            if not MODEL_NAME.fullmatch(name) or (version and not version.isdecimal()) or required.endswith("/"):
+                raise SettingsError(f"--required-models: expected NAME or NAME/VERSION, got {required!r}")
 
     def _check_places(self) -> None:
         if self.session_store is not None and not _SESSION_STORE.match(self.session_store):

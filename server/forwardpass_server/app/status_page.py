@@ -25,13 +25,18 @@ _NOTHING = "&ndash;"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-    """What the page shows. started: in seconds since 1970. loads: the last of each version, by "name/version"."""
+    """What the page shows. started: in seconds since 1970. loads: the last of each version, by "name/version".
+
+    unready_reasons: see `Readiness.reasons`. session_store_problem: see `SessionStore.problem`.
+    """
 
     version: str
     tensorflow: str
     device: str
     started: float
     health: HealthReading
+    unready_reasons: Sequence[str]
+    session_store_problem: str
     entries: Sequence[Entry]
     loads: Mapping[str, Load]
     recent: Window
@@ -48,9 +53,9 @@ def render(status: Status) -> str:
         f'<meta http-equiv="refresh" content="{REFRESH_S}"><title>{_text(f"forwardpass: {word}")}</title>'
         f"<style>{STYLE}</style></head><body><main>"
         f'<header><h1>forwardpass</h1><span class="pill {tone}">{_text(word)}</span>'
-        f"<p>{_text(' · '.join(about))}</p></header>"
+        f"<p>{_text(' · '.join(about))}</p>{_unready(status)}</header>"
         f"{_summary(status.recent)}{_models(status)}{_methods(status.recent)}"
-        f'<div class="columns">{_weights(status.recent)}{_sessions(status.recent)}{_machine(status)}</div>'
+        f'<div class="columns">{_weights(status.recent)}{_sessions(status)}{_machine(status)}</div>'
         f"<footer>Rates and times are of the last {_duration(status.recent.seconds)}. "
         f'This page reloads every {REFRESH_S} s. <a href="/metrics">All metrics</a></footer>'
         "</main></body></html>"
@@ -64,11 +69,18 @@ def _state(status: Status) -> tuple[str, str]:
         return "draining", "busy"
     if not health.is_live:
         return "the device does not work", "bad"
-    if not health.has_started:
+    if not health.has_started and any(entry.state is State.LOADING for entry in status.entries):
         return "loading", "busy"
     if not health.is_ready:
-        return "no model can be called", "bad"
+        return "not ready", "bad"
     return ("ready", "good") if status.entries else ("ready, without a model", "busy")
+
+
+def _unready(status: Status) -> str:
+    """Why calls are not welcome."""
+    if status.health.is_ready or status.health.is_draining:
+        return ""
+    return "".join(f"<p>{_text(reason)}</p>" for reason in status.unready_reasons)
 
 
 def _summary(recent: Window) -> str:
@@ -195,9 +207,11 @@ def _weights(recent: Window) -> str:
     return _section("Weights", content + _facts(facts))
 
 
-def _sessions(recent: Window) -> str:
+def _sessions(status: Status) -> str:
+    recent = status.recent
     commit: list[tuple[str, dict[str, str]]] = [("forwardpass_session_commit_seconds", {})]
     facts = [
+        ("Store", _text(status.session_store_problem or "works")),
         ("Open", _number(recent.total("forwardpass_sessions"))),
         ("Updates per second", _number(recent.rate("forwardpass_session_updates_total", outcome="applied"))),
         ("Counted once, came twice", _number(recent.total("forwardpass_session_updates_total", outcome="duplicate"))),

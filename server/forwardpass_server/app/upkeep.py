@@ -35,6 +35,8 @@ def works(parts: Parts, recent: Recent, loading: asyncio.Task[None]) -> list[Cor
         _watch(parts.security),
         _remember(recent),
         parts.health.watch(),
+        parts.store_watch.watch(),
+        parts.health.follow_store(parts.store_watch),
         _follow_repository(parts, loading),
     ]
 

@@ -18,7 +18,7 @@ import tensorflow as tf
 from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
-from forwardpass_server.models import graphs, placement
+from forwardpass_server.models import graphs, placement, result_shapes
 from forwardpass_server.models.runtime_functions import RuntimeFunction
 from forwardpass_server.models.tracing import Key
 from forwardpass_server.serving.models import Leaf
@@ -75,7 +75,7 @@ def _runner(concrete: Any, device: str) -> Callable[[Sequence[Leaf]], list[Array
             results = _call(args=tensors + captured, Tout=result_types, f=function)
         return [read(result) for read, result in zip(readers, results, strict=True)]
 
-    return run
+    return result_shapes.checked(run, concrete)
 
 
 def _array(tensor: Any) -> Array:

@@ -11,6 +11,7 @@ from forwardpass_server.models import export, keras_metrics, model_config, tf_sp
 from forwardpass_server.models.functional import FunctionalModel, MetricsFns
 from forwardpass_server.models.keras_models import functional_model_from_keras
 from forwardpass_server.models.model_config import FILE_NAME, ModelConfig
+from forwardpass_server.serving import repository
 from forwardpass_server.serving.errors import ModelLoadError
 
 KERAS_FORMAT = "keras"
@@ -27,7 +28,7 @@ def read(folder: pathlib.Path) -> tuple[FunctionalModel, str, ModelConfig]:
         return export.load_functional_model(folder), export.FORMAT, config
     if (folder / "saved_model.pb").exists():
         return *_tff(folder, config), config
-    archives = sorted(folder.glob("*.keras"))
+    archives = [path for path in repository.visible(folder) if path.suffix == ".keras"]
     if len(archives) == 1:
         return read_keras(archives[0], config), KERAS_FORMAT, config
     found = sorted(path.name for path in folder.iterdir())[:10]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import pathlib
 from typing import Any
 
@@ -21,10 +22,10 @@ _CHUNK_BYTES = 1 << 20
 def of_folder(folder: pathlib.Path) -> bytes:
     """SHA-256 over the files of a folder: for each, in order of its path, path, length and contents.
 
-    Links are followed; a folder that is met again is passed over.
+    Which files count: see `repository.files_in`.
     """
     digest = hashlib.sha256()
-    for path in sorted(repository.files_in(folder)):
+    for path in sorted(repository.files_in(folder, logging.WARNING)):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):

@@ -22,13 +22,18 @@ _TOLERANCE = {
 
 
 def random(
-    spec: TensorSpec, rows: int, rng: np.random.Generator, draw: Callable[[Sequence[int]], Array] | None = None
+    spec: TensorSpec,
+    rows: int,
+    rng: np.random.Generator,
+    draw: Callable[[Sequence[int]], Array] | None = None,
+    other: int | None = None,
 ) -> Array:
-    """An array that fits a spec, free dimensions of size `rows`.
+    """An array that fits a spec.
 
+    rows: the size of a first dimension that is free. other: the size of the other free dimensions; None for `rows`.
     draw: floating-point numbers of a shape; None for those of a normal distribution.
     """
-    shape = specs.zeros(spec, rows, rows).shape
+    shape = specs.zeros(spec, rows, rows if other is None else other).shape
     if spec.data_type is dtypes.STRING:
         return rng.choice(np.array([b"", b"a", b"bc"], object), shape)
     if spec.dtype.kind in "biu":
@@ -45,5 +50,7 @@ def agree(one: Array, other: Array, spec: TensorSpec) -> bool:
     if tolerance is None:
         return bool(np.array_equal(one, other))
     wide = np.complex128 if one.dtype.kind == "c" else np.float64
-    scale = max(float(np.abs(one.astype(wide)).max(initial=0)), 1e-6)
-    return bool(np.allclose(one.astype(wide), other.astype(wide), rtol=0, atol=tolerance * scale, equal_nan=True))
+    one, other = one.astype(wide), other.astype(wide)
+    # Random inputs may well give NaN or infinity, the logarithm of a negative number for one.
+    scale = max(float(np.abs(one[np.isfinite(one)]).max(initial=0)), 1e-6)
+    return bool(np.allclose(one, other, rtol=0, atol=tolerance * scale, equal_nan=True))

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import grpc
 
 from forwardpass.wire import errors
-from forwardpass.wire.methods import SERVICES
-from forwardpass_server.rpc import handlers
+from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
+from forwardpass_server.rpc import handlers, principals
 from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.failures import failure_of
+from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.telemetry.rpcs import MethodMetrics, RpcMetrics
 
@@ -29,15 +30,24 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 # What stands for every method that there is not. A name that a stranger made up must not be kept, nor become a label.
 _UNKNOWN = "/unknown/unknown"
 
+# Unary calls for which the device computes, and which any server may answer.
+_COMPUTING = {
+    method.path
+    for name, method in SERVICES[MODEL_SERVICE].items()
+    if method.is_unary and name not in ("GetModel", "ListModels")
+}
+
 
 class _Method(NamedTuple):
     """A method's handlers: for calls that are admitted, and for others. is_open: all are admitted.
 
+    without_device: answers calls while the device does not work; None for a method that needs no device.
     is_unary: its calls come with one request, and may share a batch with others.
     """
 
     handler: Any
     refusing: Any
+    without_device: Any
     is_open: bool
     is_unary: bool
 
@@ -46,22 +56,34 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     """Wraps every handler, those of health and reflection included. Nothing else aborts a call of ours."""
 
     def __init__(
-        self, metrics: RpcMetrics, access: Access, departure: Departure, arrivals: Arrivals, tracing: Tracing | None
+        self,
+        metrics: RpcMetrics,
+        access: Access,
+        departure: Departure,
+        arrivals: Arrivals,
+        tracing: Tracing | None,
+        admission: Admission | None = None,
+        device_works: Callable[[], bool] = lambda: True,
     ) -> None:
+        """device_works: False while the device hangs or fails, so that calls would wait until their deadlines."""
         self._metrics = metrics
         self._arrivals = arrivals
         self._tracing = tracing
+        self._admission = admission
         self._access = access
         self._departure = departure
+        self._device_works = device_works
         self._methods: dict[str, _Method] = {}
         # gRPC answers UNIMPLEMENTED where there is no handler.
-        self._unknown = _Method(None, self._refusing(_UNKNOWN, "unary"), access.is_open, False)
+        self._unknown = _Method(None, self._refusing(_UNKNOWN, "unary"), None, access.is_open, False)
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         # Before any of the request is read.
         method = self._methods.get(details.method) or await self._find(continuation, details)
         if not method.is_open and not self._access.admits(details.invocation_metadata):
             return method.refusing
+        if method.without_device is not None and not self._device_works():
+            return method.without_device
         if method.is_unary:
             # The call's own, which gRPC made for it.
             self._arrivals.announce(asyncio.current_task())  # type: ignore[arg-type]
@@ -73,15 +95,22 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return self._unknown
         kind = _KINDS[handler.request_streaming, handler.response_streaming]
         is_open = self._access.is_open or path.split("/")[1] in self._access.open_services
-        method = _Method(self._wrap(handler, path, is_open), self._refusing(path, kind), is_open, kind == "unary")
+        without_device = self._raising(_no_device, path, kind) if path in _COMPUTING else None
+        method = _Method(
+            self._wrap(handler, path, is_open), self._refusing(path, kind), without_device, is_open, kind == "unary"
+        )
         self._methods[path] = method
         return method
 
     def _refusing(self, path: str, kind: str) -> Any:
         """What answers calls that are not admitted, of any kind."""
+        return self._raising(lambda context: self._access.refusal(context.invocation_metadata()), path, kind)
+
+    def _raising(self, error: Callable[[Any], Exception], path: str, kind: str) -> Any:
+        """What answers calls of any kind with an error, before their requests are read. error: of a call's context."""
 
         async def refuse(requests: Any, context: Any) -> None:
-            raise self._access.refusal(context.invocation_metadata())
+            raise error(context)
 
         return grpc.stream_stream_rpc_method_handler(
             self._guard(refuse, path, self._metrics.method(kind, *_names(path)))
@@ -94,11 +123,13 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             method = _reading(method, handler.request_deserializer, handler.request_streaming)
         streams = handler.request_streaming, handler.response_streaming
         metrics = self._metrics.method(_KINDS[streams], *_names(path))
+        is_ours = _names(path)[0] in SERVICES
         # Those of health and reflection are no bytes yet, and too few to matter.
         if handler.response_serializer is None:
             method = _measured(method, metrics, *streams)
+        if not any(streams) and is_ours and self._admission is not None:
+            method = _held(method, self._admission)
         answer = _writing(method) if handler.response_streaming else method
-        is_ours = _names(path)[0] in SERVICES
         # Watches of health and talks with reflection last until their callers leave. Ours know what is to be finished.
         if any(streams) and not is_ours:
             answer = self._until_departure(answer)
@@ -170,6 +201,10 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return guarded
 
 
+def _no_device(context: Any) -> errors.ServerUnavailable:
+    return errors.ServerUnavailable("the device hangs or fails: call another server, or this one later")
+
+
 def _names(path: str) -> tuple[str, str]:
     """Of the service and its method."""
     _, service, method = path.split("/")
@@ -177,11 +212,11 @@ def _names(path: str) -> tuple[str, str]:
 
 
 async def _abort(context: Any, error: errors.ForwardPassError) -> None:
-    await context.abort(
-        grpc.StatusCode[error.status],
-        errors.encode_message(error),
-        trailing_metadata=((errors.DETAIL_KEY, errors.encode_detail(error)),),
-    )
+    trailing: list[tuple[str, str | bytes]] = [(errors.DETAIL_KEY, errors.encode_detail(error))]
+    if isinstance(error, errors.SessionStoreUnavailable):
+        # gRPC's own retries take some 3 s and lose the error where a deadline ends them. The SDK retries by itself.
+        trailing.append(("grpc-retry-pushback-ms", "-1"))
+    await context.abort(grpc.StatusCode[error.status], errors.encode_message(error), trailing_metadata=tuple(trailing))
 
 
 # As go-grpc-prometheus calls them, by whether requests and responses are streams.
@@ -220,6 +255,25 @@ def _measured(
         return _counted(method(_counted(request, received) if streams_requests else request, context), sent)
 
     return respond if streams_responses else answer
+
+
+# Shorter ones do not matter: as many as there may be calls are 64 MiB.
+_HELD_BYTES = 2**16
+
+
+def _held(method: Callable[[Any, Any], Any], admission: Admission) -> Callable[[Any, Any], Any]:
+    """The unary method, with its response counted until its caller has read it, or is gone."""
+
+    async def answer(request: Any, context: Any) -> Any:
+        response = await method(request, context)
+        size_bytes = len(response)
+        if size_bytes >= _HELD_BYTES:
+            principal = principals.current()
+            admission.hold(principal, size_bytes)
+            context.add_done_callback(lambda _: admission.leave(principal, size_bytes, calls=0))
+        return response
+
+    return answer
 
 
 async def _counted(messages: Any, count: Callable[[int], None]) -> AsyncIterator[bytes]:

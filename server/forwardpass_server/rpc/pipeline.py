@@ -67,6 +67,8 @@ class Pipeline:
         self._admission = admission
         self._principal = principals.current()
         self._outbox = Outbox(answers=True)
+        # Of the outbox, as the admission has it.
+        self._held_bytes = 0
         self._metrics = metrics
         self._departure = departure
         self._running: dict[int, _Running] = {}
@@ -89,6 +91,7 @@ class Pipeline:
                 while self._is_read(reading) or self._running or self._outbox:
                     while self._outbox:
                         yield self._outbox.next_message()
+                        self._hold_answers()
                         self._room.set()
                     if self._is_read(reading) or self._running:
                         await self._changed.wait()
@@ -105,10 +108,13 @@ class Pipeline:
                 task.cancel()
             for one in self._running.values():
                 self._count(one, "CANCELLED")
-            await asyncio.gather(*tasks, return_exceptions=True)
+            # Before anything is awaited: gRPC may cancel this a second time. Tasks that are cancelled add nothing more.
+            self._outbox.clear()
+            self._hold_answers()
             if self._inbox.size_bytes:
                 self._admission.leave(self._principal, self._inbox.size_bytes, calls=0)
                 self._inbox.clear()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _is_read(self, reading: asyncio.Future[None]) -> bool:
         """Whether another call may still come."""
@@ -189,11 +195,21 @@ class Pipeline:
         else:
             self._count(running, "OK")
             self._outbox.put(first.call, frames.encode_answer(len(response)), response)
+            self._hold_answers()
             self._changed.set()
         finally:
             # One that has expired is not there any more, and another may have its number.
             if self._running.get(first.call) is running:
                 self._end(first.call)
+
+    def _hold_answers(self) -> None:
+        """Tells the admission how much has been answered and not been read."""
+        grown = self._outbox.size_bytes - self._held_bytes
+        self._held_bytes += grown
+        if grown > 0:
+            self._admission.hold(self._principal, grown)
+        elif grown < 0:
+            self._admission.leave(self._principal, -grown, calls=0)
 
     def _set_timer(self) -> None:
         """Sees to it that the first deadline of a call that runs is noticed."""

@@ -18,6 +18,7 @@ from forwardpass_server.rpc.certificates import Certificates
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.health import HealthServicer
 from forwardpass_server.rpc.interceptor import Interceptor
+from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.telemetry.metrics import Metrics
 
@@ -72,18 +73,29 @@ class Server:
         departure: Departure,
         arrivals: Arrivals,
         tracing: Tracing | None = None,
+        admission: Admission | None = None,
     ) -> None:
         """servicers: by the full names of their services. certificates: None for a port without TLS.
 
         departure: is announced when no more calls are taken. arrivals: are told of calls that come. tracing: None for
-        no spans.
+        no spans. admission: is told of long responses until they are read; None for a port that has none.
         """
         self._options = options
         self._certificates = certificates
         self._departure = departure
         self._health = HealthServicer()
         self._server = grpc.aio.server(
-            interceptors=[Interceptor(metrics.rpcs, access, departure, arrivals, tracing)],
+            interceptors=[
+                Interceptor(
+                    metrics.rpcs,
+                    access,
+                    departure,
+                    arrivals,
+                    tracing,
+                    admission,
+                    lambda: self._said.get(LIVE, True),
+                )
+            ],
             options=[
                 ("grpc.max_receive_message_length", options.max_message_bytes),
                 ("grpc.max_send_message_length", options.max_message_bytes),

@@ -20,6 +20,7 @@ from forwardpass_server.rpc.pipeline import Pipeline
 from forwardpass_server.rpc.selectors import checked
 from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.calls import Caller, Request
+from forwardpass_server.serving.readiness import Readiness
 from forwardpass_server.serving.registry import Entry, Registry, State
 from forwardpass_server.telemetry.metrics import Metrics
 
@@ -49,6 +50,7 @@ class FunctionalModelServicer:
         max_message_bytes: int,
         admission: Admission,
         metrics: Metrics,
+        readiness: Readiness,
         others: Mapping[str, Method],
         departure: Departure,
         tracing: Tracing | None = None,
@@ -59,6 +61,7 @@ class FunctionalModelServicer:
         self._max_message_bytes = max_message_bytes
         self._admission = admission
         self._metrics = metrics
+        self._readiness = readiness
         self._departure = departure
         self._codec = Codec(max_message_bytes, metrics.models)
         self._pipelined = {**handlers.unary(MODEL_SERVICE, self), **others}
@@ -111,7 +114,10 @@ class FunctionalModelServicer:
 
     async def ListModels(self, data: bytes, context: object) -> bytes:
         messages.decode(v1.ListModelsRequest, data)
-        response = v1.ListModelsResponse(models=[self._status(entry) for entry in self._registry.entries()])
+        response = v1.ListModelsResponse(
+            models=[self._status(entry) for entry in self._registry.entries()],
+            unready_reasons=self._readiness.reasons(),
+        )
         return response.SerializeToString()
 
     async def GetInitialWeights(self, data: bytes, context: object) -> bytes:

@@ -14,7 +14,9 @@ _RETRY_AFTER_S = 0.1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """calls: that wait or run. size_bytes: of their requests, those included that are still arriving in pieces."""
+    """calls: that wait or run. size_bytes: of their requests, those included that are still arriving in pieces, and of
+    responses that their callers have not read yet.
+    """
 
     calls: int
     size_bytes: int
@@ -40,6 +42,20 @@ class Admission:
         self._use = _Use()
         self._by_principal: dict[str, _Use] = {}
 
+    @property
+    def size_bytes(self) -> int:
+        """What there is now, for everybody. On any thread."""
+        return self._use.size_bytes
+
+    @property
+    def limit_bytes(self) -> int:
+        """What there may be at once, for everybody. On any thread."""
+        return self._in_all.size_bytes
+
+    def limit(self, in_all: Limits, each: Limits) -> None:
+        """From now on, other limits. What was taken before stays."""
+        self._in_all, self._each = in_all, each
+
     def enter(self, principal: str, size_bytes: int, calls: int = 1) -> None:
         """Takes a call, or with `calls` 0 a part of one that arrives. Raises ServerOverloaded, which names the limit.
 
@@ -56,6 +72,15 @@ class Admission:
             raise
         for use in (own, self._use):
             use.calls += calls
+            use.size_bytes += size_bytes
+
+    def hold(self, principal: str, size_bytes: int) -> None:
+        """Counts bytes that are there, such as a response: they are not refused, but leave less room for others.
+
+        What is held must `leave`, with `calls` 0.
+        """
+        own = self._by_principal.setdefault(principal, _Use())
+        for use in (own, self._use):
             use.size_bytes += size_bytes
 
     def leave(self, principal: str, size_bytes: int, calls: int = 1) -> None:

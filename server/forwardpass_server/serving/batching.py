@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+import logging
 import time
 from collections.abc import Sequence
 from typing import Protocol
@@ -16,6 +17,8 @@ from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.serving.models import Leaf
 from forwardpass_server.serving.plans import Plan
 from forwardpass_server.serving.scheduling import Passage, Scheduler
+
+_LOGGER = logging.getLogger(__name__)
 
 _Key = tuple[int, int, tuple[tuple[int, ...], ...]]
 """A plan, weights, and the shapes of rows: calls that agree in these can share a batch."""
@@ -169,7 +172,9 @@ class Batcher:
                 [waiting.passage for waiting in batch],
             )
             rows = sum(waiting.rows for waiting in batch)
-            if any(leaf.shape[0] != rows for leaf in results):
+            if any(leaf.shape[:1] != (rows,) for leaf in results):
+                # The model was judged batchable and is not: none of these rows may reach a caller.
+                _LOGGER.error("a batch of %d rows had results of shapes %s", rows, [leaf.shape for leaf in results])
                 raise ValueError("the model did not keep the number of rows")
         except Exception:
             # One of them is to blame, and which one shows alone.

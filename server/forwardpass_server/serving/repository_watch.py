@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -38,8 +39,12 @@ class RepositoryWatch:
         self._seen: dict[str, FileStates | None] = dict.fromkeys(self._known)
         # Those that are to be unloaded, and have to wait.
         self._waiting: set[str] = set()
+        self._passed_over: frozenset[str] = frozenset()
         self._complaint = ""
         self._has_failed = False
+        # The start has logged what it passed over: from here on only what is new is.
+        with contextlib.suppress(OSError):
+            self._passed_over = frozenset(repository.look(folder).passed_over)
 
     @property
     def is_good(self) -> bool:
@@ -60,7 +65,7 @@ class RepositoryWatch:
     async def look(self) -> None:
         """Loads what is new or has changed, one after another, and then unloads what is gone, or served no longer."""
         try:
-            found = await asyncio.to_thread(self._scan)
+            found, unreadable = await asyncio.to_thread(self._scan)
         except OSError as error:
             self._complain(f"it cannot be read: {error}")
             return
@@ -78,7 +83,8 @@ class RepositoryWatch:
                 await self._management.follow(source, files)
         self._management.relabel()
         for name, source in list(self._known.items()):
-            is_gone = name not in found and name not in seen
+            # A folder that cannot be read for now is still there.
+            is_gone = name not in found and name not in seen and source.name not in unreadable
             if is_gone or (name in found and self._is_replaced(source, wanted)):
                 if await self._management.drop(source):
                     self._waiting.discard(name)
@@ -94,12 +100,18 @@ class RepositoryWatch:
         others = [one for one in wanted.values() if one.name == source.name]
         return str(source) not in wanted and bool(others) and all(map(self._management.serves, others))
 
-    def _scan(self) -> dict[str, tuple[ModelSource, FileStates | None]]:
-        """Every version, and its files; None for those that change under this very look."""
+    def _scan(self) -> tuple[dict[str, tuple[ModelSource, FileStates | None]], frozenset[str]]:
+        """Every version and its files, None for those that change under this very look; and names of unreadable models.
+
+        What is passed over is logged once, and not at each look.
+        """
         self._policies.refresh()
-        # What cannot be served was said at the start, and need not be each time.
-        sources = repository.scan(self._folder, logging.DEBUG)
-        return {str(source): (source, _file_states(source)) for source in sources}
+        contents = repository.look(self._folder)
+        for sentence in contents.passed_over:
+            if sentence not in self._passed_over:
+                _LOGGER.warning("%s", sentence)
+        self._passed_over = frozenset(contents.passed_over)
+        return {str(source): (source, _file_states(source)) for source in contents.sources}, contents.unreadable
 
     def _complain(self, what: str) -> None:
         if what != self._complaint:

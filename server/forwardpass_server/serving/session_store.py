@@ -57,6 +57,16 @@ class SessionStore(Protocol):
     def place(self) -> str:
         """Where records are kept, for people."""
 
+    @property
+    def problem(self) -> str:
+        """Why the last operation failed, as a sentence for callers; "" where it succeeded. On any thread."""
+
+    async def check(self) -> None:
+        """Tries whether the store works. After a failure it tries a write, since a full store still answers reads.
+
+        Raises SessionStoreUnavailable, and SessionStoreError for a store that refuses this server.
+        """
+
     async def create(self, key: SessionKey, record: bytes, model: str = "") -> StoredSession:
         """Keeps a new record, at version 1; where there is one already, returns that, which counts as used now.
 

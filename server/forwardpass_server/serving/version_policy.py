@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from forwardpass_server.serving import repository
 from forwardpass_server.serving.errors import ModelLoadError
 from forwardpass_server.serving.models import ModelSource
 
@@ -80,6 +81,8 @@ class VersionPolicies:
                 self._read(name)
             except ModelLoadError as error:
                 raise ModelLoadError(f"{name}/{error}") from None
+            except OSError as error:
+                raise ModelLoadError(f"{name}/{FILE}: it cannot be read ({error.strerror})") from None
 
     @property
     def are_good(self) -> bool:
@@ -100,8 +103,8 @@ class VersionPolicies:
                     self._complaints[name] = str(error)
                     _LOGGER.error("model %s: versions and labels stay as they were: %s", name, error)
 
-    def _names(self) -> list[str]:
-        return [] if self._folder is None else [path.name for path in self._folder.iterdir() if path.is_dir()]
+    def _names(self) -> Sequence[str]:
+        return [] if self._folder is None else repository.look(self._folder).models
 
     def _read(self, name: str) -> None:
         assert self._folder is not None

@@ -11,7 +11,8 @@ from forwardpass_server.telemetry.metrics import Metrics
 _HEAD = """# Metrics
 
 What `forwardpass-server` shows at `/metrics` of its `--metrics-port`. Times are in seconds, sizes in bytes. A histogram
-`NAME` is three series: `NAME_bucket`, `NAME_sum` and `NAME_count`.
+`NAME` is three series: `NAME_bucket`, `NAME_sum` and `NAME_count`. `/metrics?name[]=NAME` shows one metric or one
+series alone, and may name several.
 
 Labels are bounded: methods, codes, functions, and names of models, which the operator chose. None holds an id, or a
 word that a caller sent. The series of a model end when its last version is unloaded.

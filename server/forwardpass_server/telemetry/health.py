@@ -21,9 +21,17 @@ class HealthReading(NamedTuple):
 
 
 _HEALTH = (
-    ("forwardpass_started", "gauge", "1 once every model of the start was loaded, or failed to."),
+    (
+        "forwardpass_started",
+        "gauge",
+        "1 once all models were tried, each required one could be called, and the session store was reached.",
+    ),
     ("forwardpass_live", "gauge", "1 while the device works."),
-    ("forwardpass_ready", "gauge", "1 while calls are welcome: started, live, not draining, and with a model."),
+    (
+        "forwardpass_ready",
+        "gauge",
+        "1 while calls are welcome: started, live, not draining, and every required model can be called.",
+    ),
     ("forwardpass_draining", "gauge", "1 from SIGTERM on: clients leave, and what runs is finished."),
 )
 

@@ -53,10 +53,22 @@ class RpcMetrics:
             "Seconds from the arrival of a whole call on a pipeline to its answer.",
             ("method",),
         )
+        self._messages = families.gauge(
+            "forwardpass_messages_bytes",
+            "Bytes of requests that arrive, wait or run, and of responses that are not read yet.",
+        )
+        self._messages_limit = families.gauge(
+            "forwardpass_messages_limit_bytes", "How many there may be at once; further requests are refused."
+        )
         self._pipeline_call_child = functools.lru_cache(_CACHED_CHILDREN)(
             lambda method, status: self._pipeline_calls.labels(method, _go_name(status))
         )
         self._pipeline_seconds_child = functools.lru_cache(_CACHED_CHILDREN)(self._pipeline_seconds.labels)
+
+    def messages(self, size_bytes: Callable[[], int], limit_bytes: Callable[[], int]) -> None:
+        """Shows size_bytes() as what there is now, and limit_bytes() as what there may be."""
+        self._messages.set_function(size_bytes)
+        self._messages_limit.set_function(limit_bytes)
 
     def method(self, kind: str, service: str, method: str) -> MethodMetrics:
         """The metrics of one method. kind: "unary" or "server_stream" and so on."""

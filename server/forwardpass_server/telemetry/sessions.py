@@ -18,6 +18,9 @@ class SessionMetrics:
         self._shared = families.gauge(
             "forwardpass_session_store_shared", "1 where other servers find this one's sessions too, 0 where none does."
         )
+        self._up = families.gauge(
+            "forwardpass_session_store_up", "1 while the session store works, 0 from a failure until it works again."
+        )
         self.sessions_expired = families.counter(
             "forwardpass_sessions_expired_total", "Sessions dropped since nobody used them."
         ).inc
@@ -33,9 +36,10 @@ class SessionMetrics:
             "Seconds from handing a session's record to its store until it was kept.",
         ).observe
 
-    def store(self, count: Callable[[], int], is_shared: bool) -> None:
-        """Shows count() as the number of open sessions, and whether they are this server's alone."""
+    def store(self, count: Callable[[], int], is_shared: bool, is_up: Callable[[], bool]) -> None:
+        """Shows count() as the number of open sessions, whether they are this server's alone, and is_up()."""
         self._open.set_function(count)
+        self._up.set_function(is_up)
         self._shared.set(is_shared)
 
     def session_updates(self, applied: int, duplicates: int) -> None:

@@ -42,13 +42,16 @@ class Tracing:
     """Makes spans, and sends them to a collector on a thread of its own.
 
     endpoint: of the collector, where it takes OTLP over gRPC; without TLS where it begins with http://.
+    uses_proxy: whether it is called through the HTTP proxy of the environment, if there is one.
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, *, uses_proxy: bool) -> None:
         # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES go before.
         resource = Resource({"service.name": "forwardpass", "service.version": version("forwardpass")})
         self._provider = TracerProvider(resource=resource.merge(OTELResourceDetector().detect()))
-        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_S)
+        # The exporter's annotation has strings only; gRPC takes numbers.
+        channel_options: Any = () if uses_proxy else (("grpc.enable_http_proxy", 0),)
+        exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_S, channel_options=channel_options)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("forwardpass")
         self._propagator = TraceContextTextMapPropagator()

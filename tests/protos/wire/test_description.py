@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import collections
+import copy
 import dataclasses
+import pickle
 
 import pytest
 
@@ -126,3 +128,16 @@ def test_zeros_fit_their_spec(spec, shape):
     assert zeros.shape == shape
     assert spec.admits_shape(zeros.shape)
     assert zeros.dtype == spec.dtype
+
+
+@pytest.mark.parametrize("copied", [lambda value: pickle.loads(pickle.dumps(value)), copy.deepcopy])
+def test_a_copied_description_is_the_same_and_has_the_same_element_types(copied):
+    for dtype in dtypes.ALL:
+        whole = ModelDescription(
+            ModelIdentity("m", 3, b"\x01" * 32),
+            "keras",
+            model_spec(sample_weight=StructureSpec.of(TensorSpec((None,), dtype))),
+        )
+        found = copied(description.decode(description.encode(whole)))
+        assert found == whole
+        assert found.spec.sample_weight.leaves[0].data_type is dtype

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import collections
+import copy
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +17,7 @@ from forwardpass.wire import errors, fields, trees
 from forwardpass.wire import structures as wire_structures
 from forwardpass.wire.limits import Limits
 from forwardpass.wire.structures import Structure
+from forwardpass.wire.trees import Kind
 from support.arrays import Point, nested, same_bits, structures
 
 
@@ -188,3 +193,31 @@ def test_an_error_names_the_leaf():
     message.leaves[1].data = b"123"
     with pytest.raises(errors.ShapeMismatch, match=r"here\['a'\]\[1\]: expected 4 bytes for float32\[1\], got 3 bytes"):
         decode(message.SerializeToString())
+
+
+def named(type_name: str, fields: tuple[str, ...], items: tuple) -> object:
+    """A named tuple as a response brings it."""
+    return trees.TreeDef(Kind.NAMED_TUPLE, [trees.LEAF] * len(items), fields, type_name).unflatten(items)
+
+
+def test_a_named_tuple_of_a_response_goes_to_another_process_and_comes_back():
+    value = {"scores": named("Scores", ("zeta", "alpha"), (np.float32([1, 2]), named("Inner", ("x",), (b"s",))))}
+    program = "import pickle, sys; print(pickle.dumps(pickle.load(sys.stdin.buffer)).hex())"
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        finished = subprocess.run(
+            [sys.executable, "-c", program], input=pickle.dumps(value, protocol), capture_output=True, check=True
+        )
+        found = pickle.loads(bytes.fromhex(finished.stdout.decode()))["scores"]
+        assert type(found) is type(value["scores"])
+        assert found.zeta.tolist() == [1, 2]
+        assert found.alpha == (b"s",)
+        assert found.alpha._fields == ("x",)
+
+
+def test_a_named_tuple_of_a_response_is_copied():
+    value = named("Scores", ("zeta", "alpha"), ([1], 2))
+    found = copy.deepcopy(value)
+    assert found == value
+    assert type(found) is type(value)
+    assert found.zeta is not value.zeta
+    assert copy.copy(value) == value

@@ -23,7 +23,7 @@ FACTORIES = {"slow": "support.zoo:slow"}
 
 # Of the programs beside ours that these pages name.
 OTHERS = {
-    "docs/reliability.md": {"--log-cli-level", "--rounds"},
+    "docs/reliability.md": {"--callers", "--log-cli-level", "--mib", "--rounds"},
     "docs/security.md": {"--http", "--protocol", "--reflect-header"},
 }
 PAGES = sorted({"README.md", *(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))})

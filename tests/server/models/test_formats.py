@@ -34,6 +34,13 @@ def test_a_keras_file_with_its_configuration_is_read(keras_folder):
     ]
 
 
+def test_hidden_files_beside_a_keras_file_are_ignored(keras_folder):
+    write(keras_folder, zoo.KERAS_CONFIG)
+    for name in ("._any_name.keras", ".DS_Store"):
+        (keras_folder / name).write_bytes(b"\0\5\26\7")
+    assert formats.read(keras_folder)[1] == "keras"
+
+
 @pytest.mark.parametrize("name", ["input_spec", "loss"])
 def test_a_keras_file_needs_its_configuration(keras_folder, name):
     write(keras_folder, {key: value for key, value in zoo.KERAS_CONFIG.items() if key != name})

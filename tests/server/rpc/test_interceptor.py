@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 
 import grpc
 import prometheus_client
 import pytest
 
+from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
 from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.interceptor import Interceptor
@@ -81,3 +83,37 @@ def test_a_call_that_is_there_and_a_stream_are_not_on_their_way():
             assert await stream.read() is grpc.aio.EOF
 
     asyncio.run(main())
+
+
+def test_calls_that_compute_are_refused_while_the_device_does_not_work_and_others_are_answered():
+    works = threading.Event()
+
+    async def answer(request: bytes, context: object) -> bytes:
+        return b"answered"
+
+    async def main() -> None:
+        families = Families("Calls", prometheus_client.CollectorRegistry(), [])
+        interceptor = Interceptor(RpcMetrics(families), Access(), Departure(), Arrivals(), None, works.is_set)
+        server = grpc.aio.server(interceptors=[interceptor])
+        unary = [method for method in SERVICES[MODEL_SERVICE].values() if method.is_unary]
+        handlers = {method.name: grpc.unary_unary_rpc_method_handler(answer) for method in unary}
+        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(MODEL_SERVICE, handlers)])
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        try:
+            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+                for _ in range(2):
+                    found = {method.name: await status_of(channel, method.path) for method in unary}
+                    refused = {name for name, status in found.items() if status is grpc.StatusCode.UNAVAILABLE}
+                    describing = {"GetModel", "ListModels"}
+                    assert refused == (set() if works.is_set() else set(found) - describing)
+                    assert {name for name, status in found.items() if status is grpc.StatusCode.OK} >= describing
+                    works.set()
+        finally:
+            await server.stop(None)
+
+    asyncio.run(main())
+
+
+async def status_of(channel: grpc.aio.Channel, path: str) -> grpc.StatusCode:
+    return await channel.unary_unary(path)(b"", timeout=30).code()

@@ -67,3 +67,27 @@ def test_nothing_is_kept_of_principals_that_have_left():
             admission.enter(f"other {name}", 1)
         admission.leave(f"{name}", 1)
     assert not admission._by_principal
+
+
+def test_what_is_held_is_never_refused_and_leaves_less_room():
+    admission = Admission(Limits(calls=10, size_bytes=100), Limits(calls=10, size_bytes=100))
+    admission.enter("alice", 60)
+    admission.hold("alice", 90)
+    assert admission.size_bytes == 150
+    admission.leave("alice", 60)
+    with pytest.raises(errors.ServerOverloaded):
+        admission.enter("bob", 20)
+    admission.leave("alice", 90, calls=0)
+    admission.enter("bob", 20)
+    assert admission.size_bytes == 20
+
+
+def test_limits_that_change_leave_what_was_taken():
+    admission = Admission(Limits(calls=10, size_bytes=100), Limits(calls=10, size_bytes=100))
+    admission.enter("alice", 80)
+    admission.limit(Limits(calls=10, size_bytes=50), Limits(calls=10, size_bytes=50))
+    assert (admission.size_bytes, admission.limit_bytes) == (80, 50)
+    with pytest.raises(errors.ServerOverloaded):
+        admission.enter("alice", 1)
+    admission.leave("alice", 80)
+    admission.enter("alice", 50)

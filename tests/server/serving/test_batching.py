@@ -207,11 +207,41 @@ def test_leaves_of_different_length_are_left_to_the_model():
     run(scenario)
 
 
-def test_a_result_with_another_number_of_rows_is_never_split():
+SPOILED = {
+    "fewer rows": lambda leaf: leaf[:3],
+    "more rows": lambda leaf: np.concatenate([leaf, leaf]),
+    "no rows": lambda leaf: leaf[:0],
+    "no dimension": lambda leaf: leaf.sum(),
+    "the batch behind": lambda leaf: leaf[None],
+}
+
+
+@pytest.mark.parametrize("name", SPOILED)
+def test_results_with_another_number_of_rows_are_never_split(name, caplog):
     async def scenario(batcher, doubling, observer):
-        doubling.plan.run = lambda leaves: [leaves[1][:3]]
+        def spoil_batches(leaves):
+            results = Doubling.run(doubling, leaves)
+            # One result of two is enough.
+            return [*results, SPOILED[name](results[0])] if len(results[0]) > 2 else results
+
+        await come_together(batcher, doubling, observer)
+        doubling.plan.run = spoil_batches
         calls = [predict(batcher, doubling, rows(value, value)) for value in (1, 2)]
-        assert [(await call)[0].tolist() for call in calls] == [[1, 1], [2, 2]]
+        # Each is run again, alone.
+        assert [[leaf.tolist() for leaf in await call] for call in calls] == [[[2, 2]], [[4, 4]]]
+
+    run(scenario)
+    assert "a batch of 4 rows had results of shapes" in caplog.text
+
+
+def test_each_caller_gets_as_many_rows_as_it_sent():
+    async def scenario(batcher, doubling, observer):
+        await come_together(batcher, doubling, observer)
+        counts = [0, 3, 1, 0, 7, 2]
+        values = [np.arange(count, dtype=np.float32) + 10 * index for index, count in enumerate(counts)]
+        found = await asyncio.gather(*(predict(batcher, doubling, [value]) for value in values))
+        assert [leaves[0].tolist() for leaves in found] == [(2 * value).tolist() for value in values]
+        assert observer.calls == [len(counts)]
 
     run(scenario)
 

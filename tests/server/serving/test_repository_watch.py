@@ -262,3 +262,38 @@ def test_what_an_operator_loads_against_the_policy_stays(situation):
         assert len(situation.states()) == 2
 
     asyncio.run(run())
+
+
+def test_what_comes_and_is_passed_over_is_logged_once(situation, caplog):
+    (situation.folder / "before").symlink_to("gone")
+
+    async def run():
+        watch = await watching(situation)
+        caplog.clear()
+        (situation.folder / "after").symlink_to("gone")
+        situation.write("other", 1)
+        await look(watch, 4)
+        assert situation.states() == {"m/1": State.AVAILABLE, "other/1": State.AVAILABLE}
+        assert watch.is_good
+
+    asyncio.run(run())
+    assert [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()] == [
+        "model repository: after is passed over: it is a link to nothing"
+    ]
+
+
+def test_a_model_whose_folder_cannot_be_read_for_now_is_served_on(situation):
+    situation.write("other", 1)
+
+    async def run():
+        watch = await watching(situation)
+        (situation.folder / "m").rename(situation.folder / ".m")
+        # What no user may read, root included.
+        (situation.folder / "m").symlink_to("m")
+        await look(watch, 4)
+        assert situation.states() == {"m/1": State.AVAILABLE, "other/1": State.AVAILABLE}
+        (situation.folder / "m").unlink()
+        await look(watch, 2)
+        assert situation.states() == {"other/1": State.AVAILABLE}
+
+    asyncio.run(run())

@@ -49,3 +49,12 @@ def test_what_is_no_policy_is_refused_with_its_place(tmp_path, text, message):
     (tmp_path / "m" / version_policy.FILE).write_bytes(text)
     with pytest.raises(ModelLoadError, match=r"m/forwardpass-versions\.json: "):
         VersionPolicies(tmp_path)
+
+
+def test_a_policy_that_cannot_be_read_is_refused_with_its_place_and_a_foreign_folder_is_not(tmp_path):
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "circle").symlink_to("circle")
+    VersionPolicies(tmp_path).refresh()
+    (tmp_path / "m" / version_policy.FILE).mkdir(parents=True)
+    with pytest.raises(ModelLoadError, match=r"m/forwardpass-versions\.json: it cannot be read \(Is a directory\)"):
+        VersionPolicies(tmp_path)

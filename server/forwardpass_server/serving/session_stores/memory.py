@@ -15,6 +15,7 @@ class MemorySessionStore:
 
     is_shared = False
     place = "memory"
+    problem = ""
 
     def __init__(
         self, limits: SessionLimits, observer: SessionObserver, clock: Callable[[], float] = time.monotonic
@@ -24,6 +25,9 @@ class MemorySessionStore:
         self._lifetimes = Lifetimes(limits, observer, clock)
         self._sessions: dict[str, dict[bytes, StoredSession]] = {}
         self._size_bytes: dict[str, int] = {}
+
+    async def check(self) -> None:
+        """It always works."""
 
     async def create(self, key: SessionKey, record: bytes, model: str = "") -> StoredSession:
         started = time.perf_counter()

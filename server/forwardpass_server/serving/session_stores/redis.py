@@ -31,6 +31,13 @@ _MAX_CONNECTIONS = 32
 
 _RETRY_AFTER_S = 1.0
 
+# Of a check: Redis does one thing at a time, and one that lets a ping wait so long lets every call wait.
+_CHECK_TIMEOUT_S = 2.0
+
+# While Redis is away, from one call that tries it to the next. Each pause is twice the one before: all other calls fail
+# at once, so that their callers learn the reason within their deadlines.
+_FIRST_TRIAL_PAUSE_S = 0.1
+_TRIAL_PAUSE_S = 2.0
 
 # The key of a principal's models, after its prefix.
 _MODELS = ":models"
@@ -45,6 +52,7 @@ class RedisSessionStore:
     Sessions expire by Redis's clock. What was sent on a connection that breaks is sent once more: a replacement that
     was done the first time returns False then.
     url: redis:// or rediss://, as redis-py reads it, with the password where there is one; it is shown nowhere.
+    While Redis does not answer, one call at a time tries it, and all others fail at once with the reason.
     timeout_s: of each call, with the waiting for a connection. clock: tells which sessions `count` counts.
     Raises SessionStoreError for another url. Connects with the first call.
     """
@@ -87,21 +95,32 @@ class RedisSessionStore:
         self._timeout_s = timeout_s
         self._clock = clock
         self._calls: set[asyncio.Future[Any]] = set()
-        self._is_failing = False
+        self.problem = ""
+        self._was_greeted = False
+        # Redis does not answer: when the next call may try it, by time.monotonic, and the pause after that one.
+        self._is_away = False
+        self._next_trial = 0.0
+        self._trial_pause_s = _FIRST_TRIAL_PAUSE_S
         # When this server has used each session; what it has not used for the longest time stands first.
         self._used: collections.OrderedDict[SessionKey, float] = collections.OrderedDict()
 
     async def check(self) -> None:
-        """Raises SessionStoreError where Redis refuses this server, and SessionStoreUnavailable where it is not there.
-
-        Logs which of its settings may lose what was acknowledged.
-        """
+        """See SessionStore. The first time, logs which settings of Redis may lose what was acknowledged."""
         try:
-            info = await self._bounded(self._client.info())
+            if not self._was_greeted:
+                self._warn(await self._trial(self._client.info()))
+                self._was_greeted = True
+            elif self.problem:
+                # Redis refuses a write when it is full, and a ping never.
+                await self._trial(self._client.set("forwardpass:check", b"", px=1000), proves_writes=True)
+            else:
+                await self._trial(self._client.ping())
         except errors.SessionStoreUnavailable as error:
             if isinstance(error.__cause__, (redis.AuthenticationError, redis.ResponseError)):
                 raise SessionStoreError(f"session store {self.place}: {error}") from error
             raise
+
+    def _warn(self, info: Any) -> None:
         if not info.get("aof_enabled"):
             _LOGGER.warning("session store %s: appendonly is off; sessions end with Redis", self.place)
         if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
@@ -193,28 +212,69 @@ class RedisSessionStore:
         return what, first, second
 
     async def _bounded(self, calling: Any) -> Any:
+        """What a call returns. Raises SessionStoreUnavailable, at once while Redis is known to be away."""
+        if self._is_away and time.monotonic() < self._next_trial:
+            calling.close()
+            raise errors.SessionStoreUnavailable(self.problem, retry_after_s=_RETRY_AFTER_S)
+        return await self._trial(calling, self._timeout_s)
+
+    async def _trial(self, calling: Any, timeout_s: float = _CHECK_TIMEOUT_S, *, proves_writes: bool = False) -> Any:
+        """`_bounded`, whether Redis is away or not. proves_writes: of a call that a full Redis would refuse."""
+        timeout_s = min(timeout_s, self._timeout_s)
+        if self._is_away:
+            self._next_trial = time.monotonic() + timeout_s + self._trial_pause_s
         call = asyncio.ensure_future(calling)
         self._calls.add(call)
-        call.add_done_callback(self._calls.discard)
+        call.add_done_callback(self._ended)
         try:
-            answer = await asyncio.wait_for(call, self._timeout_s)
+            await asyncio.wait([call], timeout=timeout_s)
+            if call.cancelled():
+                # Another call has found that Redis is away.
+                raise errors.SessionStoreUnavailable(self.problem, retry_after_s=_RETRY_AFTER_S)
+            if not call.done():
+                raise asyncio.TimeoutError
+            answer = call.result()
         except (redis.RedisError, OSError, asyncio.TimeoutError) as error:
-            if not self._is_failing:
-                _LOGGER.error("session store %s fails: %s: %s", self.place, type(error).__name__, error)
-                self._is_failing = True
-            raise errors.SessionStoreUnavailable(self._reason(error), retry_after_s=_RETRY_AFTER_S) from error
-        if self._is_failing:
-            _LOGGER.warning("session store %s answers again", self.place)
-            self._is_failing = False
+            self._note_failure(error, timeout_s)
+            raise errors.SessionStoreUnavailable(self.problem, retry_after_s=_RETRY_AFTER_S) from error
+        finally:
+            call.cancel()
+        if self._is_away or (self.problem and proves_writes):
+            _LOGGER.warning("session store %s works again", self.place)
+            self.problem = ""
+            self._is_away = False
+            self._trial_pause_s = _FIRST_TRIAL_PAUSE_S
         return answer
 
-    def _reason(self, error: Exception) -> str:
+    def _ended(self, call: asyncio.Future[Any]) -> None:
+        self._calls.discard(call)
+        if not call.cancelled():
+            # Of a call that nobody waits for any more, too: asyncio would log the error otherwise.
+            call.exception()
+
+    def _note_failure(self, error: Exception, timeout_s: float) -> None:
+        problem = self._reason(error, timeout_s)
+        if problem != self.problem:
+            _LOGGER.error("session store %s fails: %s: %s", self.place, type(error).__name__, error)
+            self.problem = problem
+        # A command that Redis refuses is an answer.
+        if isinstance(error, redis.ResponseError):
+            return
+        self._next_trial = time.monotonic() + self._trial_pause_s
+        self._trial_pause_s = min(2 * self._trial_pause_s, _TRIAL_PAUSE_S)
+        if not self._is_away:
+            self._is_away = True
+            # They would wait for as long as they may, longer than their callers.
+            for call in self._calls:
+                call.cancel()
+
+    def _reason(self, error: Exception, timeout_s: float) -> str:
         if isinstance(error, redis.AuthenticationError):
             return "the session store refuses the server's password"
         if isinstance(error, redis.ResponseError):
             return f"the session store refuses: {error}"
         if isinstance(error, (redis.TimeoutError, asyncio.TimeoutError, TimeoutError)):
-            return f"the session store did not answer within {self._timeout_s:g} s"
+            return f"the session store did not answer within {timeout_s:g} s"
         return "the session store cannot be reached"
 
 

@@ -47,6 +47,14 @@ class SqliteSessionStore:
             self._lifetimes.end(key, is_expired=is_expired)
         self._writer = SqliteWriter(self._file.connection)
 
+    @property
+    def problem(self) -> str:
+        return self._writer.problem
+
+    async def check(self) -> None:
+        if self.problem:
+            await self._writer.submit(self._file.try_write)
+
     async def create(self, key: SessionKey, record: bytes, model: str = "") -> StoredSession:
         started = time.perf_counter()
         self._expire()

@@ -33,13 +33,16 @@ class _Outcome(NamedTuple):
 
 
 class SqliteWriter:
-    """Owns a connection, which is in autocommit mode (`isolation_level=None`). Used on one event loop."""
+    """Owns a connection, which is in autocommit mode (`isolation_level=None`). Used on one event loop.
+
+    `problem`: why the database failed last, as a sentence; "" once something was written since. On any thread.
+    """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._is_closed = False
-        self._is_failing = False
+        self.problem = ""
         self._thread = threading.Thread(target=self._write, name="session-store", daemon=True)
         self._thread.start()
 
@@ -96,16 +99,14 @@ class SqliteWriter:
                 return [outcome for job in jobs for outcome in self._commit([job])]
             if not isinstance(error, sqlite3.Error):
                 return [_Outcome(None, error)]
-            if not self._is_failing:
+            problem = f"the session store cannot do it: {error}"
+            if self.problem != problem:
                 _LOGGER.error("the session store fails: %s", error)
-                self._is_failing = True
-            unavailable = errors.SessionStoreUnavailable(
-                f"the session store cannot do it: {error}", retry_after_s=_RETRY_AFTER_S
-            )
-            return [_Outcome(None, unavailable)]
-        if self._is_failing and self._connection.total_changes > changes:
+                self.problem = problem
+            return [_Outcome(None, errors.SessionStoreUnavailable(problem, retry_after_s=_RETRY_AFTER_S))]
+        if self.problem and self._connection.total_changes > changes:
             _LOGGER.warning("the session store works again")
-            self._is_failing = False
+            self.problem = ""
         return outcomes
 
     def _transact(self, jobs: list[_Job[Any]]) -> list[_Outcome]:

@@ -97,6 +97,52 @@ def test_a_redis_that_is_not_there_is_said_so(own_redis):
     asyncio.run(run())
 
 
+def test_while_redis_is_away_one_call_at_a_time_tries_it_and_the_others_fail_at_once(own_redis):
+    async def run():
+        # None is waited for: so long, no call of a test lasts.
+        store = RedisSessionStore(own_redis.url, LIMITS, Counts(), timeout_s=1.0)
+        await store.check()
+        assert store.problem == ""
+        own_redis.pause()
+        assert await how(store.load(key(1))) is errors.SessionStoreUnavailable
+        assert store.problem == "the session store did not answer within 1 s"
+        trial = asyncio.ensure_future(store.check())
+        await asyncio.sleep(0)
+        # The trial has not ended: these have not waited for Redis.
+        for _ in range(100):
+            assert str(await error_of(store.load(key(1)))) == store.problem
+        assert not trial.done()
+        own_redis.resume()
+        await asyncio.gather(trial, return_exceptions=True)
+        await available(store.check)
+        assert store.problem == ""
+        assert await how(store.load(key(1))) is errors.SessionNotFound
+        await store.close()
+
+    asyncio.run(run())
+
+
+def test_a_refused_write_is_a_problem_until_a_check_has_written(tmp_path):
+    async def run(server: RedisProcess):
+        async with RedisKit(server).open() as store:
+            await store.check()
+            made = 0
+            while await error_of(store.create(key(made), bytes(200_000))) is None:
+                made += 1
+            assert "maxmemory" in store.problem
+            # It answers reads, and this is no proof.
+            await store.load(key(0))
+            assert "maxmemory" in store.problem
+            await store.delete(key(0))
+            await store.delete(key(1))
+            assert "maxmemory" in store.problem
+            await store.check()
+            assert store.problem == ""
+
+    with RedisProcess(tmp_path, "--maxmemory", "5mb") as server:
+        asyncio.run(run(server))
+
+
 def test_a_wrong_password_is_refused_at_start_and_shown_nowhere(tmp_path, caplog):
     async def run(server: RedisProcess):
         async with RedisKit(server).open() as store:
