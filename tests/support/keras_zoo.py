@@ -63,7 +63,20 @@ def _tagger() -> keras.Model:
     words = keras.Input((None,), dtype="int64")
     hidden = layers.Embedding(12, 8, mask_zero=True)(words)
     hidden = layers.Bidirectional(layers.LSTM(6, return_sequences=True))(hidden)
-    return keras.Model(words, layers.TimeDistributed(layers.Dense(5, kernel_regularizer="l2"))(hidden))
+    return keras.Model(words, layers.Dense(5, kernel_regularizer="l2")(hidden))
+
+
+def _sensors() -> keras.Model:
+    """Of series of seven steps: with steps of any number Keras itself traces a TimeDistributed layer wrongly."""
+    series = keras.Input((7, 3))
+    hidden = layers.GRU(6, return_sequences=True)(layers.Masking()(series))
+    return keras.Model(series, layers.TimeDistributed(layers.Dense(2))(hidden))
+
+
+def _sensors_batch(rng: np.random.Generator, examples: int) -> Any:
+    x = rng.standard_normal((examples, 7, 3), np.float32)
+    x[np.arange(7) >= rng.integers(1, 8, (examples, 1))] = 0
+    return x, rng.standard_normal((examples, 7, 2), np.float32)
 
 
 def _tagger_batch(rng: np.random.Generator, examples: int) -> Any:
@@ -156,7 +169,8 @@ def _mixed_precision() -> keras.Model:
 
 def _quantized() -> keras.Model:
     model = keras.Sequential([keras.Input((8,)), layers.Dense(16, "relu"), layers.Dense(3)])
-    model.quantize("int8")
+    for layer in model.layers:  # Model.quantize warns of the input layer.
+        layer.quantize("int8")
     return model
 
 
@@ -184,6 +198,12 @@ ENTRIES: dict[str, Entry] = {
         lambda rng, examples: (_padded(rng, examples, 6, 20), rng.integers(0, 3, examples)),
     ),
     "tagger": Entry(_tagger, lambda: _classes(5), (_WORDS, _WORDS), _tagger_batch),
+    "sensors": Entry(
+        _sensors,
+        lambda: {"loss": "mse", "metrics": ["mae"]},
+        (_spec("float32", None, 7, 3), _spec("float32", None, 7, 2)),
+        _sensors_batch,
+    ),
     "transformer": Entry(_transformer, lambda: _classes(30), (_WORDS, _WORDS), _transformer_batch),
     "two_tasks": Entry(
         _two_tasks,
