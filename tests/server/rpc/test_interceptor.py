@@ -93,7 +93,9 @@ def test_calls_that_compute_are_refused_while_the_device_does_not_work_and_other
 
     async def main() -> None:
         families = Families("Calls", prometheus_client.CollectorRegistry(), [])
-        interceptor = Interceptor(RpcMetrics(families), Access(), Departure(), Arrivals(), None, works.is_set)
+        interceptor = Interceptor(
+            RpcMetrics(families), Access(), Departure(), Arrivals(), None, device_works=works.is_set
+        )
         server = grpc.aio.server(interceptors=[interceptor])
         unary = [method for method in SERVICES[MODEL_SERVICE].values() if method.is_unary]
         handlers = {method.name: grpc.unary_unary_rpc_method_handler(answer) for method in unary}
