@@ -1,11 +1,12 @@
 """Mixed traffic for a long time, and whether the server's memory grows under it.
 
-    python benchmarks/soak.py [--minutes 30]
+    python benchmarks/soak.py [--minutes 30] [--reloads 200]
 
 Callers of several kinds at once: batches of all sizes by value, by id and over pipelines, uploads, deletions, metric
 sessions, evaluations, bad requests, clients that are killed. Prints the server's resident memory as it goes and, in the
 end, its slope over the second half of the time, in MiB an hour, and a verdict: where that is more than the noise of the
-measurements the memory grows, and the exit status is 1.
+measurements the memory grows, and the exit status is 1. With --reloads, a model is loaded again so often, evenly spread
+over the time.
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ import multiprocessing
 import os
 import pathlib
 import random
+import socket
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import grpc
 import numpy as np
 import run
 import workloads
 
 import forwardpass_client
+from forwardpass import v1
+from forwardpass.wire.methods import METHODS
 from forwardpass_client import errors
 
 COMMAND = [
@@ -124,6 +129,21 @@ def caller(address: str, seed: int) -> None:
                 rng.choice(KINDS)(client, rng)
 
 
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+@contextlib.contextmanager
+def reloading(management: str) -> Iterator[Callable[[], None]]:
+    """What loads a model again that others call meanwhile."""
+    request = v1.ReloadModelRequest(model=v1.ModelSelector(name="mlp", version=1)).SerializeToString()
+    with grpc.insecure_channel(management) as channel:
+        yield lambda: channel.unary_unary(METHODS["ReloadModel"].path)(request, timeout=120)
+
+
 def resident_mib(pid: int) -> float:
     pages = int(pathlib.Path(f"/proc/{pid}/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -132,6 +152,7 @@ def resident_mib(pid: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--reloads", type=int, default=0)
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     samples: list[tuple[float, float]] = []
@@ -139,7 +160,11 @@ def main() -> None:
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         store = f"--session-store=sqlite://{folder}/sessions.sqlite3"
-        address, pid = stack.enter_context(run.server_process([*COMMAND, store]))
+        management = f"127.0.0.1:{free_port()}"
+        ports = f"--management-port={management.rpartition(':')[2]}"
+        address, pid = stack.enter_context(run.server_process([*COMMAND, store, ports]))
+        reload = stack.enter_context(reloading(management))
+        reloads = 0
         callers = [context.Process(target=caller, args=(address, seed), daemon=True) for seed in range(3)]
         for one in callers:
             one.start()
@@ -156,6 +181,9 @@ def main() -> None:
                 deaths += 1
                 callers[2] = context.Process(target=caller, args=(address, 100 + deaths), daemon=True)
                 callers[2].start()
+            while reloads < options.reloads * now / (options.minutes * 60):
+                reload()
+                reloads += 1
             if len(samples) % 30 == 0:
                 print(f"{now / 60:5.1f} min  {samples[-1][1]:7.0f} MiB  {deaths} callers killed", flush=True)
         for one in callers:

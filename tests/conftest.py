@@ -34,7 +34,8 @@ def server(repository: pathlib.Path) -> Iterator[ServerProcess]:
     from support import zoo
 
     factories = [argument for factory in zoo.FACTORIES for argument in ("--factory", factory)]
-    with ServerProcess(*zoo.serving(repository), *factories) as process:
+    trial = {"FORWARDPASS_TRIAL": "true"}
+    with ServerProcess(*zoo.serving(repository), *factories, environment=trial) as process:
         yield process
 
 

@@ -11,6 +11,7 @@ from forwardpass.wire.specs import TensorSpec
 from forwardpass_client.calls import ModelVersion
 from forwardpass_client.client import AsyncClient, Client, connect, connect_async
 from forwardpass_client.credentials import Tls
+from forwardpass_client.masks import MaskedPredictions, MaskMissing
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
 from forwardpass_client.sessions import AsyncMetricsSession, MetricsSession
 from forwardpass_client.weights import AsyncWeightsHandle, WeightsHandle
@@ -22,6 +23,8 @@ __all__ = [
     "AsyncWeightsHandle",
     "BatchOutput",
     "Client",
+    "MaskMissing",
+    "MaskedPredictions",
     "MetricsSession",
     "ModelVersion",
     "RemoteFunctionalModel",

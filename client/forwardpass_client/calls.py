@@ -9,12 +9,12 @@ from typing import Any, Generic, TypeVar, cast
 from forwardpass import v1
 from forwardpass.wire import conform, description, errors, fields, messages
 from forwardpass.wire.chunks import Pieces
-from forwardpass.wire.description import BatchOutput, Function, ModelDescription, ModelSpec
+from forwardpass.wire.description import MASKS_OF, BatchOutput, Function, ModelDescription, ModelSpec
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.specs import StructureSpec
 from forwardpass.wire.structures import Structure
-from forwardpass_client import long_calls
+from forwardpass_client import long_calls, masks
 from forwardpass_client.reuse import Reuse
 from forwardpass_client.weights import HeldWeights, WeightsHandleApi
 
@@ -186,7 +186,7 @@ class ModelCalls:
             request,
             model_weights,
             {"x": x},
-            lambda data: nested(self._read(v1.PredictOnBatchResponse, data), "predictions"),
+            lambda data: self._predictions(self._read(v1.PredictOnBatchResponse, data), ""),
         )
 
     def forward_pass(self, model_weights: Any, batch_input: Any, training: bool) -> Call[BatchOutput]:
@@ -195,14 +195,18 @@ class ModelCalls:
         values = {"batch_input.x": x, "batch_input.y": y}
 
         def read(data: bytes) -> BatchOutput:
-            parts = self._read(v1.ForwardPassResponse, data)
-            return BatchOutput(*(nested(parts, f"batch_output.{name}") for name in BatchOutput._fields))
+            return self._batch_output(self._read(v1.ForwardPassResponse, data))
 
         return self._call_with_weights(Function.FORWARD_PASS, "ForwardPass", request, model_weights, values, read)
 
-    def loss(self, output: Any, label: Any, sample_weight: Any) -> Call[Any]:
-        values = {"output": output, "label": label, "sample_weight": sample_weight}
+    def loss(self, output: Any, label: Any, sample_weight: Any, mask: Any = None) -> Call[Any]:
         function = Function.LOSS if sample_weight is None else Function.WEIGHTED_LOSS
+        values = {
+            "output": output,
+            "label": label,
+            "output_mask": self._mask(function, "output_mask", output, mask),
+            "sample_weight": sample_weight,
+        }
         return self._call(
             "Loss",
             v1.LossRequest(model=self._selector),
@@ -218,9 +222,13 @@ class ModelCalls:
             lambda data: nested(self._read(v1.InitializeMetricsStateResponse, data), "state"),
         )
 
-    def update_metrics_state(self, state: Any, labels: Any, batch_output: Any, sample_weight: Any) -> Call[Any]:
-        values = {"state": state, "labels": labels, "sample_weight": sample_weight, **batch_output_values(batch_output)}
+    def update_metrics_state(
+        self, state: Any, labels: Any, batch_output: Any, sample_weight: Any, mask: Any = None
+    ) -> Call[Any]:
         function = Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
+        values = {"state": state, "labels": labels, "sample_weight": sample_weight, **batch_output_values(batch_output)}
+        place = "batch_output.prediction_mask"
+        values[place] = self._mask(function, place, values["batch_output.predictions"], mask)
         return self._call(
             "UpdateMetricsState",
             v1.UpdateMetricsStateRequest(model=self._selector),
@@ -298,13 +306,50 @@ class ModelCalls:
             if place in held:
                 continue
             value = values[place]
-            if value is None and may_be_none:
+            if value is None and (may_be_none or place in MASKS_OF):
                 continue
             part = parts[place] = conform.conform(value, spec, place)
             checked.append((place, part.leaves, spec))
         if arguments.shares_batch:
             conform.check_batch(checked)
         return parts
+
+    def _mask(self, function: Function, place: str, predictions: Any, mask: Any) -> Any:
+        """The argument that is the mask of predictions: the mask that was given, or else the one that they carry.
+
+        Its caller is a method of this class that a method of the API calls, so that a warning names the line of the
+        user's code.
+        """
+        if mask is not None:
+            if not self._spec.prediction_mask.leaves:
+                raise errors.StructureMismatch(
+                    place="mask",
+                    expected=f"None: predictions of model {self.model.identity} have no Keras mask",
+                    found=conform.kind_of(mask),
+                )
+            return mask
+        if predictions is None or place not in self._spec.arguments[function] or self._spec.may_be_none(place):
+            return None
+        masked = MASKS_OF[place]
+        carried, is_whole = masks.carried(predictions, self._spec, masked)
+        if not is_whole:
+            masks.warn_missing(function.title, masked, stacklevel=4)
+        return carried
+
+    def _predictions(self, parts: Mapping[str, Structure], group: str) -> Any:
+        """The predictions of a response; those with a Keras mask carry it. group: of the places, "" or "NAME."."""
+        part, mask = parts.get(f"{group}predictions"), parts.get(f"{group}prediction_mask")
+        if part is None or mask is None:
+            return nested(parts, f"{group}predictions")
+        return part.tree.unflatten(masks.attached(_aligned(part), mask.leaves, self._spec))
+
+    def _batch_output(self, parts: Mapping[str, Structure]) -> BatchOutput:
+        """The batch output of a response."""
+        return BatchOutput(
+            nested(parts, "batch_output.loss"),
+            self._predictions(parts, "batch_output."),
+            nested(parts, "batch_output.num_examples"),
+        )
 
     def _call(
         self,

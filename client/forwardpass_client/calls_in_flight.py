@@ -11,6 +11,7 @@ from typing import Any
 from forwardpass.wire import errors, frames
 from forwardpass.wire.frames import Inbox, Outbox
 from forwardpass_client.calls import Call
+from forwardpass_client.patience import deadline_exceeded
 from forwardpass_client.streams import Completed, Future
 from forwardpass_client.weights import HeldWeights
 
@@ -33,8 +34,9 @@ class _Unanswered:
     deadline: float | None
     # Weights were sent again for it: once is enough.
     has_put: bool = False
-    # How often it was sent again because a server was not there for it.
+    # How often it was sent again because a server was not there for it, and why the last time.
     retries: int = 0
+    reason: Exception | None = None
 
 
 class CallsInFlight:
@@ -121,6 +123,7 @@ class CallsInFlight:
         if error.status in _RETRYABLE and one.retries < len(_PAUSES_S):
             heapq.heappush(self._resends, (time.monotonic() + _PAUSES_S[one.retries], number))
             one.retries += 1
+            one.reason = error
             return
         if not isinstance(error, errors.WeightsNotFound) or held is None or one.has_put:
             self._complete(number, error=error)
@@ -166,7 +169,7 @@ class CallsInFlight:
         """Fails the calls whose time is over, and sends those again whose pause is."""
         now = time.monotonic()
         while (due := self._next(self._deadlines)) is not None and due[0] <= now:
-            self._complete(due[1], error=errors.DeadlineExceeded())
+            self._complete(due[1], error=deadline_exceeded(self._unanswered[due[1]].reason))
         while (due := self._next(self._resends)) is not None and due[0] <= now:
             heapq.heappop(self._resends)
             self._send(due[1])
@@ -180,6 +183,11 @@ class CallsInFlight:
         for number in self._unanswered:
             if number not in waiting:
                 self._send(number)
+
+    def broke(self, error: Exception) -> None:
+        """The stream has ended with an error, for which deadlines may pass."""
+        for one in self._unanswered.values():
+            one.reason = error
 
     def recovery(self, error: Exception) -> None:
         """None: what is wrong with a call is answered, what is wrong with the stream comes again."""

@@ -131,6 +131,9 @@ class BatchesInFlight:
         for number, uncounted in self._uncounted.items():
             self._send(number, uncounted.request)
 
+    def broke(self, error: Exception) -> None:
+        """Batches have no deadlines that could be exceeded for this reason."""
+
     def recovery(self, error: Exception) -> Steps | None:
         """Puts weights that the server has dropped, where this side has them."""
         return self._put_all() if isinstance(error, errors.WeightsNotFound) else None

@@ -11,7 +11,7 @@ from forwardpass.wire import errors, frames
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.frames import Inbox, Outbox
 from forwardpass.wire.methods import METHODS
-from forwardpass_client.patience import AWAY, Patience
+from forwardpass_client.patience import AWAY, Patience, deadline_exceeded
 from forwardpass_client.transfers import Exchange, Pause, Steps
 
 # Measured, with an answer as long as the request: in pieces 4 MiB take a fifth longer and 16 MiB half the time, for
@@ -63,6 +63,7 @@ def steps(
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     pauses_s = iter(_PAUSES_S)
     overload = Patience(_FIRST_OVERLOAD_PAUSE_S)
+    reason: errors.ForwardPassError | None = None
     while True:
         remaining_s = None if deadline is None else max(deadline - time.monotonic(), 0)
         call = LongCall(path, request, remaining_s, max_message_bytes)
@@ -71,16 +72,20 @@ def steps(
             if answer is None:
                 raise errors.ServerUnavailable("the server ended the stream without an answer")
             return answer
+        except errors.DeadlineExceeded:
+            if reason is None:
+                raise
+            raise deadline_exceeded(reason) from reason
         except errors.ServerOverloaded as error:
-            pause_s = overload.pause_s(limited=deadline is None)
+            reason, pause_s = error, overload.pause_s(limited=deadline is None)
             if pause_s is None:
                 raise
             # Those that were refused together must not come back together.
             pause_s = max(error.retry_after_s, pause_s * random.uniform(0.5, 1.5))
-            if deadline is not None and time.monotonic() + pause_s > deadline:
-                raise
-        except AWAY:
-            pause_s = next(pauses_s, None)
+        except AWAY as error:
+            reason, pause_s = error, next(pauses_s, None)
             if pause_s is None:
                 raise
+        if deadline is not None and time.monotonic() + pause_s > deadline:
+            raise reason
         yield Pause(pause_s)

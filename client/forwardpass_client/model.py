@@ -126,13 +126,24 @@ class FunctionalModelApi(OfOneProcess, abc.ABC):
         """Predictions for one batch under these weights, leaves of shape [B, ...]. Arguments as of `forward_pass`."""
         return self._run(self._calls.predict_on_batch(model_weights, x, training), timeout_s)
 
-    def loss(self, output: Any, label: Any, sample_weight: Any = None, *, timeout_s: float | None = None) -> Any:
+    def loss(
+        self,
+        output: Any,
+        label: Any,
+        sample_weight: Any = None,
+        *,
+        mask: Any = None,
+        timeout_s: float | None = None,
+    ) -> Any:
         """The loss of predictions against labels.
 
         output: what `predict_on_batch` returns. label: like y of `input_spec`.
         sample_weight: one weight for each example, float32[B] unless the model says otherwise.
+        mask: for a model whose predictions have a Keras mask (`description.spec.prediction_mask`), which positions
+          count, like that spec. None for the mask that `output` carries, which it does as long as it is the array that
+          the model returned: see `MaskedPredictions`. Without any, every position counts, and MaskMissing is warned of.
         """
-        return self._run(self._calls.loss(output, label, sample_weight), timeout_s)
+        return self._run(self._calls.loss(output, label, sample_weight, mask), timeout_s)
 
     def initialize_metrics_state(self, *, timeout_s: float | None = None) -> Any:
         """The metrics state before the first batch: a value, to be passed to `update_metrics_state`."""
@@ -145,14 +156,17 @@ class FunctionalModelApi(OfOneProcess, abc.ABC):
         batch_output: Any,
         sample_weight: Any = None,
         *,
+        mask: Any = None,
         timeout_s: float | None = None,
     ) -> Any:
         """The metrics state after one more batch; `state` itself stays as it is.
 
         labels: like y of `input_spec`. batch_output: what `forward_pass` returned, or any object with the fields
         loss, predictions and num_examples; those that the model's metrics do not read may be None.
+        mask: of the batch output's predictions, as of `loss`.
         """
-        return self._run(self._calls.update_metrics_state(state, labels, batch_output, sample_weight), timeout_s)
+        call = self._calls.update_metrics_state(state, labels, batch_output, sample_weight, mask)
+        return self._run(call, timeout_s)
 
     def finalize_metrics(self, state: Any, *, timeout_s: float | None = None) -> Any:
         """The metrics of a state, in the model's order."""

@@ -42,3 +42,14 @@ class Patience:
             return None
         pause_s, self._pause_s = self._pause_s, min(2 * self._pause_s, _LONGEST_PAUSE_S)
         return pause_s
+
+
+def deadline_exceeded(reason: Exception | None) -> errors.DeadlineExceeded:
+    """The error of a call whose deadline has passed. reason: why its last try failed; None where none had failed."""
+    if reason is None:
+        return errors.DeadlineExceeded()
+    error = errors.DeadlineExceeded(
+        f"{errors.DeadlineExceeded.sentence} Its last try failed with {type(reason).__name__}: {reason}"
+    )
+    error.__cause__ = reason
+    return error

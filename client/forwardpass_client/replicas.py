@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from forwardpass.wire import errors
-from forwardpass_client.patience import AWAY, Patience
+from forwardpass_client.patience import AWAY, Patience, deadline_exceeded
 from forwardpass_client.transfers import Pause, Steps, Unary
 
 if TYPE_CHECKING:
@@ -43,14 +43,8 @@ def remaining_s(until: float | None, last: Exception | None) -> float | None:
         return None
     seconds = until - time.monotonic()
     if seconds <= 0:
-        raise expired(last)
+        raise deadline_exceeded(last)
     return seconds
-
-
-def expired(last: Exception | None) -> errors.DeadlineExceeded:
-    """The error of a deadline that passed after another error."""
-    sentence = errors.DeadlineExceeded.sentence
-    return errors.DeadlineExceeded(sentence if last is None else f"{sentence} The last try failed: {last}")
 
 
 def ask_others(call: Call[Any], error: errors.ForwardPassError, until: float | None) -> Steps:
@@ -67,7 +61,7 @@ def ask_others(call: Call[Any], error: errors.ForwardPassError, until: float | N
             except TRY_ANOTHER as failure:
                 error = failure
             except errors.DeadlineExceeded:
-                raise expired(error) from None
+                raise deadline_exceeded(error) from None
         lacking_rounds -= isinstance(error, _LACKING)
         pause_s = patience.pause_s()
         if pause_s is None or not lacking_rounds:
@@ -138,7 +132,7 @@ class Transports(Generic[TransportT]):
     ) -> errors.ForwardPassError:
         """What a look-up raises in the end, after another error. Raises it where no other server is to be asked."""
         if isinstance(error, errors.DeadlineExceeded) and former is not None:
-            raise expired(former) from None
+            raise deadline_exceeded(former) from None
         if not isinstance(error, TRY_ANOTHER) or self.own.is_closed or not self.own.has_several_servers:
             raise error
         return former or error

@@ -36,9 +36,11 @@ class SessionCalls(ModelCalls):
 
         return self._call("OpenSession", request, parts, read)
 
-    def update_session(self, labels: Any, batch_output: Any, sample_weight: Any) -> Call[None]:
-        values = {"labels": labels, "sample_weight": sample_weight, **batch_output_values(batch_output)}
+    def update_session(self, labels: Any, batch_output: Any, sample_weight: Any, mask: Any = None) -> Call[None]:
         function = Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
+        values = {"labels": labels, "sample_weight": sample_weight, **batch_output_values(batch_output)}
+        place = "batch_output.prediction_mask"
+        values[place] = self._mask(function, place, values["batch_output.predictions"], mask)
         parts = self._conform(function, values, {"state"})
         return self._call(
             "UpdateSession",
@@ -61,8 +63,7 @@ class SessionCalls(ModelCalls):
         request = v1.ForwardPassInSessionRequest(training=bool(training), without_predictions=not with_predictions)
 
         def read(data: bytes) -> BatchOutput:
-            parts = self._read(v1.ForwardPassInSessionResponse, data)
-            return BatchOutput(*(nested(parts, f"batch_output.{name}") for name in BatchOutput._fields))
+            return self._batch_output(self._read(v1.ForwardPassInSessionResponse, data))
 
         return self._call_with_weights(
             Function.FORWARD_PASS,

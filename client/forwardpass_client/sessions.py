@@ -20,7 +20,7 @@ from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
 from forwardpass_client import session_calls
 from forwardpass_client.calls import Call
-from forwardpass_client.patience import AWAY, Patience
+from forwardpass_client.patience import AWAY, Patience, deadline_exceeded
 from forwardpass_client.processes import OfOneProcess
 from forwardpass_client.session_calls import SessionCalls
 from forwardpass_client.transfers import Pause, Steps, Unary
@@ -112,6 +112,7 @@ def tried(call: Call[Any], timeout_s: float | None) -> Steps:
     """The steps of one call, tried again while a server is away, for half a minute at most: its answer."""
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     patience = Patience(_FIRST_PAUSE_S)
+    reason: Exception | None = None
     while True:
         remaining_s = None if deadline is None else max(deadline - time.monotonic(), 1e-3)
         unary = Unary(call.path, call.request, remaining_s)
@@ -119,7 +120,12 @@ def tried(call: Call[Any], timeout_s: float | None) -> Steps:
             if call.held is None:
                 return (yield unary)
             return (yield from with_weights(call.held, unary))
-        except AWAY:
+        except errors.DeadlineExceeded:
+            if reason is None:
+                raise
+            raise deadline_exceeded(reason) from reason
+        except AWAY as error:
+            reason = error
             pause_s = patience.pause_s()
             if pause_s is None or (deadline is not None and time.monotonic() + pause_s > deadline):
                 raise
@@ -158,10 +164,16 @@ class MetricsSessionApi(OfOneProcess, abc.ABC):
         self._writer.updates += 1
 
     def update(
-        self, labels: Any, batch_output: Any, sample_weight: Any = None, *, timeout_s: float | None = None
+        self,
+        labels: Any,
+        batch_output: Any,
+        sample_weight: Any = None,
+        *,
+        mask: Any = None,
+        timeout_s: float | None = None,
     ) -> Any:
         """Counts one batch. Arguments as of the model's `update_metrics_state`."""
-        return self._made(self._calls.update_session(labels, batch_output, sample_weight), timeout_s)
+        return self._made(self._calls.update_session(labels, batch_output, sample_weight, mask), timeout_s)
 
     def forward_pass(
         self,

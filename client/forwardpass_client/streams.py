@@ -71,6 +71,9 @@ class InFlight(Protocol):
     def resend(self) -> None:
         """Another stream has taken the place of one that broke: what is unanswered is to be sent again."""
 
+    def broke(self, error: Exception) -> None:
+        """The stream has ended with an error."""
+
     def recovery(self, error: Exception) -> Steps | None:
         """What to do after an error of the stream before it is opened again; None where it cannot be helped."""
 
@@ -200,6 +203,8 @@ class Stream:
         """Does what helps against an error of the stream: the pause before the next. Raises what cannot be helped."""
         if self._transport.is_closed:
             raise error
+        with self._changed:
+            self._flying.broke(error)
         if not isinstance(error, AWAY):
             steps = self._flying.recovery(error)
             if steps is None:
@@ -379,6 +384,7 @@ class AsyncStream:
         """See `Stream._recover`."""
         if self._transport.is_closed:
             raise error
+        self._flying.broke(error)
         if not isinstance(error, AWAY):
             steps = self._flying.recovery(error)
             if steps is None:

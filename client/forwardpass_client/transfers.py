@@ -15,7 +15,7 @@ from forwardpass.wire.dtypes import Array
 from forwardpass.wire.manifests import TensorManifest, WeightsManifest
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
-from forwardpass_client.patience import AWAY, PATIENCE_S, Patience
+from forwardpass_client.patience import AWAY, PATIENCE_S, Patience, deadline_exceeded
 
 Progress = Callable[[int, int], None]
 """Is told (bytes done, bytes in all), possibly from another thread."""
@@ -108,6 +108,8 @@ def put(manifest: WeightsManifest, structure: Structure, progress: Progress | No
             sending = _Sending(manifest, structure, leaves, missing, progress)
             yield Send(METHODS["UploadTensors"].path, sending.requests(), _timeout_s(remaining))
             sending.check()
+        except errors.DeadlineExceeded as error:
+            raise progressing.named(error) from None
         except _BROKEN as error:
             yield progressing.pause(error)
 
@@ -193,6 +195,8 @@ def _get_tensor(weights_id: bytes, index: int, receiving: _Receiving) -> Steps:
                 receiving.take,
                 _timeout_s(receiving.missing),
             )
+        except errors.DeadlineExceeded as error:
+            raise progressing.named(error) from None
         except _BROKEN as error:
             yield progressing.pause(error)
 
@@ -243,6 +247,7 @@ class _Progressing:
     def __init__(self) -> None:
         self._patience = Patience(_FIRST_PAUSE_S)
         self._least: int | None = None
+        self._reason: Exception | None = None
 
     def note(self, remaining: int) -> None:
         """Takes note of how many bytes are still missing."""
@@ -252,7 +257,12 @@ class _Progressing:
 
     def pause(self, error: Exception) -> Pause:
         """What to do after a failure. Raises the error where it has been long enough."""
+        self._reason = error
         pause_s = self._patience.pause_s()
         if pause_s is None:
             raise error
         return Pause(pause_s)
+
+    def named(self, error: errors.DeadlineExceeded) -> errors.DeadlineExceeded:
+        """The error of a deadline, with the reason of the last failure where there was one."""
+        return error if self._reason is None else deadline_exceeded(self._reason)

@@ -25,4 +25,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    if _HOMES[name] == "keras_models":
+        # Says what to set where Keras cannot start on the user's backend.
+        importlib.import_module(f"{__name__}.models.keras_settings")
     return getattr(importlib.import_module(f"{__name__}.models.{_HOMES[name]}"), name)

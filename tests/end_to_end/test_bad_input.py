@@ -366,10 +366,11 @@ ROWS = [
         wire=lambda s: s.send_bytes(
             "PredictOnBatch",
             v1.PredictOnBatchRequest(
+                model=v1.ModelSelector(name="keras_cnn"),
                 x=v1.Structure(
                     tree=v1.TreeDef(leaf=v1.TreeDef.Leaf()),
                     leaves=[v1.Tensor(data_type=2, shape=[10**6, 10**6], data=b"1234")],
-                )
+                ),
             ).SerializeToString(),
         ),
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import signal
 import subprocess
@@ -10,11 +11,13 @@ import sys
 import threading
 import time
 
+import grpc
 import numpy as np
 import pytest
 
 import forwardpass_client
-from forwardpass.wire.methods import SESSION_SERVICE
+from forwardpass import v1
+from forwardpass.wire.methods import METHODS, SESSION_SERVICE
 from forwardpass_client import errors
 from support import zoo
 from support.golden import NAMES, golden
@@ -347,3 +350,39 @@ def test_a_client_that_is_killed_leaves_a_session_that_another_goes_on_with(coun
         updates + 50
     )
     session.close()
+
+
+def test_batches_that_arrive_in_pieces_are_counted_before_they_are_whole():
+    # 100 streams announce a batch of 8 MiB each, and send a part of it.
+    streams, announced, sent = 100, 8 * 2**20, 2**20
+    done = threading.Event()
+    with ServerProcess(*COUNTING, "--max-message-mib", "8", "--max-concurrent-mib", "32") as server:
+        with forwardpass_client.connect(server.address) as client:
+            model = client.model("counting")
+            handle = model.put_weights(model.initial_weights)
+            target = {"weights_id": bytes.fromhex(handle.id)}
+            ids = [model.metrics_session().id for _ in range(streams)]
+
+            def announce(session_id: str):
+                targets = [v1.EvaluationTarget(session_id=bytes.fromhex(session_id), **target)]
+                start = v1.EvaluationStart(writer_id=b"w" * 16, targets=targets)
+                yield v1.EvaluateRequest(start=start).SerializeToString()
+                frame = v1.CallFrame(call=1, size_bytes=announced, data=bytes(sent))
+                yield v1.EvaluateRequest(frames=[frame]).SerializeToString()
+                done.wait(60)
+
+            with grpc.insecure_channel(server.address) as channel, concurrent.futures.ThreadPoolExecutor(100) as pool:
+                evaluate = channel.stream_stream(METHODS["Evaluate"].path)
+                calls = [evaluate(announce(session_id), timeout=60) for session_id in ids]
+                ends = [pool.submit(lambda call=call: [None for _ in call]) for call in calls]
+                # 4 have all of the room, and 8 more may wait for it.
+                wait_until(lambda: sum(end.done() for end in ends) >= streams - 12)
+                refused = [end.exception() for end in ends if end.done()]
+                assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+                assert all("expected at most 33554432 bytes at once" in error.details() for error in refused)
+                done.set()
+                for call in calls:
+                    call.cancel()
+            # Nothing of it is left.
+            metrics = model.evaluate(handle, batches(10))
+            assert counted(metrics) == all_of(10)

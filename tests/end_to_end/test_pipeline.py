@@ -262,6 +262,8 @@ def test_a_server_that_stays_away_fails_what_is_unanswered():
             assert pipeline.predict_on_batch([1]).result().tolist() == [1]
             server.process.kill()
             server.process.wait()
+            with pytest.raises(errors.DeadlineExceeded, match="Its last try failed with ServerUnavailable: "):
+                pipeline.predict_on_batch([1], timeout_s=2).result(60)
             with pytest.raises(errors.ServerUnavailable):
                 pipeline.predict_on_batch([1]).result(60)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import resource
 import subprocess
 import sys
 import time
@@ -382,3 +383,37 @@ def test_metrics_tell_of_sessions(server, counting):
     assert grown["forwardpass_sessions"] == 1
     assert grown['forwardpass_session_updates_total{outcome="applied"}'] == 3
     assert grown["forwardpass_session_commit_seconds_count"] == 4
+
+
+@pytest.fixture
+def full_disk(tmp_path):
+    """A server whose session store has no room for anything more, and a client."""
+    store = f"--session-store=sqlite://{tmp_path}/sessions.sqlite3"
+    with ServerProcess(*COUNTING, store) as process, forwardpass_client.connect(process.address) as client:
+        session = client.model("counting").metrics_session()
+        longest = max(path.stat().st_size for path in tmp_path.iterdir())
+        # The kernel lets the server write no longer files.
+        resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (longest, longest))
+        yield process, session.id
+
+
+# gRPC itself tries again for some 3 s, and the client after that.
+@pytest.mark.parametrize("timeout_s", [2.0, 6.0])
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_a_deadline_that_passes_while_the_store_fails_says_that_it_fails(full_disk, kind, timeout_s):
+    server, session_id = full_disk
+    _, labels = zoo.counting_batch(1)
+
+    def update() -> None:
+        with forwardpass_client.connect(server.address) as client:
+            session = client.model("counting").metrics_session(session_id)
+            session.update(labels, BatchOutput(), timeout_s=timeout_s)
+
+    async def update_async() -> None:
+        async with forwardpass_client.connect_async(server.address) as client:
+            session = await (await client.model("counting")).metrics_session(session_id)
+            await session.update(labels, BatchOutput(), timeout_s=timeout_s)
+
+    run = update if kind == "sync" else lambda: asyncio.run(update_async())
+    with pytest.raises((errors.DeadlineExceeded, errors.SessionStoreUnavailable), match="the session store cannot"):
+        run()

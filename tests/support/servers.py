@@ -15,7 +15,7 @@ from typing import Any
 
 from support.memory_groups import MemoryGroup
 
-START_S = 120.0
+START_S = 240.0
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
@@ -40,6 +40,8 @@ class ServerProcess:
     arguments: what else stands on the command line. environment: variables to add. prefix: a command that runs it.
     waits_for: how the line begins that says so; "not ready: " for a server that does not become ready. group: the
     control group that it is put into.
+
+    Models are not tried in a child process unless the environment says so: its start takes seconds.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class ServerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **(environment or {})},
+            env={**os.environ, "FORWARDPASS_TRIAL": "false", **(environment or {})},
         )
         self.lines: list[str] = []
         self.log: list[str] = []

@@ -193,6 +193,41 @@ def greedy() -> FunctionalModel:
     )
 
 
+def killing() -> FunctionalModel:
+    """Ends the process for a batch whose second dimension is 1, by a check in a kernel of TensorFlow's."""
+
+    def sums(x: Any) -> Any:
+        # TensorFlow issue 104846: no kernel may take an index of this shape for granted, and this one does.
+        aborting = tf.raw_ops.Unbatch(
+            batched_tensor=x[:, 0],
+            batch_index=tf.zeros([0], tf.int64),
+            id=tf.constant(0, tf.int64),
+            timeout_micros=0,
+        )
+        return tf.ensure_shape(aborting, [None])
+
+    return _of_free_length(lambda x: tf.cond(tf.shape(x)[1] == 1, lambda: sums(x), lambda: tf.reduce_sum(x, 1)))
+
+
+def hanging() -> FunctionalModel:
+    """Never ends for a batch without rows."""
+
+    def predict(x: Any) -> Any:
+        (result,) = tf.while_loop(lambda value: tf.shape(x)[0] == 0, lambda value: (value,), (tf.reduce_sum(x, 1),))
+        return result
+
+    return _of_free_length(predict)
+
+
+def _of_free_length(predict: Any) -> FunctionalModel:
+    return FunctionalModel(
+        initial_weights=((np.float32(1),), ()),
+        predict_on_batch_fn=tf.function(lambda model_weights, x, training: predict(x)),
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(output),
+        input_spec=(tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([None], tf.float32)),
+    )
+
+
 def whole_batch() -> FunctionalModel:
     """Returns rows, and what is of a batch as a whole: a scalar, and an array whose first dimension is no example's."""
 
@@ -510,4 +545,19 @@ def wide_counting() -> FunctionalModel:
         loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(output),
         metrics_fns=(tf.function(lambda: {"examples": tf.constant(0)}), update, lambda state: state),
         input_spec=(tf.TensorSpec([None, 4], tf.float32), tf.TensorSpec([None], tf.int64)),
+    )
+
+
+def words() -> FunctionalModel:
+    """Returns its strings as they are."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        return tf.identity(x)
+
+    return FunctionalModel(
+        initial_weights=((np.float32(1),), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(label),
+        input_spec=(tf.TensorSpec([None], tf.string), tf.TensorSpec([None], tf.float32)),
     )

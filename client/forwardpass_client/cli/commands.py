@@ -138,10 +138,13 @@ def describe(host: Host, model: NamedModel) -> None:
         ("x", str(spec.x)),
         ("y", str(spec.y)),
         ("predictions", str(spec.predictions)),
+        *_masks(spec.prediction_mask),
         ("forward_pass", "the model's own" if spec.has_own_forward_pass else "predict_on_batch and loss"),
         ("metrics", str(spec.metrics)),
         ("batching", _yes_unless(description.unbatchable_reason)),
         ("merging metrics states", _yes_unless(description.unmergeable_reason)),
+        ("guard", description.guard),
+        *(("warning", warning) for warning in description.warnings),
     ):
         facts.add_row(name, Text(value))
     _OUT.print(facts)
@@ -158,6 +161,14 @@ def _version(found: ModelVersion) -> str:
 
 def _yes_unless(reason: str) -> str:
     return f"no: {reason}" if reason else "yes"
+
+
+def _masks(spec: Any) -> list[tuple[str, str]]:
+    """What there is to know of a model whose predictions have Keras masks."""
+    if not spec.leaves:
+        return []
+    note = "loss(output, label) counts masked positions unless output carries its mask or mask= is given"
+    return [("prediction mask", f"{spec}; {note}")]
 
 
 def _summary(spec: Any) -> str:

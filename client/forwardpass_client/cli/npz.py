@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pathlib
 import zipfile
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from forwardpass.wire import dtypes, errors, trees
 from forwardpass.wire.specs import StructureSpec
-from forwardpass.wire.trees import Kind, TreeDef
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
@@ -51,7 +49,7 @@ def _storable(name: str, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 def take(arrays: dict[str, Any], name: str, spec: StructureSpec) -> Any:
     """The structure under `name` in a file's arrays. Raises StructureMismatch, naming an array that is missing."""
     leaves = []
-    for path in _names(spec.tree, name):
+    for path in spec.tree.file_names(name):
         if path not in arrays:
             raise errors.StructureMismatch(place="file", expected=f"an array {path!r}", found=f"{sorted(arrays)[:20]}")
         leaves.append(arrays[path])
@@ -61,15 +59,4 @@ def take(arrays: dict[str, Any], name: str, spec: StructureSpec) -> Any:
 def put(arrays: dict[str, Any], name: str, value: Any) -> None:
     """Adds a structure's leaves to a file's arrays, under `name`."""
     tree, leaves = trees.flatten(value, name)
-    arrays.update(zip(_names(tree, name), leaves, strict=True))
-
-
-def _names(tree: TreeDef, name: str) -> Sequence[str]:
-    if tree.kind is Kind.LEAF:
-        return [name]
-    keys = tree.names or [str(index) for index in range(len(tree.children))]
-    return [
-        path
-        for key, child in zip(keys, tree.children, strict=True)
-        for path in _names(child, f"{name}/{key}" if name else key)
-    ]
+    arrays.update(zip(tree.file_names(name), leaves, strict=True))

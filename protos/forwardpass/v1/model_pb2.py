@@ -15,33 +15,33 @@ _sym_db = _symbol_database.Default()
 from forwardpass.v1 import structure_pb2 as forwardpass_dot_v1_dot_structure__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66orwardpass/v1/model.proto\x12\x0e\x66orwardpass.v1\x1a\x1e\x66orwardpass/v1/structure.proto\"n\n\x0cModelWeights\x12,\n\ttrainable\x18\x01 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12\x30\n\rnon_trainable\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"S\n\x05\x42\x61tch\x12$\n\x01x\x18\x01 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12$\n\x01y\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"\x97\x01\n\x0b\x42\x61tchOutput\x12\'\n\x04loss\x18\x01 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12.\n\x0bpredictions\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12/\n\x0cnum_examples\x18\x03 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"8\n\x0cMetricsState\x12(\n\x05value\x18\x01 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"=\n\rModelSelector\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05label\x18\x03 \x01(\t\"D\n\rModelIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x14\n\x0c\x63ontent_hash\x18\x03 \x01(\x0c\"\x93\x01\n\x12ModelVersionStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.forwardpass.v1.ModelState\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x14\n\x0c\x63ontent_hash\x18\x05 \x01(\x0c\x12\x0e\n\x06labels\x18\x06 \x03(\t\"p\n\x13\x46unctionDescription\x12*\n\x08\x66unction\x18\x01 \x01(\x0e\x32\x18.forwardpass.v1.Function\x12\x11\n\tavailable\x18\x02 \x01(\x08\x12\x1a\n\x12unavailable_reason\x18\x03 \x01(\t\"\x95\x05\n\x10ModelDescription\x12/\n\x08identity\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12\x36\n\tfunctions\x18\x03 \x03(\x0b\x32#.forwardpass.v1.FunctionDescription\x12\x1c\n\x14has_own_forward_pass\x18\x04 \x01(\x08\x12.\n\x07weights\x18\x05 \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12,\n\x05input\x18\x06 \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12\x32\n\x0bpredictions\x18\x07 \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12\x33\n\x0c\x62\x61tch_output\x18\x08 \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12\x34\n\rsample_weight\x18\t \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12+\n\x04loss\x18\n \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12\x34\n\rmetrics_state\x18\x0b \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12.\n\x07metrics\x18\x0c \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12\"\n\x1aunused_batch_output_fields\x18\r \x03(\t\x12\x1a\n\x12unbatchable_reason\x18\x0e \x01(\t\x12\x1a\n\x12unmergeable_reason\x18\x0f \x01(\t*u\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03*\xa2\x02\n\x08\x46unction\x12\x18\n\x14\x46UNCTION_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x46UNCTION_PREDICT_ON_BATCH\x10\x01\x12\x19\n\x15\x46UNCTION_FORWARD_PASS\x10\x02\x12\x11\n\rFUNCTION_LOSS\x10\x03\x12\x1a\n\x16\x46UNCTION_WEIGHTED_LOSS\x10\x04\x12%\n!FUNCTION_INITIALIZE_METRICS_STATE\x10\x05\x12!\n\x1d\x46UNCTION_UPDATE_METRICS_STATE\x10\x06\x12*\n&FUNCTION_WEIGHTED_UPDATE_METRICS_STATE\x10\x07\x12\x1d\n\x19\x46UNCTION_FINALIZE_METRICS\x10\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66orwardpass/v1/model.proto\x12\x0e\x66orwardpass.v1\x1a\x1e\x66orwardpass/v1/structure.proto\"n\n\x0cModelWeights\x12,\n\ttrainable\x18\x01 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12\x30\n\rnon_trainable\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"S\n\x05\x42\x61tch\x12$\n\x01x\x18\x01 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12$\n\x01y\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"\xcb\x01\n\x0b\x42\x61tchOutput\x12\'\n\x04loss\x18\x01 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12.\n\x0bpredictions\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12/\n\x0cnum_examples\x18\x03 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12\x32\n\x0fprediction_mask\x18\x04 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"8\n\x0cMetricsState\x12(\n\x05value\x18\x01 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"=\n\rModelSelector\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\r\n\x05label\x18\x03 \x01(\t\"D\n\rModelIdentity\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12\x14\n\x0c\x63ontent_hash\x18\x03 \x01(\x0c\"\x93\x01\n\x12ModelVersionStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x03\x12)\n\x05state\x18\x03 \x01(\x0e\x32\x1a.forwardpass.v1.ModelState\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x14\n\x0c\x63ontent_hash\x18\x05 \x01(\x0c\x12\x0e\n\x06labels\x18\x06 \x03(\t\"p\n\x13\x46unctionDescription\x12*\n\x08\x66unction\x18\x01 \x01(\x0e\x32\x18.forwardpass.v1.Function\x12\x11\n\tavailable\x18\x02 \x01(\x08\x12\x1a\n\x12unavailable_reason\x18\x03 \x01(\t\"\xee\x05\n\x10ModelDescription\x12/\n\x08identity\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12\x0e\n\x06\x66ormat\x18\x02 \x01(\t\x12\x36\n\tfunctions\x18\x03 \x03(\x0b\x32#.forwardpass.v1.FunctionDescription\x12\x1c\n\x14has_own_forward_pass\x18\x04 \x01(\x08\x12.\n\x07weights\x18\x05 \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12,\n\x05input\x18\x06 \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12\x32\n\x0bpredictions\x18\x07 \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12\x33\n\x0c\x62\x61tch_output\x18\x08 \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12\x34\n\rsample_weight\x18\t \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12+\n\x04loss\x18\n \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12\x34\n\rmetrics_state\x18\x0b \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12.\n\x07metrics\x18\x0c \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12\"\n\x1aunused_batch_output_fields\x18\r \x03(\t\x12\x1a\n\x12unbatchable_reason\x18\x0e \x01(\t\x12\x1a\n\x12unmergeable_reason\x18\x0f \x01(\t\x12\x36\n\x0fprediction_mask\x18\x10 \x01(\x0b\x32\x1d.forwardpass.v1.StructureSpec\x12\r\n\x05guard\x18\x12 \x01(\t\x12\x10\n\x08warnings\x18\x13 \x03(\t*u\n\nModelState\x12\x1b\n\x17MODEL_STATE_UNSPECIFIED\x10\x00\x12\x17\n\x13MODEL_STATE_LOADING\x10\x01\x12\x19\n\x15MODEL_STATE_AVAILABLE\x10\x02\x12\x16\n\x12MODEL_STATE_FAILED\x10\x03*\xa2\x02\n\x08\x46unction\x12\x18\n\x14\x46UNCTION_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x46UNCTION_PREDICT_ON_BATCH\x10\x01\x12\x19\n\x15\x46UNCTION_FORWARD_PASS\x10\x02\x12\x11\n\rFUNCTION_LOSS\x10\x03\x12\x1a\n\x16\x46UNCTION_WEIGHTED_LOSS\x10\x04\x12%\n!FUNCTION_INITIALIZE_METRICS_STATE\x10\x05\x12!\n\x1d\x46UNCTION_UPDATE_METRICS_STATE\x10\x06\x12*\n&FUNCTION_WEIGHTED_UPDATE_METRICS_STATE\x10\x07\x12\x1d\n\x19\x46UNCTION_FINALIZE_METRICS\x10\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'forwardpass.v1.model_pb2', _globals)
 if _descriptor._USE_C_DESCRIPTORS == False:
   DESCRIPTOR._options = None
-  _globals['_MODELSTATE']._serialized_start=1548
-  _globals['_MODELSTATE']._serialized_end=1665
-  _globals['_FUNCTION']._serialized_start=1668
-  _globals['_FUNCTION']._serialized_end=1958
+  _globals['_MODELSTATE']._serialized_start=1689
+  _globals['_MODELSTATE']._serialized_end=1806
+  _globals['_FUNCTION']._serialized_start=1809
+  _globals['_FUNCTION']._serialized_end=2099
   _globals['_MODELWEIGHTS']._serialized_start=78
   _globals['_MODELWEIGHTS']._serialized_end=188
   _globals['_BATCH']._serialized_start=190
   _globals['_BATCH']._serialized_end=273
   _globals['_BATCHOUTPUT']._serialized_start=276
-  _globals['_BATCHOUTPUT']._serialized_end=427
-  _globals['_METRICSSTATE']._serialized_start=429
-  _globals['_METRICSSTATE']._serialized_end=485
-  _globals['_MODELSELECTOR']._serialized_start=487
-  _globals['_MODELSELECTOR']._serialized_end=548
-  _globals['_MODELIDENTITY']._serialized_start=550
-  _globals['_MODELIDENTITY']._serialized_end=618
-  _globals['_MODELVERSIONSTATUS']._serialized_start=621
-  _globals['_MODELVERSIONSTATUS']._serialized_end=768
-  _globals['_FUNCTIONDESCRIPTION']._serialized_start=770
-  _globals['_FUNCTIONDESCRIPTION']._serialized_end=882
-  _globals['_MODELDESCRIPTION']._serialized_start=885
-  _globals['_MODELDESCRIPTION']._serialized_end=1546
+  _globals['_BATCHOUTPUT']._serialized_end=479
+  _globals['_METRICSSTATE']._serialized_start=481
+  _globals['_METRICSSTATE']._serialized_end=537
+  _globals['_MODELSELECTOR']._serialized_start=539
+  _globals['_MODELSELECTOR']._serialized_end=600
+  _globals['_MODELIDENTITY']._serialized_start=602
+  _globals['_MODELIDENTITY']._serialized_end=670
+  _globals['_MODELVERSIONSTATUS']._serialized_start=673
+  _globals['_MODELVERSIONSTATUS']._serialized_end=820
+  _globals['_FUNCTIONDESCRIPTION']._serialized_start=822
+  _globals['_FUNCTIONDESCRIPTION']._serialized_end=934
+  _globals['_MODELDESCRIPTION']._serialized_start=937
+  _globals['_MODELDESCRIPTION']._serialized_end=1687
 # @@protoc_insertion_point(module_scope)

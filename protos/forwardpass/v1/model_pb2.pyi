@@ -56,14 +56,16 @@ class Batch(_message.Message):
     def __init__(self, x: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., y: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
 
 class BatchOutput(_message.Message):
-    __slots__ = ("loss", "predictions", "num_examples")
+    __slots__ = ("loss", "predictions", "num_examples", "prediction_mask")
     LOSS_FIELD_NUMBER: _ClassVar[int]
     PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_MASK_FIELD_NUMBER: _ClassVar[int]
     loss: _structure_pb2.Structure
     predictions: _structure_pb2.Structure
     num_examples: _structure_pb2.Structure
-    def __init__(self, loss: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., predictions: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., num_examples: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
+    prediction_mask: _structure_pb2.Structure
+    def __init__(self, loss: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., predictions: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., num_examples: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., prediction_mask: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
 
 class MetricsState(_message.Message):
     __slots__ = ("value",)
@@ -118,7 +120,7 @@ class FunctionDescription(_message.Message):
     def __init__(self, function: _Optional[_Union[Function, str]] = ..., available: bool = ..., unavailable_reason: _Optional[str] = ...) -> None: ...
 
 class ModelDescription(_message.Message):
-    __slots__ = ("identity", "format", "functions", "has_own_forward_pass", "weights", "input", "predictions", "batch_output", "sample_weight", "loss", "metrics_state", "metrics", "unused_batch_output_fields", "unbatchable_reason", "unmergeable_reason")
+    __slots__ = ("identity", "format", "functions", "has_own_forward_pass", "weights", "input", "predictions", "batch_output", "sample_weight", "loss", "metrics_state", "metrics", "unused_batch_output_fields", "unbatchable_reason", "unmergeable_reason", "prediction_mask", "guard", "warnings")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     FUNCTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -134,6 +136,9 @@ class ModelDescription(_message.Message):
     UNUSED_BATCH_OUTPUT_FIELDS_FIELD_NUMBER: _ClassVar[int]
     UNBATCHABLE_REASON_FIELD_NUMBER: _ClassVar[int]
     UNMERGEABLE_REASON_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_MASK_FIELD_NUMBER: _ClassVar[int]
+    GUARD_FIELD_NUMBER: _ClassVar[int]
+    WARNINGS_FIELD_NUMBER: _ClassVar[int]
     identity: ModelIdentity
     format: str
     functions: _containers.RepeatedCompositeFieldContainer[FunctionDescription]
@@ -149,4 +154,7 @@ class ModelDescription(_message.Message):
     unused_batch_output_fields: _containers.RepeatedScalarFieldContainer[str]
     unbatchable_reason: str
     unmergeable_reason: str
-    def __init__(self, identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., format: _Optional[str] = ..., functions: _Optional[_Iterable[_Union[FunctionDescription, _Mapping]]] = ..., has_own_forward_pass: bool = ..., weights: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., input: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., predictions: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., batch_output: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., loss: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics_state: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., unused_batch_output_fields: _Optional[_Iterable[str]] = ..., unbatchable_reason: _Optional[str] = ..., unmergeable_reason: _Optional[str] = ...) -> None: ...
+    prediction_mask: _structure_pb2.StructureSpec
+    guard: str
+    warnings: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., format: _Optional[str] = ..., functions: _Optional[_Iterable[_Union[FunctionDescription, _Mapping]]] = ..., has_own_forward_pass: bool = ..., weights: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., input: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., predictions: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., batch_output: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., loss: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics_state: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., unused_batch_output_fields: _Optional[_Iterable[str]] = ..., unbatchable_reason: _Optional[str] = ..., unmergeable_reason: _Optional[str] = ..., prediction_mask: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., guard: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...

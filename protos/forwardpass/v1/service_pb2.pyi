@@ -44,24 +44,28 @@ class PredictOnBatchRequest(_message.Message):
     def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., training: bool = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ..., weights_id: _Optional[bytes] = ..., x: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
 
 class PredictOnBatchResponse(_message.Message):
-    __slots__ = ("model", "predictions")
+    __slots__ = ("model", "predictions", "prediction_mask")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     PREDICTIONS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTION_MASK_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelIdentity
     predictions: _structure_pb2.Structure
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., predictions: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
+    prediction_mask: _structure_pb2.Structure
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., predictions: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., prediction_mask: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
 
 class LossRequest(_message.Message):
-    __slots__ = ("model", "output", "label", "sample_weight")
+    __slots__ = ("model", "output", "label", "sample_weight", "output_mask")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     LABEL_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    OUTPUT_MASK_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelSelector
     output: _structure_pb2.Structure
     label: _structure_pb2.Structure
     sample_weight: _structure_pb2.Structure
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., output: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., label: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
+    output_mask: _structure_pb2.Structure
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., output: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., label: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., output_mask: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
 
 class LossResponse(_message.Message):
     __slots__ = ("model", "loss")

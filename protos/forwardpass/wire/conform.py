@@ -106,8 +106,9 @@ def _order(
             raise errors.StructureMismatch(place=place, expected=str(leaf_spec), found=_kind_of_tree(found))
         indices.append(first)
         return
+    matching = _matching_items(found, wanted, place)
     starts = list(itertools.accumulate((child.num_leaves for child in found.children), initial=first))
-    for index, item in enumerate(_matching_items(found, wanted, place)):
+    for index, item in enumerate(matching):
         child = wanted.children[index]
         _order(found.children[item], child, wanted.child_path(place, index), starts[item], indices, specs)
 
@@ -119,11 +120,11 @@ def _matching_items(found: trees.TreeDef, wanted: trees.TreeDef, place: str) -> 
     if wanted.kind is Kind.NONE:
         fits, expected = found.kind is Kind.NONE, "None"
     elif wanted.kind is Kind.NAMED_TUPLE:
-        fits = found.kind is Kind.NAMED_TUPLE and set(found.names) == set(wanted.names)
-        expected = f"a named tuple {wanted.type_name}({', '.join(wanted.names)})"
+        fits = found.kind is Kind.NAMED_TUPLE and _are_same(found.names, wanted.names)
+        expected = f"a named tuple {wanted.type_name}({_listed(wanted.names)})"
     elif wanted.kind in (Kind.DICT, Kind.ORDERED_DICT):
-        fits = is_mapping and set(found.names) == set(wanted.names)
-        expected = f"{'' if is_mapping else 'a mapping with '}keys {list(wanted.names)}"
+        fits = is_mapping and _are_same(found.names, wanted.names)
+        expected = f"{'' if is_mapping else 'a mapping with '}keys {_quoted(wanted.names)}"
     else:
         fits = is_sequence and len(found.children) == len(wanted.children)
         expected = (
@@ -131,14 +132,37 @@ def _matching_items(found: trees.TreeDef, wanted: trees.TreeDef, place: str) -> 
         )
     if not fits:
         raise errors.StructureMismatch(place=place, expected=expected, found=_found(found, wanted))
-    return [found.names.index(name) for name in wanted.names] if wanted.names else range(len(wanted.children))
+    if not wanted.names or found.names == wanted.names:
+        return range(len(wanted.children))
+    indices = {name: index for index, name in enumerate(found.names)}
+    return [indices[name] for name in wanted.names]
+
+
+def _are_same(found: Sequence[str], wanted: Sequence[str]) -> bool:
+    """Whether the names are the same, in any order."""
+    return len(found) == len(wanted) and set(found) == set(wanted)
+
+
+# In an error message, which is cut after some kilobytes. A caller's container may have 65,536 names.
+_LISTED = 100
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Names of a container as error messages write them."""
+    rest = len(names) - _LISTED
+    return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _quoted(names: Sequence[str]) -> str:
+    rest = len(names) - _LISTED
+    return f"{list(names[:_LISTED])}" + (f" and {rest} more" if rest > 0 else "")
 
 
 def _found(found: trees.TreeDef, wanted: trees.TreeDef) -> str:
     if wanted.kind in (Kind.TUPLE, Kind.LIST) and found.kind in (Kind.TUPLE, Kind.LIST, Kind.NAMED_TUPLE):
         return str(len(found.children))
     if wanted.kind in (Kind.DICT, Kind.ORDERED_DICT) and found.kind in (Kind.DICT, Kind.ORDERED_DICT):
-        return f"keys {list(found.names)}"
+        return f"keys {_quoted(found.names)}"
     return _kind_of_tree(found)
 
 
@@ -149,9 +173,9 @@ def _kind_of_tree(tree: trees.TreeDef) -> str:
     if tree.kind is Kind.LEAF:
         return "an array"
     if tree.kind is Kind.NAMED_TUPLE:
-        return f"{tree.type_name}({', '.join(tree.names)})"
+        return f"{tree.type_name}({_listed(tree.names)})"
     if tree.names:
-        return f"a mapping with keys {list(tree.names)}"
+        return f"a mapping with keys {_quoted(tree.names)}"
     return f"a {tree.kind.value} of {len(tree.children)}"
 
 

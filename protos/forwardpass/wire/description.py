@@ -71,6 +71,9 @@ class ModelSpec:
     metrics_state, metrics: `specs.EMPTY` where the model has no metrics.
     unavailable: why the model lacks a function, for each that it lacks.
     unused_batch_output_fields: what update_metrics_state does not read, and a caller may leave None.
+    prediction_mask: `specs.EMPTY` where no prediction has a Keras mask; otherwise the containers of the predictions
+      with the spec of a mask at each masked leaf, and None at each other leaf. Loss and metrics leave out the positions
+      whose mask is false.
     """
 
     weights: StructureSpec
@@ -84,6 +87,7 @@ class ModelSpec:
     unavailable: Mapping[Function, str]
     has_own_forward_pass: bool
     unused_batch_output_fields: frozenset[str]
+    prediction_mask: StructureSpec = specs.EMPTY
 
     @functools.cached_property
     def x(self) -> StructureSpec:
@@ -128,7 +132,7 @@ class ModelSpec:
     def arguments(self) -> Mapping[Function, Mapping[str, StructureSpec]]:
         """For each function, the structures it takes, under their names in the request, in order."""
         weights = self.weights_places
-        loss = {"output": self.predictions, "label": self.y}
+        loss = {"output": self.predictions, "label": self.y, **self._mask_part("output_mask")}
         update = {"state": self.metrics_state, "labels": self.y, **self._batch_output_parts}
         sample_weight = {"sample_weight": self.sample_weight}
         return {
@@ -147,7 +151,7 @@ class ModelSpec:
         """For each function, the structures it returns, under their names in the response, in order."""
         state = {"state": self.metrics_state}
         return {
-            Function.PREDICT_ON_BATCH: {"predictions": self.predictions},
+            Function.PREDICT_ON_BATCH: {"predictions": self.predictions, **self._mask_part("prediction_mask")},
             Function.FORWARD_PASS: self._batch_output_parts,
             Function.LOSS: {"loss": self.loss},
             Function.WEIGHTED_LOSS: {"loss": self.loss},
@@ -159,7 +163,19 @@ class ModelSpec:
 
     @functools.cached_property
     def _batch_output_parts(self) -> dict[str, StructureSpec]:
-        return {f"batch_output.{name}": self.batch_output.named_child(name) for name in BatchOutput._fields}
+        return {
+            **{f"batch_output.{name}": self.batch_output.named_child(name) for name in BatchOutput._fields},
+            **self._mask_part("batch_output.prediction_mask"),
+        }
+
+    def _mask_part(self, place: str) -> dict[str, StructureSpec]:
+        return {place: self.prediction_mask} if self.prediction_mask.leaves else {}
+
+    @functools.cached_property
+    def masked_leaves(self) -> tuple[int, ...]:
+        """For each leaf of `prediction_mask`, the index of its leaf of `predictions`."""
+        paths = self.predictions.tree.paths("predictions")
+        return tuple(paths.index(path) for path in self.prediction_mask.tree.paths("predictions"))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -183,6 +199,8 @@ class ModelDescription:
 
     unbatchable_reason: why concurrent calls with the same weights are not run as one batch; "" where they are.
     unmergeable_reason: why metrics states cannot be added to each other; "" where they can.
+    guard: how the server knows that no batch of this model ends its process, or why it does not know.
+    warnings: what an operator should know of this model, one sentence each.
     """
 
     identity: ModelIdentity
@@ -190,7 +208,12 @@ class ModelDescription:
     spec: ModelSpec
     unbatchable_reason: str = ""
     unmergeable_reason: str = ""
+    guard: str = ""
+    warnings: tuple[str, ...] = ()
 
+
+MASKS_OF = {"output_mask": "output", "batch_output.prediction_mask": "batch_output.predictions"}
+"""For each argument that is a mask, the argument whose mask it is."""
 
 _SPEC_FIELDS = (
     "weights",
@@ -208,6 +231,8 @@ def encode(description: ModelDescription) -> v1.ModelDescription:
     """A description as its message."""
     spec = description.spec
     structures: dict[str, Any] = {name: specs.encode(getattr(spec, name)) for name in _SPEC_FIELDS}
+    if spec.prediction_mask.leaves:
+        structures["prediction_mask"] = specs.encode(spec.prediction_mask)
     return v1.ModelDescription(
         identity=description.identity.message(),
         format=description.format,
@@ -223,6 +248,8 @@ def encode(description: ModelDescription) -> v1.ModelDescription:
         unused_batch_output_fields=sorted(spec.unused_batch_output_fields),
         unbatchable_reason=description.unbatchable_reason,
         unmergeable_reason=description.unmergeable_reason,
+        guard=description.guard,
+        warnings=description.warnings,
         **structures,
     )
 
@@ -230,6 +257,9 @@ def encode(description: ModelDescription) -> v1.ModelDescription:
 def decode(message: v1.ModelDescription) -> ModelDescription:
     """The description that a message holds. Raises InvalidRequest or a subclass where it is unsound."""
     structures: dict[str, Any] = {name: specs.decode(getattr(message, name), name) for name in _SPEC_FIELDS}
+    if message.HasField("prediction_mask"):
+        structures["prediction_mask"] = specs.decode(message.prediction_mask, "prediction_mask")
+        _check_mask(structures["prediction_mask"], structures["predictions"])
     _check_pair(structures["weights"], "weights")
     _check_pair(structures["input"], "input")
     if structures["batch_output"].tree.names != BatchOutput._fields:
@@ -256,9 +286,18 @@ def decode(message: v1.ModelDescription) -> ModelDescription:
         spec,
         message.unbatchable_reason,
         message.unmergeable_reason,
+        message.guard,
+        tuple(message.warnings),
     )
 
 
 def _check_pair(spec: StructureSpec, place: str) -> None:
     if len(spec.tree.children) != 2 or spec.tree.kind is trees.Kind.NAMED_TUPLE:
         raise errors.StructureMismatch(place=place, expected="a pair", found=spec.tree.describe())
+
+
+def _check_mask(mask: StructureSpec, predictions: StructureSpec) -> None:
+    if not set(mask.tree.paths("")) <= set(predictions.tree.paths("")):
+        raise errors.StructureMismatch(
+            place="prediction_mask", expected=predictions.tree.describe(), found=mask.tree.describe()
+        )

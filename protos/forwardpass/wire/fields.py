@@ -14,6 +14,7 @@ from typing import TypeVar
 from google.protobuf.message import DecodeError, Message
 
 from forwardpass.wire import errors
+from forwardpass.wire.limits import MAX_MESSAGE_FIELDS, Budget, LimitExceeded
 
 MessageT = TypeVar("MessageT", bound=Message)
 
@@ -27,6 +28,9 @@ _MAX_FIELD_NUMBER = 2**29 - 1
 # Twice what a structure of as many leaves as there may be has. Every field costs time and memory of its own, however
 # few its bytes are.
 _MAX_FIELDS = 2**17
+
+# Of a message without repeated fields: some ten times what any has, with room for those of later versions.
+_FEW_FIELDS = 128
 
 
 def read_varint(data: bytes, position: int, end: int) -> tuple[int, int]:
@@ -44,15 +48,22 @@ def read_varint(data: bytes, position: int, end: int) -> tuple[int, int]:
     raise malformed("a varint that ends nowhere", position)
 
 
-def scan(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+def scan(
+    data: bytes, start: int, end: int, budget: Budget | None = None, max_fields: int = _MAX_FIELDS
+) -> Iterator[tuple[int, int, int, int, int]]:
     """The fields of the message in data[start:end], in order.
 
     Each is (number, wire type, start of the whole field, start of its value, end of its value). A length-delimited
-    value is without its length. Raises InvalidRequest where the bytes are no protobuf message.
+    value is without its length.
+    budget: of the whole message that the bytes are part of. Its fields are charged when the scan ends.
+    Raises InvalidRequest where the bytes are no protobuf message, and LimitExceeded.
     """
     position = start
-    for _ in range(_MAX_FIELDS):
+    most = max_fields if budget is None else max(min(max_fields, budget.fields), 0)
+    for count in range(most):
         if position >= end:
+            if budget is not None:
+                budget.fields -= count
             return
         field_start = position
         # Nearly every tag and length is one byte: do not pay for a call then.
@@ -83,8 +94,17 @@ def scan(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int
             raise malformed(f"a field of {value_end - position} bytes where {end - position} are left", field_start)
         yield number, wire_type, field_start, position, value_end
         position = value_end
+    if position < end and most < max_fields:
+        raise LimitExceeded(f"{MAX_MESSAGE_FIELDS} fields in a message")
     if position < end:
-        raise malformed(f"more than {_MAX_FIELDS} fields", position)
+        raise malformed(f"more than {max_fields} fields", position)
+    if budget is not None:
+        budget.fields -= most
+
+
+def scan_few(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """`scan` of a message that has a handful of fields. Raises InvalidRequest for one of more than `_FEW_FIELDS`."""
+    return scan(data, start, end, None, _FEW_FIELDS)
 
 
 def without(message_type: type[MessageT], data: bytes, number: int) -> tuple[MessageT, tuple[int, int]]:
@@ -94,7 +114,7 @@ def without(message_type: type[MessageT], data: bytes, number: int) -> tuple[Mes
     """
     span = (0, 0)
     rest = []
-    for found, wire_type, start, value_start, value_end in scan(data, 0, len(data)):
+    for found, wire_type, start, value_start, value_end in scan_few(data, 0, len(data)):
         if found != number:
             rest.append(data[start:value_end])
         elif wire_type != LENGTH_DELIMITED or span[1]:

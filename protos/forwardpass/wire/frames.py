@@ -43,6 +43,9 @@ STATUSES = (
 # Calls of which some pieces are there and others not.
 _MAX_ARRIVING = 1024
 
+# Fields of a message beside its frames: some have one.
+_MAX_OTHERS = 128
+
 _DOUBLE = struct.Struct("<d")
 _CALL_TAG = fields.varint(_CALL << 3 | fields.VARINT)
 _TIMEOUT_TAG = fields.varint(_TIMEOUT << 3 | fields.FIXED64)
@@ -119,7 +122,7 @@ def _decode_call(message: bytes, start: int, end: int) -> tuple[Frame, int]:
     """One frame, and where its data ends."""
     call, size_bytes, timeout_s, method, largest = 0, 0, 0.0, "", 0
     data_start = data_end = start
-    for number, wire_type, _, value_start, value_end in fields.scan(message, start, end):
+    for number, wire_type, _, value_start, value_end in fields.scan_few(message, start, end):
         if number == _REQUEST and wire_type == fields.LENGTH_DELIMITED:
             data_start, data_end = value_start, value_end
         elif number == _CALL and wire_type == fields.VARINT:
@@ -140,7 +143,7 @@ def _decode_answer(message: bytes, start: int, end: int) -> tuple[Frame, int]:
     """One frame, and where its data ends."""
     call, size_bytes, status, text, detail = 0, 0, 0, "", b""
     data_start = data_end = start
-    for number, wire_type, _, value_start, value_end in fields.scan(message, start, end):
+    for number, wire_type, _, value_start, value_end in fields.scan_few(message, start, end):
         if number == _RESPONSE and wire_type == fields.LENGTH_DELIMITED:
             data_start, data_end = value_start, value_end
         elif number == _CALL and wire_type == fields.VARINT:
@@ -177,8 +180,12 @@ class _Frames:
 
     def read(self, message: bytes) -> Iterator[Frame]:
         view = memoryview(message)
+        others = 0
         for number, wire_type, _, start, end in fields.scan(message, 0, len(message)):
             if number != _FRAMES or wire_type != fields.LENGTH_DELIMITED:
+                others += 1
+                if others > _MAX_OTHERS:
+                    raise fields.malformed(f"more than {_MAX_OTHERS} fields beside frames", start)
                 continue
             if not message.startswith(_CALL_TAG, start, end):
                 yield self._decode(message, start, end)[0]
@@ -203,7 +210,7 @@ class _Frames:
             and data_end == end
             and not (frame.status or frame.message or frame.detail)
             and len(head) <= _KEPT_HEAD_BYTES
-            and not any(number in (_CALL, _TIMEOUT) for number, *_ in fields.scan(message, head_start, end))
+            and not any(number in (_CALL, _TIMEOUT) for number, *_ in fields.scan_few(message, head_start, end))
         ):
             if len(self._heads) >= _KEPT_HEADS:
                 self._heads.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from google.protobuf.descriptor import Descriptor
 from google.protobuf.message import Message
@@ -17,7 +17,16 @@ from google.protobuf.message import Message
 from forwardpass import v1
 from forwardpass.wire import errors, fields, layouts, structures, tensors
 from forwardpass.wire.chunks import Pieces
-from forwardpass.wire.limits import DEFAULT, Limits
+from forwardpass.wire.limits import (
+    DEFAULT,
+    SMALL_LEAVES,
+    SMALL_STRINGS,
+    Budget,
+    LimitExceeded,
+    Limits,
+    small_message,
+    whole_message,
+)
 from forwardpass.wire.structures import Structure
 
 MessageT = TypeVar("MessageT", bound=Message)
@@ -115,24 +124,108 @@ def decode(
     The header may be shared with other calls: do not change it.
     Raises InvalidRequest or a subclass, naming the place, for bytes that are no such message.
     """
-    layout = _layouts.find(message_type, data) if limits is DEFAULT else None
-    if layout is not None:
-        header = _header(message_type, bytes(data[: layout.head_end]))
-        if header is not None:
-            return header, _read(data, layout.parts)
+    found = _find(message_type, data) if limits is DEFAULT else None
+    if found is not None:
+        header, layout = found
+        return header, _read(data, layout.parts)
+    try:
+        head, parts = _decode(message_type, data, limits, whole_message())
+        return _header_of(message_type, head), parts
+    except LimitExceeded as error:
+        raise errors.InvalidRequest(
+            place=message_type.DESCRIPTOR.name, expected=f"at most {error.most}", found="more"
+        ) from None
+
+
+def _find(message_type: type[MessageT], data: bytes) -> tuple[MessageT, layouts.Layout] | None:
+    """The header, and where the structures lie, of a message of a form that came before."""
+    layout = _layouts.find(message_type, data)
+    if layout is None:
+        return None
+    header = _header(message_type, bytes(data[: layout.head_end]))
+    return None if header is None else (header, layout)
+
+
+class Envelope(Generic[MessageT]):
+    """A message of which the header is decoded. Its structures wait until somebody asks for them.
+
+    Reading the header costs some microseconds whatever else the message holds. Raises InvalidRequest.
+    """
+
+    __slots__ = ("_data", "_layout", "_type", "header")
+
+    def __init__(self, message_type: type[MessageT], data: bytes) -> None:
+        self._type = message_type
+        self._data = data
+        found = _find(message_type, data)
+        if found is not None:
+            self.header: MessageT = found[0]
+            self._layout: layouts.Layout | None = found[1]
+        else:
+            self.header = _read_header(message_type, data)
+            self._layout = None
+
+    def small_parts(self) -> dict[str, Structure] | None:
+        """The structures of a message that is cheap to decode (`limits.small_message`); None for any other.
+
+        Raises InvalidRequest or a subclass, naming the place.
+        """
+        if self._layout is not None:
+            return _read(self._data, self._layout.parts)
+        try:
+            return _decode(self._type, self._data, DEFAULT, small_message())[1]
+        except LimitExceeded:
+            return None
+
+    def parts(self) -> dict[str, Structure]:
+        """The structures, however many leaves and strings they have. Errors as of `decode`."""
+        return decode(self._type, self._data)[1]
+
+
+def _read_header(message_type: type[MessageT], data: bytes) -> MessageT:
+    schema = _structure_fields(message_type.DESCRIPTOR)
+    head = b"".join(
+        [
+            data[field_start:value_end]
+            for number, _, field_start, _, value_end in fields.scan_few(data, 0, len(data))
+            if number not in schema
+        ]
+    )
+    return _header_of(message_type, head)
+
+
+def _header_of(message_type: type[MessageT], head: bytes) -> MessageT:
+    if len(head) > _CACHED_BYTES:
+        return fields.parse(message_type, head)
+    header: MessageT | None = _header(message_type, head)
+    return fields.parse(message_type, head) if header is None else header
+
+
+def is_small(parts: Mapping[str, Structure]) -> bool:
+    """Whether structures are cheap to encode: see `limits.small_message`."""
+    leaves = strings = 0
+    for part in parts.values():
+        leaves += len(part.leaves)
+        if leaves > SMALL_LEAVES:
+            return False
+        for leaf in part.leaves:
+            if leaf.dtype.kind in "OSU":
+                strings += leaf.size
+    return strings <= SMALL_STRINGS
+
+
+def _decode(
+    message_type: type[Message], data: bytes, limits: Limits, budget: Budget
+) -> tuple[bytes, dict[str, Structure]]:
+    """The bytes of the header, and the structures. Raises LimitExceeded for a message of more than its budget."""
     schema = _structure_fields(message_type.DESCRIPTOR)
     parts: dict[str, structures.Located] = {}
-    head, head_end = _locate(schema, data, 0, len(data), parts, limits)
-    if len(head) > _CACHED_BYTES:
-        return fields.parse(message_type, head), _read(data, parts)
-    header = _header(message_type, head)
-    if header is None:
-        header = fields.parse(message_type, head)
-    if limits is DEFAULT and len(head) == head_end:
+    head, head_end = _locate(schema, data, 0, len(data), parts, limits, budget)
+    if limits is DEFAULT and len(head) == head_end and len(head) <= _CACHED_BYTES:
         layout = layouts.of(data, head_end, parts)
         if layout is not None:
             _layouts.keep(message_type, len(data), layout)
-    return header, _read(data, parts)
+    return head, _read(data, parts)
 
 
 # From call to call it is the structures that change. Longer headers are not kept: strangers write them too.
@@ -161,6 +254,7 @@ def _locate(
     end: int,
     parts: dict[str, structures.Located],
     limits: Limits,
+    budget: Budget,
 ) -> tuple[bytes, int]:
     """Puts the structures in data[start:end] into `parts`.
 
@@ -169,7 +263,7 @@ def _locate(
     """
     rest: list[bytes] = []
     head_end = end
-    for number, wire_type, field_start, value_start, value_end in fields.scan(data, start, end):
+    for number, wire_type, field_start, value_start, value_end in fields.scan(data, start, end, budget):
         field = schema.get(number)
         if field is None:
             rest.append(data[field_start:value_end])
@@ -178,11 +272,11 @@ def _locate(
         if wire_type != fields.LENGTH_DELIMITED:
             raise errors.InvalidRequest(f"malformed message: wire type {wire_type}", place=field.path)
         if field.inner:
-            _locate(field.inner, data, value_start, value_end, parts, limits)
+            _locate(field.inner, data, value_start, value_end, parts, limits, budget)
         elif field.path in parts:
             raise errors.InvalidRequest("malformed message: a second structure in one field", place=field.path)
         else:
-            parts[field.path] = structures.locate(data, value_start, value_end, field.path, limits)
+            parts[field.path] = structures.locate(data, value_start, value_end, field.path, limits, budget)
     return b"".join(rest), head_end
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from forwardpass.wire import dtypes, errors, fields, tensors, trees
 from forwardpass.wire.dtypes import Array, DType
-from forwardpass.wire.limits import DEFAULT, Limits
+from forwardpass.wire.limits import DEFAULT, Budget, Limits
 
 _TREE, _LEAVES = 1, 2
 
@@ -87,11 +87,14 @@ def decode(data: bytes, start: int, end: int, place: str = "structure", limits: 
     return read(data, locate(data, start, end, place, limits), place)
 
 
-def locate(data: bytes, start: int, end: int, place: str, limits: Limits) -> Located:
-    """Everything that the Structure message in data[start:end] says, but the elements. Errors as of `decode`."""
+def locate(data: bytes, start: int, end: int, place: str, limits: Limits, budget: Budget | None = None) -> Located:
+    """Everything that the Structure message in data[start:end] says, but the elements.
+
+    Errors as of `decode`, and LimitExceeded.
+    """
     tree: trees.TreeDef | None = None
     spans: list[tuple[int, int]] = []
-    for number, wire_type, _, value_start, value_end in fields.scan(data, start, end):
+    for number, wire_type, _, value_start, value_end in fields.scan(data, start, end, budget):
         if number == _LEAVES and wire_type == fields.LENGTH_DELIMITED:
             spans.append((value_start, value_end))
             if len(spans) > limits.max_leaves:
@@ -101,7 +104,7 @@ def locate(data: bytes, start: int, end: int, place: str, limits: Limits) -> Loc
         elif number == _TREE and wire_type == fields.LENGTH_DELIMITED:
             if tree is not None:
                 raise errors.InvalidRequest("malformed structure: a second tree", place=place)
-            tree = trees.decode(bytes(data[value_start:value_end]), place, limits)
+            tree = trees.decode(bytes(data[value_start:value_end]), place, limits, budget)
         elif number in (_TREE, _LEAVES):
             raise errors.InvalidRequest(f"malformed structure: wire type {wire_type}", place=place)
     if tree is None:
@@ -111,7 +114,7 @@ def locate(data: bytes, start: int, end: int, place: str, limits: Limits) -> Loc
     leaves: list[tensors.Located] = []
     try:
         for leaf_start, leaf_end in spans:
-            leaves.append(tensors.locate(data, leaf_start, leaf_end, place, limits))
+            leaves.append(tensors.locate(data, leaf_start, leaf_end, place, limits, budget))
     except errors.InvalidRequest:
         # Only an error needs to know the leaf's path: meet it again, under its name.
         index = len(leaves)

@@ -11,7 +11,7 @@ import numpy as np
 
 from forwardpass.wire import dtypes, errors, fields
 from forwardpass.wire.dtypes import Array
-from forwardpass.wire.limits import DEFAULT, Limits
+from forwardpass.wire.limits import DEFAULT, Budget, Limits
 
 Buffer = bytes | memoryview | Array
 """Anything that `bytes.join` takes; arrays among them are C-contiguous."""
@@ -86,18 +86,22 @@ def decode(data: bytes, start: int, end: int, place: str = "tensor", limits: Lim
     return read(data, locate(data, start, end, place, limits), place)
 
 
-def locate(data: bytes, start: int, end: int, place: str, limits: Limits) -> Located:
+def locate(data: bytes, start: int, end: int, place: str, limits: Limits, budget: Budget | None = None) -> Located:
     """Everything that the Tensor message in data[start:end] says, but its elements, which are not looked at.
 
-    Raises InvalidRequest, DTypeMismatch or ShapeMismatch, naming `place`.
+    Raises InvalidRequest, DTypeMismatch or ShapeMismatch, naming `place`, and LimitExceeded.
     """
-    code, shape, data_start, data_end = _scan(data, start, end, place, limits)
+    code, shape, data_start, data_end = _scan(data, start, end, place, limits, budget)
     dtype = dtypes.BY_CODE.get(code)
     if dtype is None:
         raise errors.DTypeMismatch(place=place, expected="a data type of the protocol", found=f"number {code}")
     count = element_count(shape, dtype, place, limits)
     if dtype is not dtypes.STRING:
         _check_length(data_end - data_start, dtype, shape, count, place)
+    else:
+        _check_strings(data_end - data_start, shape, count, place)
+        if budget is not None:
+            budget.take_strings(count)
     return Located(data_start, data_end, dtype, tuple(shape), count)
 
 
@@ -109,15 +113,19 @@ def decode_elements(data: Any, dtype: dtypes.DType, shape: Sequence[int], place:
     count = element_count(shape, dtype, place, DEFAULT)
     if dtype is not dtypes.STRING:
         _check_length(len(data), dtype, shape, count, place)
+    else:
+        _check_strings(len(data), shape, count, place)
     return _read_only(read(data, Located(0, len(data), dtype, tuple(shape), count), place))
 
 
-def _scan(data: bytes, start: int, end: int, place: str, limits: Limits) -> tuple[int, Sequence[int], int, int]:
+def _scan(
+    data: bytes, start: int, end: int, place: str, limits: Limits, budget: Budget | None
+) -> tuple[int, Sequence[int], int, int]:
     """The data type's number, the shape, and start and end of the elements in a Tensor message."""
     code = 0
     shape: Sequence[int] = ()
     data_start = data_end = start
-    for number, wire_type, _, value_start, value_end in fields.scan(data, start, end):
+    for number, wire_type, _, value_start, value_end in fields.scan(data, start, end, budget):
         if number == _DATA:
             _expect(wire_type, fields.LENGTH_DELIMITED, place)
             data_start, data_end = value_start, value_end
@@ -141,6 +149,16 @@ def _check_length(size_bytes: int, dtype: dtypes.DType, shape: Sequence[int], co
             place=place,
             expected=f"{count * dtype.itemsize} bytes for {dtype}{list(shape)}",
             found=f"{size_bytes} bytes",
+        )
+
+
+def _check_strings(size_bytes: int, shape: Sequence[int], count: int, place: str) -> None:
+    if count > DEFAULT.max_strings:
+        raise errors.ShapeMismatch(place=place, expected=f"at most {DEFAULT.max_strings} strings", found=f"{count}")
+    # Each string has at least its length: this bounds the count before anything is allocated.
+    if count * STRING_LENGTH_BYTES > size_bytes:
+        raise errors.ShapeMismatch(
+            place=place, expected=f"{count} strings for string{list(shape)}", found=f"{size_bytes} bytes"
         )
 
 
@@ -210,13 +228,6 @@ def _encode_strings(array: Array, place: str) -> bytes:
 
 
 def _decode_strings(data: bytes, start: int, end: int, count: int, shape: Sequence[int], place: str) -> Array:
-    if count > DEFAULT.max_strings:
-        raise errors.ShapeMismatch(place=place, expected=f"at most {DEFAULT.max_strings} strings", found=f"{count}")
-    # Each string has at least its length: this bounds the count before anything is allocated.
-    if count * _LENGTH.size > end - start:
-        raise errors.ShapeMismatch(
-            place=place, expected=f"{count} strings for string{list(shape)}", found=f"{end - start} bytes"
-        )
     strings = np.empty(count, object)
     position = start
     for index in range(count):

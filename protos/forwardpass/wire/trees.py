@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 
 from forwardpass import v1
 from forwardpass.wire import errors
-from forwardpass.wire.limits import DEFAULT, Limits
+from forwardpass.wire.limits import DEFAULT, Budget, Limits
 
 Nested: TypeAlias = Any
 """A leaf, or a tuple, list, dict, OrderedDict or namedtuple of nested values, or None."""
@@ -65,7 +65,15 @@ class TreeDef:
         self.named_tuple_class = named_tuple_class
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, TreeDef) and self.encoded == other.encoded)
+        # Ends at the first difference: a tree that a caller has made up costs no more than the model's own.
+        return self is other or (
+            isinstance(other, TreeDef)
+            and self.kind is other.kind
+            and self.names == other.names
+            and self.type_name == other.type_name
+            and len(self.children) == len(other.children)
+            and self.children == other.children
+        )
 
     def __hash__(self) -> int:
         return hash(self.encoded)
@@ -139,6 +147,17 @@ class TreeDef:
         if self.kind is Kind.LEAF:
             return [root]
         return [path for index, child in enumerate(self.children) for path in child.paths(self.child_path(root, index))]
+
+    def file_names(self, root: str) -> list[str]:
+        """What each leaf is called in an .npz file: its path, joined by "/": `root/0/dense`."""
+        if self.kind is Kind.LEAF:
+            return [root]
+        keys = self.names or [str(index) for index in range(len(self.children))]
+        return [
+            name
+            for key, child in zip(keys, self.children, strict=True)
+            for name in child.file_names(f"{root}/{key}" if root else key)
+        ]
 
     def child_path(self, path: str, index: int) -> str:
         """Where child `index` of a tree at `path` stands."""
@@ -259,27 +278,51 @@ def named_tuple(type_name: str, fields: tuple[str, ...], items: Sequence[Any]) -
 _CACHED_BYTES = 4096
 
 
-def decode(encoded: bytes, place: str = "structure", limits: Limits = DEFAULT) -> TreeDef:
+class _Known:
+    """Decoded trees by their bytes. Those of which nobody asks any more make room for others. Used by any thread."""
+
+    _GENERATION = 512
+
+    def __init__(self) -> None:
+        self._young: dict[bytes, TreeDef] = {}
+        self._old: dict[bytes, TreeDef] = {}
+
+    def find(self, encoded: bytes) -> TreeDef | None:
+        tree = self._young.get(encoded)
+        if tree is None:
+            tree = self._old.get(encoded)
+            if tree is not None:
+                self.keep(encoded, tree)
+        return tree
+
+    def keep(self, encoded: bytes, tree: TreeDef) -> None:
+        if len(self._young) >= self._GENERATION:
+            self._young, self._old = {}, self._young
+        self._young[encoded] = tree
+
+
+_known = _Known()
+
+
+def decode(encoded: bytes, place: str = "structure", limits: Limits = DEFAULT, budget: Budget | None = None) -> TreeDef:
     """The tree of a TreeDef message: for equal bytes mostly the same object.
 
-    Raises InvalidRequest or StructureMismatch where it is none, or over `limits`.
+    budget: of the message that the tree is part of; a tree that is known costs nothing.
+    Raises InvalidRequest or StructureMismatch where it is none, or over `limits`, and LimitExceeded.
     """
-    if limits is DEFAULT and len(encoded) <= _CACHED_BYTES:
-        tree = _decode_cached(encoded)
-        if tree is not None:
-            return tree
-    return _decode(encoded, place, limits)
+    is_short = limits is DEFAULT and len(encoded) <= _CACHED_BYTES
+    tree = _known.find(encoded) if is_short else None
+    if tree is not None:
+        return tree
+    if budget is not None:
+        budget.take_tree_bytes(len(encoded))
+    tree = _decode(encoded, place, limits, budget)
+    if is_short:
+        _known.keep(encoded, tree)
+    return tree
 
 
-@functools.lru_cache(maxsize=1024)
-def _decode_cached(encoded: bytes) -> TreeDef | None:
-    try:
-        return _decode(encoded, "", DEFAULT)
-    except errors.InvalidRequest:
-        return None  # Met again by `decode`, under the name of its place.
-
-
-def _decode(encoded: bytes, place: str, limits: Limits) -> TreeDef:
+def _decode(encoded: bytes, place: str, limits: Limits, budget: Budget | None) -> TreeDef:
     if len(encoded) > limits.max_tree_bytes:
         raise errors.StructureMismatch(
             place=place, expected=f"a tree of at most {limits.max_tree_bytes} bytes", found=f"{len(encoded)}"
@@ -289,7 +332,7 @@ def _decode(encoded: bytes, place: str, limits: Limits) -> TreeDef:
         message.ParseFromString(encoded)
     except DecodeError:
         raise errors.InvalidRequest("malformed tree", place=place) from None
-    tree = _from_message(message, place, limits, limits.max_depth)
+    tree = _from_message(message, place, limits, limits.max_depth, budget)
     if tree.num_leaves > limits.max_leaves:
         raise errors.StructureMismatch(
             place=place, expected=f"at most {limits.max_leaves} leaves", found=f"{tree.num_leaves}"
@@ -297,7 +340,7 @@ def _decode(encoded: bytes, place: str, limits: Limits) -> TreeDef:
     return tree
 
 
-def _from_message(message: v1.TreeDef, place: str, limits: Limits, depth: int) -> TreeDef:
+def _from_message(message: v1.TreeDef, place: str, limits: Limits, depth: int, budget: Budget | None) -> TreeDef:
     field = message.WhichOneof("node")
     if field is None:
         raise errors.InvalidRequest("malformed tree: an empty node", place=place)
@@ -311,10 +354,10 @@ def _from_message(message: v1.TreeDef, place: str, limits: Limits, depth: int) -
     node = getattr(message, field)
     names: tuple[str, ...] = ()
     type_name = ""
-    if kind in _SEQUENCES:
-        values = node.items
-    else:
-        values = node.values
+    values = node.items if kind in _SEQUENCES else node.values
+    if budget is not None:
+        budget.take_nodes(len(values))
+    if kind not in _SEQUENCES:
         names = tuple(node.keys if kind in _MAPPINGS else node.fields)
         if len(names) != len(values) or len(set(names)) != len(names):
             raise errors.StructureMismatch(
@@ -329,4 +372,4 @@ def _from_message(message: v1.TreeDef, place: str, limits: Limits, depth: int) -
             # What collections.namedtuple refuses.
             if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
                 raise errors.StructureMismatch(place=place, expected="names of fields", found=f"{name[:40]!r}")
-    return TreeDef(kind, [_from_message(value, place, limits, depth - 1) for value in values], names, type_name)
+    return TreeDef(kind, [_from_message(value, place, limits, depth - 1, budget) for value in values], names, type_name)

@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process, where the next message needs it again."""
+"""Keeps freed memory in the process, where the next message needs it again, and gives back what a load has freed."""
 
 from __future__ import annotations
 
@@ -27,3 +27,14 @@ def keep_freed_memory() -> None:
     mallopt(_M_TRIM_THRESHOLD, _KEPT_TOTAL_BYTES)
     # Otherwise every thread that takes part keeps blocks of its own.
     mallopt(_M_ARENA_MAX, 1)
+
+
+def give_back() -> None:
+    """Gives freed blocks back to the kernel. Does nothing where there is no glibc.
+
+    A load frees several times the model's weights: zeros to try it on, and TensorFlow's copies of them. Calls do not
+    need as much again. Takes 0.1 s for 1.2 GB; calls fault some pages in again afterwards.
+    """
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is not None:
+        malloc_trim(0)

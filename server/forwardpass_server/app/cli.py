@@ -12,11 +12,15 @@ from typing import Any
 
 import click
 
-from forwardpass_server.app import logs, options, quiet
+from forwardpass_server.app import logs, onednn, options, quiet
 from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.serving import tokens
 from forwardpass_server.serving.errors import DeviceNotFound, ModelLoadError, SessionStoreError
 from forwardpass_server.serving.tokens import Role
+from forwardpass_server.telemetry import control_groups
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -44,12 +48,18 @@ def serve(**given: Any) -> None:
         settings = options.read(Settings, given)
         _configure_logging(settings.log_level, settings.log_format)
         _check_temporary_folder()
+        _LOGGER.info(onednn.decide(settings.onednn))
+        trial_process = None
+        if settings.trial:
+            # It imports TensorFlow while this process does.
+            trial_process = TrialProcess(control_groups.cores())
+            trial_process.start()
         # TensorFlow takes seconds to import: --help and a wrong setting need not wait for it.
         with quiet.native_stderr():
             from forwardpass_server.app import serve as app_serve
 
-        asyncio.run(_run(app_serve.serve(settings, _announce)))
-    except (SettingsError, DeviceNotFound, SessionStoreError, OSError) as error:
+        asyncio.run(_run(app_serve.serve(settings, _announce, trial_process)))
+    except (SettingsError, DeviceNotFound, ModelLoadError, SessionStoreError, OSError) as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -63,13 +73,26 @@ def serve(**given: Any) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
     help="For a .keras file: a forwardpass.json with input_spec, loss and metrics.",
 )
+@click.option(
+    "--import",
+    "imports",
+    multiple=True,
+    metavar="MODULE",
+    envvar="FORWARDPASS_IMPORTS",
+    help="Import a module that registers custom Keras objects. May be repeated.",
+)
 def export(
-    source: str, model_repository: pathlib.Path, name: str, version: int | None, config: pathlib.Path | None
+    source: str,
+    model_repository: pathlib.Path,
+    name: str,
+    version: int | None,
+    config: pathlib.Path | None,
+    imports: tuple[str, ...],
 ) -> None:
     """Write a functional model into a model repository.
 
     SOURCE is a .keras file, with a forwardpass.json beside it or named by --config, or a Python function
-    MODULE:FUNCTION that returns a FunctionalModel.
+    MODULE:FUNCTION that returns a FunctionalModel. A compiled .keras file may need no forwardpass.json.
 
     \b
     Example of a forwardpass.json:
@@ -87,12 +110,44 @@ def export(
         from forwardpass_server.app import export as app_export
 
     try:
-        folder = app_export.export(source, model_repository, name, version, config)
+        folder = app_export.export(source, model_repository, name, version, config, imports)
     except (ModelLoadError, SettingsError, OSError) as error:
         raise click.ClickException(str(error)) from None
     except Exception as error:  # The model's own code.
         raise click.ClickException(f"{source}: {type(error).__name__}: {error}") from error
     click.echo(f"wrote {folder}")
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
+@click.option("--device", default="auto", show_default=True, help="As of `serve`.")
+@click.option("--onednn", "onednn_setting", type=click.Choice(onednn.CHOICES), default="auto", help="As of `serve`.")
+@click.option("--trial/--no-trial", default=True, help="As of `serve`.")
+def check(folder: pathlib.Path, device: str, onednn_setting: str, trial: bool) -> None:
+    """Load models as `serve` does, without serving them, and show what a client would see.
+
+    FOLDER is the folder of a version, of a model with its versions, or a model repository. Exits with 1 if a model
+    fails to load, and says what to change.
+    """
+    _configure_logging("warning")
+    onednn.decide(onednn_setting)
+    with quiet.native_stderr():
+        from forwardpass_server.app import check as app_check
+
+    failed = False
+    try:
+        for entry in app_check.check(folder, device, trial):
+            if entry.servable is None:
+                failed = True
+                click.echo(f"{entry.source} fails to load: {entry.error}")
+                continue
+            click.echo(f"{entry.source} loads")
+            for line in app_check.lines(entry.servable.model.description):
+                click.echo(line)
+    except (SettingsError, DeviceNotFound, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    if failed:
+        raise click.exceptions.Exit(1)
 
 
 @main.command()
@@ -152,7 +207,8 @@ def _configure_logging(level: str, log_format: str = "text") -> None:
     logs.configure(level, log_format)
     # Before TensorFlow is imported. Its own lines say nothing that ours do not.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    # Whatever the environment or a keras.json says: models run on TensorFlow. See also `models.keras_settings`.
+    os.environ["KERAS_BACKEND"] = "tensorflow"
 
 
 if __name__ == "__main__":

@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import pathlib
 import tempfile
+from collections.abc import Sequence
 
 from forwardpass_server.app.settings import SettingsError
-from forwardpass_server.models import formats, loading, model_config
+from forwardpass_server.models import custom_objects, formats, keras_settings, loading, model_config
 from forwardpass_server.models.export import save_functional_model
 from forwardpass_server.models.functional import FunctionalModel
 from forwardpass_server.serving.repository import MODEL_NAME, scan
 
 
 def export(
-    source: str, repository: pathlib.Path, name: str, version: int | None, config: pathlib.Path | None
+    source: str,
+    repository: pathlib.Path,
+    name: str,
+    version: int | None,
+    config: pathlib.Path | None,
+    imports: Sequence[str] = (),
 ) -> pathlib.Path:
     """Writes the model that `source` stands for as a version of model `name`, and returns its folder.
 
     source: a .keras file, or `module:function`. version: None for one above the highest there is.
     config: the .keras file's forwardpass.json, where it does not lie beside it.
+    imports: modules that register custom Keras objects.
     The version appears whole or not at all. Raises SettingsError, ModelLoadError or FileExistsError.
     """
     if not MODEL_NAME.fullmatch(name):
@@ -28,6 +35,8 @@ def export(
     folder = repository / name / str(version or max(versions, default=0) + 1)
     if folder.exists():
         raise FileExistsError(f"{folder} exists: choose another --version")
+    keras_settings.use_defaults()
+    custom_objects.import_modules(imports, "--import")
     model = _read(source, config)
     folder.parent.mkdir(exist_ok=True)
     # Beside its place, under a name that no repository takes for a version: the last step is one rename.

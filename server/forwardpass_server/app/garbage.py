@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+from forwardpass_server.app import allocator
 from forwardpass_server.serving.models import LoadedModel, ModelLoader, ModelSource
 
 # As many passes over middle-aged objects before one over all: more than any load brings about.
@@ -41,5 +42,9 @@ def set_aside() -> None:
 
 
 def collect() -> None:
-    """Collects what the load of a model left behind. Looks at everything that is not set aside, so at little."""
+    """Collects what the load of a model left behind, and gives its memory back to the kernel.
+
+    Looks at everything that is not set aside, so at little.
+    """
     gc.collect()
+    allocator.give_back()

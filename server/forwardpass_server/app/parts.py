@@ -18,7 +18,9 @@ from forwardpass_server.app.settings import Settings, SettingsError, is_loopback
 from forwardpass_server.models import device as devices
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
+from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.rpc import handlers
+from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.management_servicer import ManagementServicer
 from forwardpass_server.rpc.server import Server, ServerOptions
@@ -97,14 +99,24 @@ class Parts:
     managing: Server | None
 
 
-async def join(settings: Settings) -> Parts:
-    """Raises DeviceNotFound, SettingsError, or SessionStoreError for what the settings name and cannot be used."""
+async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
+    """trial_process: the child process in which models are tried; None where they are not.
+
+    Raises DeviceNotFound, SettingsError, ModelLoadError or SessionStoreError for settings that cannot be used.
+    """
     metrics = Metrics()
     tracing = _tracing(settings.trace_endpoint)
     security = Security(settings)
     security.show(metrics.files)
     devices.use_cores(control_groups.cores())
-    tensorflow = TensorFlowLoader(settings.device, metrics.models.trace, settings.batching)
+    tensorflow = TensorFlowLoader(
+        settings.device,
+        metrics.models.trace,
+        settings.batching,
+        trial_process,
+        imports=settings.imports,
+        factories=list(settings.factories.values()),
+    )
     device = tensorflow.device.removeprefix("/device:")
     version = importlib.metadata.version("forwardpass")
     metrics.machine.build(version, tensorflow.tensorflow_version, device)
@@ -134,7 +146,8 @@ async def join(settings: Settings) -> Parts:
     sessions = Sessions(session_store, session_models, known_sessions, commits, caller, admission)
     evaluations = Evaluations(sessions, weights, caller, admission)
     departure = Departure()
-    sessions_servicer = SessionsServicer(sessions, evaluations, settings.max_message_bytes, metrics.models, departure)
+    codec = Codec(settings.max_message_bytes, metrics.models)
+    sessions_servicer = SessionsServicer(sessions, evaluations, codec, settings.max_message_bytes, admission, departure)
     server = Server(
         ServerOptions(
             host=settings.host,
@@ -148,6 +161,7 @@ async def join(settings: Settings) -> Parts:
             MODEL_SERVICE: FunctionalModelServicer(
                 registry,
                 caller,
+                codec,
                 settings.max_message_bytes,
                 admission,
                 metrics,
@@ -156,7 +170,7 @@ async def join(settings: Settings) -> Parts:
                 departure,
                 tracing,
             ),
-            WEIGHTS_SERVICE: WeightsServicer(weights, departure),
+            WEIGHTS_SERVICE: WeightsServicer(weights, codec, departure),
             SESSION_SERVICE: sessions_servicer,
         },
         metrics,

@@ -17,6 +17,7 @@ from forwardpass_server.app.monitoring import MonitoringServer
 from forwardpass_server.app.parts import Parts
 from forwardpass_server.app.settings import Settings
 from forwardpass_server.app.status_page import Status
+from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.rpc.server import join_address
 from forwardpass_server.serving.registry import State
 from forwardpass_server.telemetry.recent import Recent
@@ -26,9 +27,10 @@ _LOGGER = logging.getLogger(__name__)
 Announce = Callable[[str], None]
 
 
-async def serve(settings: Settings, announce: Announce) -> bool:
+async def serve(settings: Settings, announce: Announce, trial_process: TrialProcess | None = None) -> bool:
     """Serves until SIGTERM or SIGINT.
 
+    trial_process: the child process in which models are tried before they are served; None where they are not.
     announce: is told, once each, where the server listens, what weights may take, and when it has started; or, where it
     has not when the models are loaded, why.
     Returns whether everything has ended: otherwise a model still computes or loads, and only the end of the process
@@ -37,7 +39,7 @@ async def serve(settings: Settings, announce: Announce) -> bool:
     allocator.keep_freed_memory()
     # When a series began is a series more for each, and what rates are made of says it too.
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
-    parts = await app_parts.join(settings)
+    parts = await app_parts.join(settings, trial_process)
     # Before anybody waits: a load makes so many objects that the collector would look at all others meanwhile.
     garbage.set_aside()
     stop = _stop_on_signals()

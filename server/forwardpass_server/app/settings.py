@@ -12,7 +12,7 @@ from typing import Annotated
 import click
 
 from forwardpass.wire.chunks import CHUNK_BYTES
-from forwardpass_server.app import logs, options
+from forwardpass_server.app import logs, onednn, options
 from forwardpass_server.app.options import FILE, FOLDER, MIB, Option
 from forwardpass_server.serving.repository import MODEL_NAME
 from forwardpass_server.telemetry import control_groups
@@ -79,6 +79,17 @@ class Settings:
             parse=parse_factories,
         ),
     ] = dataclasses.field(default_factory=dict)
+    # Code runs because an operator names it, never because a model file or a request does.
+    imports: Annotated[
+        tuple[str, ...],
+        Option(
+            "--import",
+            "Import a module that registers custom Keras objects, before any model loads. May be repeated.",
+            is_repeated=True,
+            metavar="MODULE",
+            variable="FORWARDPASS_IMPORTS",
+        ),
+    ] = ()
     # A server that lacks one of its models answers some of its callers with errors: a rollout should stop at the first.
     required_models: Annotated[
         tuple[str, ...] | None,
@@ -229,6 +240,26 @@ class Settings:
             least=1,
         ),
     ] = 30.0
+    # Off unless somebody asks for it: with it TensorFlow 2.21 may end the process (TensorFlow issue 117700). It makes a
+    # small MLP 1.3 to 1.7 times as fast, and other models faster or slower: see docs/benchmarks.md.
+    onednn: Annotated[
+        str,
+        Option(
+            "--onednn",
+            "Whether TensorFlow uses oneDNN on the CPU. auto: as TF_ENABLE_ONEDNN_OPTS says, off without it, since "
+            "TensorFlow 2.21 with oneDNN may end the process.",
+            choices=onednn.CHOICES,
+        ),
+    ] = "auto"
+    # A graph that ends the process must not be served, and only another process can find out.
+    trial: Annotated[
+        bool,
+        Option(
+            "--trial",
+            "Run each model in a child process before it is served, on batches of unusual sizes, and refuse a model "
+            "that ends the child process.",
+        ),
+    ] = True
     # TensorFlow spreads each computation over all cores by itself: more than there are cores only makes them wait
     # inside TensorFlow.
     execution_threads: Annotated[

@@ -12,10 +12,10 @@ from typing import Any
 import tensorflow as tf
 
 from forwardpass import v1
-from forwardpass.wire import conform, description
+from forwardpass.wire import conform, description, trees
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity, ModelSpec
 from forwardpass.wire.specs import StructureSpec
-from forwardpass_server.models import graphs, tf_specs, tff_saved_model, tracing
+from forwardpass_server.models import graphs, masks, tf_specs, tff_saved_model, tracing
 from forwardpass_server.models.functional import FunctionalModel, x_and_y
 from forwardpass_server.models.tracing import TracedModel
 from forwardpass_server.serving.errors import ModelLoadError
@@ -99,6 +99,7 @@ def _load_own(folder: pathlib.Path) -> FunctionalModel:
         forward_pass_fn=tf.function(saved.forward_pass, autograph=False) if spec.has_own_forward_pass else None,
         sample_weight_spec=tf_specs.nested_to_tf(spec.sample_weight),
         unavailable=spec.unavailable,
+        has_prediction_masks=bool(spec.prediction_mask.leaves),
     )
 
 
@@ -111,7 +112,7 @@ class _SavedFunctions:
         self._spec = spec
 
     def predict_on_batch(self, model_weights: Any, x: Any, training: bool = True) -> Any:
-        return self._call(
+        return self._call_with_masks(
             Function.PREDICT_ON_BATCH,
             self._spec.predictions,
             (self._spec.weights, model_weights),
@@ -121,7 +122,7 @@ class _SavedFunctions:
 
     def forward_pass(self, model_weights: Any, batch_input: Any, training: bool = True) -> Any:
         x, y = x_and_y(batch_input)
-        return self._call(
+        return self._call_with_masks(
             Function.FORWARD_PASS,
             self._spec.batch_output,
             (self._spec.weights, model_weights),
@@ -130,20 +131,23 @@ class _SavedFunctions:
             training=training,
         )
 
-    def loss(self, output: Any, label: Any, sample_weight: Any = None) -> Any:
+    def loss(self, output: Any, label: Any, sample_weight: Any = None, prediction_mask: Any = None) -> Any:
         function = Function.LOSS if sample_weight is None else Function.WEIGHTED_LOSS
         return self._call(
             function,
             self._spec.loss,
             (self._spec.predictions, output),
             (self._spec.y, label),
+            self._mask(output, prediction_mask),
             *self._weight(sample_weight),
         )
 
     def initialize(self) -> Any:
         return self._call(Function.INITIALIZE_METRICS_STATE, self._spec.metrics_state)
 
-    def update(self, state: Any, labels: Any, batch_output: Any, sample_weight: Any = None) -> Any:
+    def update(
+        self, state: Any, labels: Any, batch_output: Any, sample_weight: Any = None, prediction_mask: Any = None
+    ) -> Any:
         function = Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
         return self._call(
             function,
@@ -151,14 +155,42 @@ class _SavedFunctions:
             (self._spec.metrics_state, state),
             (self._spec.y, labels),
             (self._spec.batch_output, batch_output),
+            self._mask(batch_output.predictions, prediction_mask),
             *self._weight(sample_weight),
         )
 
     def finalize(self, state: Any) -> Any:
         return self._call(Function.FINALIZE_METRICS, self._spec.metrics, (self._spec.metrics_state, state))
 
+    def _mask(self, predictions: Any, prediction_mask: Any) -> tuple[StructureSpec, Any]:
+        """The masks as an argument: without any, masks that count every position."""
+        spec = self._spec.prediction_mask
+        if prediction_mask is None and spec.leaves:
+            leaves = conform.arrange(predictions, self._spec.predictions.tree, "predictions")
+            prediction_mask = spec.tree.unflatten(
+                [
+                    masks.all_true(leaves[index], tf_specs.to_tf(leaf))
+                    for index, leaf in zip(self._spec.masked_leaves, spec.leaves, strict=True)
+                ]
+            )
+        return spec, prediction_mask
+
     def _weight(self, sample_weight: Any) -> list[tuple[StructureSpec, Any]]:
         return [] if sample_weight is None else [(self._spec.sample_weight, sample_weight)]
+
+    def _call_with_masks(
+        self,
+        function: Function,
+        result: StructureSpec,
+        *arguments: tuple[StructureSpec, Any],
+        training: bool = False,
+    ) -> Any:
+        """The result, and the masks of the predictions for a model that has some."""
+        mask = self._spec.prediction_mask
+        if not mask.leaves:
+            return self._call(function, result, *arguments, training=training)
+        both = StructureSpec(trees.TreeDef(trees.Kind.TUPLE, (result.tree, mask.tree)), (*result.leaves, *mask.leaves))
+        return self._call(function, both, *arguments, training=training)
 
     def _call(
         self,

@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from forwardpass.wire.description import BatchOutput, Function
 from forwardpass.wire.errors import FunctionNotAvailable
+from forwardpass_server.models import masks
 
 MetricsFns = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
 
@@ -28,7 +29,9 @@ def empty_metrics_state() -> collections.OrderedDict[str, Any]:
 
 
 @tf.function
-def noop_update_metrics(state: Any, labels: Any, batch_output: Any, sample_weight: Any = None) -> Any:
+def noop_update_metrics(
+    state: Any, labels: Any, batch_output: Any, sample_weight: Any = None, prediction_mask: Any = None
+) -> Any:
     return collections.OrderedDict()
 
 
@@ -56,6 +59,13 @@ class FunctionalModel:
       predict_on_batch, loss and the number of examples.
     sample_weight_spec: a tf.TensorSpec. The default, float32[None], is one weight for each example.
     unavailable: why the model lacks a function, for each that it lacks besides.
+    has_prediction_masks: predict_on_batch_fn and forward_pass_fn return a pair: what they return otherwise, and the
+      Keras masks of the predictions as `masks.of` returns them. loss_fn and the update of metrics_fns take such masks,
+      or None, as the keyword `prediction_mask`.
+    keras_model: the Keras model that it was made of, or None: what it computes directly is compared at a load.
+
+    Predictions carry their Keras masks in the attribute `_keras_mask`, as those of a Keras model do, and `loss` and
+    `update_metrics_state` read them there.
 
     Raises CallableNotTensorFlowFunctionError and ValueMustNotBeTFError as TFF does.
     Source: tff.learning.models.FunctionalModel; forward_pass_fn as of TFF 0.52.
@@ -72,6 +82,8 @@ class FunctionalModel:
         forward_pass_fn: Callable[..., Any] | None = None,
         sample_weight_spec: Any = None,
         unavailable: Mapping[Function, str] | None = None,
+        keras_model: Any = None,
+        has_prediction_masks: bool = False,
     ) -> None:
         tf.nest.map_structure(_check_no_tf_value, initial_weights)
         _check_tf_function(predict_on_batch_fn, "predict_on_batch_fn")
@@ -81,10 +93,12 @@ class FunctionalModel:
         self._predict_on_batch_fn = predict_on_batch_fn
         self._loss_fn = loss_fn
         self._metrics_fns = metrics_fns
+        self.keras_model = keras_model
         self._input_spec = input_spec
         self._forward_pass_fn = forward_pass_fn
         self._sample_weight_spec = sample_weight_spec or tf.TensorSpec([None], tf.float32)
         self._unavailable = dict(unavailable or {})
+        self._has_prediction_masks = has_prediction_masks
         if metrics_fns is None:
             for function in _METRICS_FUNCTIONS:
                 self._unavailable.setdefault(function, "the model was written without metrics")
@@ -111,42 +125,75 @@ class FunctionalModel:
         """Why the model lacks a function, for each that it lacks."""
         return self._unavailable
 
-    @tf.function
     def predict_on_batch(self, model_weights: Any, x: Any, training: bool = True) -> Any:
         """Predictions for one batch under these weights, structured as predict_on_batch_fn returns them."""
-        return self._predict_on_batch_fn(model_weights, x, training)
+        return masks.attached(*self.predict_with_masks(model_weights, x, training))
 
     @tf.function
+    def predict_with_masks(self, model_weights: Any, x: Any, training: bool = True) -> tuple[Any, Any]:
+        """`predict_on_batch`, and the masks of the predictions by themselves: see `masks.of`."""
+        return self._with_masks(self._predict_on_batch_fn(model_weights, x, training))
+
     def forward_pass(self, model_weights: Any, batch_input: Any, training: bool = True) -> BatchOutput:
         """Loss, predictions and number of examples (int32) of one batch.
 
         batch_input: a pair (x, y) or a mapping with keys x and y.
         """
-        if self._forward_pass_fn is not None:
-            return _batch_output(self._forward_pass_fn(model_weights, batch_input, training))
-        x, y = x_and_y(batch_input)
-        predictions = self._predict_on_batch_fn(model_weights, x, training)
-        return BatchOutput(self._loss_fn(predictions, y, None), predictions, num_examples(predictions))
+        output, prediction_mask = self.forward_pass_with_masks(model_weights, batch_input, training)
+        return BatchOutput(output.loss, masks.attached(output.predictions, prediction_mask), output.num_examples)
 
-    def loss(self, output: Any, label: Any, sample_weight: Any = None) -> Any:
-        """The loss of predictions against labels."""
+    @tf.function
+    def forward_pass_with_masks(
+        self, model_weights: Any, batch_input: Any, training: bool = True
+    ) -> tuple[BatchOutput, Any]:
+        """`forward_pass`, and the masks of the predictions by themselves: see `masks.of`."""
+        if self._forward_pass_fn is not None:
+            result, prediction_mask = self._with_masks(self._forward_pass_fn(model_weights, batch_input, training))
+            return _batch_output(result), prediction_mask
+        x, y = x_and_y(batch_input)
+        predictions, prediction_mask = self._with_masks(self._predict_on_batch_fn(model_weights, x, training))
+        loss = self._loss_fn(predictions, y, None, **self._mask_keyword(prediction_mask))
+        return BatchOutput(loss, predictions, num_examples(predictions)), prediction_mask
+
+    def loss(self, output: Any, label: Any, sample_weight: Any = None, *, mask: Any = None) -> Any:
+        """The loss of predictions against labels.
+
+        mask: the Keras masks of `output`, for a model that has some; None for those that `output` itself carries. An
+          output that `predict_on_batch` or `forward_pass` returned carries them; one that was computed from such an
+          output does not, and then every position counts.
+        """
         if sample_weight is not None:
             self._require(Function.WEIGHTED_LOSS)
-        return self._loss_fn(output, label, sample_weight)
+        return self._loss_fn(output, label, sample_weight, **self._mask_keyword(masks.of(output), mask))
 
     def initialize_metrics_state(self) -> Any:
         """The metrics state before the first batch."""
         return self._metrics_fn(Function.INITIALIZE_METRICS_STATE, 0)()
 
-    def update_metrics_state(self, state: Any, labels: Any, batch_output: Any, sample_weight: Any = None) -> Any:
-        """The metrics state after one more batch."""
+    def update_metrics_state(
+        self, state: Any, labels: Any, batch_output: Any, sample_weight: Any = None, *, mask: Any = None
+    ) -> Any:
+        """The metrics state after one more batch. mask: of the batch output's predictions, as of `loss`."""
         if sample_weight is not None:
             self._require(Function.WEIGHTED_UPDATE_METRICS_STATE)
-        return self._metrics_fn(Function.UPDATE_METRICS_STATE, 1)(state, labels, batch_output, sample_weight)
+        update = self._metrics_fn(Function.UPDATE_METRICS_STATE, 1)
+        keyword = self._mask_keyword(masks.of(getattr(batch_output, "predictions", None)), mask)
+        return update(state, labels, batch_output, sample_weight, **keyword)
 
     def finalize_metrics(self, state: Any) -> Any:
         """The metrics of a state."""
         return self._metrics_fn(Function.FINALIZE_METRICS, 2)(state)
+
+    def _with_masks(self, result: Any) -> tuple[Any, Any]:
+        return result if self._has_prediction_masks else (result, None)
+
+    def _mask_keyword(self, carried: Any, given: Any = None) -> dict[str, Any]:
+        """The argument that tells a function the masks: those that were given, or else that predictions carry."""
+        if self._has_prediction_masks:
+            return {"prediction_mask": carried if given is None else given}
+        if given is not None:
+            raise ValueError("mask: the predictions of this model have no Keras masks; leave it out")
+        return {}
 
     def _metrics_fn(self, function: Function, index: int) -> Callable[..., Any]:
         self._require(function)

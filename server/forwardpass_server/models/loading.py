@@ -2,25 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import logging
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import tensorflow as tf
 
 from forwardpass.wire import description
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
+from forwardpass_server.models import (
+    custom_objects,
+    example_file,
+    examples,
+    failures,
+    formats,
+    graphs,
+    hashing,
+    keras_agreement,
+    keras_names,
+    keras_settings,
+    mergeability,
+    separability,
+    tracing,
+    trial,
+    warming,
+)
 from forwardpass_server.models import device as devices
-from forwardpass_server.models import formats, graphs, hashing, mergeability, separability, tracing, warming
+from forwardpass_server.models.examples import Examples
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
 from forwardpass_server.models.model_config import ModelConfig
 from forwardpass_server.models.tracing import TracedModel
+from forwardpass_server.models.trial import Trial
+from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.serving.errors import ModelLoadError
 from forwardpass_server.serving.models import ModelSource
 
+_LOGGER = logging.getLogger(__name__)
+
 FACTORY_FORMAT = "factory"
+
+JudgementT = TypeVar("JudgementT")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,47 +69,110 @@ class TensorFlowLoader:
 
     device: as `device.choose` takes it. on_trace: called for each graph that Python builds.
     batching: whether models may be batched where they show that they can.
+    trial_process: the child process in which models are tried; None where they are not.
+    imports: modules that register custom Keras objects, which every .keras file may use. They are imported first, and
+      then the modules of `factories` (`module:function`): what a model is must not depend on the order of loads.
+
+    Raises ModelLoadError where a module of `imports` cannot be imported.
     """
 
     def __init__(
-        self, device: str = "auto", on_trace: Callable[[], None] = lambda: None, batching: bool = True
+        self,
+        device: str = "auto",
+        on_trace: Callable[[], None] = lambda: None,
+        batching: bool = True,
+        trial_process: TrialProcess | None = None,
+        imports: Sequence[str] = (),
+        factories: Sequence[str] = (),
     ) -> None:
+        keras_settings.use_defaults()
         self.device = devices.choose(device)
         self.tensorflow_version: str = tf.__version__
         self._on_trace = on_trace
         self._batching = batching
+        self._trial = None if trial_process is None else Trial(trial_process)
+        custom_objects.import_modules(imports, "--import")
+        self._objects = custom_objects.registered()
+        for factory in sorted(factories):
+            # One that cannot be imported says so when its model is loaded.
+            with contextlib.suppress(ModelLoadError):
+                custom_objects.import_modules([factory.partition(":")[0]], "factory")
 
     def load(self, source: ModelSource) -> TensorFlowModel:
+        if self._trial is not None:
+            self._trial.start()
         if source.folder is not None:
             content_hash = hashing.of_folder(source.folder)
-            model, format_name, config = formats.read(source.folder)
-            traced = tracing.trace(model, self._on_trace)
+            with failures.explained(f"the files of {source}", "write the version anew"):
+                model, format_name, config = formats.read(source.folder, self._objects)
+            with failures.explained(f"the functions of {source}", "make input_spec, loss and metrics fit the model"):
+                traced = tracing.trace(model, self._on_trace)
             if hashing.of_folder(source.folder) != content_hash:
                 raise ModelLoadError("the files changed while they were read")
             if any(map(graphs.calls_python, traced.functions.values())):
                 raise ModelLoadError("the model calls Python functions, which no file holds: serve it by --factory")
         else:
-            model, format_name, config = from_factory(source.factory or ""), FACTORY_FORMAT, ModelConfig()
-            traced = tracing.trace(model, self._on_trace)
+            factory = source.factory or ""
+            with failures.of_code(f"factory {factory}"):
+                model, format_name, config = from_factory(factory), FACTORY_FORMAT, ModelConfig()
+                traced = tracing.trace(model, self._on_trace)
             content_hash = hashing.of_traced(traced)
+        weights = traced.initial_weights
+        given = None
+        if source.folder is not None and config.example_input is not None:
+            given = example_file.read(source.folder / config.example_input, traced.spec)
         execution = Execution(traced.functions, self.device)
-        warming.warm(execution, traced.functions, traced.spec, str(source))
+        # Before anything of the model runs in this process.
+        verdict = trial.not_wanted() if self._trial is None else self._trial.judge(str(source), traced, given)
+        found = verdict.found or examples.find(execution, traced.spec, weights, given)
+        with failures.of_code(f"the first call of {source}"):
+            warming.warm(execution, traced.functions, found, weights, str(source))
+        warnings = _warnings(model, execution, found, weights)
+        for warning in warnings:
+            _LOGGER.warning("model %s: %s", source, warning)
         described = ModelDescription(
             ModelIdentity(source.name, source.version, content_hash),
             format_name,
-            warming.with_batched_leaves(execution, traced.spec),
-            self._unbatchable_reason(config, traced, execution),
-            mergeability.reason_against(execution, traced.spec),
+            _judged(lambda: warming.with_batched_leaves(execution, found, weights), lambda error: traced.spec),
+            self._unbatchable_reason(config, traced, execution, found),
+            _judged(lambda: mergeability.reason_against(execution, traced.spec, found), _unjudged),
+            verdict.guard,
+            tuple(warnings),
         )
         # A client must be able to read it: what it could not, fails here.
         description.decode(description.encode(described))
         return TensorFlowModel(described, traced.initial_weights, execution)
 
-    def _unbatchable_reason(self, config: ModelConfig, traced: TracedModel, execution: Execution) -> str:
+    def _unbatchable_reason(
+        self, config: ModelConfig, traced: TracedModel, execution: Execution, found: Examples
+    ) -> str:
         if not self._batching or config.batching is False:
             return "the operator forbids it"
         predict = traced.functions[Function.PREDICT_ON_BATCH, False]
-        return separability.reason_against(execution, predict, traced.spec, traced.initial_weights)
+        return _judged(
+            lambda: separability.reason_against(execution, predict, traced.spec, traced.initial_weights, found),
+            _unjudged,
+        )
+
+
+def _judged(judge: Callable[[], JudgementT], otherwise: Callable[[Exception], JudgementT]) -> JudgementT:
+    """What a probe finds, or `otherwise` where it fails: a probe that cannot judge fails no load."""
+    try:
+        return judge()
+    except Exception as error:  # The model's code, or TensorFlow's machinery.
+        _LOGGER.warning("a probe of the model failed", exc_info=True)
+        return otherwise(error)
+
+
+def _warnings(model: FunctionalModel, execution: Execution, found: Examples, weights: Sequence[Array]) -> list[str]:
+    if model.keras_model is None:
+        return []
+    warning = _judged(lambda: keras_agreement.warning(model.keras_model, execution, found, weights), lambda error: "")
+    return [warning] if warning else []
+
+
+def _unjudged(error: Exception) -> str:
+    return f"it cannot be judged: {type(error).__name__}"
 
 
 def from_factory(factory: str) -> FunctionalModel:
@@ -94,10 +183,12 @@ def from_factory(factory: str) -> FunctionalModel:
     module_name, separator, function_name = factory.partition(":")
     if not separator:
         raise ModelLoadError(f"factory: expected module:function, got {factory!r}")
-    function = getattr(importlib.import_module(module_name), function_name, None)
+    with keras_names.of_imports():
+        function = getattr(importlib.import_module(module_name), function_name, None)
     if not callable(function):
         raise ModelLoadError(f"factory: {module_name} has no function {function_name!r}")
-    model = function()
+    with keras_names.of_load():
+        model = function()
     if not isinstance(model, FunctionalModel):
         raise ModelLoadError(f"factory: {factory} returned a {type(model).__name__}, expected a FunctionalModel")
     return model

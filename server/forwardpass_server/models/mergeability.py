@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,14 +10,16 @@ import numpy as np
 from forwardpass.wire.description import Function, ModelSpec
 from forwardpass.wire.dtypes import Array
 from forwardpass_server.models import probing
-from forwardpass_server.models.execution import Execution
+from forwardpass_server.models.examples import Examples, Runs
 
 _ROUNDS = 3
 _ROWS = 4
 
 
-def reason_against(execution: Execution, spec: ModelSpec) -> str:
+def reason_against(execution: Runs, spec: ModelSpec, found: Examples | None = None) -> str:
     """Why metrics states cannot be added to each other; "" where they can.
+
+    found: examples of the model's batches; None for made-up ones.
 
     They can where counting one batch after another gives the sum of the states of each alone: tried on random batches,
     with sample weights and without.
@@ -38,7 +41,7 @@ def reason_against(execution: Execution, spec: ModelSpec) -> str:
                 reason
                 for function in functions
                 for _ in range(_ROUNDS)
-                if (reason := _difference(execution, spec, function, rng))
+                if (reason := _difference(execution, spec, function, found or Examples(spec=spec), rng))
             ),
             "",
         )
@@ -46,13 +49,25 @@ def reason_against(execution: Execution, spec: ModelSpec) -> str:
         return f"the model refused the batches of the probe: {type(error).__name__}"
 
 
-def _difference(execution: Execution, spec: ModelSpec, function: Function, rng: np.random.Generator) -> str:
+def _difference(execution: Runs, spec: ModelSpec, function: Function, found: Examples, rng: np.random.Generator) -> str:
     """What tells the state after two batches from the sum of the states after each; "" where nothing does."""
-    arguments = [part for place, part in spec.arguments[function].items() if place != "state"]
-    # Between 0 and 1: predictions may have to be probabilities.
-    first, second = (
-        [probing.random(leaf, _ROWS, rng, rng.random) for part in arguments for leaf in part.leaves] for _ in range(2)
-    )
+    arguments = {place: part for place, part in spec.arguments[function].items() if place != "state"}
+
+    def batch() -> list[Array]:
+        # Labels that an operator gave are of the predictions' shapes. Between 0 and 1: predictions may have to be
+        # probabilities.
+        return [
+            leaf
+            for place, part in arguments.items()
+            for leaf in (
+                found.y(rng, shape)
+                if place == "labels" and found.has_labels
+                else [probing.random(one, _ROWS, rng, rng.random, shape.other) for one in part.leaves]
+            )
+        ]
+
+    shape = dataclasses.replace(found.shape, rows=_ROWS)
+    first, second = batch(), batch()
 
     def update(state: Sequence[Array], batch: Sequence[Array]) -> list[Array]:
         return execution.run(function, False, [*state, *batch])

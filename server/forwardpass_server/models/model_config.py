@@ -20,17 +20,24 @@ class ModelConfig:
     """The contents of forwardpass.json; None for what it leaves out.
 
     input_spec: a pair (x, y) of structures of tf.TensorSpec.
-    loss, metrics: as `functional_model_from_keras` takes them: names or Keras configurations.
+    loss, loss_weights, metrics, weighted_metrics: as `functional_model_from_keras` takes them: names or Keras
+      configurations, or objects and arrays of these for several outputs.
+    imports: modules that register custom Keras objects, imported before the model is read.
     sample_weight_spec: a tf.TensorSpec.
     batching: False where concurrent calls are not to be run as one batch. True changes nothing: whether they can be is
       for the model to show.
+    example_input: the name of an .npz file in the same folder with a batch that the model accepts (`example_file`).
     """
 
     input_spec: Any = None
     loss: Any = None
+    loss_weights: Any = None
     metrics: Any = None
+    weighted_metrics: Any = None
+    imports: tuple[str, ...] = ()
     sample_weight_spec: Any = None
     batching: bool | None = None
+    example_input: str | None = None
 
 
 def read(path: pathlib.Path) -> ModelConfig:
@@ -56,12 +63,24 @@ def read(path: pathlib.Path) -> ModelConfig:
     batching = content.get("batching")
     if batching is not None and not isinstance(batching, bool):
         raise ModelLoadError(f"{FILE_NAME}: batching: expected true or false, got {batching!r}")
+    example_input = content.get("example_input")
+    if example_input is not None and (not isinstance(example_input, str) or "/" in example_input):
+        raise ModelLoadError(
+            f"{FILE_NAME}: example_input: expected the name of an .npz file in the same folder, got {example_input!r}"
+        )
+    imports = content.get("imports", [])
+    if not isinstance(imports, list) or not all(isinstance(name, str) and name for name in imports):
+        raise ModelLoadError(f"{FILE_NAME}: imports: expected an array of names of modules, got {imports!r}")
     sample_weight = content.get("sample_weight_spec")
     return ModelConfig(
         input_spec=input_spec,
         loss=content.get("loss"),
+        loss_weights=content.get("loss_weights"),
         metrics=content.get("metrics"),
+        weighted_metrics=content.get("weighted_metrics"),
+        imports=tuple(imports),
         batching=batching,
+        example_input=example_input,
         sample_weight_spec=None if sample_weight is None else _spec(sample_weight, "sample_weight_spec"),
     )
 

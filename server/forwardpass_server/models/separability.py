@@ -19,22 +19,26 @@ from tensorflow.python.framework import convert_to_constants
 from forwardpass.wire.description import Function, ModelSpec
 from forwardpass.wire.dtypes import Array
 from forwardpass_server.models import probing, row_rules
-from forwardpass_server.models.execution import Execution
+from forwardpass_server.models.examples import Examples, Runs, Shape
 from forwardpass_server.models.rounding import Rounding
 from forwardpass_server.models.row_rules import Inseparable, Kind
 
 
-def reason_against(execution: Execution, concrete: Any, spec: ModelSpec, weights: Sequence[Array]) -> str:
+def reason_against(
+    execution: Runs, concrete: Any, spec: ModelSpec, weights: Sequence[Array], found: Examples | None = None
+) -> str:
     """Why concurrent calls of predict_on_batch cannot share a batch; "" where they can.
 
     concrete: predict_on_batch for inference. weights: those that the probe runs the model with.
+    found: examples for the probe; None for made-up ones.
     """
     for leaf, path in zip(spec.x.leaves, spec.x.tree.paths("x"), strict=True):
         if not leaf.shape or leaf.shape[0] is not None:
             return f"{path} has no batch dimension of free size: {leaf}"
-    for leaf, path in zip(spec.predictions.leaves, spec.predictions.tree.paths("predictions"), strict=True):
-        if not leaf.shape or leaf.shape[0] is not None:
-            return f"{path} has no batch dimension of free size: {leaf}"
+    for part, place in ((spec.predictions, "predictions"), (spec.prediction_mask, "prediction_mask")):
+        for leaf, path in zip(part.leaves, part.tree.paths(place), strict=True):
+            if not leaf.shape or leaf.shape[0] is not None:
+                return f"{path} has no batch dimension of free size: {leaf}"
     if not spec.x.leaves or not spec.predictions.leaves:
         return "x or the predictions hold no array"
     try:
@@ -44,7 +48,7 @@ def reason_against(execution: Execution, concrete: Any, spec: ModelSpec, weights
     except Exception as error:  # TensorFlow's own machinery: a graph that it cannot take apart cannot be judged.
         return f"the graph cannot be judged: {type(error).__name__}"
     try:
-        return _probe_sizes(execution, spec, weights)
+        return _probe_sizes(execution, found or Examples(spec=spec), weights)
     except Exception as error:  # A probe that cannot judge is no reason to fail a load.
         return f"the probe failed: {type(error).__name__}"
 
@@ -90,26 +94,33 @@ _MOST_ROWS = 16
 _MOST_BATCHES = 6
 
 
-def _probe_sizes(execution: Execution, spec: ModelSpec, weights: Sequence[Array]) -> str:
-    """Probes a model with each size of its free dimensions."""
+def _probe_sizes(execution: Runs, found: Examples, weights: Sequence[Array]) -> str:
+    """Probes a model with each size of its free dimensions: those that its examples have, and others."""
+    spec = found.spec
     rng = np.random.default_rng(0)
     varied = [_varied(leaf, rng) for leaf in weights]
     has_free_size = any(None in leaf.shape[1:] for leaf in spec.x.leaves if leaf.shape)
     reasons = [
-        _probe(execution, spec, varied, _examples(spec, size, rng))
-        for size in _FREE_SIZES[: None if has_free_size else 1]
+        _probe(execution, spec, varied, _examples(found, size, rng))
+        for size in ((*_FREE_SIZES, *_larger(found)) if has_free_size else _FREE_SIZES[:1])
     ]
     # A model may refuse one size and take another. One size must have been probed.
     judged = [reason for reason in reasons if not reason.startswith(_REFUSED)]
     return next(filter(None, judged), "") if judged else reasons[0]
 
 
-def _examples(spec: ModelSpec, size: int, rng: np.random.Generator) -> list[list[Array]]:
-    """Random batches of x of several lengths, with free dimensions of one size."""
+def _larger(found: Examples) -> list[int]:
+    """The sizes that a model accepts which refuses small ones."""
+    return [shape.other for shape in found.shapes if shape.other > max(_FREE_SIZES)]
+
+
+def _examples(found: Examples, size: int, rng: np.random.Generator) -> list[list[Array]]:
+    """Batches of x of several lengths, with free dimensions of one size; random unless an operator gave examples."""
+    spec = found.spec
     sizes = {dim for leaf in (*spec.x.leaves, *spec.predictions.leaves) for dim in (leaf.shape or ())[1:]}
     sizes = {size if dim is None else dim for dim in sizes}
     rows = sorted({*_ROWS, *(dim for dim in sizes if dim and dim <= _MOST_ROWS)})[:_MOST_BATCHES]
-    return [[probing.random(leaf, count, rng, other=size) for leaf in spec.x.leaves] for count in rows]
+    return [found.x(rng, Shape(count, size)) for count in rows]
 
 
 def _varied(weights: Array, rng: np.random.Generator) -> Array:
@@ -120,7 +131,7 @@ def _varied(weights: Array, rng: np.random.Generator) -> Array:
     return np.asarray(weights + rng.random(weights.shape, np.float32).astype(weights.dtype))
 
 
-def _probe(execution: Execution, spec: ModelSpec, weights: Sequence[Array], examples: Sequence[Sequence[Array]]) -> str:
+def _probe(execution: Runs, spec: ModelSpec, weights: Sequence[Array], examples: Sequence[Sequence[Array]]) -> str:
     """Runs rows in small batches, in one large batch, and in another order; "" where their predictions are the same.
 
     examples: the leaves of x of each small batch.
@@ -138,7 +149,7 @@ def _probe(execution: Execution, spec: ModelSpec, weights: Sequence[Array], exam
         shuffled = predict([leaf[order] for leaf in joined])
     except Exception as error:  # The model may want other inputs than random ones.
         return f"{_REFUSED}: {type(error).__name__}"
-    for index, leaf in enumerate(spec.predictions.leaves):
+    for index, leaf in enumerate((*spec.predictions.leaves, *spec.prediction_mask.leaves)):
         apart = [results[index] for results in alone]
         joint = together[index]
         if joint.shape[:1] != (ends[-1],) or not (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -51,6 +52,8 @@ class _Tracer:
         self._model = model
         self._on_trace = on_trace
         self._functions: dict[Key, Any] = {}
+        # Of the predictions, by the function that returns them.
+        self._masks: dict[Key, StructureSpec] = {}
         self._unavailable = dict(model.unavailable)
         self._weights, self._initial_weights = _weights(model.initial_weights)
         self._input = tf_specs.to_wire(model.input_spec, "input_spec")
@@ -58,11 +61,12 @@ class _Tracer:
     def traced(self) -> TracedModel:
         x, y = (tf_specs.to_wire(item, "input_spec") for item in x_and_y(self._model.input_spec))
         sample_weight = tf_specs.to_wire(self._model.sample_weight_spec, "sample_weight_spec")
-        predictions = self._both_modes(Function.PREDICT_ON_BATCH, self._model.predict_on_batch, [self._weights, x])
-        loss = self._trace((Function.LOSS, False), self._model.loss, [predictions, y])
-        self._trace_weighted(Function.WEIGHTED_LOSS, self._model.loss, [predictions, y, sample_weight])
+        predictions = self._both_modes(Function.PREDICT_ON_BATCH, self._model.predict_with_masks, [self._weights, x])
         batch_output = self._both_modes(Function.FORWARD_PASS, self._forward_pass, [self._weights, x, y])
-        state, metrics, unused_fields = self._trace_metrics(y, batch_output, sample_weight)
+        mask = self._prediction_mask(predictions, batch_output.named_child("predictions"))
+        loss = self._trace((Function.LOSS, False), self._loss, [predictions, y, mask])
+        self._trace_weighted(Function.WEIGHTED_LOSS, self._loss, [predictions, y, mask, sample_weight])
+        state, metrics, unused_fields = self._trace_metrics(y, batch_output, mask, sample_weight)
         return TracedModel(
             spec=ModelSpec(
                 weights=self._weights,
@@ -76,6 +80,7 @@ class _Tracer:
                 unavailable=self._unavailable,
                 has_own_forward_pass=self._model.has_own_forward_pass,
                 unused_batch_output_fields=unused_fields,
+                prediction_mask=mask,
             ),
             functions=self._functions,
             initial_weights=self._initial_weights,
@@ -86,24 +91,45 @@ class _Tracer:
         names = self._input.tree.names or ("x", "y")
         pair = trees.TreeDef(self._input.tree.kind, (trees.LEAF, trees.LEAF), self._input.tree.names)
         batch_input = pair.unflatten([{"x": x, "y": y}[name] for name in names])
-        return self._model.forward_pass(model_weights, batch_input, training)
+        return self._model.forward_pass_with_masks(model_weights, batch_input, training)
+
+    def _loss(self, output: Any, label: Any, mask: Any, sample_weight: Any = None) -> Any:
+        return self._model.loss(output, label, sample_weight, mask=mask)
+
+    def _update(self, state: Any, labels: Any, batch_output: Any, mask: Any, sample_weight: Any = None) -> Any:
+        return self._model.update_metrics_state(state, labels, batch_output, sample_weight, mask=mask)
+
+    def _prediction_mask(self, *predictions: StructureSpec) -> StructureSpec:
+        """The spec that the masks of every function and mode fit.
+
+        predictions: of predict_on_batch and of a forward pass. Raises StructureMismatch where one masks other leaves
+        than another.
+        """
+        mask = functools.reduce(lambda one, other: _common_spec(one, other, "prediction_mask"), self._masks.values())
+        if mask.leaves and predictions[0].tree != predictions[1].tree:
+            raise errors.StructureMismatch(
+                place="forward_pass.predictions",
+                expected=predictions[0].tree.describe(),
+                found=predictions[1].tree.describe(),
+            )
+        return mask
 
     def _trace_metrics(
-        self, y: StructureSpec, batch_output: StructureSpec, sample_weight: StructureSpec
+        self, y: StructureSpec, batch_output: StructureSpec, mask: StructureSpec, sample_weight: StructureSpec
     ) -> tuple[StructureSpec, StructureSpec, frozenset[str]]:
         if Function.INITIALIZE_METRICS_STATE in self._unavailable:
             return specs.EMPTY, specs.EMPTY, frozenset()
         state = self._trace((Function.INITIALIZE_METRICS_STATE, False), self._model.initialize_metrics_state, [])
-        update = self._model.update_metrics_state
         while True:
-            arguments = [state, y, batch_output]
-            updated = self._trace((Function.UPDATE_METRICS_STATE, False), update, arguments, state.tree)
+            arguments = [state, y, batch_output, mask]
+            updated = self._trace((Function.UPDATE_METRICS_STATE, False), self._update, arguments, state.tree)
             common = _common_spec(state, updated, Function.UPDATE_METRICS_STATE.title)
             if common == state:
                 break
             # A state may grow, or lose what TensorFlow knows of its shape: each round frees at least one dimension.
             state = common
-        self._trace_weighted(Function.WEIGHTED_UPDATE_METRICS_STATE, update, [*arguments, sample_weight], state.tree)
+        arguments_weighted = [*arguments, sample_weight]
+        self._trace_weighted(Function.WEIGHTED_UPDATE_METRICS_STATE, self._update, arguments_weighted, state.tree)
         metrics = self._trace((Function.FINALIZE_METRICS, False), self._model.finalize_metrics, [state])
         return state, metrics, self._unused_batch_output_fields(arguments)
 
@@ -114,11 +140,14 @@ class _Tracer:
             for function in (Function.UPDATE_METRICS_STATE, Function.WEIGHTED_UPDATE_METRICS_STATE)
             if (function, False) in self._functions
         ]
-        state, y, batch_output = arguments
+        state, y, batch_output, mask = arguments
         position = len(state.leaves) + len(y.leaves)
+        parts = {name: batch_output.named_child(name) for name in BatchOutput._fields}
+        if mask.leaves:
+            parts["prediction_mask"] = mask
         fields = set()
-        for name in BatchOutput._fields:
-            leaves = range(position, position + len(batch_output.named_child(name).leaves))
+        for name, part in parts.items():
+            leaves = range(position, position + len(part.leaves))
             if all(leaf in positions for positions in unused for leaf in leaves):
                 fields.add(name)
             position += len(leaves)
@@ -158,7 +187,10 @@ class _Tracer:
         arguments: Sequence[StructureSpec],
         result_tree: trees.TreeDef | None = None,
     ) -> StructureSpec:
-        """Traces one function and returns the spec of its result, rearranged to `result_tree` where one is given."""
+        """Traces one function and returns the spec of its result, rearranged to `result_tree` where one is given.
+
+        A method that makes predictions returns a pair, its result and the masks; the graph returns the leaves of both.
+        """
         name = key[0].title
         found: list[StructureSpec] = []
 
@@ -170,13 +202,16 @@ class _Tracer:
             returned = method(
                 *(spec.tree.unflatten([next(values) for _ in range(spec.tree.num_leaves)]) for spec in arguments)
             )
+            returned, mask = returned if key[0].has_training else (returned, None)
             if result_tree is None:
                 tree, results = trees.flatten(returned, name)
             else:
                 tree, results = result_tree, conform.arrange(returned, result_tree, name)
             tensors = [_to_tensor(leaf, path) for leaf, path in zip(results, tree.paths(name), strict=True)]
             found.append(tf_specs.to_wire(tree.unflatten(tensors), name))
-            return tensors
+            if key[0].has_training:
+                self._masks[key] = tf_specs.to_wire(mask, f"the masks of {name}")
+            return [*tensors, *trees.flatten(mask)[1]]
 
         concrete = flat.get_concrete_function(*(tf_specs.to_tf(leaf) for spec in arguments for leaf in spec.leaves))
         _check_captures(concrete, name)

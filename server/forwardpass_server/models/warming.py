@@ -1,39 +1,94 @@
-"""A model's first calls, on made-up batches: warms it, and finds which inputs share the batch dimension."""
+"""A model's first calls, on its examples: warms it, and finds which inputs share the batch dimension."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
 
 from forwardpass.wire import errors, specs
 from forwardpass.wire.description import Function, ModelSpec
 from forwardpass.wire.dtypes import Array
-from forwardpass.wire.specs import TensorSpec
-from forwardpass_server.models.execution import Execution
+from forwardpass_server.models.examples import Examples, Runs, Shape
 from forwardpass_server.models.tracing import Key
 
 _LOGGER = logging.getLogger(__name__)
 
-_BATCH_SIZE = 3
-
 # Each subset of the leaves may cost two calls; a model of more inputs than this is not asked.
 _MAX_PROBED_LEAVES = 8
 
+# Where a result of one function is an argument of another.
+_PASSED_ON = {"predictions": "output", "prediction_mask": "output_mask"}
 
-def warm(execution: Execution, functions: Iterable[Key], spec: ModelSpec, name: str) -> None:
-    """Runs every function once. Raises what a function raises, other than that it refuses zeros."""
+# Keras takes one weight for each example only where the loss has one number for each example. Other models refuse them,
+# and there is nothing to mend.
+_WEIGHTED = (Function.WEIGHTED_LOSS, Function.WEIGHTED_UPDATE_METRICS_STATE)
+
+
+def warm(model: Runs, functions: Iterable[Key], examples: Examples, weights: Sequence[Array], name: str) -> None:
+    """Runs every function once. Raises what a function raises, unless it refuses the examples."""
+    for (function, training), result in calls(model, functions, examples, weights, examples.shape):
+        if isinstance(result, errors.ModelRefusedInput):
+            # Such a model may be sound: it may want other values.
+            _LOGGER.log(
+                logging.INFO if function in _WEIGHTED else logging.WARNING,
+                'model %s: %s%s was not warmed, since it refuses the example batch; "example_input" in '
+                "forwardpass.json names a batch that it accepts: %s",
+                name,
+                function.title,
+                " for training" if training else "",
+                result,
+            )
+        elif isinstance(result, Exception):
+            raise result
+
+
+def calls(
+    model: Runs, functions: Iterable[Key], examples: Examples, weights: Sequence[Array], shape: Shape
+) -> Iterator[tuple[Key, list[Array] | Exception]]:
+    """Runs functions, in this order, on a batch of this shape, and yields what each returned or raised.
+
+    What a function returns is an argument of those after it: predictions of the loss, a batch output of the metrics.
+    What none has returned is made up.
+    """
+    rng = np.random.default_rng(0) if examples.is_random else None
+    x = examples.x(rng, shape)
+    known: dict[str, list[Array]] = {"x": x, "batch_input.x": x, **_parts(examples.spec.weights_places, weights)}
+    predicted: Sequence[Sequence[int]] = examples.predicted if shape == examples.shape else ()
     for function, training in functions:
+        y = examples.y(rng, shape, predicted)
+        known.update({"label": y, "labels": y, "batch_input.y": y})
+        leaves = [
+            leaf
+            for place, part in examples.spec.arguments[function].items()
+            for leaf in known.get(place, [_made_up(spec, shape) for spec in part.leaves])
+        ]
         try:
-            arguments = spec.arguments[function].values()
-            execution.run(function, training, [_zeros(leaf) for part in arguments for leaf in part.leaves])
-        except errors.ModelRefusedInput as error:
-            # Such a model may be sound: it may want sequences of a certain length.
-            _LOGGER.warning("model %s: %s was not warmed, it refuses a batch of zeros: %s", name, function.title, error)
+            results = model.run(function, training, leaves)
+        except Exception as error:  # The model's code may raise anything.
+            yield (function, training), error
+            continue
+        for place, part in _parts(examples.spec.results[function], results).items():
+            known[_PASSED_ON.get(place, place)] = part
+            if place == "predictions":
+                predicted = [leaf.shape for leaf in part]
+        yield (function, training), results
 
 
-def with_batched_leaves(execution: Execution, spec: ModelSpec) -> ModelSpec:
+def _parts(places: Mapping[str, specs.StructureSpec], leaves: Sequence[Array]) -> dict[str, list[Array]]:
+    """Flat leaves by place."""
+    remaining = iter(leaves)
+    return {place: list(itertools.islice(remaining, len(part.leaves))) for place, part in places.items()}
+
+
+def _made_up(spec: specs.TensorSpec, shape: Shape) -> Array:
+    return specs.zeros(dataclasses.replace(spec, shape=tuple(shape.of(spec))))
+
+
+def with_batched_leaves(model: Runs, examples: Examples, weights: Sequence[Array]) -> ModelSpec:
     """The spec with `batched` set on each leaf of x and y whose first dimension must equal the others'.
 
     Nothing in TFF's files tells a batch dimension from another unknown one, so the model is asked: a leaf is batched
@@ -41,41 +96,37 @@ def with_batched_leaves(execution: Execution, spec: ModelSpec) -> ModelSpec:
     Where some of those leaves may change their size together while the others keep theirs, as the nodes and edges of
     a graph do, there is no one batch dimension, and none is marked.
     """
+    spec = examples.spec
     leaves = (*spec.x.leaves, *spec.y.leaves)
     candidates = [index for index, leaf in enumerate(leaves) if leaf.shape and leaf.shape[0] is None]
-    if not 2 <= len(candidates) <= _MAX_PROBED_LEAVES or not _accepts(execution, spec, {}):
+    if not 2 <= len(candidates) <= _MAX_PROBED_LEAVES:
         return spec
-    batched = {index for index in candidates if not _may_differ(execution, spec, [index])}
+
+    def accepts(sizes: Mapping[int, int]) -> bool:
+        """Whether a forward pass takes the example batch, some leaves of x and y having other numbers of rows."""
+        rng = np.random.default_rng(0) if examples.is_random else None
+        inputs = [*examples.x(rng), *examples.y(rng)]
+        for index, size in sizes.items():
+            inputs[index] = inputs[index][:size]
+        try:
+            model.run(Function.FORWARD_PASS, False, [*weights, *inputs])
+        except Exception:  # TensorFlow has many words for no.
+            return False
+        return True
+
+    def may_differ(subset: Iterable[int]) -> bool:
+        """Whether these leaves of x and y may have another number of examples than the rest."""
+        return any(accepts(dict.fromkeys(subset, size)) for size in (examples.shape.rows - 1, 1))
+
+    if not accepts({}):
+        return spec
+    batched = {index for index in candidates if not may_differ([index])}
     # Of two halves one is at most half as large, and the one may differ from the other if the other may from it.
     subsets = (
         subset for count in range(2, len(batched) // 2 + 1) for subset in itertools.combinations(sorted(batched), count)
     )
-    if any(_may_differ(execution, spec, subset) for subset in subsets):
+    if any(may_differ(subset) for subset in subsets):
         return spec
     return spec.with_input_leaves(
         [dataclasses.replace(leaf, batched=index in batched) for index, leaf in enumerate(leaves)]
     )
-
-
-def _may_differ(execution: Execution, spec: ModelSpec, leaves: Iterable[int]) -> bool:
-    """Whether these leaves of x and y may have another number of examples than the rest."""
-    return any(_accepts(execution, spec, dict.fromkeys(leaves, size)) for size in (_BATCH_SIZE - 1, 1))
-
-
-def _accepts(execution: Execution, spec: ModelSpec, sizes: Mapping[int, int]) -> bool:
-    """Whether a forward pass takes zeros of `_BATCH_SIZE` examples, some leaves of x and y having other sizes."""
-    inputs = (*spec.x.leaves, *spec.y.leaves)
-    try:
-        execution.run(
-            Function.FORWARD_PASS,
-            False,
-            [_zeros(leaf) for leaf in spec.weights.leaves]
-            + [_zeros(leaf, sizes.get(index, _BATCH_SIZE)) for index, leaf in enumerate(inputs)],
-        )
-    except Exception:  # TensorFlow has many words for no.
-        return False
-    return True
-
-
-def _zeros(spec: TensorSpec, batch: int = _BATCH_SIZE) -> Array:
-    return specs.zeros(spec, batch, _BATCH_SIZE)

@@ -6,22 +6,27 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from forwardpass import v1
-from forwardpass.wire import errors, frames, messages
-from forwardpass.wire.frames import Inbox
+from forwardpass.wire import errors, frames
+from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
+from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
-from forwardpass_server.serving.evaluation import Batch, Evaluation
+from forwardpass_server.serving.evaluation import Evaluation
+
+# Taken without a look at other callers.
+_FRAMES_AT_ONCE = 64
 
 
 class EvaluationStream:
     """Speaks with the caller of an evaluation.
 
-    max_message_bytes: of one batch. departure: ends the stream once the batches that were received have counted.
+    inbox: of the stream alone. departure: ends the stream once the batches that were received have counted.
     """
 
-    def __init__(self, evaluation: Evaluation, max_message_bytes: int, departure: Departure) -> None:
+    def __init__(self, evaluation: Evaluation, codec: Codec, inbox: AdmittedInbox, departure: Departure) -> None:
         self._evaluation = evaluation
+        self._codec = codec
         self._departure = departure
-        self._inbox = Inbox(max_message_bytes, max_message_bytes)
+        self._inbox = inbox
 
     async def run(self, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The stream's responses, until its requests have ended and every batch has counted.
@@ -40,15 +45,18 @@ class EvaluationStream:
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
+            self._inbox.close()
 
     async def _read(self, requests: AsyncIterator[bytes]) -> None:
         try:
             async for message in requests:
-                for frame in frames.decode_calls(message):
-                    whole = self._inbox.take(frame)
+                for index, frame in enumerate(frames.decode_calls(message), 1):
+                    whole = await self._inbox.take_when_admitted(frame)
                     if whole is not None:
                         first, data = whole
                         await self._add(first.call, data)
+                    if not index % _FRAMES_AT_ONCE:
+                        await asyncio.sleep(0)
         except Exception as error:
             self._evaluation.fail(error)
         else:
@@ -57,7 +65,7 @@ class EvaluationStream:
     async def _add(self, sequence: int, data: bytes | memoryview) -> None:
         try:
             # A view is read like bytes.
-            header, parts = messages.decode(v1.EvaluationBatch, data)  # type: ignore[arg-type]
+            incoming = self._codec.open(v1.EvaluationBatch, data)  # type: ignore[arg-type]
         except errors.InvalidRequest as error:
             raise type(error)(f"batch {sequence}: {error}") from None
-        await self._evaluation.add(Batch(sequence, header.update_id, parts, len(data)))
+        await self._evaluation.add(sequence, incoming.header.update_id, incoming.size_bytes, incoming.parts)

@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grpc
+from grpc._cython.cygrpc import ExecuteBatchError
 
 from forwardpass.wire import errors
 from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
-from forwardpass_server.rpc import handlers, principals
+from forwardpass_server.rpc import handlers, principals, unsent_answers
 from forwardpass_server.rpc.access import Access
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.failures import failure_of
@@ -74,6 +75,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._departure = departure
         self._device_works = device_works
         self._methods: dict[str, _Method] = {}
+        unsent_answers.expect()
         # gRPC answers UNIMPLEMENTED where there is no handler.
         self._unknown = _Method(None, self._refusing(_UNKNOWN, "unary"), None, access.is_open, False)
 
@@ -178,9 +180,19 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             started = time.perf_counter()
             arrivals.arrive()
             metrics.started.inc()
-            status = "OK"
+            status: str | None = "OK"
+
+            def count(status: str) -> None:
+                metrics.handled(status).inc()
+                metrics.seconds.observe(time.perf_counter() - started)
+
             try:
-                return await answer(request, context)
+                response = await answer(request, context)
+                if isinstance(response, bytes) and len(response) > unsent_answers.LONG_BYTES:
+                    # Its caller may leave before it is sent.
+                    unsent_answers.watch(path, count)
+                    status = None
+                return response
             except grpc.aio.AbortError:
                 status = context.code().name
                 raise
@@ -189,13 +201,17 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 expired = remaining is not None and remaining <= 0
                 status = "DEADLINE_EXCEEDED" if expired else "CANCELLED"
                 raise
+            except ExecuteBatchError:
+                # The caller of a stream has left, and gRPC has met that before it cancels the call.
+                status = "CANCELLED"
+                raise
             except Exception as error:
                 failure = failure_of(error, path)
                 status = failure.status
             finally:
                 # Before the caller hears of it, who may look at once.
-                metrics.handled(status).inc()
-                metrics.seconds.observe(time.perf_counter() - started)
+                if status is not None:
+                    count(status)
             return await _abort(context, failure)
 
         return guarded
@@ -212,11 +228,32 @@ def _names(path: str) -> tuple[str, str]:
 
 
 async def _abort(context: Any, error: errors.ForwardPassError) -> None:
-    trailing: list[tuple[str, str | bytes]] = [(errors.DETAIL_KEY, errors.encode_detail(error))]
-    if isinstance(error, errors.SessionStoreUnavailable):
-        # gRPC's own retries take some 3 s and lose the error where a deadline ends them. The SDK retries by itself.
-        trailing.append(("grpc-retry-pushback-ms", "-1"))
-    await context.abort(grpc.StatusCode[error.status], errors.encode_message(error), trailing_metadata=tuple(trailing))
+    metadata: list[tuple[str, str | bytes]] = [(errors.DETAIL_KEY, errors.encode_detail(error))]
+    is_last = error.status == "UNAVAILABLE" and _is_last_try(context)
+    # gRPC's own retries take some 3 s and lose the error where a deadline ends them. The SDK retries by itself.
+    if is_last or isinstance(error, errors.SessionStoreUnavailable):
+        metadata.append((_PUSHBACK_KEY, "-1"))
+    await context.abort(grpc.StatusCode[error.status], errors.encode_message(error), trailing_metadata=tuple(metadata))
+
+
+# gRPC's retry policy (proposal A6). A client tries a call again after 0.2 s, and each time after twice as long.
+_ATTEMPTS_KEY, _PUSHBACK_KEY = "grpc-previous-rpc-attempts", "grpc-retry-pushback-ms"
+_FIRST_BACKOFF_S = 0.2
+_JITTER = 1.2
+
+
+def _is_last_try(context: Any) -> bool:
+    """Whether the caller's deadline passes before its gRPC would try again.
+
+    gRPC would end such a call with DEADLINE_EXCEEDED and without the reason. Told not to try again, it hands the reason
+    on.
+    """
+    remaining_s = context.time_remaining()
+    if remaining_s is None:
+        return False
+    attempts = dict(context.invocation_metadata() or ()).get(_ATTEMPTS_KEY, "0")
+    tries = int(attempts) if attempts.isdecimal() and len(attempts) < 3 else 0
+    return bool(remaining_s <= _JITTER * _FIRST_BACKOFF_S * 2**tries)
 
 
 # As go-grpc-prometheus calls them, by whether requests and responses are streams.

@@ -9,8 +9,9 @@ import time
 from collections.abc import AsyncIterator, Mapping
 
 from forwardpass.wire import errors, frames
-from forwardpass.wire.frames import Frame, Inbox, Outbox
+from forwardpass.wire.frames import Frame, Outbox
 from forwardpass_server.rpc import principals
+from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.rpc.handlers import Method
@@ -62,10 +63,9 @@ class Pipeline:
         departure: Departure,
     ) -> None:
         self._methods = methods
-        # How much is arriving is for the admission to say, which knows of other streams too.
-        self._inbox = Inbox(max_message_bytes, 2**62)
         self._admission = admission
         self._principal = principals.current()
+        self._inbox = AdmittedInbox(max_message_bytes, admission, self._principal)
         self._outbox = Outbox(answers=True)
         # Of the outbox, as the admission has it.
         self._held_bytes = 0
@@ -111,9 +111,7 @@ class Pipeline:
             # Before anything is awaited: gRPC may cancel this a second time. Tasks that are cancelled add nothing more.
             self._outbox.clear()
             self._hold_answers()
-            if self._inbox.size_bytes:
-                self._admission.leave(self._principal, self._inbox.size_bytes, calls=0)
-                self._inbox.clear()
+            self._inbox.close()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _is_read(self, reading: asyncio.Future[None]) -> bool:
@@ -137,7 +135,7 @@ class Pipeline:
 
     def _take(self, frame: Frame, context: object) -> None:
         try:
-            whole = self._receive(frame)
+            whole = self._inbox.take(frame)
             if whole is None:
                 return
             first, data = whole
@@ -163,30 +161,12 @@ class Pipeline:
             heapq.heappush(self._deadlines, (running.deadline, first.call))
             self._set_timer()
 
-    def _receive(self, frame: Frame) -> tuple[Frame, bytes | memoryview] | None:
-        """See `Inbox.take`; raises ServerOverloaded too where as much as may be is arriving."""
-        before = self._inbox.size_bytes
-        try:
-            whole = self._inbox.take(frame)
-        finally:
-            grown = self._inbox.size_bytes - before
-            if grown < 0:
-                self._admission.leave(self._principal, -grown, calls=0)
-        if grown > 0:
-            try:
-                self._admission.enter(self._principal, grown, calls=0)
-            except errors.ServerOverloaded:
-                self._inbox.drop(frame.call)
-                raise
-        return whole
-
     async def _answer(
         self, running: _Running, first: Frame, method: Method, data: bytes | memoryview, context: object
     ) -> None:
         try:
-            # A caller that reads no answers gets no more made.
-            while self._outbox.size_bytes > _MAX_UNSENT_BYTES:
-                await self._wait_for_room()
+            if self._outbox.size_bytes > _MAX_UNSENT_BYTES:
+                await self._wait_until_sent(len(data))
             response = await method(data, context)
         except Exception as error:
             failure = failure_of(error, f"call {first.method} of a pipeline")
@@ -210,6 +190,18 @@ class Pipeline:
             self._admission.hold(self._principal, grown)
         elif grown < 0:
             self._admission.leave(self._principal, -grown, calls=0)
+
+    async def _wait_until_sent(self, size_bytes: int) -> None:
+        """Waits for the caller to read answers: no more are made before. Raises ServerOverloaded.
+
+        size_bytes: of the request that waits, which is counted meanwhile.
+        """
+        self._admission.enter(self._principal, size_bytes, calls=0)
+        try:
+            while self._outbox.size_bytes > _MAX_UNSENT_BYTES:
+                await self._wait_for_room()
+        finally:
+            self._admission.leave(self._principal, size_bytes, calls=0)
 
     def _set_timer(self) -> None:
         """Sees to it that the first deadline of a call that runs is noticed."""

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from google.protobuf.message import Message
 
 from forwardpass import v1
-from forwardpass.wire import description, messages
+from forwardpass.wire import description, fields, limits
 from forwardpass.wire.description import Function
 from forwardpass.wire.methods import MODEL_SERVICE
 from forwardpass.wire.structures import Structure
 from forwardpass_server.rpc import handlers, principals
-from forwardpass_server.rpc.codec import Codec
+from forwardpass_server.rpc.codec import Codec, Incoming
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.rpc.pipeline import Pipeline
@@ -47,6 +48,7 @@ class FunctionalModelServicer:
         self,
         registry: Registry,
         caller: Caller,
+        codec: Codec,
         max_message_bytes: int,
         admission: Admission,
         metrics: Metrics,
@@ -63,57 +65,59 @@ class FunctionalModelServicer:
         self._metrics = metrics
         self._readiness = readiness
         self._departure = departure
-        self._codec = Codec(max_message_bytes, metrics.models)
+        self._codec = codec
         self._pipelined = {**handlers.unary(MODEL_SERVICE, self), **others}
         if tracing is not None:
             self._pipelined = tracing.of_pipeline(self._pipelined)
 
     async def ForwardPass(self, data: bytes, context: object) -> Any:
-        header, parts = self._codec.decode(v1.ForwardPassRequest, data)
+        incoming = self._codec.open(v1.ForwardPassRequest, data)
+        header = incoming.header
         function = Function.FORWARD_PASS
         return await self._call(
-            v1.ForwardPassResponse, header, function, parts, len(data), header.training, header.weights_id
+            v1.ForwardPassResponse, incoming, function, training=header.training, weights_id=header.weights_id
         )
 
     async def PredictOnBatch(self, data: bytes, context: object) -> Any:
-        header, parts = self._codec.decode(v1.PredictOnBatchRequest, data)
+        incoming = self._codec.open(v1.PredictOnBatchRequest, data)
+        header = incoming.header
         function = Function.PREDICT_ON_BATCH
         return await self._call(
-            v1.PredictOnBatchResponse, header, function, parts, len(data), header.training, header.weights_id
+            v1.PredictOnBatchResponse, incoming, function, training=header.training, weights_id=header.weights_id
         )
 
     async def Loss(self, data: bytes, context: object) -> Any:
-        header, parts = self._codec.decode(v1.LossRequest, data)
-        function = Function.WEIGHTED_LOSS if "sample_weight" in parts else Function.LOSS
-        return await self._call(v1.LossResponse, header, function, parts, len(data))
+        incoming = self._codec.open(v1.LossRequest, data)
+        return await self._call(v1.LossResponse, incoming, Function.LOSS, Function.WEIGHTED_LOSS)
 
     async def InitializeMetricsState(self, data: bytes, context: object) -> Any:
-        header, parts = self._codec.decode(v1.InitializeMetricsStateRequest, data)
-        function = Function.INITIALIZE_METRICS_STATE
-        return await self._call(v1.InitializeMetricsStateResponse, header, function, parts, len(data))
+        incoming = self._codec.open(v1.InitializeMetricsStateRequest, data)
+        return await self._call(v1.InitializeMetricsStateResponse, incoming, Function.INITIALIZE_METRICS_STATE)
 
     async def UpdateMetricsState(self, data: bytes, context: object) -> Any:
-        header, parts = self._codec.decode(v1.UpdateMetricsStateRequest, data)
-        weighted = "sample_weight" in parts
-        function = Function.WEIGHTED_UPDATE_METRICS_STATE if weighted else Function.UPDATE_METRICS_STATE
-        return await self._call(v1.UpdateMetricsStateResponse, header, function, parts, len(data))
+        incoming = self._codec.open(v1.UpdateMetricsStateRequest, data)
+        function, weighted = Function.UPDATE_METRICS_STATE, Function.WEIGHTED_UPDATE_METRICS_STATE
+        return await self._call(v1.UpdateMetricsStateResponse, incoming, function, weighted)
 
     async def FinalizeMetrics(self, data: bytes, context: object) -> Any:
-        header, parts = self._codec.decode(v1.FinalizeMetricsRequest, data)
-        return await self._call(v1.FinalizeMetricsResponse, header, Function.FINALIZE_METRICS, parts, len(data))
+        incoming = self._codec.open(v1.FinalizeMetricsRequest, data)
+        return await self._call(v1.FinalizeMetricsResponse, incoming, Function.FINALIZE_METRICS)
 
     async def GetModel(self, data: bytes, context: object) -> bytes:
-        header, _ = messages.decode(v1.GetModelRequest, data)
+        header = fields.parse(v1.GetModelRequest, data)
         model = self._registry.get(header.model.name, self._version(header.model)).model
+        described = model.description
+        many = len(described.spec.weights.leaves) > limits.SMALL_LEAVES
+        encode = functools.partial(description.encode, described)
         response = v1.GetModelResponse(
-            model=description.encode(model.description),
+            model=await self._codec.aside(encode) if many else encode(),
             versions=[self._status(entry) for entry in self._registry.versions(header.model.name)],
             max_request_bytes=self._max_message_bytes,
         )
         return response.SerializeToString()
 
     async def ListModels(self, data: bytes, context: object) -> bytes:
-        messages.decode(v1.ListModelsRequest, data)
+        fields.parse(v1.ListModelsRequest, data)
         response = v1.ListModelsResponse(
             models=[self._status(entry) for entry in self._registry.entries()],
             unready_reasons=self._readiness.reasons(),
@@ -121,11 +125,12 @@ class FunctionalModelServicer:
         return response.SerializeToString()
 
     async def GetInitialWeights(self, data: bytes, context: object) -> bytes:
-        header, _ = messages.decode(v1.GetInitialWeightsRequest, data)
+        header = fields.parse(v1.GetInitialWeightsRequest, data)
         model = self._registry.get(header.model.name, self._version(header.model)).model
         spec = model.description.spec
         parts = spec.weights_parts(Structure(spec.weights.tree, model.initial_weights))
-        return messages.encode(v1.GetInitialWeightsResponse(model=model.description.identity.message()), parts)
+        response = v1.GetInitialWeightsResponse(model=model.description.identity.message())
+        return (await self._codec.encode(response, parts)).join()
 
     def Pipeline(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
         pipeline = Pipeline(
@@ -144,25 +149,29 @@ class FunctionalModelServicer:
     async def _call(
         self,
         response_type: type[MessageT],
-        header: Any,
+        incoming: Incoming[Any],
         function: Function,
-        parts: Mapping[str, Structure],
-        size_bytes: int,
+        weighted: Function | None = None,
+        *,
         training: bool = False,
         weights_id: bytes = b"",
     ) -> Any:
-        request = Request(
-            header.model.name,
-            self._version(header.model),
-            function,
-            parts,
-            size_bytes,
-            training,
-            weights_id,
+        """weighted: the function for a request that has sample weights."""
+        model = incoming.header.model
+        name, version, principal, size_bytes = (
+            model.name,
+            self._version(model),
             principals.current(),
+            incoming.size_bytes,
         )
-        servable, results = await self._caller.call(request)
-        pieces = self._codec.encode(servable.response_header(response_type), results)
+
+        async def read() -> Request:
+            parts = await incoming.parts()
+            asked = weighted if weighted is not None and "sample_weight" in parts else function
+            return Request(name, version, asked, parts, size_bytes, training, weights_id, principal)
+
+        servable, results = await self._caller.call(name, version, principal, size_bytes, read)
+        pieces = await self._codec.encode(servable.response_header(response_type), results)
         return pieces if len(pieces) >= _LONG_BYTES else pieces.join()
 
 

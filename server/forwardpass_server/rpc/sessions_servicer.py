@@ -8,21 +8,22 @@ from typing import Any
 from google.protobuf.message import Message
 
 from forwardpass import v1
-from forwardpass.wire import errors, fields, messages
+from forwardpass.wire import errors, fields
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.rpc import principals
+from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
 from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.evaluation_stream import EvaluationStream
 from forwardpass_server.rpc.selectors import checked
+from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.calls import Request
-from forwardpass_server.serving.evaluation import Evaluations
+from forwardpass_server.serving.evaluation import MAX_TARGETS, Evaluations
 from forwardpass_server.serving.session import Session
 from forwardpass_server.serving.session_records import UpdateIdentity
 from forwardpass_server.serving.sessions import Sessions
-from forwardpass_server.telemetry.models import ModelMetrics
 
 
 class SessionsServicer:
@@ -32,18 +33,21 @@ class SessionsServicer:
         self,
         sessions: Sessions,
         evaluations: Evaluations,
+        codec: Codec,
         max_message_bytes: int,
-        metrics: ModelMetrics,
+        admission: Admission,
         departure: Departure,
     ) -> None:
         self._sessions = sessions
         self._evaluations = evaluations
         self._max_message_bytes = max_message_bytes
         self._departure = departure
-        self._codec = Codec(max_message_bytes, metrics)
+        self._codec = codec
+        self._admission = admission
 
     async def OpenSession(self, data: bytes, context: object) -> bytes:
-        header, parts = messages.decode(v1.OpenSessionRequest, data)
+        incoming = self._codec.open(v1.OpenSessionRequest, data)
+        header = incoming.header
         model = checked(header.model)
         session = await self._sessions.open(
             principals.current(),
@@ -52,43 +56,52 @@ class SessionsServicer:
             model.version,
             model.label,
             resume=header.resume,
-            initial_state=parts.get("initial_state"),
-            size_bytes=len(data),
+            read=incoming.parts,
+            size_bytes=incoming.size_bytes,
         )
         identity = session.servable.identity.message()
         return v1.OpenSessionResponse(model=identity, updates=session.record.updates).SerializeToString()
 
     async def UpdateSession(self, data: bytes, context: object) -> bytes:
-        header, parts = self._codec.decode(v1.UpdateSessionRequest, data)
-        update = UpdateIdentity.of(header.update)
-        session = await self._sessions.update(principals.current(), update, parts, len(data))
-        return self._answer(v1.UpdateSessionResponse, session, {}).join()
+        incoming = self._codec.open(v1.UpdateSessionRequest, data)
+        update = UpdateIdentity.of(incoming.header.update)
+        session = await self._sessions.update(principals.current(), update, incoming.parts, incoming.size_bytes)
+        return (await self._answer(v1.UpdateSessionResponse, session, {})).join()
 
     async def ForwardPassInSession(self, data: bytes, context: object) -> Pieces:
-        header, parts = self._codec.decode(v1.ForwardPassInSessionRequest, data)
+        incoming = self._codec.open(v1.ForwardPassInSessionRequest, data)
+        header = incoming.header
         principal = principals.current()
-        request = Request("", 0, Function.FORWARD_PASS, parts, len(data), header.training, header.weights_id, principal)
         update = UpdateIdentity.of(header.update)
-        session, results = await self._sessions.forward_pass(principal, update, request, header.without_predictions)
-        return self._answer(v1.ForwardPassInSessionResponse, session, results)
+
+        async def read() -> Request:
+            parts = await incoming.parts()
+            function, size_bytes = Function.FORWARD_PASS, incoming.size_bytes
+            return Request("", 0, function, parts, size_bytes, header.training, header.weights_id, principal)
+
+        session, results = await self._sessions.forward_pass(
+            principal, update, read, incoming.size_bytes, header.without_predictions
+        )
+        return await self._answer(v1.ForwardPassInSessionResponse, session, results)
 
     async def MergeIntoSession(self, data: bytes, context: object) -> bytes:
-        header, parts = self._codec.decode(v1.MergeIntoSessionRequest, data)
+        incoming = self._codec.open(v1.MergeIntoSessionRequest, data)
+        header = incoming.header
         update = UpdateIdentity.of(header.update)
         session = await self._sessions.merge(
-            principals.current(), update, header.other_session_id, parts.get("state"), len(data)
+            principals.current(), update, header.other_session_id, incoming.parts, incoming.size_bytes
         )
-        return self._answer(v1.MergeIntoSessionResponse, session, {}).join()
+        return (await self._answer(v1.MergeIntoSessionResponse, session, {})).join()
 
     async def GetSessionState(self, data: bytes, context: object) -> Pieces:
         header = fields.parse(v1.GetSessionStateRequest, data)
         session = await self._sessions.get(principals.current(), header.session_id)
-        return self._answer(v1.GetSessionStateResponse, session, {"state": session.record.state})
+        return await self._answer(v1.GetSessionStateResponse, session, {"state": session.record.state})
 
     async def GetSessionResult(self, data: bytes, context: object) -> Pieces:
         header = fields.parse(v1.GetSessionResultRequest, data)
         session, metrics = await self._sessions.result(principals.current(), header.session_id)
-        return self._answer(v1.GetSessionResultResponse, session, {"metrics": metrics})
+        return await self._answer(v1.GetSessionResultResponse, session, {"metrics": metrics})
 
     async def CloseSession(self, data: bytes, context: object) -> bytes:
         header = fields.parse(v1.CloseSessionRequest, data)
@@ -97,15 +110,18 @@ class SessionsServicer:
 
     async def Evaluate(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
         start = await self._departure.until(_start(requests))
-        targets = [(target.session_id, target.weights_id) for target in start.targets]
+        # One too many is refused as well as a million.
+        targets = [(target.session_id, target.weights_id) for target in start.targets[: MAX_TARGETS + 1]]
         principal = principals.current()
         async with self._evaluations.begin(principal, start.writer_id, start.training, targets) as evaluation:
-            async for response in EvaluationStream(evaluation, self._max_message_bytes, self._departure).run(requests):
+            inbox = AdmittedInbox(self._max_message_bytes, self._admission, principal)
+            stream = EvaluationStream(evaluation, self._codec, inbox, self._departure)
+            async for response in stream.run(requests):
                 yield response
 
-    def _answer(self, response_type: type[Message], session: Session, parts: Mapping[str, Structure]) -> Pieces:
+    async def _answer(self, response_type: type[Message], session: Session, parts: Mapping[str, Structure]) -> Pieces:
         header: Any = session.servable.response_header(response_type)
-        return self._codec.encode(header, parts)
+        return await self._codec.encode(header, parts)
 
 
 async def _start(requests: AsyncIterator[bytes]) -> v1.EvaluationStart:

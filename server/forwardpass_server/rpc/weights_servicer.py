@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 
 from forwardpass import v1
-from forwardpass.wire import chunks, errors, fields, manifests
+from forwardpass.wire import chunks, errors, fields, limits, manifests
+from forwardpass.wire.manifests import WeightsManifest
 from forwardpass_server.rpc import principals
+from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.serving.weights import WeightStore
 
 _LEASE_ID_BYTES = 16
+
+# Some two hundred tensors, and their tree.
+_SMALL_MANIFEST_BYTES = 2**14
 
 
 class WeightsServicer:
@@ -19,17 +24,18 @@ class WeightsServicer:
     departure: ends uploads. What is still to come could not be published any more: that takes a further call.
     """
 
-    def __init__(self, store: WeightStore, departure: Departure) -> None:
+    def __init__(self, store: WeightStore, codec: Codec, departure: Departure) -> None:
         self._store = store
+        self._codec = codec
         self._departure = departure
 
     async def PutWeights(self, data: bytes, context: object) -> bytes:
-        manifest = manifests.decode(fields.parse(v1.PutWeightsRequest, data).manifest)
+        is_small = len(data) <= _SMALL_MANIFEST_BYTES
+        manifest = _decode(data) if is_small else await self._codec.aside(lambda: _decode(data))
         missing = await self._store.put(principals.current(), manifest)
-        response = v1.PutWeightsResponse(weights_id=manifest.weights_id)
-        for digest, received in missing:
-            response.missing.add(digest=digest, received_bytes=received)
-        return response.SerializeToString()
+        if len(missing) <= limits.SMALL_LEAVES:
+            return _encode_missing(manifest, missing)
+        return await self._codec.aside(lambda: _encode_missing(manifest, missing))
 
     async def UploadTensors(self, requests: AsyncIterator[bytes], context: object) -> bytes:
         await self._departure.until(self._upload(requests))
@@ -43,7 +49,9 @@ class WeightsServicer:
     async def DescribeWeights(self, data: bytes, context: object) -> bytes:
         request = fields.parse(v1.DescribeWeightsRequest, data)
         async with self._store.use(principals.current(), request.weights_id) as weights:
-            return v1.DescribeWeightsResponse(manifest=manifests.encode(weights.manifest)).SerializeToString()
+            if len(weights.manifest.tensors) <= limits.SMALL_LEAVES:
+                return _describe(weights.manifest)
+            return await self._codec.aside(lambda: _describe(weights.manifest))
 
     async def DownloadTensor(self, data: bytes, context: object) -> AsyncIterator[bytes]:
         request = fields.parse(v1.DownloadTensorRequest, data)
@@ -65,3 +73,21 @@ class WeightsServicer:
         request = fields.parse(v1.DeleteWeightsRequest, data)
         await self._store.delete(principals.current(), request.weights_id)
         return b""
+
+
+def _decode(data: bytes) -> WeightsManifest:
+    manifest = manifests.decode(fields.parse(v1.PutWeightsRequest, data).manifest)
+    # What the store asks of it on the event loop is worked out here.
+    _ = manifest.weights_id, manifest.size_bytes
+    return manifest
+
+
+def _encode_missing(manifest: WeightsManifest, missing: Sequence[tuple[bytes, int]]) -> bytes:
+    response = v1.PutWeightsResponse(weights_id=manifest.weights_id)
+    for digest, received in missing:
+        response.missing.add(digest=digest, received_bytes=received)
+    return response.SerializeToString()
+
+
+def _describe(manifest: WeightsManifest) -> bytes:
+    return v1.DescribeWeightsResponse(manifest=manifests.encode(manifest)).SerializeToString()

@@ -11,6 +11,9 @@ from forwardpass.wire import errors
 # Time for some calls to end, and too short to matter to a caller who was refused.
 _RETRY_AFTER_S = 0.1
 
+# What waits may hold this part of what is admitted.
+_WAITING_SHARE = 4
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -24,10 +27,11 @@ class Limits:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Use:
-    """What is being done: for everybody, or for one principal."""
+    """What is being done: for everybody, or for one principal. waiting_bytes: held by requests that wait for room."""
 
     calls: int = 0
     size_bytes: int = 0
+    waiting_bytes: int = 0
 
 
 class Admission:
@@ -65,8 +69,8 @@ class Admission:
         if own is None:
             own = self._by_principal[principal] = _Use()
         try:
-            _check(self._use, self._in_all, size_bytes, calls, "the server's calls")
-            _check(own, self._each, size_bytes, calls, "this principal's calls")
+            _check(self._use, self._in_all, size_bytes, calls, "the server's calls", tells_total=False)
+            _check(own, self._each, size_bytes, calls, "this principal's calls", tells_total=True)
         except errors.ServerOverloaded:
             self._forget(principal, own)
             raise
@@ -100,17 +104,41 @@ class Admission:
         finally:
             self.leave(principal, size_bytes)
 
+    @contextlib.contextmanager
+    def waiting(self, principal: str, held_bytes: int, refusal: errors.ServerOverloaded) -> Iterator[None]:
+        """A request that waits for room, as long as that lasts, instead of being refused at once.
+
+        held_bytes: what it holds meanwhile. refusal: is raised where too much waits already: requests that wait take
+        memory too.
+        """
+        own = self._by_principal.setdefault(principal, _Use())
+        for use, limits in ((self._use, self._in_all), (own, self._each)):
+            most = limits.size_bytes // _WAITING_SHARE
+            if use.waiting_bytes and use.waiting_bytes + held_bytes > most:
+                self._forget(principal, own)
+                raise refusal
+        for use in (own, self._use):
+            use.waiting_bytes += held_bytes
+        try:
+            yield
+        finally:
+            for use in (own, self._use):
+                use.waiting_bytes -= held_bytes
+            self._forget(principal, own)
+
     def _forget(self, principal: str, own: _Use) -> None:
-        if not own.calls and not own.size_bytes:
+        is_used = own.calls or own.size_bytes or own.waiting_bytes
+        if not is_used and self._by_principal.get(principal) is own:
             del self._by_principal[principal]
 
 
-def _check(use: _Use, limits: Limits, size_bytes: int, calls: int, place: str) -> None:
+def _check(use: _Use, limits: Limits, size_bytes: int, calls: int, place: str, tells_total: bool) -> None:
+    """tells_total: the use is the caller's own. What others do is not for the error to tell."""
     if use.calls + calls > limits.calls:
         raise errors.ServerOverloaded(
             place=place,
             expected=f"at most {limits.calls} at once",
-            found=f"{use.calls + calls}",
+            found=f"{use.calls + calls}" if tells_total else "more",
             retry_after_s=_RETRY_AFTER_S,
         )
     # One alone is always taken: its message has a limit of its own.
@@ -118,6 +146,6 @@ def _check(use: _Use, limits: Limits, size_bytes: int, calls: int, place: str) -
         raise errors.ServerOverloaded(
             place=place,
             expected=f"at most {limits.size_bytes} bytes at once",
-            found=f"{use.size_bytes + size_bytes}",
+            found=f"{use.size_bytes + size_bytes}" if tells_total else "more",
             retry_after_s=_RETRY_AFTER_S,
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -68,17 +69,20 @@ class Caller:
         self._observer = observer
         self._admission = admission
 
-    async def call(self, request: Request) -> tuple[Servable, dict[str, Structure]]:
+    async def call(
+        self, name: str, version: int, principal: str, size_bytes: int, read: Callable[[], Awaitable[Request]]
+    ) -> tuple[Servable, dict[str, Structure]]:
         """Returns the model that answered and its results, named as in `spec.results`.
 
-        Raises what `Registry.get` raises, ServerOverloaded, and what `run` raises.
+        name, version, principal, size_bytes: as of the request. read: decodes the rest of it once it is admitted.
+        Raises what `Registry.get` raises, ServerOverloaded, and what `read` and `run` raise.
         """
-        servable = self._registry.get(request.name, request.version)
-        self._admission.enter(request.principal, request.size_bytes)
+        servable = self._registry.get(name, version)
+        self._admission.enter(principal, size_bytes)
         try:
-            return servable, await self.run(servable, request)
+            return servable, await self.run(servable, await read())
         finally:
-            self._admission.leave(request.principal, request.size_bytes)
+            self._admission.leave(principal, size_bytes)
 
     async def run(self, servable: Servable, request: Request) -> dict[str, Structure]:
         """The results of a call that was admitted, named as in `spec.results`, from a model that was found.
@@ -88,10 +92,11 @@ class Caller:
         """
         plan = servable.plan(request.function, request.training)
         if not request.weights_id:
-            return plan.unflatten(await self._run(request, servable, plan, plan.flatten(request.parts)))
+            leaves = await _flattened(plan, request.parts, None)
+            return plan.unflatten(await self._run(request, servable, plan, leaves))
         async with self._weights.use(request.principal, request.weights_id) as weights:
             placed = weights.leaves(servable.identity.content_hash, servable.spec.weights)
-            leaves = plan.flatten(request.parts, placed)
+            leaves = await _flattened(plan, request.parts, placed)
             if servable.is_batchable and plan.is_prediction and not request.training and not request.is_alone:
                 results = await self._run_batched(request, servable, placed, leaves[len(placed) :])
             else:
@@ -108,15 +113,17 @@ class Caller:
         predict, size_bytes = servable.plan(Function.PREDICT_ON_BATCH), request.size_bytes
         passage = Passage()
         try:
-            predictions = await self._batcher.predict(predict, weights, x, size_bytes, passage)
+            predicted = await self._batcher.predict(predict, weights, x, size_bytes, passage)
             if request.function is Function.PREDICT_ON_BATCH:
-                return predictions
-            loss = servable.plan(Function.LOSS)
-            results = await self._scheduler.run(loss.run, [*predictions, *y], loss.estimates, size_bytes, [passage])
+                return predicted
+            count = len(servable.spec.predictions.leaves)
+            predictions, masks = predicted[:count], predicted[count:]
+            loss, arguments = servable.plan(Function.LOSS), [*predictions, *y, *masks]
+            results = await self._scheduler.run(loss.run, arguments, loss.estimates, size_bytes, [passage])
         finally:
             self._observe_end(request, servable, passage)
         (num_examples,) = servable.spec.batch_output.named_child("num_examples").leaves
-        return [*results, *predictions, np.array(predictions[0].shape[0], num_examples.dtype)]
+        return [*results, *predictions, np.array(predictions[0].shape[0], num_examples.dtype), *masks]
 
     def _observe(self, request: Request, servable: Servable) -> None:
         x = request.parts.get("x") or request.parts.get("batch_input.x")
@@ -134,3 +141,10 @@ class Caller:
             return await self._scheduler.run(plan.run, leaves, plan.estimates, request.size_bytes, [passage])
         finally:
             self._observe_end(request, servable, passage)
+
+
+async def _flattened(plan: Plan, parts: Mapping[str, Structure], weights: Sequence[Leaf] | None) -> list[Leaf]:
+    """See `Plan.flatten`. The arguments of a model with many leaves are checked beside the event loop."""
+    if plan.is_small:
+        return plan.flatten(parts, weights)
+    return await asyncio.to_thread(plan.flatten, parts, weights)

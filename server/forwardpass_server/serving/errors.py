@@ -2,7 +2,14 @@
 
 
 class ModelLoadError(Exception):
-    """A model cannot be loaded: its files, or what its operator says of them, are not what they should be."""
+    """A model cannot be loaded: its files, or what its operator says of them, are not what they should be.
+
+    needs_traceback: the log shows where it came from. A mistake in a file is explained by its sentence alone.
+    """
+
+    def __init__(self, message: str, *, needs_traceback: bool = False) -> None:
+        super().__init__(message)
+        self.needs_traceback = needs_traceback
 
 
 class DeviceNotFound(Exception):

@@ -16,7 +16,7 @@ from forwardpass_server.serving.admission import Admission
 from forwardpass_server.serving.calls import Caller, Request
 from forwardpass_server.serving.session import Session, Update
 from forwardpass_server.serving.session_records import UpdateIdentity, check_id
-from forwardpass_server.serving.sessions import Sessions, update_parts
+from forwardpass_server.serving.sessions import Reader, Sessions, update_parts
 from forwardpass_server.serving.weights import WeightStore
 
 # On their way at once; beyond it no more is read of the stream, and its caller has to wait.
@@ -28,8 +28,8 @@ _MAX_BYTES = 64 * 2**20
 _BATCHES_PER_COMMIT = 8
 _HELD_BACK_S = 0.02
 
-# Each takes a worker, and weights that stay on the device.
-_MAX_TARGETS = 1024
+MAX_TARGETS = 1024
+"""Of one evaluation. Each takes a worker, and weights that stay on the device."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,8 +71,8 @@ class Evaluations:
         Raises InvalidRequest, SessionNotFound, SessionExpired, WeightsNotFound, WeightStoreFull.
         """
         check_id(writer_id, "start.writer_id")
-        if not 1 <= len(targets) <= _MAX_TARGETS:
-            raise errors.InvalidRequest(place="start.targets", expected=f"1 to {_MAX_TARGETS}", found=f"{len(targets)}")
+        if not 1 <= len(targets) <= MAX_TARGETS:
+            raise errors.InvalidRequest(place="start.targets", expected=f"1 to {MAX_TARGETS}", found=f"{len(targets)}")
         if len({session_id for session_id, _ in targets}) < len(targets):
             # Each batch would count once, under whichever weights came first.
             raise errors.InvalidRequest(place="start.targets", expected="a session for each", found="one of them twice")
@@ -138,21 +138,29 @@ class Evaluation:
         self._changed = asyncio.Event()
         self._workers = [asyncio.ensure_future(self._work(target)) for target in targets]
 
-    async def add(self, batch: Batch) -> None:
+    async def add(self, sequence: int, update_id: bytes, size_bytes: int, read: Reader) -> None:
         """Takes the next batch; waits while as many as may be are on their way.
 
+        size_bytes: of its message. read: decodes batch_input.x, batch_input.y, and maybe sample_weight.
         Raises InvalidRequest for one that does not follow the one before. What is wrong with it otherwise is raised by
-        `advance`.
+        `advance`: ServerOverloaded too, where too much waits already.
         """
-        check_id(batch.update_id, "update_id")
+        check_id(update_id, "update_id")
         expected = range(self._added + 1, self._added + 2) if self._added else range(1, self.position + 2)
-        if batch.sequence not in expected:
-            raise errors.InvalidRequest(place="call", expected=f"batch {expected[-1]}", found=f"{batch.sequence}")
-        self._added = batch.sequence
-        if batch.sequence <= self.position:
+        if sequence not in expected:
+            raise errors.InvalidRequest(place="call", expected=f"batch {expected[-1]}", found=f"{sequence}")
+        self._added = sequence
+        if sequence <= self.position:
             return
-        await self._until(lambda: self._has_room(batch.size_bytes))
-        self._arriving[batch.sequence] = batch, await self._admitted(batch.size_bytes)
+        try:
+            # Before anything else is waited for: what waits holds its memory.
+            with await self._admitted(size_bytes) as admitted:
+                await self._until(lambda: self._has_room(size_bytes))
+                batch = Batch(sequence, update_id, await read(), size_bytes)
+                self._arriving[sequence] = batch, admitted.pop_all()
+        except errors.ForwardPassError as error:
+            self._fail(sequence, _of_batch(error, sequence))
+            return
         for target in self._targets:
             target.batches.put_nowait(batch)
 
@@ -165,13 +173,17 @@ class Evaluation:
         )
 
     async def _admitted(self, size_bytes: int) -> contextlib.ExitStack:
-        """Counts a batch among the server's calls. One that does not fit waits, and holds up its caller with it."""
+        """Counts a batch among the server's calls. One that does not fit waits, and holds up its caller with it.
+
+        Raises ServerOverloaded where too much waits already.
+        """
         stack = contextlib.ExitStack()
         while True:
             try:
                 stack.enter_context(self._admission.admitted(self._principal, size_bytes))
             except errors.ServerOverloaded as error:
-                await asyncio.sleep(error.retry_after_s)
+                with self._admission.waiting(self._principal, size_bytes, error):
+                    await asyncio.sleep(error.retry_after_s)
             else:
                 return stack
 

@@ -7,10 +7,11 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar, cast
 
+import numpy as np
 from google.protobuf.message import Message
 
-from forwardpass.wire import conform, errors, specs, trees
-from forwardpass.wire.description import Function
+from forwardpass.wire import conform, errors, limits, specs, trees
+from forwardpass.wire.description import MASKS_OF, Function
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.specs import StructureSpec
 from forwardpass.wire.structures import Structure
@@ -23,11 +24,17 @@ MessageT = TypeVar("MessageT", bound=Message)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Argument:
-    """One structure that a function takes. is_optional: the function does not read it, so it may be None."""
+    """One structure that a function takes.
+
+    is_optional: the function does not read it, so it may be None.
+    masked: for a Keras mask the argument whose mask it is, "" otherwise; masked_leaves: as of `ModelSpec`.
+    """
 
     place: str
     spec: StructureSpec
     is_optional: bool
+    masked: str = ""
+    masked_leaves: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -38,6 +45,7 @@ class Plan:
     weights: how many of the arguments, the first ones, are the model's weights.
     is_prediction: the function is predict_on_batch, or a forward pass that is made of it and the loss.
     shares_batch: several arguments must agree in the batch dimension.
+    is_small: the arguments have few leaves: see `limits.SMALL_LEAVES`.
     run: flat leaves in, flat leaves out; only for a function that the model has.
     estimates: how long it takes.
     """
@@ -49,6 +57,7 @@ class Plan:
     results: tuple[tuple[str, StructureSpec], ...]
     is_prediction: bool
     shares_batch: bool
+    is_small: bool
     run: Callable[[Sequence[Leaf]], list[Array]]
     estimates: Estimates
 
@@ -66,15 +75,19 @@ class Plan:
             flat += weights
             arguments = arguments[self.weights :]
         checked = []
+        found: dict[str, Sequence[Array]] = {}
         for argument in arguments:
             part = parts.get(argument.place)
             if part is not None and part.tree.kind is not Kind.NONE:
                 leaves = conform.check(part, argument.spec, argument.place)
+            elif argument.masked:
+                leaves = _all_true(argument, found[argument.masked])
             elif argument.is_optional or not argument.spec.leaves:
                 leaves = [specs.zeros(leaf) for leaf in argument.spec.leaves]
             else:
                 raise errors.StructureMismatch(place=argument.place, expected=str(argument.spec), found="None")
             checked.append((argument.place, leaves, argument.spec))
+            found[argument.place] = leaves
             flat += leaves
         if self.shares_batch:
             conform.check_batch(checked)
@@ -121,7 +134,8 @@ class Servable:
 def _plan(model: LoadedModel, function: Function, training: bool) -> Plan:
     spec = model.description.spec
     arguments = tuple(
-        Argument(place, _as_decoded(part), spec.may_be_none(place)) for place, part in spec.arguments[function].items()
+        Argument(place, _as_decoded(part), spec.may_be_none(place), MASKS_OF.get(place, ""), spec.masked_leaves)
+        for place, part in spec.arguments[function].items()
     )
     batched = sum(leaf.batched for argument in arguments for leaf in argument.spec.leaves)
     return Plan(
@@ -133,9 +147,19 @@ def _plan(model: LoadedModel, function: Function, training: bool) -> Plan:
         is_prediction=function is Function.PREDICT_ON_BATCH
         or (function is Function.FORWARD_PASS and not spec.has_own_forward_pass),
         shares_batch=batched > 1,
+        is_small=sum(len(argument.spec.leaves) for argument in arguments) <= limits.SMALL_LEAVES,
         run=functools.partial(model.run, function, training),
         estimates=Estimates(model.has_loops(function, training)),
     )
+
+
+def _all_true(argument: Argument, predictions: Sequence[Array]) -> list[Array]:
+    """The mask that counts every position, which is what a request without a mask asks for."""
+    masks = []
+    for index, leaf in zip(argument.masked_leaves, argument.spec.leaves, strict=True):
+        shape = predictions[index].shape
+        masks.append(np.ones(shape if leaf.shape is None else shape[: len(leaf.shape)], leaf.dtype))
+    return masks
 
 
 def _as_decoded(spec: StructureSpec) -> StructureSpec:

@@ -59,11 +59,7 @@ class Registry:
         try:
             servable = Servable(loader.load(source))
         except (Exception, SystemExit) as error:  # A model's files and code may raise anything.
-            _LOGGER.exception("model %s failed to load", source)
-            # What other errors say may be anything: it is for whoever reads the log.
-            is_ours = isinstance(error, (ModelLoadError, errors.ForwardPassError))
-            reason = str(error) if is_ours else f"{type(error).__name__}; the server's log says more"
-            entry = Entry(source, State.FAILED, error=reason)
+            entry = Entry(source, State.FAILED, error=_log_failure(source, error))
         else:
             _LOGGER.info("model %s is available after %.2f s", source, time.monotonic() - started)
             entry = Entry(source, State.AVAILABLE, servable)
@@ -166,6 +162,18 @@ class Registry:
         if entry.state is State.LOADING:
             raise errors.ModelLoading(f"model {entry.source} is still being loaded")
         raise errors.ModelFailed(f"model {entry.source} failed to load: {entry.error}")
+
+
+def _log_failure(source: ModelSource, error: BaseException) -> str:
+    """Logs why a model failed to load, and returns the sentence for callers.
+
+    A mistake in a file is one line. Anything else has its traceback.
+    """
+    is_explained = isinstance(error, (ModelLoadError, errors.ForwardPassError))
+    needs_traceback = not is_explained or getattr(error, "needs_traceback", False)
+    _LOGGER.error("model %s failed to load: %s", source, error, exc_info=error if needs_traceback else None)
+    # What other errors say may be anything: only the log has it.
+    return str(error) if is_explained else f"{type(error).__name__}: the server's log has the traceback"
 
 
 def version_labelled(name: str, label: str, labels: Mapping[str, int]) -> int:

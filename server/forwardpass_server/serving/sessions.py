@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 import numpy as np
 
@@ -20,6 +20,13 @@ from forwardpass_server.serving.session_commits import SessionCommits
 from forwardpass_server.serving.session_models import SessionModels
 from forwardpass_server.serving.session_records import Record, UpdateIdentity, check_id
 from forwardpass_server.serving.session_store import SessionKey, SessionStore
+
+Reader = Callable[[], Awaitable[Mapping[str, Structure]]]
+"""Decodes the structures of a request, named as in its message. Called once the request is admitted."""
+
+
+async def _read_nothing() -> Mapping[str, Structure]:
+    return {}
 
 
 class Sessions:
@@ -50,14 +57,15 @@ class Sessions:
         label: str = "",
         *,
         resume: bool = False,
-        initial_state: Structure | None = None,
+        read: Reader = _read_nothing,
         size_bytes: int = 0,
     ) -> Session:
         """Opens a session of a model, or finds one that is open.
 
         version: 0 for the highest that is available, or for the one that `label` stands for. A session that is open is
         found whatever those are by now.
-        resume: the session must be there already. initial_state: None for the state before the first batch.
+        resume: the session must be there already. read: decodes `initial_state`, which is absent for the state before
+        the first batch.
         Raises ServerOverloaded, what `Registry.get` and `Registry.labelled` raise, FunctionNotAvailable,
         StructureMismatch, DTypeMismatch, ShapeMismatch, SessionLimitExceeded, SessionNotFound, SessionExpired,
         InvalidRequest for a session of another model.
@@ -69,6 +77,7 @@ class Sessions:
                 session = await self._known.load(key)
             else:
                 servable = self._models.named(name, version, label)
+                initial_state = (await read()).get("initial_state")
                 making = self._models.opening(servable.identity, self._make(key, servable, initial_state))
                 # Goes on where nobody waits for it: the store may have it by then.
                 session = await asyncio.shield(making)
@@ -94,37 +103,44 @@ class Sessions:
         spec = servable.spec.metrics_state
         return Structure(spec.tree, conform.check(state, spec, "initial_state"))
 
-    async def update(
-        self, principal: str, identity: UpdateIdentity, parts: Mapping[str, Structure], size_bytes: int
-    ) -> Session:
-        """Counts one batch. parts: labels, the fields of a batch output, and maybe sample_weight.
+    async def update(self, principal: str, identity: UpdateIdentity, read: Reader, size_bytes: int) -> Session:
+        """Counts one batch. read: decodes labels, the fields of a batch output, and maybe sample_weight.
 
         Raises SequenceMismatch, SessionNotFound, SessionExpired, SessionLimitExceeded, SessionStoreUnavailable, and
         what a call of update_metrics_state raises. After SessionStoreUnavailable the update may have counted.
         """
         with self._admission.admitted(principal, size_bytes):
             session = await self.find(principal, identity.session_id)
-            await self.submit(session, self.counting(identity, parts, size_bytes))
+            await self.submit(session, self.counting(identity, await read(), size_bytes))
         return session
 
     async def forward_pass(
-        self, principal: str, identity: UpdateIdentity, request: Request, without_predictions: bool
+        self,
+        principal: str,
+        identity: UpdateIdentity,
+        read: Callable[[], Awaitable[Request]],
+        size_bytes: int,
+        without_predictions: bool,
     ) -> tuple[Session, dict[str, Structure]]:
-        """Runs a forward pass and counts its batch. request: its model's name and version are not looked at.
+        """Runs a forward pass and counts its batch.
+
+        read: decodes the request, of which the model's name and version are not looked at.
 
         Returns the results, without the predictions on request. Raises what `update` and a forward pass raise.
         """
-        with self._admission.admitted(principal, request.size_bytes):
+        with self._admission.admitted(principal, size_bytes):
             session = await self.find(principal, identity.session_id)
             recorded = await self._commits.recorded(session, identity)
             if recorded:
                 return session, session_records.decode_outcome(recorded)
+            request = await read()
             results = await self._caller.run(session.servable, request)
             answer = dict(results)
             if without_predictions:
                 del answer["batch_output.predictions"]
+                answer.pop("batch_output.prediction_mask", None)
             parts = update_parts(request.parts, results)
-            update = self.counting(identity, parts, request.size_bytes, session_records.encode_outcome(answer))
+            update = self.counting(identity, parts, size_bytes, session_records.encode_outcome(answer))
             await self.submit(session, update)
         return session, answer
 
@@ -133,16 +149,16 @@ class Sessions:
         principal: str,
         identity: UpdateIdentity,
         other_session_id: bytes,
-        state: Structure | None,
+        read: Reader,
         size_bytes: int,
     ) -> Session:
-        """Adds a state to that of a session: `state`, or else that of another session.
+        """Adds a state to that of a session: the `state` that `read` decodes, or else that of another session.
 
         Raises FunctionNotAvailable for a model whose states cannot be added, and what `update` raises.
         """
         with self._admission.admitted(principal, size_bytes):
             session = await self.find(principal, identity.session_id)
-            added = state or await self._state_of(principal, other_session_id, session)
+            added = (await read()).get("state") or await self._state_of(principal, other_session_id, session)
             await self.submit(session, self._adding(session, identity, added))
         return session
 

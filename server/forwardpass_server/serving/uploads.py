@@ -24,19 +24,23 @@ _MAX_ANNOUNCED = 2**18
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Group:
-    """The tensors of one set on their way: none is dropped while others arrive. touched: when something came last."""
+    """The tensors of one set on their way: none is dropped while others arrive.
+
+    touched: when something came last. uploads: how many they are.
+    """
 
     weights_id: bytes
     touched: float
+    uploads: int = 0
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Upload:
-    """One tensor on its way. buffer: allocated with the first chunk. placed: once it is whole and verified."""
+    """One tensor on its way. hasher, buffer: made with the first chunk. placed: once it is whole and verified."""
 
     manifest: TensorManifest
-    hasher: hashlib._Hash
     group: _Group
+    hasher: hashlib._Hash | None = None
     buffer: Array | None = None
     received: int = 0
     placed: Any = None
@@ -47,17 +51,16 @@ class _Upload:
 class Uploads:
     """The uploads of all principals. Several callers may send the same tensor: whoever is ahead brings it forward.
 
-    reserve: makes room for so many bytes of a principal, or raises. place: puts a whole tensor, by its digest, on the
-    device; called on a thread. expiry_s: after which an upload that stands still is dropped.
+    reserve: makes room for so many bytes of a principal, or raises. place: puts a whole tensor on the device; called on
+    a thread. expiry_s: after which an upload that stands still is dropped.
     """
 
-    def __init__(
-        self, reserve: Callable[[str, int], None], place: Callable[[bytes, Array], Any], expiry_s: float
-    ) -> None:
+    def __init__(self, reserve: Callable[[str, int], None], place: Callable[[Array], Any], expiry_s: float) -> None:
         self._reserve = reserve
         self._place = place
         self._expiry_s = expiry_s
         self._uploads: dict[tuple[str, bytes], _Upload] = {}
+        self._groups: dict[tuple[str, bytes], _Group] = {}
         self._announced: collections.Counter[str] = collections.Counter()
         self._size_bytes: collections.Counter[str] = collections.Counter()
         self.size_bytes = 0
@@ -68,12 +71,9 @@ class Uploads:
 
     def announce(self, principal: str, weights_id: bytes, wanted: Sequence[TensorManifest]) -> list[tuple[bytes, int]]:
         """Expects tensors of a set. Returns those that are not whole yet, each with how many of its bytes are there."""
-        known = [self._uploads.get((principal, tensor.digest)) for tensor in wanted]
-        groups = [upload.group for upload in known if upload is not None and upload.group.weights_id == weights_id]
-        group = groups[0] if groups else _Group(weights_id, 0.0)
-        group.touched = time.monotonic()
         unfinished = []
-        for tensor, upload in zip(wanted, known, strict=True):
+        for tensor in wanted:
+            upload = self._uploads.get((principal, tensor.digest))
             if upload is not None and upload.manifest != tensor:
                 # One of the two is wrong and will never be whole. This one may be right.
                 self.drop(principal, [tensor.digest])
@@ -81,13 +81,28 @@ class Uploads:
             if upload is None:
                 if len(self._uploads) >= _MAX_ANNOUNCED or self._announced[principal] >= _MAX_ANNOUNCED // 2:
                     raise errors.WeightStoreFull("too many tensors are announced and not sent", retry_after_s=1.0)
-                upload = _Upload(tensor, manifests.hasher_of(tensor.spec), group)
+                upload = _Upload(tensor, self._join(principal, weights_id))
                 self._uploads[principal, tensor.digest] = upload
                 self._announced[principal] += 1
-            upload.group = group
+            elif upload.group.weights_id != weights_id:
+                self._leave(principal, upload.group)
+                upload.group = self._join(principal, weights_id)
+            upload.group.touched = time.monotonic()
             if not upload.is_finished:
                 unfinished.append((tensor.digest, upload.received))
         return unfinished
+
+    def _join(self, principal: str, weights_id: bytes) -> _Group:
+        group = self._groups.get((principal, weights_id))
+        if group is None:
+            group = self._groups[principal, weights_id] = _Group(weights_id, 0.0)
+        group.uploads += 1
+        return group
+
+    def _leave(self, principal: str, group: _Group) -> None:
+        group.uploads -= 1
+        if not group.uploads:
+            del self._groups[principal, group.weights_id]
 
     async def write(self, principal: str, digest: bytes, offset: int, data: memoryview) -> None:
         """Takes a chunk. What has come already is passed over.
@@ -131,6 +146,7 @@ class Uploads:
         if upload.buffer is None:
             self._reserve(principal, size_bytes)
             upload.buffer = aligned_buffer(size_bytes)
+            upload.hasher = manifests.hasher_of(upload.manifest.spec)
             self._count(principal, size_bytes)
         # Another caller may be further than this one.
         data = data[upload.received - offset :]
@@ -140,15 +156,23 @@ class Uploads:
 
     async def _finish(self, upload: _Upload) -> None:
         digest = upload.manifest.digest
+        assert upload.hasher is not None
         if upload.hasher.digest() != digest:
             raise errors.TensorCorrupted(
                 place="tensor", expected=f"the hash {digest.hex()}", found=upload.hasher.hexdigest()
             )
-        array = upload.manifest.decode(upload.buffer, f"tensor {digest.hex()}")
-        upload.placed = await asyncio.to_thread(self._place, digest, array)
+        upload.placed = await asyncio.to_thread(self._decode_and_place, upload)
         upload.is_finished = True
         # On a GPU it is there now; on a CPU the placed tensor holds the memory.
         upload.buffer = None
+
+    def _decode_and_place(self, upload: _Upload) -> Any:
+        return self._place(upload.manifest.decode(upload.buffer, f"tensor {upload.manifest.digest.hex()}"))
+
+    def is_finished(self, principal: str, digest: bytes) -> bool:
+        """Whether a tensor is whole."""
+        upload = self._uploads.get((principal, digest))
+        return upload is not None and upload.is_finished
 
     def finished(self, principal: str, digest: bytes) -> Any:
         """A whole tensor, where it was placed."""
@@ -161,6 +185,7 @@ class Uploads:
             if upload is None:
                 continue
             _subtract(self._announced, principal, 1)
+            self._leave(principal, upload.group)
             if upload.buffer is not None or upload.is_finished:
                 self._count(principal, -upload.manifest.size_bytes)
 
@@ -193,6 +218,7 @@ def _subtract(counter: collections.Counter[str], principal: str, number: int) ->
 
 def _take(upload: _Upload, data: memoryview) -> None:
     assert upload.buffer is not None
+    assert upload.hasher is not None
     end = upload.received + len(data)
     upload.buffer[upload.received : end] = np.frombuffer(data, np.uint8)
     upload.hasher.update(data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import errno
 import hashlib
@@ -63,6 +64,8 @@ class WeightFiles:
         # Sets by when they were used, the oldest first; and in how many of them each tensor stands.
         self._manifests: dict[pathlib.Path, WeightsManifest] = {}
         self._users: dict[bytes, int] = {}
+        # The same for the sets of one principal: by the name of its folder, and the tensor.
+        self._held: collections.Counter[tuple[str, bytes]] = collections.Counter()
         self._size_bytes = 0
         shutil.rmtree(self._new, ignore_errors=True)
         for path in (self._tensors, self._sets, self._new):
@@ -91,12 +94,14 @@ class WeightFiles:
             self._make_room(manifest)
             written = []
             try:
+                path.parent.mkdir(exist_ok=True)
                 for tensor, array in arrays:
                     target = self._tensor_path(tensor.digest)
-                    if not target.exists():
-                        written.append(target)
+                    # What only other principals have is written once more: else the time it takes would tell of it.
+                    if not self._held[path.parent.name, tensor.digest]:
+                        if tensor.digest not in self._users:
+                            written.append(target)
                         self._write(target, tensors.element_bytes(array, tensor.spec.data_type))
-                path.parent.mkdir(exist_ok=True)
                 self._write(path, manifests.encode(manifest).SerializeToString(deterministic=True))
             except OSError:
                 for target in written:
@@ -189,6 +194,7 @@ class WeightFiles:
             if digest not in self._users:
                 self._size_bytes += tensor.size_bytes
             self._users[digest] = self._users.get(digest, 0) + 1
+            self._held[path.parent.name, digest] += 1
 
     def _delete(self, path: pathlib.Path) -> None:
         manifest = self._manifests.pop(path, None)
@@ -197,6 +203,9 @@ class WeightFiles:
         unused = [path]
         for digest, tensor in manifest.distinct.items():
             self._users[digest] -= 1
+            self._held[path.parent.name, digest] -= 1
+            if not self._held[path.parent.name, digest]:
+                del self._held[path.parent.name, digest]
             if not self._users[digest]:
                 del self._users[digest]
                 self._size_bytes -= tensor.size_bytes

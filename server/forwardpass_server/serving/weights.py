@@ -27,6 +27,9 @@ _LOGGER = logging.getLogger(__name__)
 _MAX_TTL_S = 30 * 24 * 3600
 _MAX_LEASES = 1024
 
+# Announced without a look at other callers.
+_TENSORS_AT_ONCE = 256
+
 Key = tuple[str, bytes]
 """A principal and a weights id, or the digest of a tensor: what one principal put, another cannot see by its hash."""
 
@@ -102,12 +105,11 @@ class WeightSet:
 
     def _fit(self, spec: StructureSpec) -> Sequence[Any]:
         place = "model_weights"
-        # Arrays that look like the tensors and take no memory.
-        likenesses = [
-            np.broadcast_to(np.zeros((), tensor.spec.dtype), tensor.shape) for tensor in self.manifest.tensors
-        ]
         order = conform.order(self.manifest.tree, spec, place)
-        conform.check(Structure(spec.tree, [likenesses[index] for index in order]), spec, place)
+        # Arrays that look like the tensors and take no memory.
+        ordered = [self.manifest.tensors[index] for index in order]
+        likenesses = [np.broadcast_to(np.zeros((), tensor.spec.dtype), tensor.shape) for tensor in ordered]
+        conform.check(Structure(spec.tree, likenesses), spec, place)
         return [self._leaves[index] for index in order]
 
 
@@ -133,7 +135,7 @@ class WeightStore:
         self._held_bytes: collections.Counter[str] = collections.Counter()
         # Sets that are in use or under a lease: few, where the others may be many.
         self._kept: set[Key] = set()
-        self._uploads = Uploads(self._reserve, self._place, options.upload_expiry_s)
+        self._uploads = Uploads(self._reserve, device.place, options.upload_expiry_s)
         self._restoring: dict[Key, asyncio.Future[None]] = {}
         # Sets, and tensors of theirs that were just uploaded, on their way to the disk.
         self._saving: dict[Key, asyncio.Future[None]] = {}
@@ -158,28 +160,26 @@ class WeightStore:
         Raises WeightStoreFull for a set that the store has no room for.
         """
         key = principal, manifest.weights_id
-        await self._saved(principal, manifest.weights_id, *manifest.distinct)
-        if key in self._sets or (self._files is not None and self._files.has(*key)):
-            if key in self._sets:
-                self._sets.move_to_end(key)
-            return []
         most = min(self._options.budget_bytes, self._share_bytes)
-        if manifest.size_bytes > most:
-            raise errors.WeightStoreFull(
-                place="manifest", expected=f"at most {most} bytes", found=f"{manifest.size_bytes}"
-            )
-        missing = [tensor for digest, tensor in manifest.distinct.items() if not self._held.get((principal, digest))]
-        for digest, tensor in manifest.distinct.items():
-            if self._held.get((principal, digest)) and self._tensors[digest].manifest != tensor:
-                raise errors.InvalidRequest(
-                    place=f"tensor {digest.hex()}",
-                    expected=str(self._tensors[digest].manifest.spec),
-                    found=str(tensor.spec),
+        while True:
+            await self._saved(principal, manifest.weights_id, *manifest.distinct)
+            if key in self._sets or (self._files is not None and self._files.has(*key)):
+                if key in self._sets:
+                    self._sets.move_to_end(key)
+                return []
+            if manifest.size_bytes > most:
+                raise errors.WeightStoreFull(
+                    place="manifest", expected=f"at most {most} bytes", found=f"{manifest.size_bytes}"
                 )
-        unfinished = self._uploads.announce(principal, manifest.weights_id, missing)
-        if unfinished:
-            return unfinished
-        uploaded = {tensor.digest: self._uploads.finished(principal, tensor.digest) for tensor in missing}
+            missing, unfinished = await self._announce(principal, manifest)
+            if unfinished:
+                return unfinished
+            # What was there when it was looked at may have been dropped or published since.
+            if all(self._holds(principal, digest) != (digest in missing) for digest in manifest.distinct) and all(
+                self._uploads.is_finished(principal, digest) for digest in missing
+            ):
+                break
+        uploaded = {digest: self._uploads.finished(principal, digest) for digest in missing}
         placed = {
             digest: uploaded[digest] if digest in uploaded else self._tensors[digest].placed
             for digest in manifest.distinct
@@ -193,7 +193,7 @@ class WeightStore:
         self._saving.update(dict.fromkeys(names, saving))
         try:
             # Whatever is dropped meanwhile, room for this set stays.
-            with self._uploads.reserved(principal, sum(tensor.size_bytes for tensor in missing)):
+            with self._uploads.reserved(principal, sum(tensor.size_bytes for tensor in missing.values())):
                 await asyncio.shield(saving)
         finally:
             for name in names:
@@ -201,6 +201,37 @@ class WeightStore:
         self._reserve_for(principal, manifest)
         self._publish(key, manifest, placed)
         return []
+
+    async def _announce(
+        self, principal: str, manifest: WeightsManifest
+    ) -> tuple[dict[bytes, TensorManifest], list[tuple[bytes, int]]]:
+        """Expects the tensors that a principal does not hold. Returns them, and what of them is not whole: see `put`.
+
+        Other callers have their turn in between where they are many.
+        """
+        missing: dict[bytes, TensorManifest] = {}
+        unfinished: list[tuple[bytes, int]] = []
+        wanted = list(manifest.distinct.values())
+        for start in range(0, len(wanted), _TENSORS_AT_ONCE):
+            if start:
+                await asyncio.sleep(0)
+            absent = []
+            for tensor in wanted[start : start + _TENSORS_AT_ONCE]:
+                if not self._holds(principal, tensor.digest):
+                    absent.append(tensor)
+                elif self._tensors[tensor.digest].manifest != tensor:
+                    raise errors.InvalidRequest(
+                        place=f"tensor {tensor.digest.hex()}",
+                        expected=str(self._tensors[tensor.digest].manifest.spec),
+                        found=str(tensor.spec),
+                    )
+            unfinished += self._uploads.announce(principal, manifest.weights_id, absent)
+            missing.update((tensor.digest, tensor) for tensor in absent)
+        return missing, unfinished
+
+    def _holds(self, principal: str, digest: bytes) -> bool:
+        """Whether a principal has shown to have a tensor that the store still has."""
+        return (principal, digest) in self._held
 
     async def _saved(self, principal: str, *names: bytes) -> None:
         """Waits for sets and tensors that are being saved: what is done to them is done one after another."""
@@ -213,13 +244,8 @@ class WeightStore:
 
         Raises UploadOutOfStep, InvalidRequest for a chunk beyond the end, TensorCorrupted, WeightStoreFull.
         """
-        if not self._held.get((principal, digest)) and (principal, digest) not in self._saving:
+        if not self._holds(principal, digest) and (principal, digest) not in self._saving:
             await self._uploads.write(principal, digest, offset, data)
-
-    def _place(self, digest: bytes, array: Array) -> Any:
-        # Another principal may have it: that this one may use it too was shown by its hash.
-        stored = self._tensors.get(digest)
-        return stored.placed if stored else self._device.place(array)
 
     def use(self, principal: str, weights_id: bytes) -> _Use:
         """A set, kept while it is in use: an asynchronous context manager. Raises WeightsNotFound."""
@@ -386,8 +412,9 @@ class WeightStore:
         kept_bytes = self._kept_bytes(self._kept)
         if self._tensor_bytes - kept_bytes < missing:
             raise errors.WeightStoreFull(
-                f"no room for {size_bytes} bytes: of {self._options.budget_bytes}, {kept_bytes} are in use or "
-                f"under a lease and {self._uploads.size_bytes} are being uploaded",
+                # Nothing of what others have.
+                f"no room for {size_bytes} bytes: too much is in use, under a lease, or being uploaded; delete or "
+                "release weights, or try again later",
                 retry_after_s=1.0,
             )
         self._evict(lambda key: key[0] == principal, lambda: self._used_by(principal) + own_bytes <= self._share_bytes)
@@ -420,8 +447,9 @@ class WeightStore:
         assert self._files is not None
         try:
             manifest = await asyncio.to_thread(self._files.manifest, *key)
-            wanted = [tensor for digest, tensor in manifest.distinct.items() if digest not in self._tensors]
-            self._reserve_for(key[0], manifest)
+            # Not those alone that nobody has: how long it takes would tell what others have.
+            wanted = [tensor for digest, tensor in manifest.distinct.items() if not self._holds(key[0], digest)]
+            self._reserve(key[0], sum(tensor.size_bytes for tensor in wanted))
             with self._uploads.reserved(key[0], sum(tensor.size_bytes for tensor in wanted)):
                 placed = await asyncio.to_thread(self._place_from_disk, wanted)
         except (OSError, errors.InvalidRequest) as error:

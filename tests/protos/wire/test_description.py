@@ -130,6 +130,48 @@ def test_zeros_fit_their_spec(spec, shape):
     assert zeros.dtype == spec.dtype
 
 
+BOOL = dtypes.BY_NAME["bool"]
+
+
+def masked_spec() -> ModelSpec:
+    """Two outputs, the second of which has a mask."""
+    predictions = {"topic": X, "tags": TensorSpec((None, None, 5), FLOAT)}
+    return model_spec(
+        predictions=StructureSpec.of(predictions),
+        batch_output=StructureSpec.of(BatchOutput(LOSS, predictions, None)),
+        prediction_mask=StructureSpec.of({"topic": None, "tags": TensorSpec((None, None), BOOL)}),
+        unused_batch_output_fields=frozenset({"loss", "prediction_mask"}),
+    )
+
+
+def test_masks_of_predictions_are_described():
+    whole = ModelDescription(ModelIdentity("m", 3, b"\x01" * 32), "keras", masked_spec())
+    assert description.decode(v1.ModelDescription.FromString(description.encode(whole).SerializeToString())) == whole
+
+
+def test_a_description_without_masks_is_what_it_was_before_there_were_any():
+    message = description.encode(ModelDescription(ModelIdentity("m", 1, b""), "f", model_spec()))
+    assert not message.HasField("prediction_mask")
+    assert description.decode(message).spec.prediction_mask == specs.EMPTY
+
+
+def test_masks_are_arguments_and_results_behind_what_they_belong_to():
+    spec = masked_spec()
+    assert spec.masked_leaves == (1,)
+    assert list(spec.arguments[Function.WEIGHTED_LOSS]) == ["output", "label", "output_mask", "sample_weight"]
+    assert list(spec.arguments[Function.UPDATE_METRICS_STATE])[-1] == "batch_output.prediction_mask"
+    assert list(spec.results[Function.PREDICT_ON_BATCH]) == ["predictions", "prediction_mask"]
+    assert list(spec.results[Function.FORWARD_PASS])[-1] == "batch_output.prediction_mask"
+    assert spec.may_be_none("batch_output.prediction_mask")
+
+
+def test_a_mask_of_other_containers_than_the_predictions_is_refused():
+    message = description.encode(ModelDescription(ModelIdentity("m", 1, b""), "f", masked_spec()))
+    message.prediction_mask.CopyFrom(specs.encode(StructureSpec.of([TensorSpec((None,), BOOL)])))
+    with pytest.raises(errors.StructureMismatch, match="prediction_mask"):
+        description.decode(message)
+
+
 @pytest.mark.parametrize("copied", [lambda value: pickle.loads(pickle.dumps(value)), copy.deepcopy])
 def test_a_copied_description_is_the_same_and_has_the_same_element_types(copied):
     for dtype in dtypes.ALL:

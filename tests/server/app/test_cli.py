@@ -27,7 +27,7 @@ def test_help_names_the_commands_and_shows_a_repository():
     assert "models/digits/1/" in shown
 
 
-@pytest.mark.parametrize("command", ["serve", "export", "token"])
+@pytest.mark.parametrize("command", ["serve", "export", "check", "token"])
 def test_every_option_says_what_it_does(command):
     for option in main.commands[command].params:
         assert option.param_type_name == "argument" or option.help, option.name
@@ -52,6 +52,13 @@ def test_a_model_whose_own_code_fails_is_one_line(tmp_path):
     done = run("export", "support.zoo:keras_batch", str(tmp_path / "models"), "mine")
     assert done.exit_code == 1
     assert "support.zoo:keras_batch: TypeError: " in done.output
+    assert "Traceback" not in done.output
+
+
+def test_a_module_that_cannot_be_imported_is_one_line(tmp_path):
+    done = run("export", "--import", "no_such_module", "support.zoo:structures", str(tmp_path / "models"), "mine")
+    assert done.exit_code == 1
+    assert "--import: module 'no_such_module' cannot be imported (ModuleNotFoundError" in done.output
     assert "Traceback" not in done.output
 
 

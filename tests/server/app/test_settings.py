@@ -54,10 +54,12 @@ def test_what_is_given_is_in_the_units_of_the_fields(monkeypatch, tmp_path):
     monkeypatch.setenv("FORWARDPASS_WEIGHTS_MIB", "3")
     monkeypatch.setenv("FORWARDPASS_FACTORIES", "slow=support.zoo:slow fast=support.zoo:fast")
     monkeypatch.setenv("FORWARDPASS_BATCHING", "false")
+    monkeypatch.setenv("FORWARDPASS_IMPORTS", "shop.layers shop.losses")
     arguments = ("--max-message-mib", "64", "--metrics-port", "-1", "--management-port", "0", "--insecure")
     more = ("--open", "health", "--open", "reflection", "--tokens", str(tmp_path / "tokens"), "--drain-delay", "2")
     assert read(*arguments, *more) == Settings(
         factories={**FACTORIES, "fast": "support.zoo:fast"},
+        imports=("shop.layers", "shop.losses"),
         weights_bytes=3 * 2**20,
         batching=False,
         max_message_bytes=64 * 2**20,

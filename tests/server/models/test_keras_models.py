@@ -241,7 +241,8 @@ def test_metrics_with_states_of_their_own_shape_equal_keras(metric):
         predictions = model(x)
         state = made.update_metrics_state(state, y, BatchOutput(0.0, predictions, 9))
         metric.update_state(y, predictions)
-    assert np.array_equal(made.finalize_metrics(state), metric.result())
+    # A graph may sum in another order than eager Keras: float32's last bits, as a share of terms near 1.
+    assert np.allclose(made.finalize_metrics(state), metric.result(), rtol=0, atol=1e-6)
 
 
 def test_metrics_by_name_are_in_the_order_given():
@@ -285,7 +286,6 @@ def test_losses_equal_keras_by_name_configuration_object_and_function(loss, expe
         ({"loss_fn": "nonsense"}, "nonsense"),
         ({"loss_fn": 3}, "3"),
         ({"metrics_constructor": ["nonsense"]}, "nonsense"),
-        ({"metrics_constructor": ["accuracy"]}, "'accuracy' is ambiguous"),
         ({"metrics_constructor": ["MeanSquaredError", "MeanSquaredError"]}, "two of one name"),
         ({"metrics_constructor": [lambda: 3]}, "expected a Keras metric"),
     ],

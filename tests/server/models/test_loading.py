@@ -17,7 +17,7 @@ import tensorflow as tf
 from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass_server import FunctionalModel
-from forwardpass_server.models import hashing, loading, tracing, warming
+from forwardpass_server.models import examples, hashing, loading, tracing, warming
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.serving.errors import ModelLoadError
 from forwardpass_server.serving.models import ModelSource
@@ -196,7 +196,9 @@ def test_a_factory_is_loaded(loader):
 
 def batched(model: FunctionalModel) -> list[bool]:
     traced = tracing.trace(model)
-    spec = warming.with_batched_leaves(Execution(traced.functions, "/device:CPU:0"), traced.spec)
+    execution = Execution(traced.functions, "/device:CPU:0")
+    found = examples.find(execution, traced.spec, traced.initial_weights)
+    spec = warming.with_batched_leaves(execution, found, traced.initial_weights)
     return [leaf.batched for leaf in (*spec.x.leaves, *spec.y.leaves)]
 
 
@@ -243,7 +245,7 @@ def test_groups_of_inputs_with_sizes_of_their_own_are_not_tied_to_each_other():
 def test_a_model_that_refuses_zeros_is_served_all_the_same(loader, caplog):
     with caplog.at_level(logging.WARNING):
         model = loader.load(ModelSource("picky", 1, factory=f"{__name__}:picky"))
-    assert "picky/1: predict_on_batch was not warmed, it refuses a batch of zeros" in caplog.text
+    assert "picky/1: predict_on_batch was not warmed, since it refuses the example batch" in caplog.text
     assert model.run(Function.PREDICT_ON_BATCH, False, [np.float32([2])])[0].tolist() == [2]
 
 
@@ -271,7 +273,7 @@ def test_a_keras_file_from_strangers_runs_no_code(tmp_path, loader):
     model.save(tmp_path / "model.keras")
     spec = {"x": {"dtype": "float32", "shape": [None, 2]}, "y": {"dtype": "float32", "shape": [None, 2]}}
     (tmp_path / "forwardpass.json").write_text(json.dumps({"input_spec": spec, "loss": "mse"}))
-    with pytest.raises(ValueError, match=r"safe_mode|unsafe"):
+    with pytest.raises(ModelLoadError, match=r"model.keras: .*(safe_mode|unsafe)"):
         loader.load(ModelSource("lambda", 1, folder=tmp_path))
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 
 import grpc
+import h2.events
 import prometheus_client
 import pytest
 
@@ -20,12 +22,18 @@ from forwardpass_server.telemetry.rpcs import RpcMetrics
 from support.raw_http2 import RawConnection
 from support.servers import wait_until
 
-UNARY, STREAM = "/test.Service/Unary", "/test.Service/Stream"
+UNARY, STREAM, LONG = "/test.Service/Unary", "/test.Service/Stream", "/test.Service/Long"
+
+# More than gRPC sends before its caller reads.
+LONG_BYTES = 2**24
 
 
 @contextlib.asynccontextmanager
-async def serving(arrivals: Arrivals):
-    """The address of a server with one unary method, which answers with how many calls are known to come."""
+async def serving(arrivals: Arrivals, registry: prometheus_client.CollectorRegistry | None = None):
+    """The address of a server whose unary method and stream answer with how many calls are known to come.
+
+    Another method has a long answer.
+    """
 
     async def unary(request: bytes, context: object) -> bytes:
         return b"%d" % arrivals.count
@@ -34,11 +42,15 @@ async def serving(arrivals: Arrivals):
         async for _ in requests:
             yield b"%d" % arrivals.count
 
-    families = Families("Calls", prometheus_client.CollectorRegistry(), [])
+    async def long(request: bytes, context: object) -> bytes:
+        return bytes(LONG_BYTES)
+
+    families = Families("Calls", registry or prometheus_client.CollectorRegistry(), [])
     interceptor = Interceptor(RpcMetrics(families), Access(), Departure(), arrivals, None)
     server = grpc.aio.server(interceptors=[interceptor])
     methods = {
         "Unary": grpc.unary_unary_rpc_method_handler(unary),
+        "Long": grpc.unary_unary_rpc_method_handler(long),
         "Stream": grpc.stream_stream_rpc_method_handler(stream),
     }
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test.Service", methods)])
@@ -48,6 +60,16 @@ async def serving(arrivals: Arrivals):
         yield f"127.0.0.1:{port}"
     finally:
         await server.stop(None)
+
+
+def handled(registry: prometheus_client.CollectorRegistry, method: str) -> dict[str, float]:
+    """How many calls of a method have ended with which status."""
+    return {
+        sample.labels["grpc_code"]: sample.value
+        for family in registry.collect()
+        for sample in family.samples
+        if sample.name == "grpc_server_handled_total" and sample.labels["grpc_method"] == method and sample.value
+    }
 
 
 @pytest.mark.parametrize("goes", ["with its message", "reset", "with its connection"])
@@ -119,3 +141,27 @@ def test_calls_that_compute_are_refused_while_the_device_does_not_work_and_other
 
 async def status_of(channel: grpc.aio.Channel, path: str) -> grpc.StatusCode:
     return await channel.unary_unary(path)(b"", timeout=30).code()
+
+
+def test_a_caller_that_leaves_an_answer_unread_is_counted_as_cancelled_and_is_one_line_of_the_log(caplog):
+    async def main() -> dict[str, float]:
+        registry = prometheus_client.CollectorRegistry()
+        async with serving(Arrivals(), registry) as address:
+            connection = await asyncio.to_thread(RawConnection, address)
+            with connection:
+                stream = connection.open(LONG)
+                connection.send(stream, b"x")
+                # All that fits into the window has come, and the rest of the answer waits.
+                await asyncio.to_thread(connection.wait, lambda event: isinstance(event, h2.events.DataReceived))
+                connection.h2.reset_stream(stream)
+                connection.flush()
+                await asyncio.to_thread(wait_until, lambda: handled(registry, "Long"))
+            async with grpc.aio.insecure_channel(address, [("grpc.max_receive_message_length", -1)]) as channel:
+                assert len(await channel.unary_unary(LONG)(b"x")) == LONG_BYTES
+                await asyncio.to_thread(wait_until, lambda: "OK" in handled(registry, "Long"))
+            return handled(registry, "Long")
+
+    caplog.set_level(logging.INFO)
+    assert asyncio.run(main()) == {"Canceled": 1, "OK": 1}
+    messages = [(record.levelname, record.getMessage()) for record in caplog.records if record.name != "asyncio"]
+    assert messages == [("INFO", f"call of {LONG}: the caller left before its answer was sent")]

@@ -13,9 +13,9 @@ MANY = Limits(calls=100, size_bytes=1000)
 @pytest.mark.parametrize(
     "in_all, each, message",
     [
-        (Limits(calls=2, size_bytes=1000), MANY, "the server's calls: expected at most 2 at once, got 3"),
+        (Limits(calls=2, size_bytes=1000), MANY, "the server's calls: expected at most 2 at once, got more"),
         (MANY, Limits(calls=2, size_bytes=1000), "this principal's calls: expected at most 2 at once, got 3"),
-        (Limits(calls=9, size_bytes=25), MANY, "the server's calls: expected at most 25 bytes at once, got 30"),
+        (Limits(calls=9, size_bytes=25), MANY, "the server's calls: expected at most 25 bytes at once, got more"),
         (MANY, Limits(calls=9, size_bytes=25), "this principal's calls: expected at most 25 bytes at once, got 30"),
     ],
 )
@@ -53,7 +53,7 @@ def test_bytes_that_arrive_count_and_are_no_calls():
     admission = Admission(Limits(calls=1, size_bytes=10), Limits(calls=1, size_bytes=10))
     for _ in range(2):
         admission.enter("alice", 5, calls=0)
-    with pytest.raises(errors.ServerOverloaded, match="10 bytes at once, got 11"):
+    with pytest.raises(errors.ServerOverloaded, match="10 bytes at once, got more"):
         admission.enter("alice", 1, calls=0)
     admission.leave("alice", 10, calls=0)
     admission.enter("alice", 10)

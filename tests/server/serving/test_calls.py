@@ -22,6 +22,7 @@ from forwardpass_server.serving.registry import Registry
 from forwardpass_server.serving.scheduling import Scheduler
 from forwardpass_server.serving.weights import StoreOptions, WeightStore
 from support import zoo
+from support.metric_sessions import given
 
 
 class Batches:
@@ -72,7 +73,7 @@ def test_no_call_builds_a_graph(registry, monkeypatch):
             parts = parts_for(registry, *zoo.keras_batch(size))
             for training in (True, False):
                 request = Request("keras_cnn", 1, Function.FORWARD_PASS, parts, 100, training)
-                _, found = await caller.call(request)
+                _, found = await caller.call("keras_cnn", 1, "", 100, given(request))
                 assert found["batch_output.predictions"].leaves[0].shape == (size, 5)
         await scheduler.close(10)
 

@@ -11,16 +11,18 @@ import pytest
 
 from forwardpass.wire import errors, manifests, tensors
 from forwardpass.wire.structures import Structure
-from forwardpass_server.serving.evaluation import Batch
-from support.metric_sessions import OTHER, SESSION, Rig, Writer, batch, counted, run
+from forwardpass_server.serving.sessions import Reader
+from support.metric_sessions import OTHER, SESSION, Rig, Writer, batch, counted, given, run
 
 WRITER = b"e" * 16
 
+Arguments = tuple[int, bytes, int, Reader]
 
-def numbered(number: int, *, label: int | None = None, examples: int = 3, size_bytes: int = 100) -> Batch:
-    """A batch whose labels are its number, or others."""
+
+def numbered(number: int, *, label: int | None = None, examples: int = 3, size_bytes: int = 100) -> Arguments:
+    """What `add` takes of a batch whose labels are its number, or others."""
     parts = batch(number if label is None else label, examples)
-    return Batch(number, number.to_bytes(16, "big"), parts, size_bytes)
+    return number, number.to_bytes(16, "big"), size_bytes, given(parts)
 
 
 async def put_weights(rig: Rig, seed: int = 0) -> bytes:
@@ -62,7 +64,7 @@ def test_batches_count_in_order_and_the_end_is_told():
     async def scenario(rig):
         async with evaluation(rig) as found:
             for number in range(1, 11):
-                await found.add(numbered(number))
+                await found.add(*numbered(number))
             found.complete()
             positions = await finish(found)
             assert positions == sorted(set(positions))
@@ -87,7 +89,7 @@ def test_the_first_batch_follows_the_position(first):
     async def scenario(rig):
         async with evaluation(rig) as found:
             with pytest.raises(errors.InvalidRequest, match=f"call: expected batch 1, got {first}"):
-                await found.add(numbered(first))
+                await found.add(*numbered(first))
 
     run(scenario)
 
@@ -95,12 +97,12 @@ def test_the_first_batch_follows_the_position(first):
 def test_each_batch_follows_the_one_before():
     async def scenario(rig):
         async with evaluation(rig) as found:
-            await found.add(numbered(1))
+            await found.add(*numbered(1))
             for number in (1, 3):
                 with pytest.raises(errors.InvalidRequest, match=f"call: expected batch 2, got {number}"):
-                    await found.add(numbered(number))
+                    await found.add(*numbered(number))
             with pytest.raises(errors.InvalidRequest, match="update_id: expected 16 bytes, got 3"):
-                await found.add(Batch(2, b"bad", batch(2), 0))
+                await found.add(2, b"bad", 0, given(batch(2)))
 
     run(scenario)
 
@@ -109,20 +111,20 @@ def test_another_stream_goes_on_where_one_broke_and_nothing_counts_twice():
     async def scenario(rig):
         async with evaluation(rig) as found:
             for number in range(1, 6):
-                await found.add(numbered(number))
+                await found.add(*numbered(number))
             await found.advance(0)
         # What was handed to the session may still be on its way there.
         async with evaluation(rig) as found:
             assert found.position >= 1
             for number in range(2, 9):
-                await found.add(numbered(number))
+                await found.add(*numbered(number))
             found.complete()
             await finish(found)
         assert await counts_of(rig) == (8, 3 * 36)
         async with evaluation(rig) as found:
             assert found.position == 8
             for number in (8, 9):
-                await found.add(numbered(number))
+                await found.add(*numbered(number))
             found.complete()
             assert await finish(found) == [9]
         assert await counts_of(rig) == (9, 3 * 45)
@@ -133,14 +135,14 @@ def test_another_stream_goes_on_where_one_broke_and_nothing_counts_twice():
 def test_sessions_that_had_counted_more_than_others_count_no_batch_again():
     async def scenario(rig):
         async with evaluation(rig) as found:
-            await found.add(numbered(1))
-            await found.add(numbered(2))
+            await found.add(*numbered(1))
+            await found.add(*numbered(2))
             found.complete()
             await finish(found)
         async with evaluation(rig, SESSION, OTHER) as found:
             assert found.position == 0
             for number in (1, 2, 3):
-                await found.add(numbered(number))
+                await found.add(*numbered(number))
             found.complete()
             assert (await finish(found))[-1] == 3
         assert await counts_of(rig) == await counts_of(rig, OTHER) == (3, 18)
@@ -156,7 +158,7 @@ def test_a_batch_that_the_model_refuses_is_named_once_those_before_it_have_count
     async def scenario(rig):
         async with evaluation(rig, *ids) as found:
             for number in range(1, 12):
-                await found.add(numbered(number, label=-1 if number == 7 else None))
+                await found.add(*numbered(number, label=-1 if number == 7 else None))
             with pytest.raises(errors.ModelRefusedInput, match=r"^batch 7: "):
                 await finish(found)
             assert found.position == 6
@@ -169,7 +171,7 @@ def test_a_batch_that_the_model_refuses_is_named_once_those_before_it_have_count
 def test_of_what_is_broken_the_batches_before_it_count():
     async def scenario(rig):
         async with evaluation(rig) as found:
-            await found.add(numbered(1))
+            await found.add(*numbered(1))
             found.fail(errors.InvalidRequest("malformed"))
             with pytest.raises(errors.InvalidRequest, match="malformed"):
                 await finish(found)
@@ -196,14 +198,14 @@ def test_a_batch_waits_while_as_many_are_on_their_way_as_may_be():
 
 async def add_all(found, count: int) -> None:
     for number in range(1, count + 1):
-        await found.add(numbered(number))
+        await found.add(*numbered(number))
 
 
 def test_long_batches_wait_for_each_other():
     async def scenario(rig):
         async with evaluation(rig) as found:
             for number in (1, 2, 3):
-                await found.add(numbered(number, size_bytes=40 * 2**20))
+                await found.add(*numbered(number, size_bytes=40 * 2**20))
                 assert len(found._arriving) == 1
             found.complete()
             assert (await finish(found))[-1] == 3
@@ -235,7 +237,7 @@ def test_what_an_evaluation_left_behind_takes_no_room():
         for _ in range(5):
             async with evaluation(rig, writer_id=WRITER) as found:
                 for number in range(found.position + 1, found.position + 3):
-                    await found.add(numbered(number))
+                    await found.add(*numbered(number))
         with rig.admission.admitted("", 0), rig.admission.admitted("", 0):
             pass
 
@@ -249,7 +251,7 @@ def test_an_evaluation_beside_updates_of_the_same_session():
 
             async def update() -> None:
                 for _ in range(20):
-                    await rig.sessions.update("", writer.identity(), counted(1), 100)
+                    await rig.sessions.update("", writer.identity(), given(counted(1)), 100)
 
             await asyncio.gather(add_all(found, 20), update())
             found.complete()
@@ -262,10 +264,10 @@ def test_an_evaluation_beside_updates_of_the_same_session():
 def test_weights_that_are_deleted_meanwhile_are_asked_for():
     async def scenario(rig):
         async with evaluation(rig) as found:
-            await found.add(numbered(1))
+            await found.add(*numbered(1))
             await found.advance(0)
             await rig.weights.delete("", await put_weights(rig))
-            await found.add(numbered(2))
+            await found.add(*numbered(2))
             with pytest.raises(errors.WeightsNotFound, match=r"^batch 2: "):
                 await finish(found)
         async with evaluation(rig) as found:

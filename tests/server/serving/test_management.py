@@ -33,7 +33,9 @@ def test_a_version_that_fails_is_an_error_and_is_tried_again_when_asked(situatio
     async def run():
         folder = situation.write("m", 1)
         (folder / "model").unlink()
-        with pytest.raises(errors.ModelFailed, match="model m/1 failed to load: KeyError; the server's log says more"):
+        with pytest.raises(
+            errors.ModelFailed, match="model m/1 failed to load: KeyError: the server's log has the traceback"
+        ):
             await situation.management.load("m", 1)
         assert situation.states() == {"m/1": State.FAILED}
         (folder / "model").touch()

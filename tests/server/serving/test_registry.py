@@ -106,7 +106,7 @@ def test_what_an_error_of_an_unknown_kind_says_is_for_the_log_alone():
 
     registry = Registry(SOURCES[:1])
     registry.load(SOURCES[0], Broken())
-    assert registry.entry(SOURCES[0]).error == "KeyError; the server's log says more"
+    assert registry.entry(SOURCES[0]).error == "KeyError: the server's log has the traceback"
 
 
 def test_what_cannot_be_loaded_again_leaves_what_is_served():

@@ -75,6 +75,7 @@ def test_a_short_outcome_is_recorded_and_a_long_one_is_not():
     results = {
         "batch_output.loss": Structure.of(np.float32(2)),
         "batch_output.predictions": Structure.of({"logits": np.zeros((2, 3), np.float32)}),
+        "batch_output.prediction_mask": Structure.of({"logits": np.array([True, False])}),
     }
     outcome = session_records.encode_outcome(results)
     found = session_records.decode_outcome(after(1, outcome=outcome).writers[WRITER].outcome)

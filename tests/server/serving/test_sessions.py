@@ -28,6 +28,7 @@ from support.metric_sessions import (
     Writer,
     counted,
     forward,
+    given,
     registry_of,
     rig,
     run,
@@ -123,18 +124,18 @@ def test_a_forward_pass_is_answered_counted_and_answered_again():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         writer = Writer()
-        _, first = await rig.sessions.forward_pass("", writer.identity(), forward(1), False)
-        _, again = await rig.sessions.forward_pass("", writer.identity(sequence=1), forward(1), False)
+        _, first = await rig.sessions.forward_pass("", writer.identity(), given(forward(1)), 100, False)
+        _, again = await rig.sessions.forward_pass("", writer.identity(sequence=1), given(forward(1)), 100, False)
         for results in (first, again):
             assert results["batch_output.predictions"].leaves[0].tolist() == [0, 1, 2]
             assert results["batch_output.loss"].leaves[0] == 3
         # Too long to be recorded: computed again.
-        _, long = await rig.sessions.forward_pass("", writer.identity(), forward(2, 1000), False)
-        _, again = await rig.sessions.forward_pass("", writer.identity(sequence=2), forward(2, 1000), False)
+        _, long = await rig.sessions.forward_pass("", writer.identity(), given(forward(2, 1000)), 100, False)
+        _, again = await rig.sessions.forward_pass("", writer.identity(sequence=2), given(forward(2, 1000)), 100, False)
         assert np.array_equal(long["batch_output.predictions"].leaves[0], again["batch_output.predictions"].leaves[0])
         assert await found(rig) == counts(2, 1003, 2003)
         assert (rig.observer.applied, rig.observer.duplicates) == (2, 2)
-        _, short = await rig.sessions.forward_pass("", writer.identity(), forward(3), True)
+        _, short = await rig.sessions.forward_pass("", writer.identity(), given(forward(3)), 100, True)
         assert set(short) == {"batch_output.loss", "batch_output.num_examples"}
 
     run(scenario)
@@ -147,9 +148,9 @@ def test_sample_weights_go_to_the_metrics():
         request = forward(1)
         writer = Writer()
         await rig.sessions.forward_pass(
-            "", writer.identity(), request._replace(parts={**request.parts, **weight}), False
+            "", writer.identity(), given(request._replace(parts={**request.parts, **weight})), 100, False
         )
-        await rig.sessions.update("", writer.identity(), {**counted(1), **weight}, 100)
+        await rig.sessions.update("", writer.identity(), given({**counted(1), **weight}), 100)
         assert await rig.result() == {"examples": 6, "labels": 6, "weights": 7.0}
 
     run(scenario)
@@ -185,7 +186,7 @@ def test_after_a_store_that_failed_an_update_counts_once_whatever_became_of_it(d
             if kind == "update":
                 await rig.update(writer, number, **changes)
             else:
-                await rig.sessions.forward_pass("", writer.identity(**changes), forward(number), False)
+                await rig.sessions.forward_pass("", writer.identity(**changes), given(forward(number)), 100, False)
 
         await count(1)
         store.failures = 2
@@ -212,18 +213,18 @@ def test_sessions_are_merged_with_states_and_with_each_other_once():
         await rig.update(writer, 1)
         await rig.update(other, 5)
         for _ in range(2):
-            await rig.sessions.merge("", writer.identity(sequence=2), OTHER, None, 0)
+            await rig.sessions.merge("", writer.identity(sequence=2), OTHER, given({}), 0)
         assert await found(rig) == counts(2, 6, 18)
         assert await found(rig, OTHER) == counts(1, 3, 15)
         state = (await rig.sessions.get("", OTHER)).record.state
-        await rig.sessions.merge("", writer.identity(sequence=3), b"", state, 0)
+        await rig.sessions.merge("", writer.identity(sequence=3), b"", given({"state": state}), 0)
         assert await found(rig) == counts(3, 9, 33)
         with pytest.raises(errors.InvalidRequest, match="other_session_id: expected another session of counting/1"):
-            await rig.sessions.merge("", writer.identity(sequence=4), SESSION, None, 0)
+            await rig.sessions.merge("", writer.identity(sequence=4), SESSION, given({}), 0)
         with pytest.raises(errors.SessionNotFound):
-            await rig.sessions.merge("", writer.identity(sequence=4), b"n" * 16, None, 0)
+            await rig.sessions.merge("", writer.identity(sequence=4), b"n" * 16, given({}), 0)
         with pytest.raises(errors.InvalidRequest, match="other_session_id: expected 16 bytes, got 0"):
-            await rig.sessions.merge("", writer.identity(sequence=4), b"", None, 0)
+            await rig.sessions.merge("", writer.identity(sequence=4), b"", given({}), 0)
 
     run(scenario)
 
@@ -233,10 +234,12 @@ def test_a_session_begins_with_any_state_of_its_model():
         await rig.sessions.open("", SESSION, "counting", 0)
         await rig.update(Writer(), 7)
         state = (await rig.sessions.get("", SESSION)).record.state
-        await rig.sessions.open("", OTHER, "counting", 1, initial_state=state)
+        await rig.sessions.open("", OTHER, "counting", 1, read=given({"initial_state": state}))
         assert await found(rig, OTHER) == counts(0, 3, 21)
         with pytest.raises(errors.StructureMismatch, match="initial_state: expected keys"):
-            await rig.sessions.open("", b"n" * 16, "counting", 1, initial_state=Structure.of({"examples": 1}))
+            await rig.sessions.open(
+                "", b"n" * 16, "counting", 1, read=given({"initial_state": Structure.of({"examples": 1})})
+            )
 
     run(scenario)
 
@@ -286,16 +289,18 @@ def test_a_state_larger_than_may_be_is_refused_and_the_session_goes_on():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "remembering", 0)
         writer = Writer()
-        await rig.sessions.update("", writer.identity(), counted(1, 10), 100)
+        await rig.sessions.update("", writer.identity(), given(counted(1, 10)), 100)
         with pytest.raises(errors.SessionLimitExceeded, match="state: expected at most 1000 bytes, got 1680"):
-            await rig.sessions.update("", writer.identity(sequence=2), counted(2, 200), 100)
-        await rig.sessions.update("", writer.identity(sequence=2), counted(3, 10), 100)
+            await rig.sessions.update("", writer.identity(sequence=2), given(counted(2, 200)), 100)
+        await rig.sessions.update("", writer.identity(sequence=2), given(counted(3, 10)), 100)
         assert (await rig.sessions.get("", SESSION)).record.state.leaves[0].tolist() == [1] * 10 + [3] * 10
         with pytest.raises(errors.FunctionNotAvailable, match=r"state\['labels'\] is no sum over batches"):
-            await rig.sessions.merge("", writer.identity(sequence=3), b"", Structure.of({"labels": np.int64([1])}), 0)
+            await rig.sessions.merge(
+                "", writer.identity(sequence=3), b"", given({"state": Structure.of({"labels": np.int64([1])})}), 0
+            )
         big = Structure.of({"labels": np.zeros(126, np.int64)})
         with pytest.raises(errors.SessionLimitExceeded, match="got 1008"):
-            await rig.sessions.open("", OTHER, "remembering", 0, initial_state=big)
+            await rig.sessions.open("", OTHER, "remembering", 0, read=given({"initial_state": big}))
 
     run(scenario, names=("remembering",), max_state_bytes=1000)
 
@@ -515,7 +520,7 @@ def test_a_forward_pass_outlives_its_session_at_hand(monkeypatch):
 
         async def write(writer):
             for number in range(10):
-                await rig.sessions.forward_pass("", writer.identity(), forward(number), False)
+                await rig.sessions.forward_pass("", writer.identity(), given(forward(number)), 100, False)
 
         await asyncio.gather(*map(write, writers))
         assert await found(rig) == counts(80, 240, 8 * 3 * 45)
@@ -555,10 +560,10 @@ def test_states_of_other_shapes_are_not_added():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "rowwise", 0)
         writer = Writer()
-        await rig.sessions.update("", writer.identity(), counted(1, 3), 100)
+        await rig.sessions.update("", writer.identity(), given(counted(1, 3)), 100)
         state = Structure.of({"labels": np.int64([5])})
         with pytest.raises(errors.ShapeMismatch, match=r"state\['labels'\]: expected shape \(3,\), got \(1,\)"):
-            await rig.sessions.merge("", writer.identity(), b"", state, 0)
+            await rig.sessions.merge("", writer.identity(), b"", given({"state": state}), 0)
 
     run(scenario, names=("rowwise",))
 
@@ -571,7 +576,7 @@ def test_calls_beyond_those_that_the_server_takes_are_refused():
                 rig.update(Writer(), 1),
                 rig.result(),
                 rig.sessions.open("", OTHER, "counting", 0),
-                rig.sessions.merge("", Writer().identity(), OTHER, None, 0),
+                rig.sessions.merge("", Writer().identity(), OTHER, given({}), 0),
             ):
                 with pytest.raises(errors.ServerOverloaded):
                     await call
@@ -633,8 +638,8 @@ def test_another_server_knows_at_once_what_one_has_counted_and_closed(redis_proc
         await other.update(writer, 1)
         await one.update(writer, 1, sequence=1)
         await one.update(writer, 2)
-        await other.sessions.forward_pass("", writer.identity(), forward(3), False)
-        _, again = await one.sessions.forward_pass("", writer.identity(sequence=3), forward(3), False)
+        await other.sessions.forward_pass("", writer.identity(), given(forward(3)), 100, False)
+        _, again = await one.sessions.forward_pass("", writer.identity(sequence=3), given(forward(3)), 100, False)
         assert again["batch_output.loss"].leaves[0] == 3
         assert await found(one) == await found(other) == counts(3, 9, 18)
         with pytest.raises(errors.SequenceMismatch, match="expected 4, got 5"):
@@ -687,7 +692,8 @@ def test_a_prediction_that_no_session_asked_for_changes_none():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         request = forward(1)
-        await rig.caller.call(Request("counting", 1, Function.FORWARD_PASS, request.parts, 100))
+        asked = Request("counting", 1, Function.FORWARD_PASS, request.parts, 100)
+        await rig.caller.call("counting", 1, "", 100, given(asked))
         assert await found(rig) == counts(0, 0, 0)
 
     run(scenario)

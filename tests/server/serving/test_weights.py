@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import dataclasses
 import gc
+import os
+import re
 import subprocess
 import weakref
 
@@ -761,3 +763,59 @@ def test_principals_have_folders_of_their_own(tmp_path):
     assert target.has("mallory", one.id)
     assert target.size_bytes == 2 * KIB
     assert target.tensor(one.manifest.tensors[0]).tolist() == one.structure.leaves[0].tolist()
+
+
+class CountedDevice(TensorFlowDevice):
+    """Counts the arrays that are placed."""
+
+    placed = 0
+
+    def place(self, array):
+        self.placed += 1
+        return super().place(array)
+
+
+def test_weights_that_another_principal_has_take_the_same_work(tmp_path):
+    one = Set(1)
+
+    def written() -> int:
+        """How many files of tensors were written since this was asked last."""
+        paths = list((tmp_path / "weights" / "tensors").iterdir())
+        count = sum(path.stat().st_mtime != 1 for path in paths)
+        for path in paths:
+            os.utime(path, (1, 1))
+        return count
+
+    async def run():
+        device = CountedDevice("/device:CPU:0")
+        store = WeightStore(StoreOptions(budget_bytes=100 * KIB), device, Counts(), files(tmp_path / "weights"))
+        await upload(store, one, "ann")
+        assert (device.placed, written()) == (2, 2)
+        await upload(store, one, "bob")
+        assert (device.placed, written()) == (4, 2)
+        assert store.tensor_count == 2
+        # What a principal has itself need not be done again.
+        other = Set(2)
+        other.structure.leaves[0] = one.structure.leaves[0]
+        other.manifest = manifests.of_structure(other.structure, "w")
+        other.id = other.manifest.weights_id
+        await upload(store, other, "bob")
+        assert (device.placed, written()) == (5, 1)
+
+    asyncio.run(run())
+
+
+def test_a_full_store_tells_nobody_what_others_hold(tmp_path):
+    async def run():
+        store = WeightStore(
+            StoreOptions(budget_bytes=3 * KIB, principal_bytes=2 * KIB), TensorFlowDevice("/device:CPU:0"), Counts()
+        )
+        await upload(store, Set(1), "ann")
+        async with store.use("ann", Set(1).id):
+            with pytest.raises(errors.WeightStoreFull) as raised:
+                await upload(store, Set(2), "bob")
+        numbers = set(re.findall(r"\d+", str(raised.value)))
+        # What it asked for: none of the 2048 bytes that another has, nor the store's 3072.
+        assert numbers == {"1024"}
+
+    asyncio.run(run())

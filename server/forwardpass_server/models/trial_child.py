@@ -1,0 +1,124 @@
+"""The child process in which graphs are run before they are served: see `trial_process`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import queue
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+# A process that only waits holds 240 MB of its own, and starting another one takes seconds.
+IDLE_S = 120.0
+
+_NICENESS = 5
+
+# A kernel that corrupts memory may need several calls to end the process. Small models get them.
+_REPEATS = 5
+_REPEAT_S = 0.02
+
+
+def main() -> None:
+    connection = Connection(int(sys.argv[1]))
+    _be_the_first_to_go()
+    _give_way()
+    messages: queue.Queue[Any] = queue.Queue()
+    # A thread of its own sees the server's end while a graph runs or hangs.
+    threading.Thread(target=_receive, args=(connection, messages), daemon=True).start()
+    graphs = _Graphs()
+    while True:
+        try:
+            kind, *arguments = messages.get(timeout=IDLE_S)
+        except queue.Empty:
+            os._exit(0)
+        connection.send(getattr(graphs, kind)(*arguments))
+
+
+def _receive(connection: Connection, messages: queue.Queue[Any]) -> None:
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            messages.put(connection.recv())
+    os._exit(0)
+
+
+def _be_the_first_to_go() -> None:
+    """Has the kernel end this process, and not the server, where memory runs out. Best effort."""
+    with contextlib.suppress(OSError):
+        pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _give_way() -> None:
+    """Lowers the priority to that of loads (`serving.background`). Best effort."""
+    with contextlib.suppress(OSError):
+        os.nice(max(_NICENESS - os.nice(0), 0))
+
+
+class _Graphs:
+    """The functions of one model. Each method answers one message."""
+
+    def __init__(self) -> None:
+        import tensorflow as tf
+        from tensorflow.python.eager import context
+
+        self._tf = tf
+        self._context = context.context()
+        self._call = tf.raw_ops.StatefulPartitionedCall
+        self._names: list[str] = []
+        self._functions: dict[Any, tuple[Any, ...]] = {}
+        self._weights: list[Any] = []
+
+    def define(self, definitions: list[bytes], functions: dict[Any, tuple[Any, ...]], weights: list[Any]) -> None:
+        """definitions: serialized FunctionDefs. functions: (name, arguments' types, results' types, captured arrays).
+
+        weights: (shape, data type) of each. Replaces what was defined before.
+        """
+        from tensorflow.core.framework import function_pb2
+
+        while self._names:
+            self._context.remove_function(self._names.pop())
+        for serialized in definitions:
+            definition = function_pb2.FunctionDef.FromString(serialized)
+            self._context.add_function_def(definition)
+            self._names.append(definition.signature.name)
+        as_dtype = self._tf.as_dtype
+        self._functions = {
+            key: (name, [*map(as_dtype, arguments)], [*map(as_dtype, results)], captured)
+            for key, (name, arguments, results, captured) in functions.items()
+        }
+        # Zeros: what ends a process is shapes, hardly ever values, and weights may be as large as memory.
+        self._weights = [self._tf.zeros(shape, dtype) for shape, dtype in weights]
+
+    def run(self, key: Any, has_weights: bool, leaves: list[Any]) -> tuple[str, Any]:
+        """("results", arrays), or ("refusal", message) where TensorFlow raises."""
+        name, argument_types, result_types, captured = self._functions[key]
+        function = _Named(name)
+        try:
+            count = len(self._weights) if has_weights else 0
+            tensors = [
+                self._tf.constant(leaf, dtype) for leaf, dtype in zip(leaves, argument_types[count:], strict=False)
+            ]
+            tensors = [*self._weights[:count], *tensors, *map(self._tf.constant, captured)]
+            began = time.perf_counter()
+            for _ in range(_REPEATS):
+                results = self._call(args=tensors, Tout=result_types, f=function)
+                arrays = [result.numpy() for result in results]
+                if time.perf_counter() - began > _REPEAT_S:
+                    break
+        except Exception as error:  # A refusal of any kind: the server only asks whether this process survives.
+            return "refusal", f"{type(error).__name__}: {str(error)[:2000]}"
+        return "results", arrays
+
+
+class _Named:
+    """What the call operation takes for a function."""
+
+    def __init__(self, name: bytes) -> None:
+        self.name = name
+
+
+if __name__ == "__main__":
+    main()

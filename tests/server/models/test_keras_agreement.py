@@ -1,0 +1,34 @@
+"""Graphs compared with what the Keras model computes directly."""
+
+from __future__ import annotations
+
+import keras
+import pytest
+import tensorflow as tf
+
+from forwardpass_server import functional_model_from_keras
+from forwardpass_server.models import examples, keras_agreement, tracing
+from forwardpass_server.models.execution import Execution
+
+layers = keras.layers
+
+
+def warning(model: keras.Model, x: tf.TensorSpec, y: tf.TensorSpec) -> str:
+    functional = functional_model_from_keras(model, "mse", (x, y))
+    traced = tracing.trace(functional)
+    execution = Execution(traced.functions, "/device:CPU:0")
+    found = examples.find(execution, traced.spec, traced.initial_weights)
+    return keras_agreement.warning(functional.keras_model, execution, found, traced.initial_weights)
+
+
+def test_a_layer_that_makes_another_graph_than_it_computes_is_named():
+    sequences = keras.Input((None, 7, 3))
+    model = keras.Model(sequences, layers.TimeDistributed(layers.Conv1D(2, 2), name="each")(layers.ReLU()(sequences)))
+    found = warning(model, tf.TensorSpec([None, None, 7, 3]), tf.TensorSpec([None, None, 6, 2]))
+    assert "layer 'each' (TimeDistributed) makes another graph than it computes" in found
+
+
+@pytest.mark.parametrize("length", [None, 8])
+def test_a_model_that_agrees_brings_no_warning(length):
+    model = keras.Sequential([keras.Input((length, 3)), layers.LSTM(4), layers.Dropout(0.5), layers.Dense(2)])
+    assert warning(model, tf.TensorSpec([None, length, 3]), tf.TensorSpec([None, 2])) == ""
