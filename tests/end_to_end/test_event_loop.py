@@ -41,7 +41,8 @@ class Served:
 
     async def _serve(self) -> None:
         factories = {name: f"support.zoo:{name}" for name in ("counting", "words")}
-        parts = await app_parts.join(Settings(host="127.0.0.1", port=0, factories=factories, metrics_port=None))
+        settings = Settings(host="127.0.0.1", port=0, factories=factories, metrics_port=None)
+        parts = await app_parts.join(settings, None)
         await parts.management.load_all()
         self.address = f"127.0.0.1:{await parts.server.start()}"
         self.turns = Turns()
