@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import os
 import pathlib
-import subprocess
-import sys
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -132,38 +128,26 @@ def test_other_content_of_a_version_never_answers_in_place_of_what_was_looked_up
         assert found == {(2.0,), (5.0,)}
 
 
-@contextlib.contextmanager
-def loading_server(folder: pathlib.Path) -> Iterator[tuple[str, pathlib.Path]]:
-    """A server that loads its model until a file is there: its address, and the file."""
-    gate = folder / "gate"
+def loading_server(folder: pathlib.Path, gate: pathlib.Path) -> ServerProcess:
+    """A server that listens, and loads its model until a file is there."""
     (folder / "late_model.py").write_text(
         "import os, time\nfrom support import zoo\n"
         f"def counting():\n    while not os.path.exists({str(gate)!r}):\n        time.sleep(0.05)\n"
         "    return zoo.counting()\n"
     )
-    command = [sys.executable, "-m", "forwardpass_server.app.cli", "serve", "--port", "0", "--metrics-port", "-1"]
-    process = subprocess.Popen(
-        [*command, "--factory", "counting=late_model:counting"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])},
+    path = os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])
+    return ServerProcess(
+        *("--factory", "counting=late_model:counting"), environment={"PYTHONPATH": path}, waits_for="listening on "
     )
-    try:
-        assert process.stdout is not None
-        yield process.stdout.readline().removeprefix("listening on ").strip(), gate
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def test_servers_that_load_or_failed_are_passed_over_and_say_why_when_none_is_ready(tmp_path):
+    gate = tmp_path / "gate"
     with (
-        loading_server(tmp_path) as (loading, gate),
-        ServerProcess("--factory", "counting=support.zoo:missing") as failed,
+        loading_server(tmp_path, gate) as loading,
+        ServerProcess("--factory", "counting=support.zoo:missing", waits_for="not ready: ") as failed,
     ):
-        with forwardpass_client.connect([loading, failed.address]) as client:
+        with forwardpass_client.connect([loading.address, failed.address]) as client:
             assert not client.is_ready()
             (listed,) = client.models()
             assert (listed.name, listed.state, bool(listed.error)) in [
