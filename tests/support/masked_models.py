@@ -34,7 +34,7 @@ class Task:
         return {
             "input_spec": {"x": self.x, "y": self.y},
             "loss": self.loss,
-            "metrics": self.metrics,
+            "weighted_metrics": self.metrics,
             "sample_weight_spec": self.sample_weight,
         }
 
@@ -191,19 +191,8 @@ def evaluate(model: keras.Model, batches: Sequence[Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if not name.endswith("loss")}
 
 
-class TwoLosses(keras.losses.Loss):
-    """What `compile(loss={"tags": ..., "topic": ...})` makes of two outputs."""
-
-    def __call__(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        loss = keras.losses.SparseCategoricalCrossentropy()
-        return loss(y_true["tags"], y_pred["tags"]) + loss(y_true["topic"], y_pred["topic"], sample_weight)
-
-
-class TagAccuracy(keras.metrics.SparseCategoricalAccuracy):
-    """The accuracy of one of two outputs."""
-
-    def update_state(self, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
-        return super().update_state(y_true["tags"], y_pred["tags"])
+_TWO_LOSSES = dict.fromkeys(("tags", "topic"), "sparse_categorical_crossentropy")
+_TWO_METRICS = {"tags": ["SparseCategoricalAccuracy"], "topic": ["SparseCategoricalAccuracy"]}
 
 
 def two_outputs_in_keras() -> keras.Model:
@@ -216,8 +205,7 @@ def two_outputs_in_keras() -> keras.Model:
         "tags": layers.Dense(5, "softmax")(hidden),
     }
     model = keras.Model(x, outputs)
-    loss = "sparse_categorical_crossentropy"
-    model.compile(loss={"tags": loss, "topic": loss}, metrics={"tags": "SparseCategoricalAccuracy"})
+    model.compile(loss=_TWO_LOSSES, metrics=_TWO_METRICS)
     return model
 
 
@@ -225,9 +213,7 @@ def two_outputs() -> FunctionalModel:
     """For `--factory`."""
     tokens, topics = tf.TensorSpec([None, None], tf.int64), tf.TensorSpec([None], tf.int64)
     spec = (tokens, collections.OrderedDict(tags=tokens, topic=topics))
-    return functional_model_from_keras(
-        two_outputs_in_keras(), TwoLosses(), spec, collections.OrderedDict(tags=TagAccuracy())
-    )
+    return functional_model_from_keras(two_outputs_in_keras(), _TWO_LOSSES, spec, _TWO_METRICS)
 
 
 def two_outputs_batch(examples: int, seed: int) -> tuple[Any, Any]:

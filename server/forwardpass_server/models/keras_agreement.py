@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from forwardpass.wire import conform
 from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.specs import StructureSpec
@@ -32,7 +33,9 @@ def warning(model: keras.Model, execution: Runs, found: Examples, weights: Seque
             results = execution.run(Function.PREDICT_ON_BATCH, False, [*weights, *x])
             # Behind them are masks.
             served = results[: len(found.spec.predictions.leaves)]
-            direct = [np.asarray(leaf) for leaf in tf.nest.flatten(model(_nested(found.spec.x, x), training=False))]
+            outputs = model(_nested(found.spec.x, x), training=False)
+            # In the order of the spec, which for mappings is not the sorted one of tf.nest.
+            direct = list(map(np.asarray, conform.arrange(outputs, found.spec.predictions.tree, "predictions")))
         except Exception:  # The model may refuse made-up inputs. What it is asked to do is served all the same.
             continue
         predictions = found.spec.predictions
@@ -58,7 +61,9 @@ def _place(model: keras.Model, found: Examples, x: Sequence[Array]) -> str:
         pairs = zip(layers, every(nested, training=False), traced(nested), strict=True)
         for layer, one, other in pairs:
             for direct, served in zip(tf.nest.flatten(one), tf.nest.flatten(other), strict=True):
-                if direct.shape != served.shape or not np.allclose(direct, served, rtol=1e-3, atol=1e-5):
+                if direct.shape != served.shape or not np.allclose(
+                    direct, served, rtol=1e-3, atol=1e-5, equal_nan=True
+                ):
                     return f"layer {layer.name!r} ({type(layer).__name__})"
     except Exception:  # A model of its own class has no such layers.
         pass

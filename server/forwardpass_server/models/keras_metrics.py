@@ -46,7 +46,7 @@ def functional_metrics(
         with keras_names.fresh():
             made = metrics() if _is_constructor(metrics) else metrics
             by_output = made if weighted_metrics is not None else outputs.as_compile_takes(made)
-            if by_output is not None:
+            if by_output is not None or weighted_metrics is not None:
                 return _of_compiled(by_output, weighted_metrics, outputs)
             return _of_metrics(_resolved(made, outputs), outputs)
     except (ValueError, TypeError, KeyError) as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import keras
 import pytest
 import tensorflow as tf
@@ -13,7 +15,7 @@ from forwardpass_server.models.execution import Execution
 layers = keras.layers
 
 
-def warning(model: keras.Model, x: tf.TensorSpec, y: tf.TensorSpec) -> str:
+def warning(model: keras.Model, x: tf.TensorSpec, y: Any) -> str:
     functional = functional_model_from_keras(model, "mse", (x, y))
     traced = tracing.trace(functional)
     execution = Execution(traced.functions, "/device:CPU:0")
@@ -32,3 +34,10 @@ def test_a_layer_that_makes_another_graph_than_it_computes_is_named():
 def test_a_model_that_agrees_brings_no_warning(length):
     model = keras.Sequential([keras.Input((length, 3)), layers.LSTM(4), layers.Dropout(0.5), layers.Dense(2)])
     assert warning(model, tf.TensorSpec([None, length, 3]), tf.TensorSpec([None, 2])) == ""
+
+
+def test_outputs_by_name_are_compared_by_name():
+    x = keras.Input((3,))
+    model = keras.Model(x, {"wide": layers.Dense(4)(x), "narrow": layers.Dense(2)(x)})
+    spec = {"wide": tf.TensorSpec([None, 4]), "narrow": tf.TensorSpec([None, 2])}
+    assert warning(model, tf.TensorSpec([None, 3]), spec) == ""

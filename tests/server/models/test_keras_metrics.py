@@ -235,3 +235,8 @@ def test_a_metric_over_all_outputs_at_once_gets_them_as_in_tff():
     output = BatchOutput(0.0, {"click": CLICK, "stars": np.zeros((16, 3), np.float32)}, 16)
     state = made.update_metrics_state(made.initialize_metrics_state(), y, output)
     assert made.finalize_metrics(state) == 16
+
+
+def test_weighted_metrics_need_no_metrics_beside_them():
+    made = single(None, ["mae"])
+    assert list(made.finalize_metrics(made.initialize_metrics_state())) == ["mae"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from forwardpass.wire import errors
+from forwardpass.wire import errors, specs
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.models.loading import TensorFlowLoader
@@ -41,8 +41,9 @@ def test_a_request_without_a_mask_counts_every_position(two_outputs):
 
 
 def test_a_metrics_request_without_a_mask_counts_every_position(two_outputs):
+    state = two_outputs.spec.metrics_state
     parts = {
-        "state": Structure.of({"tags": (np.float32(0), np.float32(0))}),
+        "state": Structure(state.tree, [specs.zeros(leaf) for leaf in state.leaves]),
         "labels": labels(2),
         "batch_output.predictions": Structure.of(predictions(2)),
     }
