@@ -12,10 +12,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH")])
 )
 
+import hypothesis
 import pytest
 
 import forwardpass_client
 from support.servers import ServerProcess
+
+# A deadline of an example is an assertion on time: it fails on a machine that does other work.
+hypothesis.settings.register_profile("forwardpass", deadline=None)
+hypothesis.settings.load_profile("forwardpass")
 
 
 @pytest.fixture(scope="session")

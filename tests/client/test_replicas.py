@@ -69,7 +69,7 @@ def test_a_deadline_that_passes_names_the_last_reason(when):
     reason = errors.ServerUnavailable("the device hangs")
     until = time.monotonic() + (-1 if when == "before a try" else 60)
     steps = replicas.ask_others(CALL, reason, until)
-    with pytest.raises(errors.DeadlineExceeded, match="The last try failed: the device hangs"):
+    with pytest.raises(errors.DeadlineExceeded, match="Its last try failed with ServerUnavailable: the device hangs"):
         fail(steps, errors.DeadlineExceeded())
 
 

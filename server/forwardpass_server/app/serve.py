@@ -134,6 +134,8 @@ async def _load(parts: Parts, announce: Announce) -> None:
     await parts.management.load_all()
     # What models brought that stays: modules of factories.
     garbage.set_aside()
+    # Without models this comes before the first look at the session store.
+    await parts.store_watch.checked.wait()
     await parts.health.models_tried()
     if not parts.health.started.is_set():
         announce(f"not ready: {'; '.join(parts.readiness.reasons())}")

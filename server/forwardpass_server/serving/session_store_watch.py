@@ -16,13 +16,14 @@ _FIRST_PAUSE_S = 0.1
 
 
 class SessionStoreWatch:
-    """Checks a store every second. `reached` is set once it has worked for the first time.
+    """Checks a store every second. `checked` is set after the first check, `reached` after the first that succeeds.
 
     The store keeps what the checks find, for callers, for the log and for `SessionStore.problem`.
     """
 
     def __init__(self, store: SessionStore) -> None:
         self._store = store
+        self.checked = asyncio.Event()
         self.reached = asyncio.Event()
 
     @property
@@ -38,6 +39,7 @@ class SessionStoreWatch:
             with contextlib.suppress(errors.SessionStoreUnavailable, SessionStoreError):
                 await self._store.check()
                 self.reached.set()
+            self.checked.set()
             pause_s = min(2 * pause_s, _PAUSE_S) if self.problem else _PAUSE_S
             await asyncio.sleep(pause_s)
             if not self.problem:

@@ -32,7 +32,7 @@ SIZES = [0, 1, 3000, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BY
 
 
 @given(st.lists(st.sampled_from(SIZES), max_size=5), st.sampled_from([None, 0.25]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_calls_of_any_length_come_back_as_they_were(sizes, timeout_s):
     outbox = Outbox(answers=False)
     sent = {}
