@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from forwardpass.wire.description import Function, ModelDescription
 from forwardpass_server.app.settings import SettingsError
@@ -15,15 +15,16 @@ from forwardpass_server.serving.registry import Entry, Registry
 from forwardpass_server.telemetry import control_groups
 
 
-def check(folder: pathlib.Path, device: str, has_trial: bool) -> Iterator[Entry]:
+def check(folder: pathlib.Path, device: str, has_trial: bool, imports: Sequence[str] = ()) -> Iterator[Entry]:
     """Loads what is in a folder, and yields what came of each version.
 
     folder: a version's, a model's with its versions, or a repository.
-    Raises SettingsError where there is no version, and DeviceNotFound.
+    imports: modules that register custom Keras objects.
+    Raises SettingsError where there is no version, DeviceNotFound, and ModelLoadError for a module that is not there.
     """
     found = sources(folder)
     process = TrialProcess(control_groups.cores()) if has_trial else None
-    loader = TensorFlowLoader(device, trial_process=process)
+    loader = TensorFlowLoader(device, trial_process=process, imports=imports)
     try:
         for source in found:
             yield Registry([source]).load(source, loader)

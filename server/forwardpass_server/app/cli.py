@@ -63,6 +63,16 @@ def serve(**given: Any) -> None:
         raise click.ClickException(str(error)) from None
 
 
+_import_option = click.option(
+    "--import",
+    "imports",
+    multiple=True,
+    metavar="MODULE",
+    envvar="FORWARDPASS_IMPORTS",
+    help="Import a module that registers custom Keras objects. May be repeated.",
+)
+
+
 @main.command()
 @click.argument("source")
 @click.argument("model_repository", type=click.Path(file_okay=False, path_type=pathlib.Path))
@@ -73,14 +83,7 @@ def serve(**given: Any) -> None:
     type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path),
     help="For a .keras file: a forwardpass.json with input_spec, loss and metrics.",
 )
-@click.option(
-    "--import",
-    "imports",
-    multiple=True,
-    metavar="MODULE",
-    envvar="FORWARDPASS_IMPORTS",
-    help="Import a module that registers custom Keras objects. May be repeated.",
-)
+@_import_option
 def export(
     source: str,
     model_repository: pathlib.Path,
@@ -123,7 +126,8 @@ def export(
 @click.option("--device", default="auto", show_default=True, help="As of `serve`.")
 @click.option("--onednn", "onednn_setting", type=click.Choice(onednn.CHOICES), default="auto", help="As of `serve`.")
 @click.option("--trial/--no-trial", default=True, help="As of `serve`.")
-def check(folder: pathlib.Path, device: str, onednn_setting: str, trial: bool) -> None:
+@_import_option
+def check(folder: pathlib.Path, device: str, onednn_setting: str, trial: bool, imports: tuple[str, ...]) -> None:
     """Load models as `serve` does, without serving them, and show what a client would see.
 
     FOLDER is the folder of a version, of a model with its versions, or a model repository. Exits with 1 if a model
@@ -136,7 +140,7 @@ def check(folder: pathlib.Path, device: str, onednn_setting: str, trial: bool) -
 
     failed = False
     try:
-        for entry in app_check.check(folder, device, trial):
+        for entry in app_check.check(folder, device, trial, imports):
             if entry.servable is None:
                 failed = True
                 click.echo(f"{entry.source} fails to load: {entry.error}")
@@ -144,7 +148,7 @@ def check(folder: pathlib.Path, device: str, onednn_setting: str, trial: bool) -
             click.echo(f"{entry.source} loads")
             for line in app_check.lines(entry.servable.model.description):
                 click.echo(line)
-    except (SettingsError, DeviceNotFound, OSError) as error:
+    except (SettingsError, DeviceNotFound, ModelLoadError, OSError) as error:
         raise click.ClickException(str(error)) from None
     if failed:
         raise click.exceptions.Exit(1)

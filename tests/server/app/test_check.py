@@ -62,6 +62,12 @@ def test_a_mistake_in_the_configuration_is_one_sentence(config, sentence, tmp_pa
     assert "Traceback" not in done.output
 
 
+def test_a_module_that_cannot_be_imported_ends_the_check(tmp_path):
+    done = check(put(tmp_path / "m" / "1"), "--import", "no_such_module")
+    assert done.exit_code == 1
+    assert "--import: module 'no_such_module' cannot be imported (ModuleNotFoundError" in done.output
+
+
 def test_a_broken_archive_is_named(tmp_path):
     folder = put(tmp_path / "m" / "1")
     (folder / "model.keras").write_bytes(b"no archive")
