@@ -47,7 +47,10 @@ LEAK_BYTES = 48 * MIB
 
 
 FACTORIES = ("--factory", "slow=support.zoo:slow", "--factory", "wide=support.zoo:wide_4k")
-LIMITS = ("--max-message-mib", "8", "--max-concurrent-mib", "32", "--connection-idle", "2", "--weights-mib", "64")
+LIMITS = (
+    *("--max-message-mib", "8", "--max-concurrent-mib", "32", "--connection-idle", "2", "--weights-mib", "64"),
+    "--accept-compressed",
+)
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +139,12 @@ def test_a_gzip_bomb_is_stopped_by_the_length_of_what_is_in_it(server, attack):
             assert connection.status(stream)[0] == RESOURCE_EXHAUSTED
 
     attack(make)
+
+
+def test_a_compressed_message_is_refused_where_the_operator_has_not_allowed_it():
+    with ServerProcess("--required-models", "none") as unwilling:
+        status, message = status_of(unwilling, LIST, b"", compression=grpc.Compression.Gzip)
+    assert (status, message) == ("UNIMPLEMENTED", "Compression algorithm 'gzip' is disabled.")
 
 
 def test_a_thousand_streams_that_say_nothing_are_held_and_let_go(server, attack):

@@ -154,6 +154,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
             port=settings.port,
             max_message_bytes=settings.max_message_bytes,
             connection_idle_s=settings.connection_idle_s,
+            accept_compressed=settings.accept_compressed,
             drain_delay_s=settings.drain_delay_s,
             drain_timeout_s=settings.drain_timeout_s,
         ),
@@ -274,6 +275,7 @@ def _management_server(
             port=settings.management_port,
             max_message_bytes=_MAX_MANAGEMENT_BYTES,
             connection_idle_s=settings.connection_idle_s,
+            accept_compressed=settings.accept_compressed,
             # No client is sent elsewhere, and a load that runs is given up.
             drain_delay_s=0,
             drain_timeout_s=0,

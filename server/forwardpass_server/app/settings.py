@@ -299,6 +299,16 @@ class Settings:
             begins="Limits",
         ),
     ] = 256 * MIB
+    # gRPC inflates a message on the thread that reads all connections, and numbers compress little: 252 KiB of gzip that
+    # hold 240 MiB of zeros stop every caller for some seconds.
+    accept_compressed: Annotated[
+        bool,
+        Option(
+            "--accept-compressed",
+            "Take requests that gRPC has compressed. Off: they are answered with UNIMPLEMENTED, since a short one may "
+            "hold up every caller while it is inflated.",
+        ),
+    ] = False
     # A call that waits holds its message: a thousand of a megabyte each are a gigabyte.
     max_concurrent_calls: Annotated[
         int,

@@ -33,6 +33,9 @@ OPENABLE = {"health": (health.SERVICE_NAME,), "reflection": (reflection.SERVICE_
 # On one connection; its further ones wait on the client's side. As many as calls are taken at once by default.
 _MAX_STREAMS = 1024
 
+# A bit for each of gRPC's algorithms: the lowest is for messages as they are.
+_NO_COMPRESSION = 1
+
 MODEL_HEALTH_PREFIX = "model/"
 """grpc.health.v1 answers for `model/NAME` and `model/NAME/VERSION` too."""
 
@@ -51,6 +54,7 @@ class ServerOptions:
     port: int
     max_message_bytes: int
     connection_idle_s: float
+    accept_compressed: bool
     drain_delay_s: float
     drain_timeout_s: float
 
@@ -99,6 +103,11 @@ class Server:
             options=[
                 ("grpc.max_receive_message_length", options.max_message_bytes),
                 ("grpc.max_send_message_length", options.max_message_bytes),
+                *(
+                    []
+                    if options.accept_compressed
+                    else [("grpc.compression_enabled_algorithms_bitset", _NO_COMPRESSION)]
+                ),
                 # Two servers on one port would share its callers at random.
                 ("grpc.so_reuseport", 0),
                 # The default cuts off a client that pings more than once in five minutes.
