@@ -12,8 +12,8 @@ COMPILE = UV_CUSTOM_COMPILE_COMMAND="make requirements" $(VENV)/bin/uv pip compi
 demo: $(STAMP)  ## Train, export, serve, call and compare: the main job on real data.
 	$(VENV)/bin/python examples/demo.py
 
-test: $(STAMP) tools  ## All tests.
-	$(VENV)/bin/python -m pytest
+test: $(STAMP) tools  ## All tests, a file at a time on each of two cores: most tests wait for a server of their own.
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 tools:  # Not Python's: a Redis, a Prometheus and the like, where they are missing.
 	requirements/tools.sh

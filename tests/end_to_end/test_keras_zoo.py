@@ -49,6 +49,8 @@ def _write(folder: pathlib.Path, name: str) -> None:
             entry.input_spec,
             compiled["metrics"],
             loss_weights=compiled.get("loss_weights"),
+            # As in `compile`: `metrics` do not count sample weights.
+            weighted_metrics=[],
         )
         save_functional_model(functional, folder / name / str(EXPORT))
 
