@@ -199,7 +199,7 @@ def run_metrics(made: FunctionalModel, model: keras.Model, reference: keras.metr
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("metric", METRICS, ids=str)
+@pytest.mark.parametrize("metric", METRICS, ids=["class", "function", "configuration", "object", "callable"])
 def test_metrics_equal_keras_by_name_configuration_object_and_callable(metric, weighted):
     model = zoo.keras_cnn(1)
     reference = keras.metrics.get(
