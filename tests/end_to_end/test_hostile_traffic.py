@@ -142,7 +142,7 @@ def test_a_gzip_bomb_is_stopped_by_the_length_of_what_is_in_it(server, attack):
 
 
 def test_a_compressed_message_is_refused_where_the_operator_has_not_allowed_it():
-    with ServerProcess("--required-models", "none") as unwilling:
+    with ServerProcess("--factory", "slow=support.zoo:slow") as unwilling:
         status, message = status_of(unwilling, LIST, b"", compression=grpc.Compression.Gzip)
     assert (status, message) == ("UNIMPLEMENTED", "Compression algorithm 'gzip' is disabled.")
 

@@ -39,7 +39,10 @@ def _write(folder: pathlib.Path, name: str) -> None:
     version.mkdir(parents=True)
     model.save(version / "model.keras")
     # Losses and metrics are in the file: it is compiled.
-    config = {"input_spec": dict(zip("xy", map(_json_spec, entry.input_spec), strict=True))}
+    config = {
+        "input_spec": dict(zip("xy", map(_json_spec, entry.input_spec), strict=True)),
+        "sample_weight_spec": _json_spec(entry.sample_weight_spec),
+    }
     (version / "forwardpass.json").write_text(json.dumps(config))
     if not entry.has_tables:
         compiled = entry.compile()
@@ -51,6 +54,7 @@ def _write(folder: pathlib.Path, name: str) -> None:
             loss_weights=compiled.get("loss_weights"),
             # As in `compile`: `metrics` do not count sample weights.
             weighted_metrics=[],
+            sample_weight_spec=entry.sample_weight_spec,
         )
         save_functional_model(functional, folder / name / str(EXPORT))
 
@@ -63,6 +67,7 @@ class Pair(NamedTuple):
     weights: Any
     x: Any
     y: Any
+    sample_weight: Any
     tolerance: float
 
     @property
@@ -109,7 +114,9 @@ def pair(request: pytest.FixtureRequest, connected: forwardpass_client.Client, f
     local = keras.saving.load_model(folder / name / str(FILE) / "model.keras", compile=False)
     local.compile(**entry.compile())
     x, y = entry.batch(np.random.default_rng(1), EXAMPLES)
-    return Pair(remote, local, remote.initial_weights, x, y, entry.tolerance)
+    shape = tf.nest.flatten(y)[0].shape[: entry.weight_rank]
+    sample_weight = np.random.default_rng(2).random(shape, np.float32)
+    return Pair(remote, local, remote.initial_weights, x, y, sample_weight, entry.tolerance)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -147,9 +154,8 @@ def _rows(structure: Any, rows: slice) -> Any:
 
 @pytest.mark.parametrize("weighted", [False, True])
 def test_metrics_equal_those_of_evaluate(pair: Pair, weighted: bool):
-    weight = np.random.default_rng(2).random(EXAMPLES, np.float32)
-    more = (weight,) if weighted else ()
-    expected = _keras_metrics(pair, 2, **({"sample_weight": weight} if weighted else {}))
+    more = (pair.sample_weight,) if weighted else ()
+    expected = _keras_metrics(pair, 2, **({"sample_weight": pair.sample_weight} if weighted else {}))
     batches = _slices(pair, 2, *more)
     remote, handle = pair.remote, pair.remote.put_weights(pair.weights)
 
@@ -179,12 +185,11 @@ def test_the_loss_of_predictions_equals_that_of_a_forward_pass(pair: Pair):
 
 
 def test_a_weighted_loss_equals_kerass(pair: Pair):
-    weight = np.random.default_rng(2).random(EXAMPLES, np.float32)
     predictions = pair.local(pair.tensors, training=False)
     penalty = sum(float(tf.reduce_sum(one)) for one in pair.local.losses)
-    expected = pair.local.compute_loss(pair.tensors, pair.y, predictions, sample_weight=weight)
+    expected = pair.local.compute_loss(pair.tensors, pair.y, predictions, sample_weight=pair.sample_weight)
     output = pair.remote.forward_pass(pair.weights, (pair.x, pair.y), training=False)
-    loss = pair.remote.loss(output.predictions, pair.y, weight)
+    loss = pair.remote.loss(output.predictions, pair.y, pair.sample_weight)
     pair.assert_close(loss + penalty, expected)
 
 

@@ -148,7 +148,7 @@ def test_calls_beyond_the_limit_are_refused_at_once():
             x = rounds_of(client, 2)
             running = [pool.submit(model.predict_on_batch, ((), ()), x) for _ in range(2)]
             wait_until(lambda: server.metrics().get(started_calls("PredictOnBatch"), 0) >= 3)
-            with pytest.raises(errors.ServerOverloaded, match="calls: expected at most 2 at once, got 3"):
+            with pytest.raises(errors.ServerOverloaded, match="calls: expected at most 2 at once, got more"):
                 model.predict_on_batch(((), ()), [1])
             assert [call.result().tolist() for call in running] == [x, x]
             assert model.predict_on_batch(((), ()), [1]).tolist() == [1]

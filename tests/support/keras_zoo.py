@@ -21,6 +21,7 @@ class Entry:
     compile: what `Model.compile` is given. input_spec: (x, y).
     batch: draws (x, y) with so many examples.
     has_tables: it holds lookup tables, which no export can.
+    weight_rank: how many dimensions of y a sample weight has.
     tolerance: of its numbers, as a share of the largest.
     """
 
@@ -29,7 +30,12 @@ class Entry:
     input_spec: tuple[Any, Any]
     batch: Callable[[np.random.Generator, int], tuple[Any, Any]]
     has_tables: bool = False
+    weight_rank: int = 1
     tolerance: float = 1e-5
+
+    @property
+    def sample_weight_spec(self) -> Any:
+        return tf.TensorSpec([None] * self.weight_rank, tf.float32)
 
     def model(self) -> keras.Model:
         """The compiled model."""
@@ -197,14 +203,15 @@ ENTRIES: dict[str, Entry] = {
         (_WORDS, _CLASS),
         lambda rng, examples: (_padded(rng, examples, 6, 20), rng.integers(0, 3, examples)),
     ),
-    "tagger": Entry(_tagger, lambda: _classes(5), (_WORDS, _WORDS), _tagger_batch),
+    "tagger": Entry(_tagger, lambda: _classes(5), (_WORDS, _WORDS), _tagger_batch, weight_rank=2),
     "sensors": Entry(
         _sensors,
         lambda: {"loss": "mse", "metrics": ["mae"]},
         (_spec("float32", None, 7, 3), _spec("float32", None, 7, 2)),
         _sensors_batch,
+        weight_rank=2,
     ),
-    "transformer": Entry(_transformer, lambda: _classes(30), (_WORDS, _WORDS), _transformer_batch),
+    "transformer": Entry(_transformer, lambda: _classes(30), (_WORDS, _WORDS), _transformer_batch, weight_rank=2),
     "two_tasks": Entry(
         _two_tasks,
         lambda: {
@@ -223,6 +230,7 @@ ENTRIES: dict[str, Entry] = {
         },
         (_spec("float32", None, None, None, 3), _spec("int64", None, None, None)),
         _u_net_batch,
+        weight_rank=3,
     ),
     "mobile_net": Entry(
         _mobile_net,

@@ -36,6 +36,7 @@ from forwardpass_server.models.examples import Examples
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
 from forwardpass_server.models.model_config import ModelConfig
+from forwardpass_server.models.runtime_functions import KERNELS
 from forwardpass_server.models.tracing import TracedModel
 from forwardpass_server.models.trial import Trial
 from forwardpass_server.models.trial_process import TrialProcess
@@ -99,6 +100,7 @@ class TensorFlowLoader:
                 custom_objects.import_modules([factory.partition(":")[0]], "factory")
 
     def load(self, source: ModelSource) -> TensorFlowModel:
+        KERNELS.clear_when_stale()
         if self._trial is not None:
             self._trial.start()
         if source.folder is not None:

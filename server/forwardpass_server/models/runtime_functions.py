@@ -2,31 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-from tensorflow.python import pywrap_tfe
-from tensorflow.python.eager import context, core
+from tensorflow.python.eager import context
 from tensorflow.python.eager.polymorphic_function import atomic_function
 
 from forwardpass_server.models import graphs
 
+_MAX_STALE_KERNELS = 128
+"""As of some ten small models, which take 6 MiB."""
+
+
+class _KernelCache:
+    """The kernels of calls that TensorFlow keeps, one for each function and types of arguments.
+
+    They outlive their functions: 0.6 MiB for each load of a small model. TensorFlow drops with a function only the
+    kernels that carry its name, as those of a call by name do; but such a call takes 100 us of processor time where
+    StatefulPartitionedCall takes 40. So the cache is cleared now and then. A call under way holds its kernel, and the
+    next call of each function makes it again.
+    """
+
+    def __init__(self) -> None:
+        self._stale = 0
+
+    def add_stale(self) -> None:
+        """Counts a function that is gone."""
+        self._stale += 1
+
+    def clear_when_stale(self) -> None:
+        """Clears the cache where it holds the kernels of many functions that are gone."""
+        if self._stale >= _MAX_STALE_KERNELS:
+            self._stale = 0
+            context.context().clear_kernel_cache()
+
+
+KERNELS = _KernelCache()
+"""TensorFlow's: there is one for the process."""
+
 
 class RuntimeFunction:
-    """A concrete function that can be called for as long as this object exists.
+    """What the call operation needs of a concrete function: `name`, for as long as this is there.
 
     Of a Keras network of 17 layers there stay 500 Python objects instead of 8,700 and half of the memory, and they
     are gone without the garbage collector once nobody uses them: a graph is one tangle of references.
     """
 
     def __init__(self, concrete: Any) -> None:
-        self._name: bytes = concrete.name
-        self._context = context.context()
-        self._num_results = len(concrete.outputs)
+        self.name: bytes = concrete.name
         functions = _called(concrete.inference_fn)
         # The runtime counts by name who holds a function. The type matters to calls from Python alone.
         self._held = [
-            atomic_function.AtomicFunction(name, self._context, function_type=None)
+            atomic_function.AtomicFunction(name, context.context(), function_type=None)
             for name, function in functions.items()
             if not _is_of_tensorflow_1(function)
         ]
@@ -34,20 +60,8 @@ class RuntimeFunction:
         # TensorFlow ties Python code that a function calls to the graph in which it was traced, the thread's own.
         self._traced_in = concrete.graph.outer_graph if graphs.calls_python(concrete) else None
 
-    def __call__(self, tensors: Sequence[Any]) -> list[Any]:
-        """Runs the function on eager tensors, and returns its results in order.
-
-        The function's own name is the operation. StatefulPartitionedCall takes as long, but then TensorFlow keeps the
-        kernel in the eager context's cache for good: it drops with a function only the kernels that carry the
-        function's name (EagerContext::AddKernelToCache and RemoveFunction), 0.6 MiB for each load of a small model.
-        """
-        try:
-            results: list[Any] = pywrap_tfe.TFE_Py_Execute(
-                self._context._handle, self._context.device_name, self._name, tensors, (), self._num_results
-            )
-        except core._NotOkStatusException as error:
-            raise core._status_to_exception(error) from None
-        return results
+    def __del__(self) -> None:
+        KERNELS.add_stale()
 
 
 def _called(function: Any) -> dict[bytes, Any]:

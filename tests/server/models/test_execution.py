@@ -149,19 +149,18 @@ def test_a_model_runs_on_the_device_that_was_chosen():
         (cpu,) = tf.config.list_physical_devices("CPU")
         tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
         from forwardpass.wire.description import Function
-        from forwardpass_server.models import device
+        from forwardpass_server.models import device, execution
         from forwardpass_server.models.execution import Execution
-        from forwardpass_server.models.runtime_functions import RuntimeFunction
         chosen = device.choose("cpu:1")
         assert chosen == "/device:CPU:1", chosen
         function = tf.function(lambda x: [x * 2]).get_concrete_function(tf.TensorSpec([None], tf.float32))
         devices = []
-        call = RuntimeFunction.__call__
-        def recorded(self, tensors):
-            results = call(self, tensors)
-            devices.extend(tensor.device for tensor in [*tensors, *results])
+        call = execution._call
+        def recorded(args, Tout, f):
+            results = call(args=args, Tout=Tout, f=f)
+            devices.extend(tensor.device for tensor in [*args, *results])
             return results
-        RuntimeFunction.__call__ = recorded
+        execution._call = recorded
         runner = Execution({(Function(1), False): function}, chosen)
         assert runner.run(Function(1), False, [np.float32([1, 2])])[0].tolist() == [2, 4]
         assert [name[-5:] for name in devices] == ["CPU:1", "CPU:1"], devices

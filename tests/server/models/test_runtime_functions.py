@@ -14,6 +14,7 @@ from tensorflow.python.eager import context
 
 from forwardpass.wire.description import Function
 from forwardpass_server import FunctionalModel
+from forwardpass_server.models import runtime_functions
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.serving.models import ModelSource
 from forwardpass_server.serving.registry import Registry
@@ -119,7 +120,8 @@ def native_bytes() -> int:
     return found.uordblks + found.unused_3
 
 
-def test_a_model_that_is_loaded_again_leaves_no_native_memory_behind(loader):
+def test_a_model_that_is_loaded_again_leaves_no_native_memory_behind(loader, monkeypatch):
+    monkeypatch.setattr(runtime_functions, "_MAX_STALE_KERNELS", 1)
     source = ModelSource("branching", 1, factory=f"{__name__}:branching")
     registry = Registry([source])
 
