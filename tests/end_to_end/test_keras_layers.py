@@ -88,7 +88,11 @@ def test_a_layer_gives_the_numbers_of_local_keras(served, name):
     _assert_close(remote.predict_on_batch(weights, x, training=False), expected)
 
     in_training, _ = local.stateless_call(*weights, tensors, training=True)
-    _assert_close(remote.predict_on_batch(weights, x, training=True), in_training)
+    found = remote.predict_on_batch(weights, x, training=True)
+    if name in keras_layers.UNSEEDED:
+        assert found.shape == in_training.shape
+    else:
+        _assert_close(found, in_training)
 
     y = np.random.default_rng(2).standard_normal(expected.shape, np.float32)
     output = remote.forward_pass(weights, (x, y), training=False)

@@ -269,6 +269,12 @@ NOT_SERVED: dict[str, str] = {
 }
 
 
+UNSEEDED: dict[str, str] = {
+    "AugMix": "two calls of local Keras in training differ: it draws numbers without its seed",
+}
+"""Layers whose numbers in training are not those of another call."""
+
+
 def public_layers() -> set[str]:
     """The name of each public layer class; one name where a class has several."""
     by_class: dict[Any, str] = {}
