@@ -71,7 +71,11 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served():
-    one = Served()
+    with pytest.MonkeyPatch.context() as environment:
+        # Other tests of this process may have started TensorFlow, whose threads cannot be set after that.
+        environment.setenv("TF_NUM_INTRAOP_THREADS", "2")
+        environment.setenv("TF_NUM_INTEROP_THREADS", "2")
+        one = Served()
     yield one
     one.close()
 
