@@ -89,7 +89,8 @@ def test_a_start_without_a_place_for_sessions_ends_with_a_sentence_that_names_th
 ):
     finished = serve(prefix(), "--model-repository", str(models), "--port", "18500", **environment)
     assert finished.returncode == 1
-    (sentence,) = (line for line in finished.stderr.splitlines() if "tensorflow" not in line.lower())
+    (sentence,) = (line for line in finished.stderr.splitlines() if line.startswith("Error: "))
+    assert "Traceback" not in finished.stderr
     assert sentence.startswith("Error: --session-store: the default file cannot be used: ")
     assert reason in sentence
     assert "sqlite:///PATH" in sentence
