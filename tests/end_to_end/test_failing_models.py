@@ -48,7 +48,7 @@ def test_a_model_that_crashes_or_takes_all_memory_fails_its_own_call_and_no_othe
 def test_a_model_that_would_end_the_server_is_refused_and_the_others_say_how_they_are_guarded():
     factories = [f"--factory={name}=support.zoo:{name}" for name in ("killing", "slow")]
     with (
-        ServerProcess(*factories, environment={"FORWARDPASS_TRIAL": "true"}) as server,
+        ServerProcess(*factories, "--required-models", "none", environment={"FORWARDPASS_TRIAL": "true"}) as server,
         forwardpass_client.connect(server.address) as client,
     ):
         killing, slow = client.models()
@@ -68,7 +68,7 @@ def test_a_mistake_in_a_configuration_is_one_sentence_everywhere(tmp_path):
     keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)]).save(folder / "model.keras")
     spec = {"x": {"dtype": "float32", "shape": [None, 4]}, "y": {"dtype": "float32", "shape": [None, 2]}}
     (folder / "forwardpass.json").write_text(json.dumps({"input_spec": spec, "loss": "no_such_loss"}))
-    with ServerProcess("--model-repository", str(tmp_path)) as server:
+    with ServerProcess("--model-repository", str(tmp_path), "--required-models", "none") as server:
         with forwardpass_client.connect(server.address) as client:
             (found,) = client.models()
         page = urllib.request.urlopen(server.metrics_url.removesuffix("/metrics")).read().decode()

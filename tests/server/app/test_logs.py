@@ -50,6 +50,7 @@ def test_an_exception_is_told_with_its_place():
 @pytest.mark.parametrize("log_format", ["json", "text"])
 def test_the_log_knows_the_request_by_the_id_that_its_caller_was_told(log_format):
     arguments = ("--factory", "crashing=support.zoo:crashing", "--factory", "broken=support.zoo:keras_batch")
+    arguments += ("--required-models", "crashing")
     with ServerProcess(*arguments, "--log-format", log_format) as server:
         with forwardpass_client.connect(server.address) as client:
             with pytest.raises(errors.InternalError) as raised:
