@@ -34,7 +34,9 @@ def low_priorities(server: ServerProcess) -> set[str]:
 def test_a_load_gives_way_and_every_thread_that_serves_stays_as_it_was(tmp_path):
     zoo.write_repository(tmp_path)
     request = v1.ReloadModelRequest(model=v1.ModelSelector(name="keras_cnn", version=1)).SerializeToString()
-    with ServerProcess("--model-repository", str(tmp_path), "--management-port", "0") as server:
+    with ServerProcess(
+        "--required-models", "none", "--model-repository", str(tmp_path), "--management-port", "0"
+    ) as server:
         wait_until(lambda: not low_priorities(server))
         with (
             grpc.insecure_channel(server.management_address) as channel,
