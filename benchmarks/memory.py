@@ -4,7 +4,7 @@
 
 For each kind of traffic a fresh server is called by one caller, and another by several at once. Printed is how far the
 resident memory rose above that of the idle server, at its highest, and the same for each byte of the requests and
-responses. `serving.memory_budget` takes the highest figure of a lone caller: of several, not all are at their highest
+responses. `calls.memory_budget` takes the highest figure of a lone caller: of several, not all are at their highest
 at the same moment.
 """
 
@@ -24,8 +24,8 @@ import workloads
 import forwardpass_client
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.methods import METHODS
-from forwardpass_server.serving import tokens
-from forwardpass_server.serving.tokens import Role
+from forwardpass_server.access import tokens
+from forwardpass_server.access.tokens import Role
 
 MIB = 2**20
 LIMIT_MIB = 1024

@@ -25,10 +25,10 @@ import run
 from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
-from forwardpass_server.serving.session_store import SessionKey, SessionLimits, SessionStore
-from forwardpass_server.serving.session_stores.memory import MemorySessionStore
-from forwardpass_server.serving.session_stores.redis import RedisSessionStore
-from forwardpass_server.serving.session_stores.sqlite import SqliteSessionStore
+from forwardpass_server.sessions.store import SessionKey, SessionLimits, SessionStore
+from forwardpass_server.sessions.stores.memory import MemorySessionStore
+from forwardpass_server.sessions.stores.redis import RedisSessionStore
+from forwardpass_server.sessions.stores.sqlite import SqliteSessionStore
 
 RECORD = os.urandom(2048)
 LIMITS = SessionLimits(max_sessions=1000, max_bytes=2**30, idle_expiry_s=3600.0, remember_s=3600.0)

@@ -25,10 +25,10 @@ import grpc
 
 from forwardpass.wire.description import Function
 from forwardpass.wire.methods import METHODS, MODEL_SERVICE
-from forwardpass_server.rpc.access import Access
+from forwardpass_server.access.access import Access
+from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.interceptor import Interceptor
-from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.telemetry.tracing import CallObserver, Tracing
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from forwardpass_server.app import quiet
+from forwardpass_server.process import quiet
 
 # The server sums in one graph what the local model sums in several: float32's last bits may differ. As a share of the
 # largest number in a result.

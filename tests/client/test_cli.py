@@ -15,8 +15,8 @@ from click.testing import CliRunner
 
 from forwardpass_client.cli import npz
 from forwardpass_client.cli.commands import forwardpass
-from forwardpass_server.serving import tokens
-from forwardpass_server.serving.tokens import Role
+from forwardpass_server.access import tokens
+from forwardpass_server.access.tokens import Role
 from support import zoo
 from support.certificates import Signer
 from support.golden import golden

@@ -14,8 +14,8 @@ import yaml
 from forwardpass_client.cli.commands import forwardpass
 from forwardpass_server.app.cli import main
 from forwardpass_server.app.settings import Settings
+from forwardpass_server.calls.memory_budget import BASE_BYTES, MemoryBudget
 from forwardpass_server.rpc.server import LIVE, READY, STARTUP
-from forwardpass_server.serving.memory_budget import BASE_BYTES, MemoryBudget
 from support.environments import ROOT
 from support.manifests import RENDERED, find, is_custom, render, render_folder, validate_custom
 

@@ -24,8 +24,8 @@ import forwardpass_client
 from forwardpass import v1
 from forwardpass.wire import fields
 from forwardpass.wire.methods import METHODS, MODEL_SERVICE, SERVICES, WEIGHTS_SERVICE
-from forwardpass_server.serving import tokens
-from forwardpass_server.serving.tokens import Role
+from forwardpass_server.access import tokens
+from forwardpass_server.access.tokens import Role
 from support.raw_http2 import RawConnection
 from support.servers import ServerProcess, wait_until
 

@@ -15,8 +15,8 @@ from forwardpass import v1
 from forwardpass.wire import errors, frames
 from forwardpass.wire.frames import Outbox
 from forwardpass.wire.methods import METHODS
-from forwardpass_server.serving import memory_budget
-from forwardpass_server.serving.memory_budget import MemoryBudget
+from forwardpass_server.calls import memory_budget
+from forwardpass_server.calls.memory_budget import MemoryBudget
 from support.memory_groups import memory_group
 from support.servers import ServerProcess, wait_until
 

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 import forwardpass_client
 from forwardpass import v1
 from forwardpass.wire.methods import METHODS
-from forwardpass_server.serving.tokens import Role, Tokens
+from forwardpass_server.access.tokens import Role, Tokens
 from forwardpass_server.telemetry import catalogue
 from forwardpass_server.telemetry.files import OF_WATCHED_FILES, WITH_TLS, WITH_TOKENS
 from forwardpass_server.telemetry.machine import ON_A_GPU

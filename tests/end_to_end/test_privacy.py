@@ -16,8 +16,8 @@ from forwardpass import v1
 from forwardpass.wire import chunks, errors, manifests, messages
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
-from forwardpass_server.serving import tokens
-from forwardpass_server.serving.tokens import Role
+from forwardpass_server.access import tokens
+from forwardpass_server.access.tokens import Role
 from support import zoo
 from support.servers import ServerProcess
 

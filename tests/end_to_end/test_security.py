@@ -23,8 +23,8 @@ import forwardpass_client
 from forwardpass import v1
 from forwardpass.wire import errors
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, METHODS, MODEL_SERVICE, SERVICES
-from forwardpass_server.serving import tokens
-from forwardpass_server.serving.tokens import Role
+from forwardpass_server.access import tokens
+from forwardpass_server.access.tokens import Role
 from support import zoo
 from support.certificates import Signer
 from support.servers import ServerProcess, wait_until

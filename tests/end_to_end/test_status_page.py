@@ -12,14 +12,14 @@ import pytest
 from playwright.sync_api import sync_playwright
 
 import forwardpass_client
-from forwardpass_server.app import status_page
-from forwardpass_server.app.status_page import Status
-from forwardpass_server.serving.loading import Load
-from forwardpass_server.serving.models import ModelSource
-from forwardpass_server.serving.registry import Entry, State
+from forwardpass_server.calls.model import ModelSource
+from forwardpass_server.catalog.load_log import Load
+from forwardpass_server.catalog.registry import Entry, State
+from forwardpass_server.status import page as status_page
+from forwardpass_server.status.page import Status
+from forwardpass_server.status.recent import Recent
 from forwardpass_server.telemetry.health import HealthReading
 from forwardpass_server.telemetry.metrics import Metrics
-from forwardpass_server.telemetry.recent import Recent
 from support import traffic
 from support.servers import ServerProcess
 

@@ -13,24 +13,24 @@ import numpy as np
 
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
+from forwardpass_server.calls.admission import Admission, Limits
+from forwardpass_server.calls.arrivals import Arrivals
+from forwardpass_server.calls.batching import Batcher
+from forwardpass_server.calls.execution import Caller, Request
+from forwardpass_server.calls.model import ModelSource
+from forwardpass_server.calls.scheduling import Scheduler
+from forwardpass_server.catalog.registry import Registry
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
-from forwardpass_server.serving.admission import Admission, Limits
-from forwardpass_server.serving.arrivals import Arrivals
-from forwardpass_server.serving.batching import Batcher
-from forwardpass_server.serving.calls import Caller, Request
-from forwardpass_server.serving.evaluation import Evaluations
-from forwardpass_server.serving.known_sessions import KnownSessions
-from forwardpass_server.serving.models import ModelSource
-from forwardpass_server.serving.registry import Registry
-from forwardpass_server.serving.scheduling import Scheduler
-from forwardpass_server.serving.session_commits import SessionCommits
-from forwardpass_server.serving.session_models import SessionModels
-from forwardpass_server.serving.session_records import UpdateIdentity
-from forwardpass_server.serving.session_store import SessionLimits, SessionStore
-from forwardpass_server.serving.session_stores.memory import MemorySessionStore
-from forwardpass_server.serving.sessions import Sessions
-from forwardpass_server.serving.weights import StoreOptions, WeightStore
+from forwardpass_server.sessions.cache import KnownSessions
+from forwardpass_server.sessions.commits import SessionCommits
+from forwardpass_server.sessions.evaluation import Evaluations
+from forwardpass_server.sessions.records import UpdateIdentity
+from forwardpass_server.sessions.retained_models import SessionModels
+from forwardpass_server.sessions.service import Sessions
+from forwardpass_server.sessions.store import SessionLimits, SessionStore
+from forwardpass_server.sessions.stores.memory import MemorySessionStore
+from forwardpass_server.weights.store import StoreOptions, WeightStore
 from support import zoo
 from support.arrays import nested
 

@@ -10,11 +10,11 @@ import threading
 from typing import Any
 
 from forwardpass.wire import errors
+from forwardpass_server.calls.model import ModelSource
+from forwardpass_server.catalog.management import RegistryManagement
+from forwardpass_server.catalog.registry import Registry, State
+from forwardpass_server.catalog.version_policy import FILE, VersionPolicies
 from forwardpass_server.models.loading import TensorFlowLoader
-from forwardpass_server.serving.management import RegistryManagement
-from forwardpass_server.serving.models import ModelSource
-from forwardpass_server.serving.registry import Registry, State
-from forwardpass_server.serving.version_policy import FILE, VersionPolicies
 
 
 class Loader:

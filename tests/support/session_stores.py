@@ -8,10 +8,10 @@ import pathlib
 from collections.abc import AsyncIterator
 
 from forwardpass.wire import errors
-from forwardpass_server.serving.session_store import SessionKey, SessionLimits
-from forwardpass_server.serving.session_stores.memory import MemorySessionStore
-from forwardpass_server.serving.session_stores.redis import RedisSessionStore
-from forwardpass_server.serving.session_stores.sqlite import SqliteSessionStore
+from forwardpass_server.sessions.store import SessionKey, SessionLimits
+from forwardpass_server.sessions.stores.memory import MemorySessionStore
+from forwardpass_server.sessions.stores.redis import RedisSessionStore
+from forwardpass_server.sessions.stores.sqlite import SqliteSessionStore
 from support.redis_servers import RedisProcess
 
 LIMITS = SessionLimits(max_sessions=100, max_bytes=2**24, idle_expiry_s=60.0, remember_s=60.0)

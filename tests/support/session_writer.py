@@ -10,8 +10,8 @@ import os
 import pathlib
 import sys
 
-from forwardpass_server.serving.session_store import SessionKey, SessionLimits
-from forwardpass_server.serving.session_stores.sqlite import SqliteSessionStore
+from forwardpass_server.sessions.store import SessionKey, SessionLimits
+from forwardpass_server.sessions.stores.sqlite import SqliteSessionStore
 
 LIMITS = SessionLimits(max_sessions=1000, max_bytes=2**30, idle_expiry_s=3600.0, remember_s=3600.0)
 

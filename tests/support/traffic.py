@@ -13,8 +13,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import forwardpass_client
 from forwardpass_client import errors
-from forwardpass_server.serving import tokens, version_policy
-from forwardpass_server.serving.tokens import Role
+from forwardpass_server.access import tokens
+from forwardpass_server.access.tokens import Role
+from forwardpass_server.catalog import version_policy
 from support import zoo
 from support.certificates import Signer
 from support.servers import ServerProcess

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 
 from forwardpass_server.app.settings import Settings
-from forwardpass_server.serving import memory_budget
-from forwardpass_server.serving.admission import Admission, Limits
-from forwardpass_server.serving.memory_budget import MemoryBudget
-from forwardpass_server.serving.registry import Registry
+from forwardpass_server.calls import memory_budget
+from forwardpass_server.calls.admission import Admission, Limits
+from forwardpass_server.calls.memory_budget import MemoryBudget
+from forwardpass_server.catalog.registry import Registry
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 
 from forwardpass.wire.description import Function, ModelDescription
 from forwardpass_server.app.settings import SettingsError
+from forwardpass_server.calls.model import ModelSource
+from forwardpass_server.catalog import repository
+from forwardpass_server.catalog.registry import Entry, Registry
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.trial_process import TrialProcess
-from forwardpass_server.serving import repository
-from forwardpass_server.serving.models import ModelSource
-from forwardpass_server.serving.registry import Entry, Registry
-from forwardpass_server.telemetry import control_groups
+from forwardpass_server.process import control_groups
 
 
 def check(folder: pathlib.Path, device: str, has_trial: bool, imports: Sequence[str] = ()) -> Iterator[Entry]:

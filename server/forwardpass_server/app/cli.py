@@ -12,13 +12,13 @@ from typing import Any
 
 import click
 
-from forwardpass_server.app import logs, onednn, options, quiet
+from forwardpass_server.access import tokens
+from forwardpass_server.access.tokens import Role
+from forwardpass_server.app import logs, options
 from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.errors import DeviceNotFound, ModelLoadError, SessionStoreError
 from forwardpass_server.models.trial_process import TrialProcess
-from forwardpass_server.serving import tokens
-from forwardpass_server.serving.errors import DeviceNotFound, ModelLoadError, SessionStoreError
-from forwardpass_server.serving.tokens import Role
-from forwardpass_server.telemetry import control_groups
+from forwardpass_server.process import control_groups, onednn, quiet
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 
+from forwardpass_server.calls.model import ModelSource
+from forwardpass_server.catalog.registry import Registry
+from forwardpass_server.process.liveness import Liveness
 from forwardpass_server.rpc.server import LIVE, MODEL_HEALTH_PREFIX, READY, STARTUP, Server
-from forwardpass_server.serving.liveness import Liveness
-from forwardpass_server.serving.models import ModelSource
-from forwardpass_server.serving.readiness import Readiness
-from forwardpass_server.serving.registry import Registry
-from forwardpass_server.serving.session_store_watch import SessionStoreWatch
+from forwardpass_server.sessions.store_watch import SessionStoreWatch
+from forwardpass_server.status.readiness import Readiness
 from forwardpass_server.telemetry.health import HealthReading
 
 _LOGGER = logging.getLogger(__name__)

@@ -10,15 +10,31 @@ import urllib.parse
 from typing import TYPE_CHECKING
 
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
-from forwardpass_server.app import garbage, session_stores
+from forwardpass_server.access.tokens import Role
+from forwardpass_server.app import session_stores
 from forwardpass_server.app.capacity import Capacity
 from forwardpass_server.app.health import Health
 from forwardpass_server.app.security import Security
 from forwardpass_server.app.settings import Settings, SettingsError, is_loopback
+from forwardpass_server.calls.arrivals import Arrivals
+from forwardpass_server.calls.batching import Batcher
+from forwardpass_server.calls.execution import Caller
+from forwardpass_server.calls.memory_budget import MemoryBudget
+from forwardpass_server.calls.model import ModelSource
+from forwardpass_server.calls.scheduling import Scheduler
+from forwardpass_server.catalog import repository
+from forwardpass_server.catalog.load_log import ObservedLoader
+from forwardpass_server.catalog.management import Management, RegistryManagement
+from forwardpass_server.catalog.registry import Registry, State
+from forwardpass_server.catalog.required_models import RequiredModels
+from forwardpass_server.catalog.version_policy import VersionPolicies
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import device as devices
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.models.trial_process import TrialProcess
+from forwardpass_server.process import control_groups, garbage
+from forwardpass_server.process.liveness import Liveness
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
@@ -27,34 +43,19 @@ from forwardpass_server.rpc.server import Server, ServerOptions
 from forwardpass_server.rpc.servicer import FunctionalModelServicer
 from forwardpass_server.rpc.sessions_servicer import SessionsServicer
 from forwardpass_server.rpc.weights_servicer import WeightsServicer
-from forwardpass_server.serving import repository
-from forwardpass_server.serving.arrivals import Arrivals
-from forwardpass_server.serving.batching import Batcher
-from forwardpass_server.serving.calls import Caller
-from forwardpass_server.serving.errors import ModelLoadError
-from forwardpass_server.serving.evaluation import Evaluations
-from forwardpass_server.serving.known_sessions import KnownSessions
-from forwardpass_server.serving.liveness import Liveness
-from forwardpass_server.serving.loading import ObservedLoader
-from forwardpass_server.serving.management import Management, RegistryManagement
-from forwardpass_server.serving.memory_budget import MemoryBudget
-from forwardpass_server.serving.models import ModelSource
-from forwardpass_server.serving.readiness import Readiness
-from forwardpass_server.serving.registry import Registry, State
-from forwardpass_server.serving.required_models import RequiredModels
-from forwardpass_server.serving.scheduling import Scheduler
-from forwardpass_server.serving.session_commits import SessionCommits
-from forwardpass_server.serving.session_models import SessionModels
-from forwardpass_server.serving.session_store import SessionStore
-from forwardpass_server.serving.session_store_watch import SessionStoreWatch
-from forwardpass_server.serving.sessions import Sessions
-from forwardpass_server.serving.tokens import Role
-from forwardpass_server.serving.version_policy import VersionPolicies
-from forwardpass_server.serving.weight_files import WeightFiles
-from forwardpass_server.serving.weights import StoreOptions, WeightStore
-from forwardpass_server.telemetry import control_groups, gpus, machine
+from forwardpass_server.sessions.cache import KnownSessions
+from forwardpass_server.sessions.commits import SessionCommits
+from forwardpass_server.sessions.evaluation import Evaluations
+from forwardpass_server.sessions.retained_models import SessionModels
+from forwardpass_server.sessions.service import Sessions
+from forwardpass_server.sessions.store import SessionStore
+from forwardpass_server.sessions.store_watch import SessionStoreWatch
+from forwardpass_server.status.readiness import Readiness
+from forwardpass_server.telemetry import gpus, machine
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.telemetry.models import ModelMetrics
+from forwardpass_server.weights.files import WeightFiles
+from forwardpass_server.weights.store import StoreOptions, WeightStore
 
 if TYPE_CHECKING:
     from forwardpass_server.telemetry.tracing import Tracing

@@ -11,16 +11,18 @@ from collections.abc import Callable
 
 import prometheus_client
 
-from forwardpass_server.app import allocator, garbage, status_page, upkeep
 from forwardpass_server.app import parts as app_parts
-from forwardpass_server.app.monitoring import MonitoringServer
+from forwardpass_server.app import upkeep
 from forwardpass_server.app.parts import Parts
 from forwardpass_server.app.settings import Settings
-from forwardpass_server.app.status_page import Status
+from forwardpass_server.catalog.registry import State
 from forwardpass_server.models.trial_process import TrialProcess
+from forwardpass_server.process import allocator, garbage
 from forwardpass_server.rpc.server import join_address
-from forwardpass_server.serving.registry import State
-from forwardpass_server.telemetry.recent import Recent
+from forwardpass_server.status import page as status_page
+from forwardpass_server.status.page import Status
+from forwardpass_server.status.recent import Recent
+from forwardpass_server.status.server import MonitoringServer
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ import pathlib
 
 from forwardpass.wire import errors
 from forwardpass_server.app.settings import Settings, SettingsError
-from forwardpass_server.serving.errors import SessionStoreError
-from forwardpass_server.serving.session_store import SessionLimits, SessionObserver, SessionStore
-from forwardpass_server.serving.session_stores.memory import MemorySessionStore
-from forwardpass_server.serving.session_stores.sqlite import SqliteSessionStore
+from forwardpass_server.errors import SessionStoreError
+from forwardpass_server.sessions.store import SessionLimits, SessionObserver, SessionStore
+from forwardpass_server.sessions.stores.memory import MemorySessionStore
+from forwardpass_server.sessions.stores.sqlite import SqliteSessionStore
 
 # For a client that asks why its session is gone.
 _REMEMBER_S = 24 * 3600.0
@@ -39,7 +39,7 @@ async def open_store(settings: Settings, observer: SessionObserver) -> SessionSt
     if url == "memory://":
         return MemorySessionStore(limits, observer)
     try:
-        from forwardpass_server.serving.session_stores.redis import RedisSessionStore
+        from forwardpass_server.sessions.stores.redis import RedisSessionStore
     except ModuleNotFoundError:
         raise SettingsError("--session-store: Redis needs a package: pip install 'forwardpass[redis]'") from None
     store = RedisSessionStore(url, limits, observer)

@@ -12,10 +12,10 @@ from typing import Annotated
 import click
 
 from forwardpass.wire.chunks import CHUNK_BYTES
-from forwardpass_server.app import logs, onednn, options
+from forwardpass_server.app import logs, options
 from forwardpass_server.app.options import FILE, FOLDER, MIB, Option
-from forwardpass_server.serving.repository import MODEL_NAME
-from forwardpass_server.telemetry import control_groups
+from forwardpass_server.catalog.repository import MODEL_NAME
+from forwardpass_server.process import control_groups, onednn
 
 _SESSION_STORE = re.compile(r"sqlite:///.|rediss?://.|memory://$")
 
@@ -196,7 +196,7 @@ class Settings:
             type=FILE,
         ),
     ] = None
-    # See serving.tokens; None for callers without tokens.
+    # See access.tokens; None for callers without tokens.
     tokens: Annotated[
         pathlib.Path | None,
         Option(

@@ -10,12 +10,12 @@ from typing import Any
 from forwardpass.wire import errors
 from forwardpass_server.app.parts import Parts
 from forwardpass_server.app.security import Security
-from forwardpass_server.serving.known_sessions import KnownSessions
-from forwardpass_server.serving.repository_watch import RepositoryWatch
-from forwardpass_server.serving.session_models import SessionModels
-from forwardpass_server.serving.session_store import SessionStore
-from forwardpass_server.serving.weights import WeightStore
-from forwardpass_server.telemetry.recent import INTERVAL_S, Recent
+from forwardpass_server.catalog.watch import RepositoryWatch
+from forwardpass_server.sessions.cache import KnownSessions
+from forwardpass_server.sessions.retained_models import SessionModels
+from forwardpass_server.sessions.store import SessionStore
+from forwardpass_server.status.recent import INTERVAL_S, Recent
+from forwardpass_server.weights.store import WeightStore
 
 _SWEEP_S = 1.0
 

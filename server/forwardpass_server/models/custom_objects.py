@@ -14,8 +14,8 @@ from typing import Any
 
 import keras
 
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import keras_names
-from forwardpass_server.serving.errors import ModelLoadError
 
 
 def import_modules(names: Sequence[str], place: str) -> None:

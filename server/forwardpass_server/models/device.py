@@ -7,7 +7,7 @@ import re
 
 import tensorflow as tf
 
-from forwardpass_server.serving.errors import DeviceNotFound
+from forwardpass_server.errors import DeviceNotFound
 
 
 def choose(wanted: str) -> str:

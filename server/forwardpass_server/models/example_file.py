@@ -11,8 +11,8 @@ from forwardpass.wire import conform, errors
 from forwardpass.wire.description import ModelSpec
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.specs import StructureSpec
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models.examples import Given
-from forwardpass_server.serving.errors import ModelLoadError
 
 
 def read(path: pathlib.Path, spec: ModelSpec) -> Given:

@@ -18,10 +18,10 @@ import tensorflow as tf
 from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
+from forwardpass_server.calls.model import Leaf
 from forwardpass_server.models import graphs, placement, result_shapes
 from forwardpass_server.models.runtime_functions import RuntimeFunction
 from forwardpass_server.models.tracing import Key
-from forwardpass_server.serving.models import Leaf
 
 _call: Any = tf.raw_ops.StatefulPartitionedCall
 
@@ -34,11 +34,11 @@ class Execution:
         self._with_loops = {key for key, concrete in functions.items() if graphs.has_loops(concrete)}
 
     def has_loops(self, function: Function, training: bool) -> bool:
-        """See `serving.models.LoadedModel.has_loops`."""
+        """See `calls.model.LoadedModel.has_loops`."""
         return (function, training) in self._with_loops
 
     def run(self, function: Function, training: bool, leaves: Sequence[Leaf]) -> list[Array]:
-        """One call: see `serving.models.LoadedModel.run`. Placed leaves are eager tensors."""
+        """One call: see `calls.model.LoadedModel.run`. Placed leaves are eager tensors."""
         try:
             return self._runners[function, training](leaves)
         except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError) as error:

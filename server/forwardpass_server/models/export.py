@@ -15,10 +15,10 @@ from forwardpass import v1
 from forwardpass.wire import conform, description, trees
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity, ModelSpec
 from forwardpass.wire.specs import StructureSpec
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import graphs, masks, tf_specs, tff_saved_model, tracing
 from forwardpass_server.models.functional import FunctionalModel, x_and_y
 from forwardpass_server.models.tracing import TracedModel
-from forwardpass_server.serving.errors import ModelLoadError
 
 SPEC_FILE_NAME = "forwardpass_model.pb"
 """Holds a serialized `forwardpass.v1.ModelDescription` without an identity."""

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator
 
 from forwardpass.wire import errors
-from forwardpass_server.serving.errors import ModelLoadError
+from forwardpass_server.errors import ModelLoadError
 
 _MAX_CHARS = 400
 

@@ -9,6 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from forwardpass_server.catalog import repository
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import (
     custom_objects,
     export,
@@ -23,8 +25,6 @@ from forwardpass_server.models.keras_archive import KerasArchive, unknown_object
 from forwardpass_server.models.keras_losses import InvalidCompileArgument
 from forwardpass_server.models.keras_models import functional_model_from_keras
 from forwardpass_server.models.model_config import FILE_NAME, ModelConfig
-from forwardpass_server.serving import repository
-from forwardpass_server.serving.errors import ModelLoadError
 
 KERAS_FORMAT = "keras"
 

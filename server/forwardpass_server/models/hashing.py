@@ -12,9 +12,9 @@ import tensorflow as tf
 
 from forwardpass.wire import description
 from forwardpass.wire.description import ModelDescription, ModelIdentity
+from forwardpass_server.catalog import repository
 from forwardpass_server.models import graphs
 from forwardpass_server.models.tracing import TracedModel
-from forwardpass_server.serving import repository
 
 _CHUNK_BYTES = 1 << 20
 

@@ -17,9 +17,9 @@ import tensorflow as tf
 # There is no public name for the class of a model of inputs and outputs.
 from keras.src.models.functional import Functional
 
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models.keras_losses import InvalidCompileArgument, first_sentence
 from forwardpass_server.models.model_config import FILE_NAME, ModelConfig
-from forwardpass_server.serving.errors import ModelLoadError
 
 # What Keras says of custom objects in files, and of those in short configurations.
 _UNKNOWN_OBJECTS = (

@@ -14,6 +14,8 @@ import tensorflow as tf
 from forwardpass.wire import description
 from forwardpass.wire.description import Function, ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
+from forwardpass_server.calls.model import ModelSource
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import (
     custom_objects,
     example_file,
@@ -40,8 +42,6 @@ from forwardpass_server.models.runtime_functions import KERNELS
 from forwardpass_server.models.tracing import TracedModel
 from forwardpass_server.models.trial import Trial
 from forwardpass_server.models.trial_process import TrialProcess
-from forwardpass_server.serving.errors import ModelLoadError
-from forwardpass_server.serving.models import ModelSource
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ JudgementT = TypeVar("JudgementT")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TensorFlowModel:
-    """A model on a device, ready to run: see `serving.models.LoadedModel`."""
+    """A model on a device, ready to run: see `calls.model.LoadedModel`."""
 
     description: ModelDescription
     initial_weights: Sequence[Array]
@@ -66,7 +66,7 @@ class TensorFlowModel:
 
 
 class TensorFlowLoader:
-    """Loads models onto one device: see `serving.models.ModelLoader`.
+    """Loads models onto one device: see `calls.model.ModelLoader`.
 
     device: as `device.choose` takes it. on_trace: called for each graph that Python builds.
     batching: whether models may be batched where they show that they can.

@@ -10,7 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from forwardpass.wire import dtypes
-from forwardpass_server.serving.errors import ModelLoadError
+from forwardpass_server.errors import ModelLoadError
 
 FILE_NAME = "forwardpass.json"
 

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from forwardpass.wire.dtypes import Array
-from forwardpass_server.telemetry import control_groups
+from forwardpass_server.process import control_groups
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ def device_of(dtype: tf.DType, device: str) -> str:
 
 
 class TensorFlowDevice:
-    """A device that tensors are kept on: see `serving.weights.Device`, and `serving.liveness.TriedDevice`."""
+    """A device that tensors are kept on: see `weights.store.Device`, and `process.liveness.TriedDevice`."""
 
     def __init__(self, name: str) -> None:
         self._name = name

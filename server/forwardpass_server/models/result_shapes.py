@@ -9,7 +9,7 @@ import numpy as np
 
 from forwardpass.wire import errors, specs
 from forwardpass.wire.dtypes import Array
-from forwardpass_server.serving.models import Leaf
+from forwardpass_server.calls.model import Leaf
 
 Run = Callable[[Sequence[Leaf]], list[Array]]
 _Shape = tuple[int | None, ...] | None

@@ -18,11 +18,11 @@ from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.specs import describe_shape
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import examples, graphs, warming
 from forwardpass_server.models.examples import Examples, Given, Shape
 from forwardpass_server.models.tracing import Key, TracedModel
 from forwardpass_server.models.trial_process import Killed, TimedOut, TrialProcess, Unusable
-from forwardpass_server.serving.errors import ModelLoadError
 
 _LOGGER = logging.getLogger(__name__)
 

@@ -52,7 +52,7 @@ def _be_the_first_to_go() -> None:
 
 
 def _give_way() -> None:
-    """Lowers the priority to that of loads (`serving.background`). Best effort."""
+    """Lowers the priority to that of loads (`process.background`). Best effort."""
     with contextlib.suppress(OSError):
         os.nice(max(_NICENESS - os.nice(0), 0))
 

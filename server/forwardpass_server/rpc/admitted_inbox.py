@@ -6,7 +6,7 @@ import asyncio
 
 from forwardpass.wire import errors
 from forwardpass.wire.frames import Frame, Inbox
-from forwardpass_server.serving.admission import Admission
+from forwardpass_server.calls.admission import Admission
 
 
 class AdmittedInbox:

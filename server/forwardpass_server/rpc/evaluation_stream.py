@@ -10,7 +10,7 @@ from forwardpass.wire import errors, frames
 from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
 from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
-from forwardpass_server.serving.evaluation import Evaluation
+from forwardpass_server.sessions.evaluation import Evaluation
 
 # Taken without a look at other callers.
 _FRAMES_AT_ONCE = 64

@@ -14,12 +14,13 @@ from grpc._cython.cygrpc import ExecuteBatchError
 
 from forwardpass.wire import errors
 from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
-from forwardpass_server.rpc import handlers, principals, unsent_answers
-from forwardpass_server.rpc.access import Access
+from forwardpass_server.access import principals
+from forwardpass_server.access.access import Access
+from forwardpass_server.calls.admission import Admission
+from forwardpass_server.calls.arrivals import Arrivals
+from forwardpass_server.rpc import handlers, unsent_answers
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.failures import failure_of
-from forwardpass_server.serving.admission import Admission
-from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.telemetry.rpcs import MethodMetrics, RpcMetrics
 
 if TYPE_CHECKING:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from forwardpass import v1
 from forwardpass.wire import errors, fields
+from forwardpass_server.catalog.management import Management, VersionDetail
 from forwardpass_server.rpc.selectors import checked
 from forwardpass_server.rpc.servicer import version_status
-from forwardpass_server.serving.management import Management, VersionDetail
 
 
 class ManagementServicer:

@@ -10,12 +10,12 @@ from collections.abc import AsyncIterator, Mapping
 
 from forwardpass.wire import errors, frames
 from forwardpass.wire.frames import Frame, Outbox
-from forwardpass_server.rpc import principals
+from forwardpass_server.access import principals
+from forwardpass_server.calls.admission import Admission
 from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.rpc.handlers import Method
-from forwardpass_server.serving.admission import Admission
 from forwardpass_server.telemetry.rpcs import RpcMetrics
 
 # Of one stream at once; beyond it no more is read of it, and its caller has to wait.

@@ -12,14 +12,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from forwardpass_server.access.access import Access
+from forwardpass_server.access.certificates import Certificates
+from forwardpass_server.calls.admission import Admission
+from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.rpc import handlers
-from forwardpass_server.rpc.access import Access
-from forwardpass_server.rpc.certificates import Certificates
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.health import HealthServicer
 from forwardpass_server.rpc.interceptor import Interceptor
-from forwardpass_server.serving.admission import Admission
-from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:

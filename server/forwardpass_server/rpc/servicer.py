@@ -13,16 +13,17 @@ from forwardpass.wire import description, fields, limits
 from forwardpass.wire.description import Function
 from forwardpass.wire.methods import MODEL_SERVICE
 from forwardpass.wire.structures import Structure
-from forwardpass_server.rpc import handlers, principals
+from forwardpass_server.access import principals
+from forwardpass_server.calls.admission import Admission
+from forwardpass_server.calls.execution import Caller, Request
+from forwardpass_server.catalog.registry import Entry, Registry, State
+from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.codec import Codec, Incoming
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.rpc.pipeline import Pipeline
 from forwardpass_server.rpc.selectors import checked
-from forwardpass_server.serving.admission import Admission
-from forwardpass_server.serving.calls import Caller, Request
-from forwardpass_server.serving.readiness import Readiness
-from forwardpass_server.serving.registry import Entry, Registry, State
+from forwardpass_server.status.readiness import Readiness
 from forwardpass_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:

@@ -12,18 +12,18 @@ from forwardpass.wire import errors, fields
 from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
-from forwardpass_server.rpc import principals
+from forwardpass_server.access import principals
+from forwardpass_server.calls.admission import Admission
+from forwardpass_server.calls.execution import Request
 from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
 from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.evaluation_stream import EvaluationStream
 from forwardpass_server.rpc.selectors import checked
-from forwardpass_server.serving.admission import Admission
-from forwardpass_server.serving.calls import Request
-from forwardpass_server.serving.evaluation import MAX_TARGETS, Evaluations
-from forwardpass_server.serving.session import Session
-from forwardpass_server.serving.session_records import UpdateIdentity
-from forwardpass_server.serving.sessions import Sessions
+from forwardpass_server.sessions.evaluation import MAX_TARGETS, Evaluations
+from forwardpass_server.sessions.records import UpdateIdentity
+from forwardpass_server.sessions.service import Sessions
+from forwardpass_server.sessions.session import Session
 
 
 class SessionsServicer:

@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator, Sequence
 from forwardpass import v1
 from forwardpass.wire import chunks, errors, fields, limits, manifests
 from forwardpass.wire.manifests import WeightsManifest
-from forwardpass_server.rpc import principals
+from forwardpass_server.access import principals
 from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
-from forwardpass_server.serving.weights import WeightStore
+from forwardpass_server.weights.store import WeightStore
 
 _LEASE_ID_BYTES = 16
 

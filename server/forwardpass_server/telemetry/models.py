@@ -111,7 +111,7 @@ class ModelMetrics:
         self._calls(model, function).examples.observe(examples)
 
     def call_ran(self, model: str, function: Function, arrived: float, began: float, ended: float) -> None:
-        """See `serving.calls.CallObserver`. A call that was given up waited until now."""
+        """See `calls.execution.CallObserver`. A call that was given up waited until now."""
         calls = self._calls(model, function)
         calls.queue.observe((began or time.perf_counter()) - arrived)
         if ended:

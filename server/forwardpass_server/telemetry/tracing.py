@@ -31,7 +31,7 @@ _EXPORT_S = 3
 
 
 class CallObserver(Protocol):
-    """See `serving.calls.CallObserver`."""
+    """See `calls.execution.CallObserver`."""
 
     def batch(self, model: str, function: Function, examples: int) -> None: ...
 

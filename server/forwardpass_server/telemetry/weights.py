@@ -45,7 +45,7 @@ class WeightMetrics:
         self._disk_sets = families.gauge("forwardpass_weights_disk_sets", "Sets of weights in the folder.")
 
     def weights_disk_failed(self, operation: str, reason: str) -> None:
-        """See `serving.weights.StoreObserver`."""
+        """See `weights.store.StoreObserver`."""
         self._disk_failures.labels(operation, reason).inc()
 
     def store(

@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 import forwardpass_client
+from forwardpass_server.access.tokens import Tokens
 from forwardpass_server.app.cli import main
-from forwardpass_server.serving.tokens import Tokens
 from support import zoo
 from support.servers import ServerProcess
 

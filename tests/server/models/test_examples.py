@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from forwardpass.wire.description import Function
+from forwardpass_server.calls.model import ModelSource
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models.loading import TensorFlowLoader
-from forwardpass_server.serving.errors import ModelLoadError
-from forwardpass_server.serving.models import ModelSource
 
 layers = keras.layers
 

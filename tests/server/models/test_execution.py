@@ -13,9 +13,9 @@ import tensorflow as tf
 
 from forwardpass.wire import dtypes, errors
 from forwardpass.wire.description import Function
+from forwardpass_server.errors import DeviceNotFound
 from forwardpass_server.models import device, tracing
 from forwardpass_server.models.execution import Execution
-from forwardpass_server.serving.errors import DeviceNotFound
 from support import zoo
 
 

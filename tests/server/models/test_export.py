@@ -14,9 +14,9 @@ from forwardpass_server import (
     load_functional_model,
     save_functional_model,
 )
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import tracing
 from forwardpass_server.models.export import SPEC_FILE_NAME
-from forwardpass_server.serving.errors import ModelLoadError
 from support import zoo
 from support.golden import FOLDER
 

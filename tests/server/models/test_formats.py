@@ -8,8 +8,8 @@ import shutil
 import pytest
 import tensorflow as tf
 
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import formats, model_config
-from forwardpass_server.serving.errors import ModelLoadError
 from support import zoo
 from support.golden import FOLDER
 

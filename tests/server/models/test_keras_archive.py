@@ -13,8 +13,8 @@ import keras
 import pytest
 import tensorflow as tf
 
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import custom_objects, formats, model_config
-from forwardpass_server.serving.errors import ModelLoadError
 from support.keras_outputs import STARS, WEIGHT, X_SPEC, X, labels, two_outputs
 
 FLOAT = tf.float32
@@ -202,7 +202,7 @@ SHOP = """
 LOAD = """
     import json, pathlib, sys
     from forwardpass_server.models.loading import TensorFlowLoader
-    from forwardpass_server.serving.models import ModelSource
+    from forwardpass_server.calls.model import ModelSource
     asked = json.loads(sys.argv[1])
     loader = TensorFlowLoader("cpu", imports=asked["imports"], factories=asked["factories"])
     for order in asked["order"]:

@@ -17,10 +17,10 @@ import tensorflow as tf
 from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass_server import FunctionalModel
+from forwardpass_server.calls.model import ModelSource
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import examples, hashing, loading, tracing, warming
 from forwardpass_server.models.execution import Execution
-from forwardpass_server.serving.errors import ModelLoadError
-from forwardpass_server.serving.models import ModelSource
 from support.golden import FOLDER, NAMES
 
 

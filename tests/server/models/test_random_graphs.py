@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from forwardpass_server.calls.arrivals import Arrivals
+from forwardpass_server.calls.batching import Batcher
+from forwardpass_server.calls.scheduling import Estimates, Passage, Scheduler
 from forwardpass_server.models import row_rules
-from forwardpass_server.serving.arrivals import Arrivals
-from forwardpass_server.serving.batching import Batcher
-from forwardpass_server.serving.scheduling import Estimates, Passage, Scheduler
 from support.predictors import Predictor
 from support.random_graphs import RandomGraph
 

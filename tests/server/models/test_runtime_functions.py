@@ -14,10 +14,10 @@ from tensorflow.python.eager import context
 
 from forwardpass.wire.description import Function
 from forwardpass_server import FunctionalModel
+from forwardpass_server.calls.model import ModelSource
+from forwardpass_server.catalog.registry import Registry
 from forwardpass_server.models import runtime_functions
 from forwardpass_server.models.loading import TensorFlowLoader
-from forwardpass_server.serving.models import ModelSource
-from forwardpass_server.serving.registry import Registry
 
 SPEC = tf.TensorSpec([None], tf.float32)
 

@@ -12,10 +12,10 @@ import tensorflow as tf
 
 from forwardpass.wire.description import Function
 from forwardpass_server import FunctionalModel, functional_model_from_keras
+from forwardpass_server.calls.model import ModelSource
 from forwardpass_server.models import formats, row_rules, separability, tracing
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.loading import TensorFlowLoader
-from forwardpass_server.serving.models import ModelSource
 from support import zoo
 from support.golden import FOLDER, NAMES
 from support.predictors import Predictor

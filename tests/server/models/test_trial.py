@@ -14,10 +14,10 @@ import pytest
 import tensorflow as tf
 
 from forwardpass_server import FunctionalModel, functional_model_from_keras
+from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import tracing, trial_process
 from forwardpass_server.models.trial import Trial
 from forwardpass_server.models.trial_process import TrialProcess
-from forwardpass_server.serving.errors import ModelLoadError
 from support import zoo
 from support.servers import wait_until
 

@@ -13,10 +13,10 @@ import prometheus_client
 import pytest
 
 from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
-from forwardpass_server.rpc.access import Access
+from forwardpass_server.access.access import Access
+from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.interceptor import Interceptor
-from forwardpass_server.serving.arrivals import Arrivals
 from forwardpass_server.telemetry.families import Families
 from forwardpass_server.telemetry.rpcs import RpcMetrics
 from support.raw_http2 import RawConnection

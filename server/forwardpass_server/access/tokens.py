@@ -1,0 +1,165 @@
+"""Bearer tokens: who they name, and what for.
+
+A file has one line for each token, and comments after "#":
+
+    sha256:HEX PRINCIPAL ROLE[,ROLE] EXPIRY
+
+HEX is the SHA-256 of the token. A token is 256 random bits: nobody finds it by trying, and a slow hash would only make
+calls slow. EXPIRY is a date or a time of ISO 8601 (UTC unless it says otherwise), or "never".
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import datetime
+import enum
+import hashlib
+import hmac
+import math
+import pathlib
+import re
+import secrets
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from forwardpass_server.access.watched_files import WatchedFiles
+
+PRINCIPAL = re.compile(r"[!-\"$-~]{1,128}")
+"""What a principal may be called: printable ASCII without spaces and "#"."""
+
+_HASH = re.compile(r"sha256:([0-9a-f]{64})")
+
+# Shows in a leak what it is; found by whoever searches for secrets that were checked in.
+_PREFIX = "forwardpass_"
+
+
+class Role(enum.Enum):
+    """What a token is good for. CALL: everything that is no management. MANAGE: the management service."""
+
+    CALL = "call"
+    MANAGE = "manage"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Token:
+    """One line of the file. expires_s: seconds since 1970; None for never."""
+
+    digest: bytes
+    principal: str
+    roles: frozenset[Role]
+    expires_s: float | None
+
+    @property
+    def is_expired(self) -> bool:
+        return self.expires_s is not None and self.expires_s <= time.time()
+
+    def line(self) -> str:
+        """The token's line in a file."""
+        roles = ",".join(sorted(role.value for role in self.roles))
+        return f"sha256:{self.digest.hex()} {self.principal} {roles} {_format_expiry(self.expires_s)}"
+
+
+class Tokens:
+    """The tokens of a file. Raises OSError or ValueError where it cannot be read, which names the line."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._file: WatchedFiles[Mapping[bytes, Token]] = WatchedFiles(
+            [path], lambda contents: _parse(path.name, contents)
+        )
+        self.refresh = self._file.refresh
+
+    @property
+    def are_good(self) -> bool:
+        """Whether the file could be read when it was last looked at; what it said before holds otherwise."""
+        return self._file.are_good
+
+    def expire_s(self, role: Role) -> float:
+        """When the first principal is left without a token for a role, in seconds since 1970; infinite for never."""
+        last: dict[str, float] = {}
+        for token in self._file.value.values():
+            if role in token.roles:
+                expires_s = math.inf if token.expires_s is None else token.expires_s
+                last[token.principal] = max(expires_s, last.get(token.principal, 0.0))
+        return min(last.values(), default=math.inf)
+
+    def find(self, token: str) -> Token | None:
+        """What the file says of a token, one that has expired included."""
+        digest = _digest(token)
+        # What the time of a look-up tells is of a hash, which nobody can choose.
+        found = self._file.value.get(digest)
+        return found if found is not None and hmac.compare_digest(found.digest, digest) else None
+
+
+def create(principal: str, roles: Iterable[Role], expires_s: float | None) -> tuple[str, Token]:
+    """A new token, and what a file is to say of it. Raises ValueError for a name that no principal may have."""
+    _check_principal(principal)
+    token = _PREFIX + base64.urlsafe_b64encode(secrets.token_bytes(32)).rstrip(b"=").decode()
+    return token, Token(_digest(token), principal, frozenset(roles), expires_s)
+
+
+def parse_expiry(text: str) -> float | None:
+    """Seconds since 1970 of a date, a time, or "30d" from now; None for "never". Raises ValueError."""
+    if text == "never":
+        return None
+    if days := re.fullmatch(r"([1-9][0-9]{0,4})d", text):
+        return float(int(time.time()) + int(days[1]) * 24 * 3600)
+    try:
+        # Python 3.10 knows no Z.
+        parsed = datetime.datetime.fromisoformat(re.sub("Z$", "+00:00", text))
+    except ValueError:
+        raise ValueError(f"expiry: expected a date, a time, 30d or never, got {text!r}") from None
+    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=datetime.timezone.utc)).timestamp()
+
+
+def _format_expiry(expires_s: float | None) -> str:
+    if expires_s is None:
+        return "never"
+    return datetime.datetime.fromtimestamp(expires_s, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode(errors="replace")).digest()
+
+
+def _parse(name: str, contents: Sequence[bytes]) -> dict[bytes, Token]:
+    text = contents[0].decode()
+    # Half a file would lock its other half out: this is what one looks like that is still being written.
+    if not text.endswith("\n"):
+        raise ValueError(f"{name}: expected a newline at its end")
+    tokens: dict[bytes, Token] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.partition("#")[0].split()
+        if not words:
+            continue
+        try:
+            token = _token(words)
+            if token.digest in tokens:
+                raise ValueError("the same token again")
+        except ValueError as error:
+            raise ValueError(f"{name}: line {number}: {error}") from None
+        tokens[token.digest] = token
+    return tokens
+
+
+def _token(words: Sequence[str]) -> Token:
+    if len(words) != 4:
+        raise ValueError(f"expected sha256:HEX PRINCIPAL ROLE[,ROLE] EXPIRY, got {len(words)} words")
+    digest, principal, roles, expiry = words
+    found = _HASH.fullmatch(digest)
+    if found is None:
+        # It may be the token itself, which belongs into no log.
+        raise ValueError("expected sha256: and 64 hexadecimal digits first")
+    _check_principal(principal)
+    known = {role.value for role in Role}
+    named = roles.split(",")
+    if unknown := set(named) - known:
+        raise ValueError(f"expected roles of {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
+    if re.fullmatch(r"[0-9]+d", expiry):
+        raise ValueError("expected a date, a time or never: days would count from each reading")
+    return Token(bytes.fromhex(found[1]), principal, frozenset(map(Role, named)), parse_expiry(expiry))
+
+
+def _check_principal(principal: str) -> None:
+    if not PRINCIPAL.fullmatch(principal):
+        raise ValueError(f"principal: expected 1 to 128 characters of ASCII without spaces and #, got {principal!r}")

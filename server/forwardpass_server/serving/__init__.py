@@ -1,1 +1,0 @@
-"""Decides: which models there are, who runs when, what is refused. Knows neither gRPC nor tensorflow."""

@@ -1,0 +1,1 @@
+"""Metric sessions: exactly-once updates of a model's metrics state."""

@@ -1,0 +1,29 @@
+"""What every store answers where it refuses."""
+
+from __future__ import annotations
+
+from forwardpass.wire import errors
+from forwardpass_server.sessions.store import SessionKey, SessionLimits
+
+
+def not_found(key: SessionKey) -> errors.SessionNotFound:
+    return errors.SessionNotFound(f"there is no metrics session {key.session_id.hex()}, or no longer")
+
+
+def ended(key: SessionKey, is_expired: bool) -> errors.SessionNotFound:
+    """Of a session of which it is remembered that it was there."""
+    if is_expired:
+        return errors.SessionExpired(f"metrics session {key.session_id.hex()} was idle for too long, and was dropped")
+    return errors.SessionNotFound(f"metrics session {key.session_id.hex()} was closed")
+
+
+def check_room(limits: SessionLimits, sessions: int, size_bytes: int) -> None:
+    """Raises SessionLimitExceeded where a principal would have more sessions, or bytes of them, than it may."""
+    if sessions > limits.max_sessions:
+        raise errors.SessionLimitExceeded(
+            place="open metrics sessions", expected=f"at most {limits.max_sessions}", found=f"{sessions}"
+        )
+    if size_bytes > limits.max_bytes:
+        raise errors.SessionLimitExceeded(
+            place="bytes of metrics sessions", expected=f"at most {limits.max_bytes}", found=f"{size_bytes}"
+        )

@@ -1,0 +1,200 @@
+"""The tables of a file of sessions, and what is done to them."""
+
+from __future__ import annotations
+
+import contextlib
+import pathlib
+import sqlite3
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from forwardpass_server.errors import SessionStoreError
+from forwardpass_server.sessions.store import SessionKey, SessionLimits, StoredSession
+from forwardpass_server.sessions.stores import refusals
+
+# "fwdp": tells the file from other programs' databases.
+_APPLICATION_ID = 0x66776470
+_SCHEMA_VERSION = 2
+# model: its sessions are counted together; "" for none. usage: what all sessions of a principal are together, kept in
+# the transactions that change them.
+_SCHEMA = f"""
+    BEGIN IMMEDIATE;
+    CREATE TABLE sessions (
+        principal TEXT NOT NULL, session_id BLOB NOT NULL, version INTEGER NOT NULL, record BLOB NOT NULL,
+        model TEXT NOT NULL,
+        PRIMARY KEY (principal, session_id)
+    );
+    CREATE TABLE ended (
+        principal TEXT NOT NULL, session_id BLOB NOT NULL, is_expired INTEGER NOT NULL,
+        PRIMARY KEY (principal, session_id)
+    ) WITHOUT ROWID;
+    CREATE TABLE usage (
+        principal TEXT NOT NULL PRIMARY KEY, sessions INTEGER NOT NULL, size_bytes INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    PRAGMA application_id = {_APPLICATION_ID};
+    PRAGMA user_version = {_SCHEMA_VERSION};
+    COMMIT;
+"""
+
+
+# Of version 1, in which nobody counted: its sessions are of no model.
+_MIGRATION = f"""
+    BEGIN IMMEDIATE;
+    ALTER TABLE sessions ADD COLUMN model TEXT NOT NULL DEFAULT '';
+    PRAGMA user_version = {_SCHEMA_VERSION};
+    COMMIT;
+"""
+
+
+class SqliteFile:
+    """A file of sessions, locked against other processes.
+
+    Whoever changes something brings the transaction, and calls on one thread at a time. A method that raises a
+    ForwardPassError has changed nothing; all raise sqlite3.Error where SQLite does.
+    Raises SessionStoreError for a file that cannot be used; makes one where there is none.
+    """
+
+    def __init__(self, path: pathlib.Path, limits: SessionLimits) -> None:
+        self._limits = limits
+        with _refusing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # What metrics have seen is nobody else's business. SQLite gives its other files the mode of this one.
+            with contextlib.suppress(FileExistsError):
+                path.touch(0o600, exist_ok=False)
+            self.connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.connection.close)
+            with _refusing(path):
+                self._prepare()
+            stack.pop_all()
+
+    def _prepare(self) -> None:
+        # The lock that keeps other processes out; it is held as long as the connection is open, and the process lives.
+        self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        tables = self._number("SELECT count(*) FROM sqlite_master")
+        application, version = self._number("PRAGMA application_id"), self._number("PRAGMA user_version")
+        if application != (_APPLICATION_ID if tables else 0):
+            raise SessionStoreError("it is another program's database")
+        if version not in ((1, _SCHEMA_VERSION) if tables else (0,)):
+            raise SessionStoreError(f"its format is version {version}, and this server knows {_SCHEMA_VERSION} only")
+        self.connection.execute("PRAGMA journal_mode = WAL")
+        # NORMAL does not wait for the disk: 450 acknowledged updates were gone after a power cut, and none with FULL.
+        self.connection.execute("PRAGMA synchronous = FULL")
+        # A log that has grown once is cut back to 16 MiB: large enough for what is written between checkpoints.
+        self.connection.execute(f"PRAGMA journal_size_limit = {2**24}")
+        # Reads the file once, a second or two for each GB: numbers that a disk has mixed up must not be counted on.
+        (found,) = self.connection.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise SessionStoreError(f"it is damaged: {found}")
+        if not tables:
+            self.connection.executescript(_SCHEMA)
+        elif version == 1:
+            self.connection.executescript(_MIGRATION)
+
+    def _number(self, query: str) -> int:
+        (number,) = self.connection.execute(query).fetchone()
+        return int(number)
+
+    def try_write(self) -> None:
+        """Writes something and takes it back."""
+        self.connection.execute("INSERT INTO ended VALUES ('', x'', 0)")
+        self.connection.execute("DELETE FROM ended WHERE principal = '' AND session_id = x''")
+
+    def open_sessions(self) -> Iterator[tuple[SessionKey, str]]:
+        """Those that are open, and the model of each."""
+        rows = self.connection.execute("SELECT principal, session_id, model FROM sessions")
+        return ((SessionKey(principal, session_id), model) for principal, session_id, model in rows)
+
+    def ended_sessions(self) -> Iterator[tuple[SessionKey, bool]]:
+        """Those that are remembered, and whether each has expired."""
+        rows = self.connection.execute("SELECT principal, session_id, is_expired FROM ended")
+        return ((SessionKey(principal, session_id), bool(is_expired)) for principal, session_id, is_expired in rows)
+
+    def create(self, key: SessionKey, record: bytes, model: str) -> tuple[StoredSession, bool]:
+        """As SessionStore.create, and whether the session is new."""
+        found = self._find("version, record", key)
+        if found is not None:
+            return StoredSession(*found), False
+        self._refuse_ended(key)
+        sessions, size_bytes = self._usage(key.principal)
+        refusals.check_room(self._limits, sessions + 1, size_bytes + len(record))
+        self.connection.execute("INSERT INTO sessions VALUES (?, ?, 1, ?, ?)", (*key, record, model))
+        self._account(key.principal, 1, len(record))
+        return StoredSession(1, record), True
+
+    def load(self, key: SessionKey) -> StoredSession:
+        found = self._find("version, record", key)
+        if found is None:
+            self._refuse_ended(key)
+            raise refusals.not_found(key)
+        return StoredSession(*found)
+
+    def replace(self, key: SessionKey, version: int, record: bytes) -> bool:
+        found = self._find("rowid, version, length(record)", key)
+        if found is None:
+            self._refuse_ended(key)
+            raise refusals.not_found(key)
+        row, found_version, found_bytes = found
+        if found_version != version:
+            return False
+        more_bytes = len(record) - found_bytes
+        if more_bytes > 0:
+            _, size_bytes = self._usage(key.principal)
+            refusals.check_room(self._limits, 0, size_bytes + more_bytes)
+        self.connection.execute(
+            "UPDATE sessions SET version = ?, record = ? WHERE rowid = ?", (version + 1, record, row)
+        )
+        if more_bytes:
+            self._account(key.principal, 0, more_bytes)
+        return True
+
+    def end(self, key: SessionKey, *, is_expired: bool) -> bool:
+        """Drops a session and remembers it. Whether it was there."""
+        found = self._find("rowid, length(record)", key)
+        if found is None:
+            return False
+        row, size_bytes = found
+        self.connection.execute("DELETE FROM sessions WHERE rowid = ?", (row,))
+        self.connection.execute("INSERT INTO ended VALUES (?, ?, ?)", (*key, is_expired))
+        self._account(key.principal, -1, -size_bytes)
+        return True
+
+    def forget(self, keys: Iterable[SessionKey]) -> None:
+        """Remembers no more that these have ended."""
+        self.connection.executemany("DELETE FROM ended WHERE principal = ? AND session_id = ?", keys)
+
+    def _find(self, columns: str, key: SessionKey) -> tuple[Any, ...] | None:
+        query = f"SELECT {columns} FROM sessions WHERE principal = ? AND session_id = ?"
+        found: tuple[Any, ...] | None = self.connection.execute(query, key).fetchone()
+        return found
+
+    def _refuse_ended(self, key: SessionKey) -> None:
+        query = "SELECT is_expired FROM ended WHERE principal = ? AND session_id = ?"
+        for (is_expired,) in self.connection.execute(query, key):
+            raise refusals.ended(key, bool(is_expired))
+
+    def _usage(self, principal: str) -> tuple[int, int]:
+        """How many sessions a principal has, and bytes of their records."""
+        query = "SELECT sessions, size_bytes FROM usage WHERE principal = ?"
+        found: tuple[int, int] | None = self.connection.execute(query, (principal,)).fetchone()
+        return found or (0, 0)
+
+    def _account(self, principal: str, sessions: int, size_bytes: int) -> None:
+        """Adds to what a principal has."""
+        self.connection.execute(
+            "INSERT INTO usage VALUES (?, ?, ?) ON CONFLICT (principal) DO UPDATE"
+            " SET sessions = sessions + excluded.sessions, size_bytes = size_bytes + excluded.size_bytes",
+            (principal, sessions, size_bytes),
+        )
+        self.connection.execute("DELETE FROM usage WHERE principal = ? AND sessions = 0", (principal,))
+
+
+@contextlib.contextmanager
+def _refusing(path: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, sqlite3.Error, SessionStoreError) as error:
+        reason = str(error)
+        if reason == "database is locked":
+            reason = "another process uses it; servers share sessions over Redis, or have a file each"
+        raise SessionStoreError(f"session store {path}: {reason}") from error

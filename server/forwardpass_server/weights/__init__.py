@@ -1,0 +1,1 @@
+"""Sets of weights, by the hash of what they hold."""

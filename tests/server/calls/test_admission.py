@@ -1,0 +1,93 @@
+"""How much is taken at once, of whom."""
+
+from __future__ import annotations
+
+import pytest
+
+from forwardpass.wire import errors
+from forwardpass_server.calls.admission import Admission, Limits
+
+MANY = Limits(calls=100, size_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    "in_all, each, message",
+    [
+        (Limits(calls=2, size_bytes=1000), MANY, "the server's calls: expected at most 2 at once, got more"),
+        (MANY, Limits(calls=2, size_bytes=1000), "this principal's calls: expected at most 2 at once, got 3"),
+        (Limits(calls=9, size_bytes=25), MANY, "the server's calls: expected at most 25 bytes at once, got more"),
+        (MANY, Limits(calls=9, size_bytes=25), "this principal's calls: expected at most 25 bytes at once, got 30"),
+    ],
+)
+def test_what_is_beyond_a_limit_is_refused_by_its_name(in_all, each, message):
+    admission = Admission(in_all, each)
+    for _ in range(2):
+        admission.enter("alice", 10)
+    with pytest.raises(errors.ServerOverloaded, match=message) as caught:
+        admission.enter("alice", 10)
+    assert caught.value.retry_after_s > 0
+    admission.leave("alice", 10)
+    admission.enter("alice", 10)
+
+
+def test_the_share_of_one_is_no_share_of_another():
+    admission = Admission(Limits(calls=3, size_bytes=1000), Limits(calls=2, size_bytes=1000))
+    for principal in ("alice", "alice", "bob"):
+        admission.enter(principal, 1)
+    with pytest.raises(errors.ServerOverloaded, match="the server's"):
+        admission.enter("bob", 1)
+    admission.leave("bob", 1)
+    with pytest.raises(errors.ServerOverloaded, match="this principal's"):
+        admission.enter("alice", 1)
+    admission.enter("bob", 1)
+
+
+def test_one_call_alone_is_taken_however_long():
+    admission = Admission(Limits(calls=9, size_bytes=10), Limits(calls=9, size_bytes=10))
+    admission.enter("alice", 100)
+    with pytest.raises(errors.ServerOverloaded):
+        admission.enter("alice", 1)
+
+
+def test_bytes_that_arrive_count_and_are_no_calls():
+    admission = Admission(Limits(calls=1, size_bytes=10), Limits(calls=1, size_bytes=10))
+    for _ in range(2):
+        admission.enter("alice", 5, calls=0)
+    with pytest.raises(errors.ServerOverloaded, match="10 bytes at once, got more"):
+        admission.enter("alice", 1, calls=0)
+    admission.leave("alice", 10, calls=0)
+    admission.enter("alice", 10)
+
+
+def test_nothing_is_kept_of_principals_that_have_left():
+    admission = Admission(Limits(calls=1, size_bytes=10), MANY)
+    for name in range(100):
+        admission.enter(f"{name}", 1)
+        with pytest.raises(errors.ServerOverloaded):
+            admission.enter(f"other {name}", 1)
+        admission.leave(f"{name}", 1)
+    assert not admission._by_principal
+
+
+def test_what_is_held_is_never_refused_and_leaves_less_room():
+    admission = Admission(Limits(calls=10, size_bytes=100), Limits(calls=10, size_bytes=100))
+    admission.enter("alice", 60)
+    admission.hold("alice", 90)
+    assert admission.size_bytes == 150
+    admission.leave("alice", 60)
+    with pytest.raises(errors.ServerOverloaded):
+        admission.enter("bob", 20)
+    admission.leave("alice", 90, calls=0)
+    admission.enter("bob", 20)
+    assert admission.size_bytes == 20
+
+
+def test_limits_that_change_leave_what_was_taken():
+    admission = Admission(Limits(calls=10, size_bytes=100), Limits(calls=10, size_bytes=100))
+    admission.enter("alice", 80)
+    admission.limit(Limits(calls=10, size_bytes=50), Limits(calls=10, size_bytes=50))
+    assert (admission.size_bytes, admission.limit_bytes) == (80, 50)
+    with pytest.raises(errors.ServerOverloaded):
+        admission.enter("alice", 1)
+    admission.leave("alice", 80)
+    admission.enter("alice", 50)

@@ -1,0 +1,89 @@
+"""What the garbage collector looks at, and when."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from forwardpass_server.calls.model import ModelSource
+from forwardpass_server.process import garbage
+
+SCRIPT = """
+    import gc, json, weakref
+    import tensorflow as tf
+    from forwardpass_server import functional_model_from_keras
+    from forwardpass_server.process import garbage
+    from forwardpass_server.app import parts
+    from forwardpass_server.models.loading import TensorFlowLoader
+    from forwardpass_server.calls.model import ModelSource
+    from support import zoo
+
+    made = []
+
+    def factory():
+        model = zoo.keras_cnn(seed=1)
+        made.append(weakref.ref(model))
+        spec = tf.TensorSpec([None, 6, 6, 1]), tf.TensorSpec([None, 5])
+        return functional_model_from_keras(model, "mse", spec)
+
+    def load():
+        return loader.load(ModelSource("m", 1, factory="__main__:factory"))
+
+    loader = TensorFlowLoader("cpu")
+    imported = len(gc.get_objects())
+    garbage.set_aside()
+    first = load()
+    execution = weakref.ref(first.execution)
+    garbage.set_aside()
+    del first
+    kept = [load() for _ in range(3)]
+    garbage.collect()
+    print(json.dumps({
+        "imported": imported,
+        "looked at": len(gc.get_objects()),
+        "what loads left": sum(model() is not None for model in made),
+        "is unloaded": execution() is None,
+    }))
+"""
+
+
+class Littering:
+    """A loader that makes many objects, and fails."""
+
+    def load(self, source):
+        self.objects = [[[]] for _ in range(300_000)]
+        raise KeyError("nothing in it")
+
+
+def test_a_load_that_makes_many_objects_is_never_looked_at_as_a_whole():
+    passes = []
+
+    def note(phase: str, about: dict[str, int]) -> None:
+        if phase == "start":
+            passes.append(about["generation"])
+
+    before = gc.get_threshold()
+    # How long it is since the last full one must not matter.
+    gc.collect()
+    gc.callbacks.append(note)
+    try:
+        with pytest.raises(KeyError, match="nothing in it"):
+            garbage.SparingLoader(Littering()).load(ModelSource("m", 1))
+    finally:
+        gc.callbacks.remove(note)
+    assert set(passes) == {0, 1}
+    assert gc.get_threshold() == before
+
+
+def test_what_was_imported_is_looked_at_no_more_and_what_loads_left_and_models_that_are_unloaded_go():
+    command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
+    found = json.loads(subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL))
+    assert found["imported"] > 100_000
+    assert found["looked at"] < 10_000
+    assert found["what loads left"] == 0
+    assert found["is unloaded"]

@@ -1,0 +1,303 @@
+"""Evaluations of a real model: batches count in order, none beyond what failed, no more at once than may be."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+
+import numpy as np
+import pytest
+
+from forwardpass.wire import errors, manifests, tensors
+from forwardpass.wire.structures import Structure
+from forwardpass_server.sessions.service import Reader
+from support.metric_sessions import OTHER, SESSION, Rig, Writer, batch, counted, given, run
+
+WRITER = b"e" * 16
+
+Arguments = tuple[int, bytes, int, Reader]
+
+
+def numbered(number: int, *, label: int | None = None, examples: int = 3, size_bytes: int = 100) -> Arguments:
+    """What `add` takes of a batch whose labels are its number, or others."""
+    parts = batch(number if label is None else label, examples)
+    return number, number.to_bytes(16, "big"), size_bytes, given(parts)
+
+
+async def put_weights(rig: Rig, seed: int = 0) -> bytes:
+    """The id of weights of `counting`."""
+    structure = Structure.of(((np.arange(10, dtype=np.float32) + seed,), ()))
+    manifest = manifests.of_structure(structure, "weights")
+    for digest, _ in await rig.weights.put("", manifest):
+        await rig.weights.upload("", digest, 0, tensors.element_bytes(structure.leaves[0]))
+    assert not await rig.weights.put("", manifest)
+    return manifest.weights_id
+
+
+@contextlib.asynccontextmanager
+async def evaluation(rig: Rig, *session_ids: bytes, writer_id: bytes = WRITER):
+    """An evaluation in these sessions, which are opened; each has weights of its own."""
+    targets = []
+    for index, session_id in enumerate(session_ids or (SESSION,)):
+        await rig.sessions.open("", session_id, "counting", 0)
+        targets.append((session_id, await put_weights(rig, index)))
+    async with rig.evaluations.begin("", writer_id, False, targets) as found:
+        yield found
+
+
+async def counts_of(rig: Rig, session_id: bytes = SESSION) -> tuple[int, int]:
+    """How many updates, and the sum of what they counted, three of each."""
+    session = await rig.sessions.get("", session_id)
+    return session.record.updates, (await rig.result(session_id))["labels"]
+
+
+async def finish(found) -> list[int]:
+    """The positions that are told, until the last."""
+    positions = []
+    while (position := await found.advance(positions[-1] if positions else found.position)) is not None:
+        positions.append(position)
+    return positions
+
+
+def test_batches_count_in_order_and_the_end_is_told():
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            for number in range(1, 11):
+                await found.add(*numbered(number))
+            found.complete()
+            positions = await finish(found)
+            assert positions == sorted(set(positions))
+            assert positions[-1] == 10
+        assert await counts_of(rig) == (10, 165)
+        assert (await rig.sessions.get("", SESSION)).record.sequence(WRITER) == 10
+
+    run(scenario)
+
+
+def test_an_evaluation_without_batches_ends_at_once():
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            found.complete()
+            assert await finish(found) == []
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("first", [0, 2, 5])
+def test_the_first_batch_follows_the_position(first):
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            with pytest.raises(errors.InvalidRequest, match=f"call: expected batch 1, got {first}"):
+                await found.add(*numbered(first))
+
+    run(scenario)
+
+
+def test_each_batch_follows_the_one_before():
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            await found.add(*numbered(1))
+            for number in (1, 3):
+                with pytest.raises(errors.InvalidRequest, match=f"call: expected batch 2, got {number}"):
+                    await found.add(*numbered(number))
+            with pytest.raises(errors.InvalidRequest, match="update_id: expected 16 bytes, got 3"):
+                await found.add(2, b"bad", 0, given(batch(2)))
+
+    run(scenario)
+
+
+def test_another_stream_goes_on_where_one_broke_and_nothing_counts_twice():
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            for number in range(1, 6):
+                await found.add(*numbered(number))
+            await found.advance(0)
+        # What was handed to the session may still be on its way there.
+        async with evaluation(rig) as found:
+            assert found.position >= 1
+            for number in range(2, 9):
+                await found.add(*numbered(number))
+            found.complete()
+            await finish(found)
+        assert await counts_of(rig) == (8, 3 * 36)
+        async with evaluation(rig) as found:
+            assert found.position == 8
+            for number in (8, 9):
+                await found.add(*numbered(number))
+            found.complete()
+            assert await finish(found) == [9]
+        assert await counts_of(rig) == (9, 3 * 45)
+
+    run(scenario)
+
+
+def test_sessions_that_had_counted_more_than_others_count_no_batch_again():
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            await found.add(*numbered(1))
+            await found.add(*numbered(2))
+            found.complete()
+            await finish(found)
+        async with evaluation(rig, SESSION, OTHER) as found:
+            assert found.position == 0
+            for number in (1, 2, 3):
+                await found.add(*numbered(number))
+            found.complete()
+            assert (await finish(found))[-1] == 3
+        assert await counts_of(rig) == await counts_of(rig, OTHER) == (3, 18)
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("sessions", [1, 3])
+def test_a_batch_that_the_model_refuses_is_named_once_those_before_it_have_counted(sessions):
+    # Other weights lag behind, and have to get as far.
+    ids = [bytes([index]) * 16 for index in range(sessions)]
+
+    async def scenario(rig):
+        async with evaluation(rig, *ids) as found:
+            for number in range(1, 12):
+                await found.add(*numbered(number, label=-1 if number == 7 else None))
+            with pytest.raises(errors.ModelRefusedInput, match=r"^batch 7: "):
+                await finish(found)
+            assert found.position == 6
+        for session_id in ids:
+            assert await counts_of(rig, session_id) == (6, 3 * 21)
+
+    run(scenario)
+
+
+def test_of_what_is_broken_the_batches_before_it_count():
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            await found.add(*numbered(1))
+            found.fail(errors.InvalidRequest("malformed"))
+            with pytest.raises(errors.InvalidRequest, match="malformed"):
+                await finish(found)
+            assert found.position == 1
+
+    run(scenario)
+
+
+def test_a_batch_waits_while_as_many_are_on_their_way_as_may_be():
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            adding = asyncio.ensure_future(add_all(found, 100))
+            most = 0
+            while not adding.done():
+                most = max(most, len(found._arriving))
+                await asyncio.sleep(0)
+            found.complete()
+            await finish(found)
+            assert 1 < most <= 32
+        assert (await counts_of(rig))[0] == 100
+
+    run(scenario)
+
+
+async def add_all(found, count: int) -> None:
+    for number in range(1, count + 1):
+        await found.add(*numbered(number))
+
+
+def test_long_batches_wait_for_each_other():
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            for number in (1, 2, 3):
+                await found.add(*numbered(number, size_bytes=40 * 2**20))
+                assert len(found._arriving) == 1
+            found.complete()
+            assert (await finish(found))[-1] == 3
+
+    run(scenario)
+
+
+def test_a_batch_waits_for_room_among_the_servers_calls_and_takes_it():
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            with rig.admission.admitted("", 0):
+                adding = asyncio.ensure_future(add_all(found, 3))
+                done, _ = await asyncio.wait([adding], timeout=0.3)
+                assert not done
+                assert found.position == 0
+            await adding
+            found.complete()
+            assert (await finish(found))[-1] == 3
+            # All of it is given back.
+            with rig.admission.admitted("", 0):
+                pass
+        assert await counts_of(rig) == (3, 18)
+
+    run(scenario, max_calls=1)
+
+
+def test_what_an_evaluation_left_behind_takes_no_room():
+    async def scenario(rig):
+        for _ in range(5):
+            async with evaluation(rig, writer_id=WRITER) as found:
+                for number in range(found.position + 1, found.position + 3):
+                    await found.add(*numbered(number))
+        with rig.admission.admitted("", 0), rig.admission.admitted("", 0):
+            pass
+
+    run(scenario, max_calls=2)
+
+
+def test_an_evaluation_beside_updates_of_the_same_session():
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            writer = Writer()
+
+            async def update() -> None:
+                for _ in range(20):
+                    await rig.sessions.update("", writer.identity(), given(counted(1)), 100)
+
+            await asyncio.gather(add_all(found, 20), update())
+            found.complete()
+            await finish(found)
+        assert await counts_of(rig) == (40, 3 * 210 + 60)
+
+    run(scenario)
+
+
+def test_weights_that_are_deleted_meanwhile_are_asked_for():
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            await found.add(*numbered(1))
+            await found.advance(0)
+            await rig.weights.delete("", await put_weights(rig))
+            await found.add(*numbered(2))
+            with pytest.raises(errors.WeightsNotFound, match=r"^batch 2: "):
+                await finish(found)
+        async with evaluation(rig) as found:
+            assert found.position == 1
+
+    run(scenario)
+
+
+def test_what_an_evaluation_cannot_begin_with_is_refused():
+    async def scenario(rig):
+        for session_id, name in ((SESSION, "counting"), (OTHER, "remembering")):
+            await rig.sessions.open("", session_id, name, 0)
+        weights_id = await put_weights(rig)
+        for error, message, targets in (
+            (errors.InvalidRequest, "start.targets: expected 1 to 1024, got 0", []),
+            (errors.InvalidRequest, "expected a session for each", [(SESSION, weights_id)] * 2),
+            (errors.SessionNotFound, "no metrics session", [(b"n" * 16, weights_id)]),
+            (errors.WeightsNotFound, "does not hold weights", [(SESSION, bytes(32))]),
+            (errors.ShapeMismatch, "model_weights[0][0]: expected float32[], got float32[10]", [(OTHER, weights_id)]),
+            (
+                errors.InvalidRequest,
+                "expected sessions of one model, counting/1, got one of remembering/1",
+                [(SESSION, weights_id), (OTHER, weights_id)],
+            ),
+        ):
+            with pytest.raises(error, match=re.escape(message)):
+                async with rig.evaluations.begin("", WRITER, False, targets):
+                    pass
+        with pytest.raises(errors.InvalidRequest, match=r"start\.writer_id: expected 16 bytes"):
+            async with rig.evaluations.begin("", b"", False, [(SESSION, weights_id)]):
+                pass
+
+    run(scenario, names=("counting", "remembering"))

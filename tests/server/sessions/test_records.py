@@ -1,0 +1,100 @@
+"""What a session is made of: which update follows which, and the bytes that a store keeps."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from forwardpass import v1
+from forwardpass.wire import errors
+from forwardpass.wire.description import ModelIdentity
+from forwardpass.wire.structures import Structure
+from forwardpass_server.sessions import records as session_records
+from forwardpass_server.sessions.records import Record, Standing, UpdateIdentity, Writer
+from support.arrays import same_bits
+
+SESSION, WRITER = b"s" * 16, b"w" * 16
+STATE = Structure.of({"total": np.float32(1.5), "counts": [np.arange(3), np.array([b"a"], object)], "nothing": None})
+RECORD = Record(ModelIdentity("digits", 3, b"h" * 32), STATE)
+
+
+def identity(sequence: int, name: bytes = b"u", writer: bytes = WRITER) -> UpdateIdentity:
+    return UpdateIdentity(SESSION, writer, sequence, name.ljust(16, b"."))
+
+
+def after(*sequences: int, outcome: bytes = b"") -> Record:
+    record = RECORD
+    for sequence in sequences:
+        record = record.after(identity(sequence), STATE, outcome)
+    return record
+
+
+def test_a_record_comes_back_as_it_was():
+    record = after(1, 2, outcome=b"outcome").after(identity(1, writer=b"o" * 16), STATE, b"")
+    found = session_records.decode(session_records.encode(record))
+    assert (found.identity, found.updates, found.writers) == (record.identity, 3, record.writers)
+    assert found.state.tree == STATE.tree
+    assert all(same_bits(one, other) for one, other in zip(found.state.leaves, STATE.leaves, strict=True))
+
+
+def test_updates_of_one_writer_follow_each_other():
+    assert RECORD.standing(identity(1)) is Standing.NEXT
+    assert after(1, 2).standing(identity(3)) is Standing.NEXT
+    assert after(1, 2).standing(identity(2)) is Standing.APPLIED
+    assert after(1, 2).standing(identity(1, writer=b"o" * 16)) is Standing.NEXT
+    assert (after(1, 2).sequence(WRITER), after(1, 2).sequence(b"o" * 16)) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    "record, update, message",
+    [
+        (RECORD, identity(2), "update.sequence: expected 1, got 2"),
+        (after(1, 2), identity(4), "update.sequence: expected 3, got 4"),
+        (after(1, 2), identity(1), "update.sequence: expected 3, got 1"),
+        (after(1, 2), identity(2, b"v"), "update.update_id: expected 752e2e2e"),
+    ],
+    ids=["a gap at the start", "a gap", "one that was passed", "another of the same number"],
+)
+def test_others_are_refused_with_what_was_expected(record, update, message):
+    with pytest.raises(errors.SequenceMismatch) as caught:
+        record.standing(update)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_session_has_so_many_writers():
+    writers = {index.to_bytes(16, "big"): Writer(1, b"u" * 16, b"") for index in range(1024)}
+    full = dataclasses.replace(RECORD, writers=writers)
+    with pytest.raises(errors.SessionLimitExceeded, match="writers of this session: expected at most 1024"):
+        full.standing(identity(1))
+    assert full.standing(UpdateIdentity(SESSION, bytes(16), 2, b"v" * 16)) is Standing.NEXT
+
+
+def test_a_short_outcome_is_recorded_and_a_long_one_is_not():
+    results = {
+        "batch_output.loss": Structure.of(np.float32(2)),
+        "batch_output.predictions": Structure.of({"logits": np.zeros((2, 3), np.float32)}),
+        "batch_output.prediction_mask": Structure.of({"logits": np.array([True, False])}),
+    }
+    outcome = session_records.encode_outcome(results)
+    found = session_records.decode_outcome(after(1, outcome=outcome).writers[WRITER].outcome)
+    assert list(found) == list(results)
+    assert found["batch_output.predictions"].leaves[0].shape == (2, 3)
+    assert after(1, outcome=bytes(1025)).writers[WRITER].outcome == b""
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"session_id": b"short"}, "update.session_id: expected 16 bytes, got 5"),
+        ({"writer_id": b""}, "update.writer_id: expected 16 bytes, got 0"),
+        ({"update_id": bytes(17)}, "update.update_id: expected 16 bytes, got 17"),
+        ({"sequence": 0}, "update.sequence: expected 1 or more, got 0"),
+        ({"sequence": -1}, "update.sequence: expected 1 or more, got -1"),
+    ],
+)
+def test_an_identity_that_cannot_be_is_refused(changes, message):
+    fields = {"session_id": SESSION, "writer_id": WRITER, "sequence": 1, "update_id": b"u" * 16, **changes}
+    with pytest.raises(errors.InvalidRequest, match=message):
+        UpdateIdentity.of(v1.UpdateIdentity(**fields))
