@@ -16,7 +16,7 @@ from forwardpass.wire.structures import Structure
 from forwardpass_server.calls.admission import Admission, Limits
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.calls.batching import Batcher
-from forwardpass_server.calls.execution import Caller, Request
+from forwardpass_server.calls.execution import Executor, Invocation
 from forwardpass_server.calls.model import ModelSource
 from forwardpass_server.calls.scheduling import Scheduler
 from forwardpass_server.catalog.registry import Registry
@@ -90,7 +90,7 @@ class Rig:
     models: SessionModels
     known: KnownSessions
     evaluations: Evaluations
-    caller: Caller
+    executor: Executor
     admission: Admission
     weights: WeightStore
     observer: Observer
@@ -135,14 +135,14 @@ def counted(number: int, examples: int = 3) -> dict[str, Structure]:
     return {"labels": Structure.of(zoo.counting_batch(number, examples)[1])}
 
 
-def forward(number: int, examples: int = 3) -> Request:
+def forward(number: int, examples: int = 3) -> Invocation:
     """A forward pass of `counting`, weights by value."""
     weights = {
         "model_weights.trainable": Structure.of((np.arange(10, dtype=np.float32),)),
         "model_weights.non_trainable": Structure.of(()),
     }
     parts = {**weights, **batch(number, examples)}
-    return Request("", 0, Function.FORWARD_PASS, parts, 100)
+    return Invocation(Function.FORWARD_PASS, parts, 100)
 
 
 def batch(number: int, examples: int = 3) -> dict[str, Structure]:
@@ -159,13 +159,13 @@ async def rig(
     weights = WeightStore(StoreOptions(budget_bytes=2**20), TensorFlowDevice("/device:CPU:0"), observer)
     limits = Limits(calls=max_calls, size_bytes=2**30)
     admission = Admission(limits, limits)
-    caller = Caller(registry, weights, scheduler, Batcher(scheduler, Arrivals(), observer, 100), observer, admission)
+    executor = Executor(weights, scheduler, Batcher(scheduler, Arrivals(), observer, 100), observer, admission)
     models = SessionModels(registry, store)
     known = KnownSessions(store, models)
-    sessions = Sessions(store, models, known, SessionCommits(store, observer, max_state_bytes), caller, admission)
-    evaluations = Evaluations(sessions, weights, caller, admission)
+    sessions = Sessions(store, models, known, SessionCommits(store, observer, max_state_bytes), executor, admission)
+    evaluations = Evaluations(sessions, weights, executor, admission)
     try:
-        yield Rig(sessions, models, known, evaluations, caller, admission, weights, observer, registry, store)
+        yield Rig(sessions, models, known, evaluations, executor, admission, weights, observer, registry, store)
     finally:
         await scheduler.close(10)
 

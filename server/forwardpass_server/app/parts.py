@@ -18,7 +18,7 @@ from forwardpass_server.app.security import Security
 from forwardpass_server.app.settings import Settings, SettingsError, is_loopback
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.calls.batching import Batcher
-from forwardpass_server.calls.execution import Caller
+from forwardpass_server.calls.execution import Executor
 from forwardpass_server.calls.memory_budget import MemoryBudget
 from forwardpass_server.calls.model import ModelSource
 from forwardpass_server.calls.scheduling import Scheduler
@@ -135,7 +135,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
     admission = capacity.admission
     metrics.rpcs.messages(lambda: admission.size_bytes, lambda: admission.limit_bytes)
     observer = tracing.of_calls(metrics.models) if tracing else metrics.models
-    caller = Caller(registry, weights, scheduler, batcher, observer, admission)
+    executor = Executor(weights, scheduler, batcher, observer, admission)
     session_store = await session_stores.open_store(settings, metrics.sessions)
     metrics.sessions.store(session_store.count, session_store.is_shared, lambda: not session_store.problem)
     store_watch = SessionStoreWatch(session_store)
@@ -144,8 +144,8 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
     session_models = SessionModels(registry, session_store)
     known_sessions = KnownSessions(session_store, session_models)
     commits = SessionCommits(session_store, metrics.sessions, settings.max_state_bytes)
-    sessions = Sessions(session_store, session_models, known_sessions, commits, caller, admission)
-    evaluations = Evaluations(sessions, weights, caller, admission)
+    sessions = Sessions(session_store, session_models, known_sessions, commits, executor, admission)
+    evaluations = Evaluations(sessions, weights, executor, admission)
     departure = Departure()
     codec = Codec(settings.max_message_bytes, metrics.models)
     sessions_servicer = SessionsServicer(sessions, evaluations, codec, settings.max_message_bytes, admission, departure)
@@ -162,7 +162,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
         {
             MODEL_SERVICE: FunctionalModelServicer(
                 registry,
-                caller,
+                executor,
                 codec,
                 settings.max_message_bytes,
                 admission,
@@ -185,7 +185,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
     )
     health = Health(server, registry, liveness, readiness)
     metrics.health.read = health.reading
-    loader = ObservedLoader(garbage.SparingLoader(tensorflow), metrics.models)
+    loader = ObservedLoader(tensorflow, metrics.models)
     management = RegistryManagement(
         registry,
         loader,

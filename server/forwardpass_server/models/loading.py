@@ -42,6 +42,7 @@ from forwardpass_server.models.runtime_functions import KERNELS
 from forwardpass_server.models.tracing import TracedModel
 from forwardpass_server.models.trial import Trial
 from forwardpass_server.models.trial_process import TrialProcess
+from forwardpass_server.process import garbage
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class TensorFlowLoader:
             with contextlib.suppress(ModelLoadError):
                 custom_objects.import_modules([factory.partition(":")[0]], "factory")
 
+    @garbage.young_only()
     def load(self, source: ModelSource) -> TensorFlowModel:
         KERNELS.clear_when_stale()
         if self._trial is not None:

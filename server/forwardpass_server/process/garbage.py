@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+from collections.abc import Iterator
 
-from forwardpass_server.calls.model import LoadedModel, ModelLoader, ModelSource
 from forwardpass_server.process import allocator
 
 # As many passes over middle-aged objects before one over all: more than any load brings about.
 _NEVER = 2**30
 
 
-class SparingLoader:
-    """A loader that the collector leaves alone but for young objects: see ModelLoader.
+@contextlib.contextmanager
+def young_only() -> Iterator[None]:
+    """Makes the collector look at young and middle-aged objects only.
 
-    A load makes objects by ten thousands, for which the collector would look at all others of the load again. That
-    takes long, and is for nothing: what a load leaves is garbage when it has ended.
+    For code that makes objects by ten thousands, such as the load of a model: a full pass would look at all of them,
+    takes long, and finds little before that code has ended.
     """
-
-    def __init__(self, loader: ModelLoader) -> None:
-        self._loader = loader
-
-    def load(self, source: ModelSource) -> LoadedModel:
-        young, middle, full = gc.get_threshold()
-        gc.set_threshold(young, middle, _NEVER)
-        try:
-            return self._loader.load(source)
-        finally:
-            gc.set_threshold(young, middle, full)
+    young, middle, full = gc.get_threshold()
+    gc.set_threshold(young, middle, _NEVER)
+    try:
+        yield
+    finally:
+        gc.set_threshold(young, middle, full)
 
 
 def set_aside() -> None:

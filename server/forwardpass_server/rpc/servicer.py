@@ -15,7 +15,7 @@ from forwardpass.wire.methods import MODEL_SERVICE
 from forwardpass.wire.structures import Structure
 from forwardpass_server.access import principals
 from forwardpass_server.calls.admission import Admission
-from forwardpass_server.calls.execution import Caller, Request
+from forwardpass_server.calls.execution import Executor, Invocation
 from forwardpass_server.catalog.registry import Entry, Registry, State
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.codec import Codec, Incoming
@@ -48,7 +48,7 @@ class FunctionalModelServicer:
     def __init__(
         self,
         registry: Registry,
-        caller: Caller,
+        executor: Executor,
         codec: Codec,
         max_message_bytes: int,
         admission: Admission,
@@ -60,7 +60,7 @@ class FunctionalModelServicer:
     ) -> None:
         """others: methods of other services that a pipeline may call too, by name. tracing: None for no spans."""
         self._registry = registry
-        self._caller = caller
+        self._executor = executor
         self._max_message_bytes = max_message_bytes
         self._admission = admission
         self._metrics = metrics
@@ -159,19 +159,15 @@ class FunctionalModelServicer:
     ) -> Any:
         """weighted: the function for a request that has sample weights."""
         model = incoming.header.model
-        name, version, principal, size_bytes = (
-            model.name,
-            self._version(model),
-            principals.current(),
-            incoming.size_bytes,
-        )
+        servable = self._registry.get(model.name, self._version(model))
+        principal, size_bytes = principals.current(), incoming.size_bytes
 
-        async def read() -> Request:
+        async def read() -> Invocation:
             parts = await incoming.parts()
             asked = weighted if weighted is not None and "sample_weight" in parts else function
-            return Request(name, version, asked, parts, size_bytes, training, weights_id, principal)
+            return Invocation(asked, parts, size_bytes, training, weights_id, principal)
 
-        servable, results = await self._caller.call(name, version, principal, size_bytes, read)
+        results = await self._executor.admit_and_run(servable, principal, size_bytes, read)
         pieces = await self._codec.encode(servable.response_header(response_type), results)
         return pieces if len(pieces) >= _LONG_BYTES else pieces.join()
 

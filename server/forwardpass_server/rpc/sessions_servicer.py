@@ -14,7 +14,7 @@ from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.access import principals
 from forwardpass_server.calls.admission import Admission
-from forwardpass_server.calls.execution import Request
+from forwardpass_server.calls.execution import Invocation
 from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
 from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
@@ -74,10 +74,10 @@ class SessionsServicer:
         principal = principals.current()
         update = UpdateIdentity.of(header.update)
 
-        async def read() -> Request:
+        async def read() -> Invocation:
             parts = await incoming.parts()
             function, size_bytes = Function.FORWARD_PASS, incoming.size_bytes
-            return Request("", 0, function, parts, size_bytes, header.training, header.weights_id, principal)
+            return Invocation(function, parts, size_bytes, header.training, header.weights_id, principal)
 
         session, results = await self._sessions.forward_pass(
             principal, update, read, incoming.size_bytes, header.without_predictions

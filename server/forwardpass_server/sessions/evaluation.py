@@ -13,7 +13,7 @@ from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.calls.admission import Admission
-from forwardpass_server.calls.execution import Caller, Request
+from forwardpass_server.calls.execution import Executor, Invocation
 from forwardpass_server.sessions.records import UpdateIdentity, check_id
 from forwardpass_server.sessions.service import Reader, Sessions, update_parts
 from forwardpass_server.sessions.session import Session, Update
@@ -55,10 +55,10 @@ class _Target:
 class Evaluations:
     """Begins evaluations."""
 
-    def __init__(self, sessions: Sessions, weights: WeightStore, caller: Caller, admission: Admission) -> None:
+    def __init__(self, sessions: Sessions, weights: WeightStore, executor: Executor, admission: Admission) -> None:
         self._sessions = sessions
         self._weights = weights
-        self._caller = caller
+        self._executor = executor
         self._admission = admission
 
     @contextlib.asynccontextmanager
@@ -91,7 +91,7 @@ class Evaluations:
                 weights.leaves(session.servable.identity.content_hash, session.servable.spec.weights)
             evaluation = Evaluation(
                 self._sessions,
-                self._caller,
+                self._executor,
                 self._admission,
                 principal,
                 writer_id,
@@ -113,7 +113,7 @@ class Evaluation:
     def __init__(
         self,
         sessions: Sessions,
-        caller: Caller,
+        executor: Executor,
         admission: Admission,
         principal: str,
         writer_id: bytes,
@@ -121,7 +121,7 @@ class Evaluation:
         targets: Sequence[_Target],
     ) -> None:
         self._sessions = sessions
-        self._caller = caller
+        self._executor = executor
         self._admission = admission
         self._principal = principal
         self._writer_id = writer_id
@@ -250,9 +250,7 @@ class Evaluation:
 
     async def _run(self, target: _Target, batch: Batch) -> Update:
         model = target.session.servable
-        request = Request(
-            model.identity.name,
-            model.identity.version,
+        invocation = Invocation(
             Function.FORWARD_PASS,
             batch.parts,
             batch.size_bytes,
@@ -261,7 +259,7 @@ class Evaluation:
             self._principal,
             is_alone=True,
         )
-        results = await self._caller.run(model, request)
+        results = await self._executor.run(model, invocation)
         identity = UpdateIdentity(target.session.key.session_id, self._writer_id, batch.sequence, batch.update_id)
         return self._sessions.counting(identity, update_parts(batch.parts, results), batch.size_bytes)
 

@@ -11,7 +11,7 @@ from forwardpass.wire import conform, errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.calls.admission import Admission
-from forwardpass_server.calls.execution import Caller, Request
+from forwardpass_server.calls.execution import Executor, Invocation
 from forwardpass_server.calls.plans import Servable
 from forwardpass_server.sessions import records as session_records
 from forwardpass_server.sessions import retained_models as session_models
@@ -39,14 +39,14 @@ class Sessions:
         models: SessionModels,
         known: KnownSessions,
         commits: SessionCommits,
-        caller: Caller,
+        executor: Executor,
         admission: Admission,
     ) -> None:
         self._store = store
         self._models = models
         self._known = known
         self._commits = commits
-        self._caller = caller
+        self._executor = executor
         self._admission = admission
 
     async def open(
@@ -97,9 +97,8 @@ class Sessions:
 
     async def _initial_state(self, servable: Servable, state: Structure | None) -> Structure:
         function = Function.INITIALIZE_METRICS_STATE
-        identity = servable.identity
         if state is None or servable.plan(function).unavailable:
-            results = await self._caller.run(servable, Request(identity.name, identity.version, function, {}, 0))
+            results = await self._executor.run(servable, Invocation(function, {}, 0))
             return results["state"]
         spec = servable.spec.metrics_state
         return Structure(spec.tree, conform.check(state, spec, "initial_state"))
@@ -119,13 +118,13 @@ class Sessions:
         self,
         principal: str,
         identity: UpdateIdentity,
-        read: Callable[[], Awaitable[Request]],
+        read: Callable[[], Awaitable[Invocation]],
         size_bytes: int,
         without_predictions: bool,
     ) -> tuple[Session, dict[str, Structure]]:
         """Runs a forward pass and counts its batch.
 
-        read: decodes the request, of which the model's name and version are not looked at.
+        read: decodes the invocation.
 
         Returns the results, without the predictions on request. Raises what `update` and a forward pass raise.
         """
@@ -134,13 +133,13 @@ class Sessions:
             recorded = await self._commits.recorded(session, identity)
             if recorded:
                 return session, session_records.decode_outcome(recorded)
-            request = await read()
-            results = await self._caller.run(session.servable, request)
+            invocation = await read()
+            results = await self._executor.run(session.servable, invocation)
             answer = dict(results)
             if without_predictions:
                 del answer["batch_output.predictions"]
                 answer.pop("batch_output.prediction_mask", None)
-            parts = update_parts(request.parts, results)
+            parts = update_parts(invocation.parts, results)
             update = self.counting(identity, parts, size_bytes, session_records.encode_outcome(answer))
             await self.submit(session, update)
         return session, answer
@@ -201,10 +200,9 @@ class Sessions:
     async def result(self, principal: str, session_id: bytes) -> tuple[Session, Structure]:
         """The metrics of a session so far. Raises SessionNotFound, SessionExpired, ServerOverloaded."""
         session = await self.get(principal, session_id)
-        identity, parts = session.record.identity, {"state": session.record.state}
-        request = Request(identity.name, identity.version, Function.FINALIZE_METRICS, parts, 0)
+        invocation = Invocation(Function.FINALIZE_METRICS, {"state": session.record.state}, 0)
         with self._admission.admitted(principal, 0):
-            return session, (await self._caller.run(session.servable, request))["metrics"]
+            return session, (await self._executor.run(session.servable, invocation))["metrics"]
 
     async def close(self, principal: str, session_id: bytes) -> None:
         """Ends a session. That it is not there is no error."""
@@ -228,9 +226,8 @@ class Sessions:
         function = Function.WEIGHTED_UPDATE_METRICS_STATE if weighted else Function.UPDATE_METRICS_STATE
 
         async def count(servable: Servable, state: Structure) -> Structure:
-            model = servable.identity
-            request = Request(model.name, model.version, function, {**parts, "state": state}, size_bytes)
-            return (await self._caller.run(servable, request))["state"]
+            invocation = Invocation(function, {**parts, "state": state}, size_bytes)
+            return (await self._executor.run(servable, invocation))["state"]
 
         return Update(identity, count, outcome)
 

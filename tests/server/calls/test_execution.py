@@ -14,7 +14,7 @@ from forwardpass.wire.structures import Structure
 from forwardpass_server.calls.admission import Admission, Limits
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.calls.batching import Batcher
-from forwardpass_server.calls.execution import Caller, Request
+from forwardpass_server.calls.execution import Executor, Invocation
 from forwardpass_server.calls.model import ModelSource
 from forwardpass_server.calls.scheduling import Scheduler
 from forwardpass_server.catalog.registry import Registry
@@ -68,12 +68,13 @@ def test_no_call_builds_a_graph(registry, monkeypatch):
         store = WeightStore(StoreOptions(budget_bytes=0), TensorFlowDevice("/device:CPU:0"), None)
         limits = Limits(calls=10, size_bytes=1000)
         admission = Admission(limits, limits)
-        caller = Caller(registry, store, scheduler, Batcher(scheduler, Arrivals(), observer, 10), observer, admission)
+        executor = Executor(store, scheduler, Batcher(scheduler, Arrivals(), observer, 10), observer, admission)
+        servable = registry.get("keras_cnn", 1)
         for size in range(200):
             parts = parts_for(registry, *zoo.keras_batch(size))
             for training in (True, False):
-                request = Request("keras_cnn", 1, Function.FORWARD_PASS, parts, 100, training)
-                _, found = await caller.call("keras_cnn", 1, "", 100, given(request))
+                invocation = Invocation(Function.FORWARD_PASS, parts, 100, training)
+                found = await executor.admit_and_run(servable, "", 100, given(invocation))
                 assert found["batch_output.predictions"].leaves[0].shape == (size, 5)
         await scheduler.close(10)
 

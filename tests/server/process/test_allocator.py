@@ -9,6 +9,9 @@ import textwrap
 
 SCRIPT = """
     import json, os
+    from forwardpass_server.process import onednn
+    # As the server does. With oneDNN, TensorFlow's CPU allocator keeps a second copy of the weights.
+    onednn.decide("off")
     import numpy as np
     import tensorflow as tf
     from forwardpass_server import FunctionalModel

@@ -136,7 +136,7 @@ def test_a_process_that_is_bound_to_one_core_counts_one_and_runs_two_computation
     code = (
         "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]);"
         "from forwardpass_server.app.settings import Settings;"
-        "from forwardpass_server.telemetry import control_groups;"
+        "from forwardpass_server.process import control_groups;"
         "print(control_groups.cores(), Settings(factories={'slow': 'support.zoo:slow'}).execution_threads)"
     )
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "1 2\n"

@@ -12,7 +12,7 @@ import pytest
 from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
-from forwardpass_server.calls.execution import Request
+from forwardpass_server.calls.execution import Invocation
 from forwardpass_server.calls.model import ModelSource
 from forwardpass_server.catalog.registry import Registry
 from forwardpass_server.models.loading import TensorFlowLoader
@@ -693,8 +693,8 @@ def test_a_prediction_that_no_session_asked_for_changes_none():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         request = forward(1)
-        asked = Request("counting", 1, Function.FORWARD_PASS, request.parts, 100)
-        await rig.caller.call("counting", 1, "", 100, given(asked))
+        asked = Invocation(Function.FORWARD_PASS, request.parts, 100)
+        await rig.executor.admit_and_run(rig.registry.get("counting", 1), "", 100, given(asked))
         assert await found(rig) == counts(0, 0, 0)
 
     run(scenario)
