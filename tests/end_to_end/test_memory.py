@@ -41,7 +41,8 @@ def small() -> Iterator[ServerProcess]:
         limit_bytes = budget.messages_bytes(memory_budget.model_bytes([]))
         told = () if group is not None else ("--max-concurrent-mib", str(limit_bytes // MIB))
         with ServerProcess(*SLOW, *told, group=group) as server:
-            assert server.metrics()[LIMIT] == pytest.approx(limit_bytes, abs=MIB)
+            # A server that takes more than the base without a model has less for messages.
+            assert limit_bytes / 2 < server.metrics()[LIMIT] < limit_bytes + MIB
             yield server
 
 

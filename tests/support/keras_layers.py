@@ -274,6 +274,11 @@ UNSEEDED: dict[str, str] = {
 }
 """Layers whose numbers in training are not those of another call."""
 
+TRACED_OTHERWISE: dict[str, str] = {
+    "RandomElasticTransform": "Keras traces it for one image, and repeats the result for each image of a batch",
+}
+"""Layers whose graph in training gives other numbers than a direct call. The server loads them with a warning."""
+
 
 def public_layers() -> set[str]:
     """The name of each public layer class; one name where a class has several."""

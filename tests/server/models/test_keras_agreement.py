@@ -27,7 +27,25 @@ def test_a_layer_that_makes_another_graph_than_it_computes_is_named():
     sequences = keras.Input((None, 7, 3))
     model = keras.Model(sequences, layers.TimeDistributed(layers.Conv1D(2, 2), name="each")(layers.ReLU()(sequences)))
     found = warning(model, tf.TensorSpec([None, None, 7, 3]), tf.TensorSpec([None, None, 6, 2]))
-    assert "layer 'each' (TimeDistributed) makes another graph than it computes" in found
+    assert "predictions in inference differ" in found
+    assert "layer 'each' (TimeDistributed) traces another graph than it computes" in found
+
+
+def test_a_layer_that_differs_in_training_only_is_named():
+    images = keras.Input((8, 8, 3))
+    model = keras.Model(images, layers.RandomElasticTransform(seed=1, name="bend")(images))
+    found = warning(model, tf.TensorSpec([None, 8, 8, 3]), tf.TensorSpec([None, 8, 8, 3]))
+    assert "predictions in training differ" in found
+    assert "layer 'bend' (RandomElasticTransform) traces another graph than it computes" in found
+
+
+def test_a_layer_that_draws_without_its_seed_brings_no_warning():
+    class Noise(layers.Layer):
+        def call(self, x: Any, training: bool = False) -> Any:
+            return x + tf.random.uniform(tf.shape(x)) if training else x
+
+    x = keras.Input((3,))
+    assert warning(keras.Model(x, Noise()(x)), tf.TensorSpec([None, 3]), tf.TensorSpec([None, 3])) == ""
 
 
 @pytest.mark.parametrize("length", [None, 8])
