@@ -1,10 +1,14 @@
-"""What can go wrong on the server besides what a caller is told."""
+"""Errors that the operator of a server is told. Those that a caller is told are in `forwardpass.wire.errors`."""
+
+
+class SettingsError(Exception):
+    """A setting cannot be used. The message names the setting, what was expected, and what was found."""
 
 
 class ModelLoadError(Exception):
-    """A model cannot be loaded: its files, or what its operator says of them, are not what they should be.
+    """A model cannot be loaded: its files or its configuration are not as expected.
 
-    needs_traceback: the log shows where it came from. A mistake in a file is explained by its sentence alone.
+    needs_traceback: the log shows a traceback. For a mistake in a file, the sentence is enough.
     """
 
     def __init__(self, message: str, *, needs_traceback: bool = False) -> None:
@@ -13,7 +17,11 @@ class ModelLoadError(Exception):
 
 
 class DeviceNotFound(Exception):
-    """The device that the operator named is not there."""
+    """TensorFlow does not have the device that the operator named."""
+
+
+class UnsupportedLibrary(ImportError):
+    """TensorFlow or Keras lacks a private interface that the server needs. The message says which, and what to do."""
 
 
 class SessionStoreError(Exception):

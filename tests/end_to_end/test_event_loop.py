@@ -50,8 +50,8 @@ class Served:
         self._ready.set()
         await self._stop.wait()
         await parts.server._server.stop(None)
-        await parts.scheduler.close(10)
-        await parts.session_store.close()
+        await parts.calls.scheduler.close(10)
+        await parts.sessions.store.close()
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)

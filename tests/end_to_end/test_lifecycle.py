@@ -57,7 +57,7 @@ def test_a_computation_that_does_not_end_is_cut_off_when_the_time_to_drain_is_ov
             assert server.terminate() == 0
             with pytest.raises((errors.ServerUnavailable, errors.CallCancelled)):
                 call.result(30)
-        server.wait_for_log("a computation still ran when the time to drain was over")
+        server.wait_for_log("a computation was still running at the end of the drain timeout")
 
 
 def test_a_slow_call_beside_quick_ones_of_the_same_size_does_not_hold_up_the_server():

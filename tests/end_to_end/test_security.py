@@ -426,10 +426,10 @@ def served_certificate(port: int) -> str:
 def test_a_server_that_can_be_reached_from_elsewhere_says_what_it_lacks(tmp_path):
     signer = Signer(tmp_path / "signer")
     with ServerProcess(*SLOW, "--host", "0.0.0.0", *signer.arguments()) as server:
-        server.wait_for_log("whoever reaches 0.0.0.0 may call")
+        server.wait_for_log("everybody who can reach 0.0.0.0 may call this server")
         assert reach(f"localhost:{server.port}", signer.tls()) == ["slow"]
     with ServerProcess(*SLOW, "--host", "0.0.0.0", "--insecure") as server:
-        server.wait_for_log("what is called and answered on 0.0.0.0 is not encrypted here")
+        server.wait_for_log("requests and responses on 0.0.0.0 are not encrypted by this server")
 
 
 def fails(function, error: type[Exception]) -> bool:

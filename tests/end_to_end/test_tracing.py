@@ -15,7 +15,8 @@ import forwardpass_client
 from forwardpass import v1
 from forwardpass.wire.methods import METHODS, MODEL_SERVICE
 from forwardpass_client import errors
-from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.app.settings import Settings
+from forwardpass_server.errors import SettingsError
 from support import zoo
 from support.collectors import SpanCollector
 from support.servers import ServerProcess

@@ -13,17 +13,18 @@ import numpy as np
 
 from forwardpass.wire.description import Function
 from forwardpass.wire.structures import Structure
-from forwardpass_server.calls.admission import Admission, Limits
-from forwardpass_server.calls.arrivals import Arrivals
-from forwardpass_server.calls.batching import Batcher
+from forwardpass_server.calls import room as calls_room
+from forwardpass_server.calls.admission import Admission
+from forwardpass_server.calls.capacity import Capacity, CapacityOptions
 from forwardpass_server.calls.execution import Executor, Invocation
+from forwardpass_server.calls.memory_budget import MemoryBudget
 from forwardpass_server.calls.model import ModelSource
-from forwardpass_server.calls.scheduling import Scheduler
+from forwardpass_server.calls.room import CallsOptions
 from forwardpass_server.catalog.registry import Registry
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.placement import TensorFlowDevice
-from forwardpass_server.sessions.cache import KnownSessions
-from forwardpass_server.sessions.commits import SessionCommits
+from forwardpass_server.sessions import room as sessions_room
+from forwardpass_server.sessions.cache import CacheLimits, SessionCache
 from forwardpass_server.sessions.evaluation import Evaluations
 from forwardpass_server.sessions.records import UpdateIdentity
 from forwardpass_server.sessions.retained_models import SessionModels
@@ -88,7 +89,7 @@ class Rig:
 
     sessions: Sessions
     models: SessionModels
-    known: KnownSessions
+    cache: SessionCache
     evaluations: Evaluations
     executor: Executor
     admission: Admission
@@ -153,21 +154,43 @@ def batch(number: int, examples: int = 3) -> dict[str, Structure]:
 
 @contextlib.asynccontextmanager
 async def rig(
-    store: SessionStore, registry: Registry, *, max_calls: int = 100, max_state_bytes: int = MAX_STATE_BYTES
+    store: SessionStore,
+    registry: Registry,
+    *,
+    max_calls: int = 100,
+    max_state_bytes: int = MAX_STATE_BYTES,
+    cache_limits: CacheLimits | None = None,
 ) -> AsyncIterator[Rig]:
-    observer, scheduler = Observer(), Scheduler(2)
+    observer = Observer()
     weights = WeightStore(StoreOptions(budget_bytes=2**20), TensorFlowDevice("/device:CPU:0"), observer)
-    limits = Limits(calls=max_calls, size_bytes=2**30)
-    admission = Admission(limits, limits)
-    executor = Executor(weights, scheduler, Batcher(scheduler, Arrivals(), observer, 100), observer, admission)
-    models = SessionModels(registry, store)
-    known = KnownSessions(store, models)
-    sessions = Sessions(store, models, known, SessionCommits(store, observer, max_state_bytes), executor, admission)
-    evaluations = Evaluations(sessions, weights, executor, admission)
+    options = CapacityOptions(
+        max_message_bytes=2**20,
+        max_calls=max_calls,
+        max_bytes=2**30,
+        principal_calls=lambda in_all: in_all,
+        principal_bytes=lambda in_all: in_all,
+    )
+    budget = MemoryBudget(memory_bytes=2**32, base_bytes=0, weights_bytes=0)
+    capacity = Capacity(options, budget, lambda: 0)
+    calls = calls_room.build(CallsOptions(threads=2, max_batch_rows=100), capacity, weights, observer, observer)
+    room = sessions_room.build(
+        store, registry, weights, calls, observer, max_state_bytes=max_state_bytes, cache_limits=cache_limits
+    )
     try:
-        yield Rig(sessions, models, known, evaluations, executor, admission, weights, observer, registry, store)
+        yield Rig(
+            room.sessions,
+            room.models,
+            room.cache,
+            room.evaluations,
+            calls.executor,
+            calls.admission,
+            weights,
+            observer,
+            registry,
+            store,
+        )
     finally:
-        await scheduler.close(10)
+        await calls.scheduler.close(10)
 
 
 def run(scenario: Any, store: SessionStore | None = None, names: Iterable[str] = ("counting",), **options: Any) -> None:

@@ -52,7 +52,7 @@ class OpenSessions(collections.Counter):
             raise errors.SessionStoreUnavailable
         return self[str(model)]
 
-    def leave(self, servable):
+    def retain(self, servable):
         self.left.append(servable)
 
     async def release(self):

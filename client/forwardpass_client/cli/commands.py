@@ -30,8 +30,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 import forwardpass_client
-from forwardpass.wire import errors, trees
-from forwardpass.wire.description import Function
+from forwardpass.wire import description, errors, trees
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.specs import StructureSpec, TensorSpec
 from forwardpass_client.calls import ModelVersion
@@ -124,57 +123,26 @@ def health(host: Host, service: str, timeout: float) -> None:
 def describe(host: Host, model: NamedModel) -> None:
     """Show what a model takes and returns, and which functions it has."""
     with _model(host, model) as remote:
-        description = remote.description
-    spec = description.spec
+        described = remote.description
     facts = Table(box=None, show_header=False)
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     for name, value in (
-        ("model", str(description.identity)),
+        ("model", str(described.identity)),
         ("content", remote.content_hash),
-        ("format", description.format),
         ("versions", ", ".join(map(_version, remote.versions))),
-        ("weights", _summary(spec.weights)),
-        ("x", str(spec.x)),
-        ("y", str(spec.y)),
-        ("predictions", str(spec.predictions)),
-        *_masks(spec.prediction_mask),
-        ("forward_pass", "the model's own" if spec.has_own_forward_pass else "predict_on_batch and loss"),
-        ("metrics", str(spec.metrics)),
-        ("batching", _yes_unless(description.unbatchable_reason)),
-        ("merging metrics states", _yes_unless(description.unmergeable_reason)),
-        ("guard", description.guard),
-        *(("warning", warning) for warning in description.warnings),
+        *description.facts(described),
     ):
         facts.add_row(name, Text(value))
     _OUT.print(facts)
     functions = Table("function", "", box=None, header_style="bold")
-    for function in Function:
-        reason = spec.unavailable.get(function)
-        functions.add_row(function.title, Text("yes", "green") if reason is None else Text(f"no: {reason}", "yellow"))
+    for title, value in description.function_facts(described.spec):
+        functions.add_row(title, Text(value, "green" if value == "yes" else "yellow"))
     _OUT.print(functions)
 
 
 def _version(found: ModelVersion) -> str:
     return f"{found.version} {found.state}" + (f" ({', '.join(found.labels)})" if found.labels else "")
-
-
-def _yes_unless(reason: str) -> str:
-    return f"no: {reason}" if reason else "yes"
-
-
-def _masks(spec: Any) -> list[tuple[str, str]]:
-    """What there is to know of a model whose predictions have Keras masks."""
-    if not spec.leaves:
-        return []
-    note = "loss(output, label) counts masked positions unless output carries its mask or mask= is given"
-    return [("prediction mask", f"{spec}; {note}")]
-
-
-def _summary(spec: Any) -> str:
-    size_bytes = sum(int(np.prod(leaf.shape)) * max(leaf.data_type.itemsize, 1) for leaf in spec.leaves)
-    numbers = sum(int(np.prod(leaf.shape)) for leaf in spec.leaves)
-    return f"{len(spec.leaves)} arrays, {numbers:,} numbers, {size_bytes / 2**20:,.2f} MiB"
 
 
 @forwardpass.command()

@@ -1,52 +1,19 @@
-"""What both ends know of a model: its functions, their arguments and results, its identity."""
+"""The description of a model that both ends share: its identity, its spec, and what a person wants to know."""
 
 from __future__ import annotations
 
 import dataclasses
-import enum
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from forwardpass import v1
 from forwardpass.wire import errors, specs, trees
+from forwardpass.wire.functions import MASKS_OF as MASKS_OF
+from forwardpass.wire.functions import Function as Function
 from forwardpass.wire.specs import StructureSpec, TensorSpec
 from forwardpass.wire.structures import Structure
-
-
-class Function(enum.IntEnum):
-    """A function of a functional model; the value is its number in `forwardpass.v1.Function`."""
-
-    PREDICT_ON_BATCH = v1.Function.FUNCTION_PREDICT_ON_BATCH
-    FORWARD_PASS = v1.Function.FUNCTION_FORWARD_PASS
-    LOSS = v1.Function.FUNCTION_LOSS
-    WEIGHTED_LOSS = v1.Function.FUNCTION_WEIGHTED_LOSS
-    INITIALIZE_METRICS_STATE = v1.Function.FUNCTION_INITIALIZE_METRICS_STATE
-    UPDATE_METRICS_STATE = v1.Function.FUNCTION_UPDATE_METRICS_STATE
-    WEIGHTED_UPDATE_METRICS_STATE = v1.Function.FUNCTION_WEIGHTED_UPDATE_METRICS_STATE
-    FINALIZE_METRICS = v1.Function.FUNCTION_FINALIZE_METRICS
-
-    @property
-    def has_training(self) -> bool:
-        """Whether the function comes in two kinds, for training and for inference."""
-        return self in (Function.PREDICT_ON_BATCH, Function.FORWARD_PASS)
-
-    @property
-    def title(self) -> str:
-        """The function as a person calls it."""
-        return _TITLES[self]
-
-
-_TITLES = {
-    Function.PREDICT_ON_BATCH: "predict_on_batch",
-    Function.FORWARD_PASS: "forward_pass",
-    Function.LOSS: "loss",
-    Function.WEIGHTED_LOSS: "loss with sample_weight",
-    Function.INITIALIZE_METRICS_STATE: "initialize_metrics_state",
-    Function.UPDATE_METRICS_STATE: "update_metrics_state",
-    Function.WEIGHTED_UPDATE_METRICS_STATE: "update_metrics_state with sample_weight",
-    Function.FINALIZE_METRICS: "finalize_metrics",
-}
 
 
 class BatchOutput(NamedTuple):
@@ -63,14 +30,14 @@ class BatchOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """The shape of a functional model.
+    """The specs of a functional model's arguments and results.
 
     weights: a pair (trainable, non_trainable). input: a pair, or a mapping, of x and y.
     predictions: of predict_on_batch, the first argument of loss.
     batch_output: of forward_pass, a named tuple (loss, predictions, num_examples).
-    metrics_state, metrics: `specs.EMPTY` where the model has no metrics.
-    unavailable: why the model lacks a function, for each that it lacks.
-    unused_batch_output_fields: what update_metrics_state does not read, and a caller may leave None.
+    metrics_state, metrics: `specs.EMPTY` if the model has no metrics.
+    unavailable: the functions that the model lacks, each with the reason.
+    unused_batch_output_fields: the fields that update_metrics_state does not read; a caller may leave them None.
     prediction_mask: `specs.EMPTY` where no prediction has a Keras mask; otherwise the containers of the predictions
       with the spec of a mask at each masked leaf, and None at each other leaf. Loss and metrics leave out the positions
       whose mask is false.
@@ -107,7 +74,7 @@ class ModelSpec:
         return dataclasses.replace(self, input=StructureSpec(self.input.tree, ordered))
 
     def weights_parts(self, weights: Structure) -> dict[str, Structure]:
-        """A structure as of `weights` as the structures of a message."""
+        """Splits the weights into the structures of a message, by place."""
         parts, start = {}, 0
         for place, spec in self.weights_places.items():
             end = start + len(spec.leaves)
@@ -117,7 +84,7 @@ class ModelSpec:
 
     @functools.cached_property
     def weights_places(self) -> Mapping[str, StructureSpec]:
-        """The weights under their names in a request, in order."""
+        """The specs of the weights under their places in a request, in order."""
         return {
             "model_weights.trainable": self.weights.child(0),
             "model_weights.non_trainable": self.weights.child(1),
@@ -129,47 +96,38 @@ class ModelSpec:
         return group == "batch_output" and field in self.unused_batch_output_fields
 
     @functools.cached_property
-    def arguments(self) -> Mapping[Function, Mapping[str, StructureSpec]]:
-        """For each function, the structures it takes, under their names in the request, in order."""
-        weights = self.weights_places
-        loss = {"output": self.predictions, "label": self.y, **self._mask_part("output_mask")}
-        update = {"state": self.metrics_state, "labels": self.y, **self._batch_output_parts}
-        sample_weight = {"sample_weight": self.sample_weight}
+    def places(self) -> Mapping[str, StructureSpec]:
+        """Every structure of a request or a response under its place: see `functions.Signature`."""
+        mask = self.prediction_mask
         return {
-            Function.PREDICT_ON_BATCH: {**weights, "x": self.x},
-            Function.FORWARD_PASS: {**weights, "batch_input.x": self.x, "batch_input.y": self.y},
-            Function.LOSS: loss,
-            Function.WEIGHTED_LOSS: {**loss, **sample_weight},
-            Function.INITIALIZE_METRICS_STATE: {},
-            Function.UPDATE_METRICS_STATE: update,
-            Function.WEIGHTED_UPDATE_METRICS_STATE: {**update, **sample_weight},
-            Function.FINALIZE_METRICS: {"state": self.metrics_state},
+            **self.weights_places,
+            "x": self.x,
+            "batch_input.x": self.x,
+            "batch_input.y": self.y,
+            "output": self.predictions,
+            "label": self.y,
+            "labels": self.y,
+            "sample_weight": self.sample_weight,
+            "predictions": self.predictions,
+            "loss": self.loss,
+            "state": self.metrics_state,
+            "metrics": self.metrics,
+            **{f"batch_output.{name}": self.batch_output.named_child(name) for name in BatchOutput._fields},
+            **(dict.fromkeys(MASKS_OF, mask) if mask.leaves else {}),
         }
+
+    @functools.cached_property
+    def arguments(self) -> Mapping[Function, Mapping[str, StructureSpec]]:
+        """For each function, the structures it takes, under their places in the request, in order."""
+        return {function: self._at(function.signature.arguments) for function in Function}
 
     @functools.cached_property
     def results(self) -> Mapping[Function, Mapping[str, StructureSpec]]:
-        """For each function, the structures it returns, under their names in the response, in order."""
-        state = {"state": self.metrics_state}
-        return {
-            Function.PREDICT_ON_BATCH: {"predictions": self.predictions, **self._mask_part("prediction_mask")},
-            Function.FORWARD_PASS: self._batch_output_parts,
-            Function.LOSS: {"loss": self.loss},
-            Function.WEIGHTED_LOSS: {"loss": self.loss},
-            Function.INITIALIZE_METRICS_STATE: state,
-            Function.UPDATE_METRICS_STATE: state,
-            Function.WEIGHTED_UPDATE_METRICS_STATE: state,
-            Function.FINALIZE_METRICS: {"metrics": self.metrics},
-        }
+        """For each function, the structures it returns, under their places in the response, in order."""
+        return {function: self._at(function.signature.results) for function in Function}
 
-    @functools.cached_property
-    def _batch_output_parts(self) -> dict[str, StructureSpec]:
-        return {
-            **{f"batch_output.{name}": self.batch_output.named_child(name) for name in BatchOutput._fields},
-            **self._mask_part("batch_output.prediction_mask"),
-        }
-
-    def _mask_part(self, place: str) -> dict[str, StructureSpec]:
-        return {place: self.prediction_mask} if self.prediction_mask.leaves else {}
+    def _at(self, places: Sequence[str]) -> dict[str, StructureSpec]:
+        return {place: self.places[place] for place in places if place in self.places}
 
     @functools.cached_property
     def masked_leaves(self) -> tuple[int, ...]:
@@ -180,7 +138,7 @@ class ModelSpec:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelIdentity:
-    """Which model: its name, its version, and a SHA-256 over what it was loaded from."""
+    """Identifies a model: its name, its version, and the SHA-256 of what it was loaded from."""
 
     name: str
     version: int
@@ -195,12 +153,12 @@ class ModelIdentity:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelDescription:
-    """A model that a server has: its identity, the format it was loaded from, its spec.
+    """A model of a server. format: that of its files.
 
-    unbatchable_reason: why concurrent calls with the same weights are not run as one batch; "" where they are.
-    unmergeable_reason: why metrics states cannot be added to each other; "" where they can.
-    guard: how the server knows that no batch of this model ends its process, or why it does not know.
-    warnings: what an operator should know of this model, one sentence each.
+    unbatchable_reason: why concurrent calls with the same weights do not share a batch; "" if they do.
+    unmergeable_reason: why metrics states cannot be added to each other; "" if they can.
+    guard: whether the model was tried in a child process, so that no batch of it crashes the server.
+    warnings: problems of this model that an operator should know, one sentence each.
     """
 
     identity: ModelIdentity
@@ -211,9 +169,6 @@ class ModelDescription:
     guard: str = ""
     warnings: tuple[str, ...] = ()
 
-
-MASKS_OF = {"output_mask": "output", "batch_output.prediction_mask": "batch_output.predictions"}
-"""For each argument that is a mask, the argument whose mask it is."""
 
 _SPEC_FIELDS = (
     "weights",
@@ -228,7 +183,7 @@ _SPEC_FIELDS = (
 
 
 def encode(description: ModelDescription) -> v1.ModelDescription:
-    """A description as its message."""
+    """Encodes a description as its message."""
     spec = description.spec
     structures: dict[str, Any] = {name: specs.encode(getattr(spec, name)) for name in _SPEC_FIELDS}
     if spec.prediction_mask.leaves:
@@ -238,7 +193,7 @@ def encode(description: ModelDescription) -> v1.ModelDescription:
         format=description.format,
         functions=[
             v1.FunctionDescription(
-                function=function.value,
+                function=function.value,  # type: ignore[arg-type] # Protobuf takes any int.
                 available=function not in spec.unavailable,
                 unavailable_reason=spec.unavailable.get(function, ""),
             )
@@ -255,7 +210,7 @@ def encode(description: ModelDescription) -> v1.ModelDescription:
 
 
 def decode(message: v1.ModelDescription) -> ModelDescription:
-    """The description that a message holds. Raises InvalidRequest or a subclass where it is unsound."""
+    """Decodes a description from its message. Raises InvalidRequest or a subclass for one that is not valid."""
     structures: dict[str, Any] = {name: specs.decode(getattr(message, name), name) for name in _SPEC_FIELDS}
     if message.HasField("prediction_mask"):
         structures["prediction_mask"] = specs.decode(message.prediction_mask, "prediction_mask")
@@ -301,3 +256,48 @@ def _check_mask(mask: StructureSpec, predictions: StructureSpec) -> None:
         raise errors.StructureMismatch(
             place="prediction_mask", expected=predictions.tree.describe(), found=mask.tree.describe()
         )
+
+
+def facts(description: ModelDescription) -> list[tuple[str, str]]:
+    """What a person wants to know of a model: names and values, one fact each. Functions are in `function_facts`."""
+    spec = description.spec
+    return [
+        ("format", description.format),
+        ("weights", _size(spec.weights)),
+        ("x", str(spec.x)),
+        ("y", str(spec.y)),
+        ("predictions", str(spec.predictions)),
+        *(
+            [
+                (
+                    "prediction mask",
+                    f"{spec.prediction_mask}; loss(output, label) counts masked positions unless output carries its "
+                    "mask or mask= is given",
+                )
+            ]
+            if spec.prediction_mask.leaves
+            else []
+        ),
+        ("forward_pass", "the model's own" if spec.has_own_forward_pass else "predict_on_batch and loss"),
+        ("metrics", str(spec.metrics)),
+        ("batching", _yes_unless(description.unbatchable_reason)),
+        ("merging metrics states", _yes_unless(description.unmergeable_reason)),
+        ("guard", description.guard),
+        *(("warning", warning) for warning in description.warnings),
+    ]
+
+
+def function_facts(spec: ModelSpec) -> list[tuple[str, str]]:
+    """The title of each function, and "yes" or "no: " with the reason why the model lacks it."""
+    return [(function.title, _yes_unless(spec.unavailable.get(function, ""))) for function in Function]
+
+
+def _yes_unless(reason: str) -> str:
+    return f"no: {reason}" if reason else "yes"
+
+
+def _size(spec: StructureSpec) -> str:
+    """The size of structures whose shapes are fixed. Strings count one byte each."""
+    sizes = [(math.prod(dim or 0 for dim in leaf.shape or ()), max(leaf.data_type.itemsize, 1)) for leaf in spec.leaves]
+    numbers, size_bytes = sum(count for count, _ in sizes), sum(count * itemsize for count, itemsize in sizes)
+    return f"{len(sizes)} arrays, {numbers:,} numbers, {size_bytes / 2**20:,.2f} MiB"

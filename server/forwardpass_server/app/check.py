@@ -1,26 +1,27 @@
-"""Loads models as a server does, without serving them, and says what came of each."""
+"""Loads models as a server does, without serving them, and shows the facts of each."""
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Iterator, Sequence
 
-from forwardpass.wire.description import Function, ModelDescription
-from forwardpass_server.app.settings import SettingsError
+from forwardpass.wire import description
+from forwardpass.wire.description import ModelDescription
 from forwardpass_server.calls.model import ModelSource
 from forwardpass_server.catalog import repository
 from forwardpass_server.catalog.registry import Entry, Registry
+from forwardpass_server.errors import SettingsError
 from forwardpass_server.models.loading import TensorFlowLoader
 from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.process import control_groups
 
 
 def check(folder: pathlib.Path, device: str, has_trial: bool, imports: Sequence[str] = ()) -> Iterator[Entry]:
-    """Loads what is in a folder, and yields what came of each version.
+    """Loads the models in a folder, and yields the registry's entry of each version.
 
     folder: a version's, a model's with its versions, or a repository.
     imports: modules that register custom Keras objects.
-    Raises SettingsError where there is no version, DeviceNotFound, and ModelLoadError for a module that is not there.
+    Raises SettingsError for a folder without a version, DeviceNotFound, and ModelLoadError for a missing module.
     """
     found = sources(folder)
     process = TrialProcess(control_groups.cores()) if has_trial else None
@@ -53,26 +54,12 @@ def _is_version(path: pathlib.Path) -> bool:
     return path.is_dir() and path.name.isdecimal()
 
 
-def lines(description: ModelDescription) -> Iterator[str]:
-    """What there is to say of a model, as `forwardpass describe` says it."""
-    spec = description.spec
-    for name, value in (
-        ("content", description.identity.content_hash.hex()),
-        ("format", description.format),
-        ("weights", f"{len(spec.weights.leaves)} arrays"),
-        ("x", str(spec.x)),
-        ("y", str(spec.y)),
-        ("predictions", str(spec.predictions)),
-        ("forward_pass", "the model's own" if spec.has_own_forward_pass else "predict_on_batch and loss"),
-        ("metrics", str(spec.metrics)),
-        ("batching", _yes_unless(description.unbatchable_reason)),
-        ("merging metrics states", _yes_unless(description.unmergeable_reason)),
-        ("guard", description.guard),
-        *(("warning", warning) for warning in description.warnings),
-        *((function.title, _yes_unless(spec.unavailable.get(function, ""))) for function in Function),
-    ):
+def lines(described: ModelDescription) -> Iterator[str]:
+    """The facts of a model, as `forwardpass describe` shows them."""
+    facts = [
+        ("content", described.identity.content_hash.hex()),
+        *description.facts(described),
+        *description.function_facts(described.spec),
+    ]
+    for name, value in facts:
         yield f"  {name}: {value}"
-
-
-def _yes_unless(reason: str) -> str:
-    return f"no: {reason}" if reason else "yes"

@@ -15,8 +15,14 @@ import click
 from forwardpass_server.access import tokens
 from forwardpass_server.access.tokens import Role
 from forwardpass_server.app import logs, options
-from forwardpass_server.app.settings import Settings, SettingsError
-from forwardpass_server.errors import DeviceNotFound, ModelLoadError, SessionStoreError
+from forwardpass_server.app.settings import Settings
+from forwardpass_server.errors import (
+    DeviceNotFound,
+    ModelLoadError,
+    SessionStoreError,
+    SettingsError,
+    UnsupportedLibrary,
+)
 from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.process import control_groups, onednn, quiet
 
@@ -59,7 +65,7 @@ def serve(**given: Any) -> None:
             from forwardpass_server.app import serve as app_serve
 
         asyncio.run(_run(app_serve.serve(settings, _announce, trial_process)))
-    except (SettingsError, DeviceNotFound, ModelLoadError, SessionStoreError, OSError) as error:
+    except (SettingsError, DeviceNotFound, ModelLoadError, SessionStoreError, UnsupportedLibrary, OSError) as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -109,12 +115,12 @@ def export(
         _check_temporary_folder()
     except SettingsError as error:
         raise click.ClickException(str(error)) from None
-    with quiet.native_stderr():
-        from forwardpass_server.app import export as app_export
-
     try:
+        with quiet.native_stderr():
+            from forwardpass_server.app import export as app_export
+
         folder = app_export.export(source, model_repository, name, version, config, imports)
-    except (ModelLoadError, SettingsError, OSError) as error:
+    except (ModelLoadError, SettingsError, UnsupportedLibrary, OSError) as error:
         raise click.ClickException(str(error)) from None
     except Exception as error:  # The model's own code.
         raise click.ClickException(f"{source}: {type(error).__name__}: {error}") from error
@@ -135,11 +141,11 @@ def check(folder: pathlib.Path, device: str, onednn_setting: str, trial: bool, i
     """
     _configure_logging("warning")
     onednn.decide(onednn_setting)
-    with quiet.native_stderr():
-        from forwardpass_server.app import check as app_check
-
     failed = False
     try:
+        with quiet.native_stderr():
+            from forwardpass_server.app import check as app_check
+
         for entry in app_check.check(folder, device, trial, imports):
             if entry.servable is None:
                 failed = True
@@ -148,7 +154,7 @@ def check(folder: pathlib.Path, device: str, onednn_setting: str, trial: bool, i
             click.echo(f"{entry.source} loads")
             for line in app_check.lines(entry.servable.model.description):
                 click.echo(line)
-    except (SettingsError, DeviceNotFound, ModelLoadError, OSError) as error:
+    except (SettingsError, DeviceNotFound, ModelLoadError, UnsupportedLibrary, OSError) as error:
         raise click.ClickException(str(error)) from None
     if failed:
         raise click.exceptions.Exit(1)

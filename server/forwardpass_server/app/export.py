@@ -6,8 +6,8 @@ import pathlib
 import tempfile
 from collections.abc import Sequence
 
-from forwardpass_server.app.settings import SettingsError
 from forwardpass_server.catalog.repository import MODEL_NAME, scan
+from forwardpass_server.errors import SettingsError
 from forwardpass_server.models import custom_objects, formats, keras_settings, loading, model_config
 from forwardpass_server.models.export import save_functional_model
 from forwardpass_server.models.functional import FunctionalModel

@@ -1,4 +1,4 @@
-"""What the server says of its health, kept true while models come and go and the device works or does not."""
+"""Keeps the health of a server up to date while models are loaded and unloaded, and while the device is tried."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from forwardpass_server.telemetry.health import HealthReading
 
 _LOGGER = logging.getLogger(__name__)
 
-# Between looks at the device's liveness, which a thread of its own finds out.
-_LOOK_S = 1.0
+# How often the result of the liveness thread is read.
+_POLL_S = 1.0
 
 
 class Health:
-    """Tells a server of its health.
+    """Sets what a server answers to health checks.
 
-    startup: see `Readiness.has_started`. live: the process and the device work. ready, and the server as a whole and
-    each of its services: see `Readiness`; not while the server drains.
+    startup: see `Readiness.has_started`. live: the process and the device work. ready, the server as a whole, and each
+    of its services: see `Readiness`; never while the server drains.
     """
 
     def __init__(self, server: Server, registry: Registry, liveness: Liveness, readiness: Readiness) -> None:
@@ -32,31 +32,31 @@ class Health:
         self._liveness = liveness
         self._readiness = readiness
         self._is_alive = True
-        self._told: list[str] = []
+        self._logged_reasons: list[str] = []
         self.started = asyncio.Event()
 
     async def open(self) -> None:
-        """To be told before the server listens."""
+        """Sets the first answers. To be called before the server listens."""
         await self._server.set_serving(STARTUP, False)
         await self._server.set_serving(LIVE, True)
-        await self._tell()
+        await self._update()
 
     async def models_tried(self) -> None:
-        """Every model of the start was loaded, or failed to."""
+        """To be called when every model of the start was loaded, or failed."""
         self._readiness.has_tried_models = True
-        await self._tell()
+        await self._update()
 
     async def model_changed(self, source: ModelSource) -> None:
-        """A version was loaded, failed, or was unloaded."""
+        """To be called when a version was loaded, failed, or was unloaded."""
         name = MODEL_HEALTH_PREFIX + source.name
         await self._server.set_serving(
             f"{name}/{source.version}", self._registry.is_available(source.name, source.version)
         )
         await self._server.set_serving(name, self._registry.is_available(source.name))
-        await self._tell()
+        await self._update()
 
     def reading(self) -> HealthReading:
-        """What grpc.health.v1 answers at this moment, for those who do not ask it. On any thread."""
+        """What grpc.health.v1 answers now, for metrics and the status page. May be called on any thread."""
         server = self._server
         return HealthReading(
             has_started=server.says_serving(STARTUP),
@@ -66,30 +66,30 @@ class Health:
         )
 
     async def watch(self) -> None:
-        """Follows the device's liveness until it is cancelled."""
+        """Follows the liveness of the device until it is cancelled."""
         while True:
-            await asyncio.sleep(_LOOK_S)
+            await asyncio.sleep(_POLL_S)
             if self._liveness.is_alive != self._is_alive:
                 self._is_alive = not self._is_alive
                 await self._server.set_serving(LIVE, self._is_alive)
-                await self._tell()
+                await self._update()
 
     async def follow_store(self, store: SessionStoreWatch) -> None:
         """Waits for the session store to be reached for the first time."""
         await store.reached.wait()
-        await self._tell()
+        await self._update()
 
-    async def _tell(self) -> None:
+    async def _update(self) -> None:
         reasons = self._readiness.reasons()
         if self._readiness.has_started and not self.started.is_set():
             await self._server.set_serving(STARTUP, True)
             self.started.set()
         await self._server.set_serving(READY, not reasons)
         await self._server.set_all_serving(not reasons)
-        # What is still to be loaded is logged as it is loaded.
-        if self._readiness.has_tried_models and reasons != self._told:
+        # Before that, the log has a line for each model that is loaded.
+        if self._readiness.has_tried_models and reasons != self._logged_reasons:
             if reasons:
                 _LOGGER.error("not ready: %s", "; ".join(reasons))
             else:
                 _LOGGER.warning("ready again")
-            self._told = reasons
+            self._logged_reasons = reasons

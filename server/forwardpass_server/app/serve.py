@@ -1,4 +1,4 @@
-"""Starts a server, loads its models, and ends it when told to."""
+"""Starts a server, loads its models, and stops it on a signal."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ async def serve(settings: Settings, announce: Announce, trial_process: TrialProc
     """Serves until SIGTERM or SIGINT.
 
     trial_process: the child process in which models are tried before they are served; None where they are not.
-    announce: is told, once each, where the server listens, what weights may take, and when it has started; or, where it
-    has not when the models are loaded, why.
-    Returns whether everything has ended: otherwise a model still computes or loads, and only the end of the process
-    can end it. Raises DeviceNotFound, SettingsError, SessionStoreError, or OSError where a port is taken.
+    announce: prints lines for the operator: the ports, the limits, and that the server has started, or why it is not
+    ready after the models were loaded.
+    Returns whether everything has ended. If not, a model still computes or loads, and only the end of the process
+    stops it. Raises DeviceNotFound, SettingsError, SessionStoreError, or OSError where a port is taken.
     """
     allocator.keep_freed_memory()
-    # When a series began is a series more for each, and what rates are made of says it too.
+    # These series would double the number of counters, and rates do not need them.
     prometheus_client.disable_created_metrics()  # type: ignore[no-untyped-call]
     parts = await app_parts.join(settings, trial_process)
-    # Before anybody waits: a load makes so many objects that the collector would look at all others meanwhile.
+    # Before the ports open: the collector would look at all these objects again during each load.
     garbage.set_aside()
     stop = _stop_on_signals()
     recent = Recent(parts.metrics.registry)
@@ -54,7 +54,7 @@ async def serve(settings: Settings, announce: Announce, trial_process: TrialProc
     parts.liveness.start()
     loading = asyncio.create_task(_load(parts, announce))
     starting = asyncio.create_task(_announce_start(parts, announce))
-    # What goes wrong in it otherwise than with one model must not leave a server that is never ready.
+    # Without this, an error outside of a model's own load would leave a server that never becomes ready.
     loading.add_done_callback(lambda task: None if task.cancelled() or task.exception() is None else stop.set())
     upkeeping = [asyncio.create_task(work) for work in upkeep.works(parts, recent, loading)]
     await stop.wait()
@@ -80,13 +80,13 @@ def _stop_on_signals() -> asyncio.Event:
 
 def _stop(stop: asyncio.Event, number: int) -> None:
     if stop.is_set() and number == signal.SIGINT:
-        _LOGGER.warning("interrupted again: ending at once")
+        _LOGGER.warning("second interrupt: stopping at once")
         os._exit(1)
     stop.set()
 
 
 def _monitoring_server(parts: Parts, recent: Recent) -> MonitoringServer | None:
-    """Serves metrics and the status page; None where no port is to."""
+    """The HTTP server of metrics and the status page; None if the operator wants none."""
     host, port = parts.settings.metrics_host, parts.settings.metrics_port
     if port is None:
         return None
@@ -95,13 +95,13 @@ def _monitoring_server(parts: Parts, recent: Recent) -> MonitoringServer | None:
         return status_page.render(
             Status(
                 version=parts.version,
-                tensorflow=parts.tensorflow_version,
-                device=parts.device,
+                tensorflow=parts.models.loader.tensorflow_version,
+                device=parts.models.device,
                 started=parts.metrics.machine.started,
                 health=parts.health.reading(),
                 unready_reasons=parts.readiness.reasons(),
-                session_store_problem=parts.session_store.problem,
-                entries=parts.registry.entries(),
+                session_store_problem=parts.sessions.store.problem,
+                entries=parts.catalog.registry.entries(),
                 loads=parts.loader.loads,
                 recent=recent.window(),
             )
@@ -114,48 +114,48 @@ def _monitoring_server(parts: Parts, recent: Recent) -> MonitoringServer | None:
 
 
 async def _listen(parts: Parts, announce: Announce) -> None:
-    """Opens the ports, and says so."""
+    """Opens the ports, and prints them."""
     settings = parts.settings
     if parts.managing is not None:
         announce(f"management on {join_address(settings.management_host, await parts.managing.start())}")
         await parts.managing.set_all_serving(True)
     announce(f"listening on {join_address(settings.host, await parts.server.start())}")
     announce(
-        f"weights: up to {parts.weights_bytes / 2**20:,.0f} MiB on {parts.device}"
+        f"weights: up to {parts.weights_bytes / 2**20:,.0f} MiB on {parts.models.device}"
         + (f", kept in {settings.weights_folder}" if settings.weights_folder else "")
     )
     announce(
         f"requests and responses: up to {parts.capacity.messages_bytes / 2**20:,.0f} MiB at once, less what models take"
     )
-    announce(f"metric sessions in {parts.session_store.place}")
+    announce(f"metric sessions in {parts.sessions.store.place}")
 
 
 async def _load(parts: Parts, announce: Announce) -> None:
-    """Loads every model, one after another beside the event loop."""
+    """Loads every model, one after another, on another thread than the event loop's."""
     parts.management.relabel()
     await parts.management.load_all()
-    # What models brought that stays: modules of factories.
+    # Modules that factories imported.
     garbage.set_aside()
-    # Without models this comes before the first look at the session store.
-    await parts.store_watch.checked.wait()
+    # A server without models gets here before the session store was checked once.
+    await parts.sessions.store_watch.checked.wait()
     await parts.health.models_tried()
     if not parts.health.started.is_set():
         announce(f"not ready: {'; '.join(parts.readiness.reasons())}")
 
 
 async def _announce_start(parts: Parts, announce: Announce) -> None:
-    """Waits until the server has started, and says so."""
+    """Waits until the server has started, and prints that."""
     await parts.health.started.wait()
-    entries = parts.registry.entries()
+    entries = parts.catalog.registry.entries()
     failed = [str(entry.source) for entry in entries if entry.state is State.FAILED]
     announce(
-        f"ready on {parts.device}: {len(entries) - len(failed)} of {len(entries)} models"
+        f"ready on {parts.models.device}: {len(entries) - len(failed)} of {len(entries)} models"
         + (f"; failed: {', '.join(failed)}" if failed else "")
     )
 
 
 async def _end(parts: Parts) -> bool:
-    """Lets clients leave and calls end, and commits what is to be. Returns whether all computations have ended."""
+    """Drains the server and commits session updates. Returns whether all computations have ended."""
     began = time.monotonic()
     if parts.managing is not None:
         await parts.managing.drain()
@@ -163,10 +163,10 @@ async def _end(parts: Parts) -> bool:
     parts.liveness.end()
     settings = parts.settings
     remaining_s = settings.drain_delay_s + settings.drain_timeout_s - (time.monotonic() - began)
-    has_ended = await parts.scheduler.close(max(remaining_s, 0.0))
+    has_ended = await parts.calls.scheduler.close(max(remaining_s, 0.0))
     if not has_ended:
-        _LOGGER.warning("a computation still ran when the time to drain was over")
-    await parts.session_store.close()
+        _LOGGER.warning("a computation was still running at the end of the drain timeout")
+    await parts.sessions.store.close()
     if parts.tracing is not None:
         await asyncio.to_thread(parts.tracing.close)
     return has_ended

@@ -15,6 +15,7 @@ from forwardpass.wire.chunks import CHUNK_BYTES
 from forwardpass_server.app import logs, options
 from forwardpass_server.app.options import FILE, FOLDER, MIB, Option
 from forwardpass_server.catalog.repository import MODEL_NAME
+from forwardpass_server.errors import SettingsError
 from forwardpass_server.process import control_groups, onednn
 
 _SESSION_STORE = re.compile(r"sqlite:///.|rediss?://.|memory://$")
@@ -22,10 +23,6 @@ _SESSION_STORE = re.compile(r"sqlite:///.|rediss?://.|memory://$")
 _TRACE_ENDPOINT = re.compile(r"https?://[^/]+:\d+/?$")
 
 LOOPBACK = "127.0.0.1"
-
-
-class SettingsError(Exception):
-    """A setting that cannot be; the message names it, what was expected and what was found."""
 
 
 def parse_factories(values: tuple[str, ...]) -> dict[str, str]:

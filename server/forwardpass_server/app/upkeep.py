@@ -1,42 +1,39 @@
-"""What is done again and again while a server runs."""
+"""The periodic tasks of a running server."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Coroutine
 from typing import Any
 
-from forwardpass.wire import errors
+from forwardpass_server.access.guard import Guard
 from forwardpass_server.app.parts import Parts
-from forwardpass_server.app.security import Security
 from forwardpass_server.catalog.watch import RepositoryWatch
-from forwardpass_server.sessions.cache import KnownSessions
 from forwardpass_server.sessions.retained_models import SessionModels
-from forwardpass_server.sessions.store import SessionStore
+from forwardpass_server.sessions.room import SessionsRoom
 from forwardpass_server.status.recent import INTERVAL_S, Recent
 from forwardpass_server.weights.store import WeightStore
 
 _SWEEP_S = 1.0
 
-# Between looks for models that were unloaded and whose last session has ended. A shared store may be asked a lot.
+# Until an unloaded model is dropped after its last session has ended. Counting sessions is slow in a shared store.
 _RELEASE_S = 30.0
 
-# Between looks at the files of certificates and tokens: how long one that was revoked is still good.
+# Until a change of the certificates' and tokens' files takes effect: a revoked token works so long.
 _WATCH_S = 1.0
 
 
 def works(parts: Parts, recent: Recent, loading: asyncio.Task[None]) -> list[Coroutine[Any, Any, None]]:
-    """What goes on until it is cancelled. loading: of the models of the start."""
+    """The tasks, each of which runs until it is cancelled. loading: the task that loads the models of the start."""
     return [
         _sweep_weights(parts.weights),
-        _sweep_sessions(parts.known_sessions, parts.session_store),
-        _release_models(parts.session_models),
-        _watch(parts.security),
-        _remember(recent),
+        _sweep_sessions(parts.sessions),
+        _release_models(parts.sessions.models),
+        _watch_files(parts.guard),
+        _sample_metrics(recent),
         parts.health.watch(),
-        parts.store_watch.watch(),
-        parts.health.follow_store(parts.store_watch),
+        parts.sessions.store_watch.watch(),
+        parts.health.follow_store(parts.sessions.store_watch),
         _follow_repository(parts, loading),
     ]
 
@@ -47,13 +44,10 @@ async def _sweep_weights(store: WeightStore) -> None:
         store.sweep()
 
 
-async def _sweep_sessions(sessions: KnownSessions, store: SessionStore) -> None:
+async def _sweep_sessions(sessions: SessionsRoom) -> None:
     while True:
         await asyncio.sleep(_SWEEP_S)
-        sessions.sweep()
-        # Whoever needs the store meanwhile is told what is wrong with it.
-        with contextlib.suppress(errors.SessionStoreUnavailable):
-            await store.sweep()
+        await sessions.sweep()
 
 
 async def _release_models(models: SessionModels) -> None:
@@ -62,13 +56,13 @@ async def _release_models(models: SessionModels) -> None:
         await models.release()
 
 
-async def _watch(security: Security) -> None:
+async def _watch_files(guard: Guard) -> None:
     while True:
         await asyncio.sleep(_WATCH_S)
-        await asyncio.to_thread(security.refresh)
+        await asyncio.to_thread(guard.refresh)
 
 
-async def _remember(recent: Recent) -> None:
+async def _sample_metrics(recent: Recent) -> None:
     while True:
         await asyncio.sleep(INTERVAL_S)
         await asyncio.to_thread(recent.take)
@@ -78,9 +72,9 @@ async def _follow_repository(parts: Parts, loading: asyncio.Task[None]) -> None:
     settings = parts.settings
     if settings.model_repository is None or not settings.repository_poll_s:
         return
-    known = [entry.source for entry in parts.registry.entries() if entry.source.folder is not None]
-    watch = RepositoryWatch(parts.management, settings.model_repository, parts.policies, known)
+    known = [entry.source for entry in parts.catalog.registry.entries() if entry.source.folder is not None]
+    watch = RepositoryWatch(parts.management, settings.model_repository, parts.catalog.policies, known)
     parts.metrics.files.watched("models", lambda: watch.is_good)
-    # What the start has to load comes first.
+    # The models of the start are loaded first.
     await asyncio.wait([loading])
     await watch.watch(settings.repository_poll_s)

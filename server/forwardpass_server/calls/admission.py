@@ -1,4 +1,4 @@
-"""How much may be done at once: for everybody, and for each principal."""
+"""Limits on the calls in progress and their bytes: for all principals together, and for each one."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Iterator
 
 from forwardpass.wire import errors
 
-# Time for some calls to end, and too short to matter to a caller who was refused.
+# Long enough for some calls to end, and short for the caller.
 _RETRY_AFTER_S = 0.1
 
-# What waits may hold this part of what is admitted.
+# Requests that wait for room may hold 1/4 of the bytes that admitted calls may.
 _WAITING_SHARE = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """calls: that wait or run. size_bytes: of their requests, those included that are still arriving in pieces, and of
-    responses that their callers have not read yet.
+    """calls: in progress at once. size_bytes: of their requests, including those that still arrive in pieces, and of
+    responses that their clients have not read yet.
     """
 
     calls: int
@@ -27,7 +27,7 @@ class Limits:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Use:
-    """What is being done: for everybody, or for one principal. waiting_bytes: held by requests that wait for room."""
+    """What is in use, by all principals or by one. waiting_bytes: of requests that wait for room."""
 
     calls: int = 0
     size_bytes: int = 0
@@ -35,9 +35,9 @@ class _Use:
 
 
 class Admission:
-    """Counts, and refuses what would be too much. Used on one event loop alone.
+    """Counts calls and bytes, and refuses calls beyond the limits. Used on one event loop only.
 
-    in_all: for everybody together. each: for one principal.
+    in_all: the limits of all principals together. each: the limits of one principal.
     """
 
     def __init__(self, in_all: Limits, each: Limits) -> None:
@@ -48,12 +48,12 @@ class Admission:
 
     @property
     def size_bytes(self) -> int:
-        """What there is now, for everybody. On any thread."""
+        """The bytes in use by all principals. May be read on any thread."""
         return self._use.size_bytes
 
     @property
     def limit_bytes(self) -> int:
-        """What there may be at once, for everybody. On any thread."""
+        """The limit of the bytes of all principals. May be read on any thread."""
         return self._in_all.size_bytes
 
     @property
@@ -72,13 +72,13 @@ class Admission:
         )
 
     def limit(self, in_all: Limits, each: Limits) -> None:
-        """From now on, other limits. What was taken before stays."""
+        """Sets new limits. Calls that were admitted before go on."""
         self._in_all, self._each = in_all, each
 
     def enter(self, principal: str, size_bytes: int, calls: int = 1) -> None:
-        """Takes a call, or with `calls` 0 a part of one that arrives. Raises ServerOverloaded, which names the limit.
+        """Admits a call, or with `calls` 0 a part of a call that arrives in pieces. `leave` must end it.
 
-        What is taken must `leave`.
+        Raises ServerOverloaded, which names the limit.
         """
         own = self._by_principal.get(principal)
         if own is None:
@@ -94,10 +94,7 @@ class Admission:
             use.size_bytes += size_bytes
 
     def hold(self, principal: str, size_bytes: int) -> None:
-        """Counts bytes that are there, such as a response: they are not refused, but leave less room for others.
-
-        What is held must `leave`, with `calls` 0.
-        """
+        """Counts bytes without refusing them, such as those of a response. `leave` with `calls` 0 must end it."""
         own = self._by_principal.setdefault(principal, _Use())
         for use in (own, self._use):
             use.size_bytes += size_bytes
@@ -112,7 +109,7 @@ class Admission:
 
     @contextlib.contextmanager
     def admitted(self, principal: str, size_bytes: int) -> Iterator[None]:
-        """A call, as long as it lasts. Raises ServerOverloaded."""
+        """Admits a call for the duration of the context. Raises ServerOverloaded."""
         self.enter(principal, size_bytes)
         try:
             yield
@@ -121,10 +118,9 @@ class Admission:
 
     @contextlib.contextmanager
     def waiting(self, principal: str, held_bytes: int, refusal: errors.ServerOverloaded) -> Iterator[None]:
-        """A request that waits for room, as long as that lasts, instead of being refused at once.
+        """Counts a request that waits for room, for the duration of the context.
 
-        held_bytes: what it holds meanwhile. refusal: is raised where too much waits already: requests that wait take
-        memory too.
+        held_bytes: the memory that it takes meanwhile. refusal: is raised if too many bytes wait already.
         """
         own = self._by_principal.setdefault(principal, _Use())
         for use, limits in ((self._use, self._in_all), (own, self._each)):
@@ -148,7 +144,7 @@ class Admission:
 
 
 def _check(use: _Use, limits: Limits, size_bytes: int, calls: int, place: str, tells_total: bool) -> None:
-    """tells_total: the use is the caller's own. What others do is not for the error to tell."""
+    """tells_total: the use is that of the caller alone, so that the error may say how much it is."""
     if use.calls + calls > limits.calls:
         raise errors.ServerOverloaded(
             place=place,
@@ -156,7 +152,7 @@ def _check(use: _Use, limits: Limits, size_bytes: int, calls: int, place: str, t
             found=f"{use.calls + calls}" if tells_total else "more",
             retry_after_s=_RETRY_AFTER_S,
         )
-    # One alone is always taken: its message has a limit of its own.
+    # A single request is always admitted: the message size limit bounds it.
     if use.size_bytes and use.size_bytes + size_bytes > limits.size_bytes:
         raise errors.ServerOverloaded(
             place=place,

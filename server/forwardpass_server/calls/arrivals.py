@@ -1,4 +1,4 @@
-"""Calls that are known to come, and are not there yet."""
+"""Calls that gRPC has announced, and whose requests have not been read yet."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ from typing import Any
 
 
 class Arrivals:
-    """Each call is known by its task from when the server hears of it until its request is at hand.
-
-    Used on one event loop alone.
-    """
+    """The announced calls, each by its task. The batcher waits for them. Used on one event loop only."""
 
     def __init__(self) -> None:
         self._coming: set[asyncio.Task[Any]] = set()
 
     @property
     def count(self) -> int:
+        """How many calls are announced and not read."""
         return len(self._coming)
 
     def announce(self, task: asyncio.Task[Any]) -> None:
-        """A call will come, unless its caller leaves before."""
+        """Adds a call. It is removed when its request was read, or when its task ends."""
         self._coming.add(task)
         task.add_done_callback(self._coming.discard)
 
     def arrive(self) -> None:
-        """The call of the current task is there. It need not have been announced."""
+        """Removes the call of the current task, if it was announced: its request was read."""
         self._coming.discard(asyncio.current_task())

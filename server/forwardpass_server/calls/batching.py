@@ -1,4 +1,4 @@
-"""Predictions of concurrent calls with the same weights, run as one batch."""
+"""Runs the predictions of concurrent calls with the same weights as one batch."""
 
 from __future__ import annotations
 
@@ -16,47 +16,46 @@ from forwardpass.wire.dtypes import Array
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.calls.model import Leaf
 from forwardpass_server.calls.plans import Plan
-from forwardpass_server.calls.scheduling import Passage, Scheduler
+from forwardpass_server.calls.scheduling import CallTimes, Scheduler
 
 _LOGGER = logging.getLogger(__name__)
 
 _Key = tuple[int, int, tuple[tuple[int, ...], ...]]
-"""A plan, weights, and the shapes of rows: calls that agree in these can share a batch."""
+"""The ids of a plan and of weights, and the shapes of rows: calls with the same key can share a batch."""
 
 
-# How many turns of the event loop a call lets pass for others to arrive. From gRPC's thread to here a call takes
-# several, so that of 32 callers one turn hardly brings two together and 48 bring seven, with 1.7 times the calls/s
-# (measured). Whether others come is learned: a lone caller's calls run at once, and each batch of several raises it.
-# So does a call of which gRPC has told already: where each call runs at once those of many callers arrive one by one,
-# and without it that may stay so for good.
-# Calls that came in one message of a pipeline are all there at once: where none has come for some turns, none will.
+# How many turns of the event loop a call waits for others. A call takes several turns from gRPC's thread to here: of 32
+# clients, one turn rarely joins two calls, and 48 turns join seven, which gives 1.7 times the calls/s (measured).
+# The number of turns adapts: it is 1 for a single client, whose calls run at once, and each batch of several calls
+# raises it. So does a call that gRPC has announced: else the calls of many clients could go on running one by one.
+# Calls of one pipeline message arrive together. So the wait ends early when no call has come for some turns.
 _MORE_TURNS = 16
 _MOST_TURNS = 48
 _QUIET_TURNS = 12
 
 
 class BatchObserver(Protocol):
-    """Is told of each batch that runs."""
+    """Receives measurements of each batch."""
 
     def batched_calls(self, calls: int) -> None: ...
 
     def batch_wait(self, seconds: float) -> None:
-        """One call waited so long for others."""
+        """One call waited for so long before its batch ran."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Waiting:
-    """One call that waits to be run with others."""
+    """One call in a queue."""
 
     x: Sequence[Array]
     rows: int
     size_bytes: int
-    passage: Passage
+    times: CallTimes
     future: asyncio.Future[list[Array]]
 
 
 class _Queue:
-    """Calls that can share a batch. is_running: one is under way, and the next is made when it is done."""
+    """Calls that can share a batch. is_running: a batch is running or about to; the next one starts after it."""
 
     def __init__(self, plan: Plan, weights: Sequence[Leaf]) -> None:
         self.plan = plan
@@ -66,10 +65,10 @@ class _Queue:
 
 
 class Batcher:
-    """Joins calls that wait at the same time. Used on one event loop alone.
+    """Joins calls that wait at the same time. Used on one event loop only.
 
-    No call sits out a timer: what has arrived within some turns of the event loop, or while a batch ran, is run.
-    max_rows: of a batch of several calls; a longer call runs alone.
+    There is no timer: a batch takes the calls that arrived within some turns of the event loop, or while the batch
+    before it ran. max_rows: of a batch of several calls; a longer call runs alone.
     """
 
     def __init__(self, scheduler: Scheduler, arrivals: Arrivals, observer: BatchObserver, max_rows: int) -> None:
@@ -82,19 +81,20 @@ class Batcher:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def predict(
-        self, plan: Plan, weights: Sequence[Leaf], x: Sequence[Array], size_bytes: int, passage: Passage
+        self, plan: Plan, weights: Sequence[Leaf], x: Sequence[Array], size_bytes: int, times: CallTimes
     ) -> list[Array]:
         """The leaves of the predictions of one call.
 
-        plan: of a function whose leaves, but for the weights, and whose results all have a row for each example, each
-        made of that example alone. weights: the same object for the same weights.
-        Raises what the model raises for this call alone, whatever others were run with it.
+        plan: of a batch-separable function: all leaves but the weights, and all results, have one row for each example,
+        which depends on that example only. weights: the same object for the same weights.
+        x: leaves of shape [B, ...]. Returns leaves of shape [B, ...].
+        Raises what the model raises for this call alone, whichever calls shared its batch.
         """
         shapes = tuple([leaf.shape for leaf in x])
         rows = shapes[0][0]
         if len(shapes) > 1 and any(shape[0] != rows for shape in shapes):
-            # The model may broadcast one leaf over another.
-            return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes, [passage])
+            # The model may broadcast these leaves: run the call alone.
+            return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes, [times])
         key = id(plan), id(weights), tuple([shape[1:] for shape in shapes])
         loop = asyncio.get_running_loop()
         queue = self._queues.get(key)
@@ -103,14 +103,14 @@ class Batcher:
             if self._arrivals.count:
                 self._turns = _MOST_TURNS
             if self._turns == 1:
-                # Calls have come alone of late. Those that come meanwhile, or in the same turn, make a batch.
+                # The last calls came one by one: run this one at once. Calls that arrive meanwhile make a batch.
                 queue.is_running = True
                 try:
                     self._observer.batched_calls(1)
-                    return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes, [passage])
+                    return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes, [times])
                 finally:
                     loop.call_soon(self._start, key, queue)
-        waiting = _Waiting(x, rows, size_bytes, passage, loop.create_future())
+        waiting = _Waiting(x, rows, size_bytes, times, loop.create_future())
         queue.waiting.append(waiting)
         if not queue.is_running:
             queue.is_running = True
@@ -118,9 +118,9 @@ class Batcher:
         return await waiting.future
 
     def _wait(self, key: _Key, queue: _Queue, turns: int, quiet: int, calls: int) -> None:
-        """Lets the event loop turn, so that calls on their way arrive: a turn takes some microseconds, idle or not.
+        """Waits for some turns of the event loop, so that other calls arrive. A turn takes some microseconds.
 
-        quiet: turns since there were no more calls than these.
+        turns: how many are left. quiet: turns without a new call. calls: how many there were in the last turn.
         """
         quiet = quiet + 1 if len(queue.waiting) == calls else 0
         if turns > 1 and quiet < _QUIET_TURNS:
@@ -140,7 +140,7 @@ class Batcher:
         task.add_done_callback(lambda _: self._start(key, queue))
 
     def _next(self, queue: _Queue) -> list[_Waiting]:
-        """The calls at the head of a queue that make the next batch. Those whose callers have left are passed over."""
+        """Takes the calls of the next batch from a queue. Cancelled calls are dropped."""
         batch: list[_Waiting] = []
         rows = 0
         while queue.waiting:
@@ -157,7 +157,7 @@ class Batcher:
         self._observer.batched_calls(len(batch))
         now = time.perf_counter()
         for waiting in batch:
-            self._observer.batch_wait(now - waiting.passage.arrived)
+            self._observer.batch_wait(now - waiting.times.arrived)
         if len(batch) == 1:
             await self._run_alone(queue, batch[0])
             return
@@ -169,15 +169,15 @@ class Batcher:
                 [*queue.weights, *joined],
                 queue.plan.estimates,
                 size_bytes,
-                [waiting.passage for waiting in batch],
+                [waiting.times for waiting in batch],
             )
             rows = sum(waiting.rows for waiting in batch)
             if any(leaf.shape[:1] != (rows,) for leaf in results):
-                # The model was judged batchable and is not: none of these rows may reach a caller.
+                # The model is not batch-separable after all: no client may get any of these rows.
                 _LOGGER.error("a batch of %d rows had results of shapes %s", rows, [leaf.shape for leaf in results])
                 raise ValueError("the model did not keep the number of rows")
         except Exception:
-            # One of them is to blame, and which one shows alone.
+            # Run each call alone, so that only the call that caused the error fails.
             for waiting in batch:
                 await self._run_alone(queue, waiting)
             return
@@ -194,7 +194,7 @@ class Batcher:
         plan = queue.plan
         try:
             results = await self._scheduler.run(
-                plan.run, [*queue.weights, *waiting.x], plan.estimates, waiting.size_bytes, [waiting.passage]
+                plan.run, [*queue.weights, *waiting.x], plan.estimates, waiting.size_bytes, [waiting.times]
             )
         except Exception as error:
             if not waiting.future.done():

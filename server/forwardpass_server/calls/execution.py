@@ -1,4 +1,4 @@
-"""One call of a model's function: admitted, checked, run."""
+"""Runs one call of a model's function: admits it, checks its arguments, and computes its results."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
+from forwardpass.wire.functions import Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.calls.admission import Admission
 from forwardpass_server.calls.batching import Batcher
 from forwardpass_server.calls.model import Leaf
 from forwardpass_server.calls.plans import Plan, Servable
-from forwardpass_server.calls.scheduling import Passage, Scheduler
+from forwardpass_server.calls.scheduling import CallTimes, Scheduler
 from forwardpass_server.weights.store import WeightStore
 
 
 class CallObserver(Protocol):
-    """Is told of each call that runs."""
+    """Receives measurements of each call."""
 
     def batch(self, model: str, function: Function, examples: int) -> None: ...
 
     def call_ran(self, model: str, function: Function, arrived: float, began: float, ended: float) -> None:
-        """A call has run, or failed, or was given up: see `Passage`. Said where the call's own context is current."""
+        """A call has ended, failed, or was cancelled: see `CallTimes`. Called in the context of the call."""
 
 
 class Invocation(NamedTuple):
@@ -48,7 +48,7 @@ class Invocation(NamedTuple):
 
 
 class Executor:
-    """Runs functions of models, as many at once as are admitted."""
+    """Runs functions of models."""
 
     def __init__(
         self,
@@ -100,22 +100,22 @@ class Executor:
     async def _run_batched(
         self, invocation: Invocation, servable: Servable, weights: Sequence[Leaf], leaves: Sequence[Array]
     ) -> list[Array]:
-        """The predictions with those of other calls; the loss, where it is wanted, for each call by itself."""
+        """Predicts in one batch with other calls. A forward pass then computes the loss from its own rows only."""
         self._observe(invocation, servable)
         inputs = len(servable.spec.x.leaves)
         x, y = leaves[:inputs], leaves[inputs:]
         predict, size_bytes = servable.plan(Function.PREDICT_ON_BATCH), invocation.size_bytes
-        passage = Passage()
+        times = CallTimes()
         try:
-            predicted = await self._batcher.predict(predict, weights, x, size_bytes, passage)
+            predicted = await self._batcher.predict(predict, weights, x, size_bytes, times)
             if invocation.function is Function.PREDICT_ON_BATCH:
                 return predicted
             count = len(servable.spec.predictions.leaves)
             predictions, masks = predicted[:count], predicted[count:]
             loss, arguments = servable.plan(Function.LOSS), [*predictions, *y, *masks]
-            results = await self._scheduler.run(loss.run, arguments, loss.estimates, size_bytes, [passage])
+            results = await self._scheduler.run(loss.run, arguments, loss.estimates, size_bytes, [times])
         finally:
-            self._observe_end(invocation, servable, passage)
+            self._observe_end(invocation, servable, times)
         (num_examples,) = servable.spec.batch_output.named_child("num_examples").leaves
         return [*results, *predictions, np.array(predictions[0].shape[0], num_examples.dtype), *masks]
 
@@ -124,21 +124,21 @@ class Executor:
         if x is not None and x.leaves and x.leaves[0].ndim:
             self._observer.batch(servable.identity.name, invocation.function, x.leaves[0].shape[0])
 
-    def _observe_end(self, invocation: Invocation, servable: Servable, passage: Passage) -> None:
+    def _observe_end(self, invocation: Invocation, servable: Servable, times: CallTimes) -> None:
         name = servable.identity.name
-        self._observer.call_ran(name, invocation.function, passage.arrived, passage.began, passage.ended)
+        self._observer.call_ran(name, invocation.function, times.arrived, times.began, times.ended)
 
     async def _run(self, invocation: Invocation, servable: Servable, plan: Plan, leaves: Sequence[Leaf]) -> list[Array]:
         self._observe(invocation, servable)
-        passage = Passage()
+        times = CallTimes()
         try:
-            return await self._scheduler.run(plan.run, leaves, plan.estimates, invocation.size_bytes, [passage])
+            return await self._scheduler.run(plan.run, leaves, plan.estimates, invocation.size_bytes, [times])
         finally:
-            self._observe_end(invocation, servable, passage)
+            self._observe_end(invocation, servable, times)
 
 
 async def _flattened(plan: Plan, parts: Mapping[str, Structure], weights: Sequence[Leaf] | None) -> list[Leaf]:
-    """See `Plan.flatten`. The arguments of a model with many leaves are checked beside the event loop."""
+    """See `Plan.flatten`. Arguments with many leaves are checked on another thread than the event loop's."""
     if plan.is_small:
         return plan.flatten(parts, weights)
     return await asyncio.to_thread(plan.flatten, parts, weights)

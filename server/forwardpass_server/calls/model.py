@@ -1,4 +1,4 @@
-"""What serving asks of a loaded model and of whoever loads it."""
+"""The interfaces of a loaded model and of a model loader."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from forwardpass.wire.description import Function, ModelDescription
+from forwardpass.wire.description import ModelDescription
 from forwardpass.wire.dtypes import Array
+from forwardpass.wire.functions import Function
 
 Leaf = Any
-"""An array, or one that is placed on the device already."""
+"""An array, or a tensor that is on the device already."""
 
 
 class LoadedModel(Protocol):
-    """A model that is traced, warmed and ready to run, on as many threads as call it."""
+    """A model that is traced and warmed. Any number of threads may run it at once."""
 
     @property
     def description(self) -> ModelDescription: ...
@@ -25,14 +26,14 @@ class LoadedModel(Protocol):
         """The leaves of `description.spec.weights`."""
 
     def has_loops(self, function: Function, training: bool) -> bool:
-        """Whether a function may go on for as long as its arguments' values say. False for one that is not there."""
+        """Whether a function has a loop whose length its arguments' values decide. False for a missing function."""
 
     def run(self, function: Function, training: bool, leaves: Sequence[Leaf]) -> list[Array]:
         """Runs one function.
 
-        training: False for functions that make no difference.
-        leaves: those of `spec.arguments[function]`, in order; they fit their specs and stay unchanged meanwhile.
-        Returns the leaves of `spec.results[function]`, in order, read-only.
+        training: False for functions without `has_training`.
+        leaves: those of `spec.arguments[function]`, in order. They fit their specs, and nobody changes them meanwhile.
+        Returns the leaves of `spec.results[function]`, in order, as read-only arrays.
         Raises ModelRefusedInput, OutOfMemory, or what else the model's code raises.
         """
 
@@ -54,4 +55,4 @@ class ModelLoader(Protocol):
     """Loads models."""
 
     def load(self, source: ModelSource) -> LoadedModel:
-        """Reads, traces and warms a model. Whatever it raises means that this version cannot be served."""
+        """Reads, traces and warms a model. If it raises anything, this version cannot be served."""

@@ -1,4 +1,4 @@
-"""What all calls of one function of one model share, worked out once when the model is loaded."""
+"""The plan of one function of one model: what all its calls share, computed once at load."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 from google.protobuf.message import Message
 
 from forwardpass.wire import conform, errors, limits, specs, trees
-from forwardpass.wire.description import MASKS_OF, Function
 from forwardpass.wire.dtypes import Array
+from forwardpass.wire.functions import MASKS_OF, Function
 from forwardpass.wire.specs import StructureSpec
 from forwardpass.wire.structures import Structure
 from forwardpass.wire.trees import Kind
@@ -26,8 +26,9 @@ MessageT = TypeVar("MessageT", bound=Message)
 class Argument:
     """One structure that a function takes.
 
-    is_optional: the function does not read it, so it may be None.
-    masked: for a Keras mask the argument whose mask it is, "" otherwise; masked_leaves: as of `ModelSpec`.
+    is_optional: the function does not read it, so that it may be None.
+    masked: the place of the predictions that this Keras mask is for; "" for an argument that is no mask.
+    masked_leaves: see `ModelSpec.masked_leaves`.
     """
 
     place: str
@@ -41,13 +42,13 @@ class Argument:
 class Plan:
     """How one function of one model is called.
 
-    unavailable: why the model lacks the function; "" where it has it.
-    weights: how many of the arguments, the first ones, are the model's weights.
-    is_prediction: the function is predict_on_batch, or a forward pass that is made of it and the loss.
-    shares_batch: several arguments must agree in the batch dimension.
+    unavailable: why the model lacks the function; "" if the model has it.
+    weights: the number of arguments that are the model's weights; they come first.
+    is_prediction: the function is predict_on_batch, or a forward pass that consists of predict_on_batch and the loss.
+    shares_batch: several arguments must have the same batch size.
     is_small: the arguments have few leaves: see `limits.SMALL_LEAVES`.
-    run: flat leaves in, flat leaves out; only for a function that the model has.
-    estimates: how long it takes.
+    run: computes the flat results from the flat arguments. Only for a function that the model has.
+    estimates: of the time that it takes.
     """
 
     function: Function
@@ -62,9 +63,9 @@ class Plan:
     estimates: Estimates
 
     def flatten(self, parts: Mapping[str, Structure], weights: Sequence[Leaf] | None = None) -> list[Leaf]:
-        """The flat arguments from the structures of a request.
+        """Checks the structures of a request and returns the flat arguments.
 
-        weights: the model's weights, where they are not among the structures.
+        weights: leaves of the model's weights; None if they are among the structures.
         Raises FunctionNotAvailable, StructureMismatch, DTypeMismatch or ShapeMismatch.
         """
         if self.unavailable:
@@ -94,7 +95,7 @@ class Plan:
         return flat
 
     def unflatten(self, leaves: list[Array]) -> dict[str, Structure]:
-        """The structures of a response from the flat results."""
+        """Returns the flat results as the structures of a response."""
         parts = {}
         position = 0
         for place, spec in self.results:
@@ -105,13 +106,13 @@ class Plan:
 
 
 class Servable:
-    """A loaded model with the plans of all its functions."""
+    """A loaded model, with the plans of all its functions."""
 
     def __init__(self, model: LoadedModel) -> None:
         self.model = model
         self.identity = model.description.identity
         self.spec = model.description.spec
-        # Calls with the same weights may share a batch.
+        # Whether calls with the same weights may share a batch.
         self.is_batchable = not model.description.unbatchable_reason
         self._headers: dict[type[Message], Message] = {}
         self._plans = {
@@ -121,13 +122,14 @@ class Servable:
         }
 
     def response_header(self, response_type: type[MessageT]) -> MessageT:
-        """A response of this type that names the model, in the field `model` that every such response has."""
+        """A response of this type whose field `model` is set. Made once for each type."""
         header = self._headers.get(response_type)
         if header is None:
             header = self._headers[response_type] = response_type(model=self.identity.message())
         return cast(MessageT, header)
 
     def plan(self, function: Function, training: bool = False) -> Plan:
+        """The plan of a function. training: False for functions without `has_training`."""
         return self._plans[function, training]
 
 
@@ -154,7 +156,7 @@ def _plan(model: LoadedModel, function: Function, training: bool) -> Plan:
 
 
 def _all_true(argument: Argument, predictions: Sequence[Array]) -> list[Array]:
-    """The mask that counts every position, which is what a request without a mask asks for."""
+    """The mask that counts every position: the default of a request without a mask."""
     masks = []
     for index, leaf in zip(argument.masked_leaves, argument.spec.leaves, strict=True):
         shape = predictions[index].shape
@@ -163,5 +165,5 @@ def _all_true(argument: Argument, predictions: Sequence[Array]) -> list[Array]:
 
 
 def _as_decoded(spec: StructureSpec) -> StructureSpec:
-    """The spec with the very tree that a request's bytes are decoded to: two of one kind need no comparison then."""
+    """The spec with the tree object that requests are decoded to, so that both are compared by identity."""
     return dataclasses.replace(spec, tree=trees.decode(spec.tree.encoded))

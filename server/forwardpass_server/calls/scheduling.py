@@ -1,4 +1,4 @@
-"""Where a call's computation runs: at once on the event loop, or on a thread of its own."""
+"""Decides where a computation runs: inline on the event loop, or on a thread."""
 
 from __future__ import annotations
 
@@ -14,27 +14,26 @@ from forwardpass_server.calls.model import Leaf
 
 ResultT = TypeVar("ResultT")
 
-# Handing work to a thread and back costs 60 to 100 us and a fight over Python's lock: a computation not much longer
-# than that is done sooner where it stands, and holds up nobody for longer than the hand-over would.
+# Run inline below 300 us: a thread hand-over costs 60 to 100 us, and threads compete for Python's lock. So a short
+# computation ends sooner inline, and delays other calls no longer than the hand-over would.
 _INLINE_S = 300e-6
 
-# An estimate sinks to the fastest run seen and rises by a twentieth with each slower one: one run that was held up by
-# something else changes little, a computation that has become slow moves to a thread within some tens of runs.
+# An estimate falls to the fastest run seen, and rises by at most 5 % with each slower run. So one run that something
+# else delayed changes little, and a computation that has become slow moves to a thread within some tens of runs.
 _RISE = 1.05
 
-# What a computation costs may depend on its values, too. One that has held up the event loop for longer than this is
-# kept away from it a hundred times as long: it cannot hold it up for more than a hundredth of the time. Unless it took
-# that long, only what the process worked meanwhile counts: where others take the processor away for some milliseconds,
-# or the kernel's quota does, a thread is no better, and twice the work.
+# The cost of a computation may depend on its values too. A computation that has blocked the event loop for more than
+# 3 ms runs on threads for 100 times as long, so that it blocks the loop for at most 1 % of the time. Below 30 ms only
+# the process's own processor time counts: preemption and CPU quotas delay a thread just as much.
 _STALL_S = 10 * _INLINE_S
 _LONG_STALL_S = 10 * _STALL_S
 _STALL_FACTOR = 100
 
 
 class Estimates:
-    """How long one computation takes, by the power of two of the size of its input.
+    """Estimates the time of one computation, by the size of its input in powers of two (the bucket).
 
-    has_loops: it may go on for as long as its values say, and is never run inline.
+    has_loops: the computation has a loop whose length its values decide, and is never run inline.
     """
 
     def __init__(self, has_loops: bool = False) -> None:
@@ -43,6 +42,7 @@ class Estimates:
         self._inline_from: dict[int, float] = {}
 
     def is_short(self, bucket: int) -> bool:
+        """Whether the computation may run inline."""
         return (
             self._seconds.get(bucket, _INLINE_S) < _INLINE_S
             and not self._has_loops
@@ -50,19 +50,19 @@ class Estimates:
         )
 
     def add(self, bucket: int, seconds: float, worked_s: float, *, inline: bool) -> None:
-        """Takes note of a run.
+        """Adds a measured run.
 
-        worked_s: the processor time that the process took meanwhile. inline: it ran on the event loop.
+        worked_s: the processor time that the process used meanwhile. inline: whether it ran on the event loop.
         """
         self._seconds[bucket] = min(seconds, self._seconds.get(bucket, seconds) * _RISE)
         if inline and (seconds > _LONG_STALL_S or min(seconds, worked_s) > _STALL_S):
             self._inline_from[bucket] = time.monotonic() + _STALL_FACTOR * seconds
 
 
-class Passage:
-    """A call's way through what runs it. Each moment by time.perf_counter; 0 for one that has not been.
+class CallTimes:
+    """When a call arrived, and when its computation began and ended, by time.perf_counter; 0.0 if not yet.
 
-    arrived: when it came, which is now. began, ended: of its computation, of the first and the last where it takes two.
+    A call with two computations has the beginning of the first and the end of the last. arrived: now.
     """
 
     __slots__ = ("arrived", "began", "ended")
@@ -74,9 +74,9 @@ class Passage:
 
 
 class Scheduler:
-    """Runs a computation inline while it is known to be short, else on a thread.
+    """Runs short computations inline, and all others on a pool of threads.
 
-    threads: how many computations may run beside the event loop at once.
+    threads: the size of the pool.
     """
 
     def __init__(self, threads: int) -> None:
@@ -88,25 +88,25 @@ class Scheduler:
         leaves: Sequence[Leaf],
         estimates: Estimates,
         size_bytes: int,
-        passages: Sequence[Passage] = (),
+        times_of_calls: Sequence[CallTimes] = (),
     ) -> ResultT:
-        """The result of compute(leaves). `estimates` belongs to the computation; `size_bytes` is how much goes in.
+        """The result of compute(leaves).
 
-        passages: of the calls that it is for.
+        estimates: of this computation. size_bytes: of its input. times_of_calls: of the calls that it is for.
         """
         bucket = size_bytes.bit_length()
         if estimates.is_short(bucket):
-            return _timed(compute, leaves, estimates, bucket, True, passages)
+            return _timed(compute, leaves, estimates, bucket, True, times_of_calls)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, _timed, compute, leaves, estimates, bucket, False, passages)
+        return await loop.run_in_executor(self._pool, _timed, compute, leaves, estimates, bucket, False, times_of_calls)
 
     async def close(self, timeout_s: float) -> bool:
-        """Waits for what runs, so long. Nothing may be run afterwards. Returns whether everything has ended."""
+        """Stops the pool, and waits for running computations until the timeout. Returns whether all have ended."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
 
         def shut_down() -> None:
             self._pool.shutdown(cancel_futures=True)
-            with contextlib.suppress(RuntimeError):  # Nobody waits any longer.
+            with contextlib.suppress(RuntimeError):  # The event loop was closed after the timeout.
                 loop.call_soon_threadsafe(ended.set)
 
         threading.Thread(target=shut_down, daemon=True).start()
@@ -121,16 +121,16 @@ def _timed(
     estimates: Estimates,
     bucket: int,
     inline: bool,
-    passages: Sequence[Passage],
+    times_of_calls: Sequence[CallTimes],
 ) -> ResultT:
     started, worked_s = time.perf_counter(), time.process_time()
-    for passage in passages:
-        passage.began = passage.began or started
+    for times in times_of_calls:
+        times.began = times.began or started
     try:
         result = compute(leaves)
     finally:
         ended = time.perf_counter()
-        for passage in passages:
-            passage.ended = ended
+        for times in times_of_calls:
+            times.ended = ended
     estimates.add(bucket, ended - started, time.process_time() - worked_s, inline=inline)
     return result

@@ -46,11 +46,11 @@ class ModelSessions(Protocol):
         Raises SessionStoreUnavailable.
         """
 
-    def leave(self, servable: Servable) -> None:
-        """A model is about to be unloaded or replaced."""
+    def retain(self, servable: Servable) -> None:
+        """Keeps a model that is about to be unloaded or replaced, for its open sessions."""
 
     async def release(self) -> bool:
-        """Forgets models that were left and have no sessions. Whether there were any."""
+        """Drops retained models that have no sessions any more; returns whether it dropped any."""
 
 
 class Management(Protocol):
@@ -141,7 +141,7 @@ class RegistryManagement:
             if count:
                 raise errors.ModelInUse(place=f"model {source}", expected="no open metric sessions", found=str(count))
             # Nothing is awaited in between: no session can be opened.
-            self._sessions.leave(served)
+            self._sessions.retain(served)
         if self._registry.unload(source.name, source.version):
             await self._sessions.release()
             await self._on_change(source)
@@ -214,7 +214,7 @@ class RegistryManagement:
 
     async def _load_one(self, source: ModelSource) -> Entry:
         if self.serves(source):
-            self._sessions.leave(self._registry.get(source.name, source.version))
+            self._sessions.retain(self._registry.get(source.name, source.version))
         entry = await background.run(functools.partial(self._load_files, source), "load")
         await self._sessions.release()
         self.relabel()

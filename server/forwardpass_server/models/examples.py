@@ -13,8 +13,9 @@ from typing import Protocol
 import numpy as np
 
 from forwardpass.wire import specs
-from forwardpass.wire.description import Function, ModelSpec
+from forwardpass.wire.description import ModelSpec
 from forwardpass.wire.dtypes import Array
+from forwardpass.wire.functions import Function
 from forwardpass.wire.specs import TensorSpec
 from forwardpass_server.models import probing
 

@@ -16,10 +16,10 @@ import numpy as np
 import tensorflow as tf
 
 from forwardpass.wire import errors
-from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
+from forwardpass.wire.functions import Function
 from forwardpass_server.calls.model import Leaf
-from forwardpass_server.models import graphs, placement, result_shapes
+from forwardpass_server.models import graphs, placement, private_tensorflow, result_shapes
 from forwardpass_server.models.runtime_functions import RuntimeFunction
 from forwardpass_server.models.tracing import Key
 
@@ -57,7 +57,7 @@ def _runner(concrete: Any, device: str) -> Callable[[Sequence[Leaf]], list[Array
         (tensor.dtype.as_datatype_enum, placement.device_of(tensor.dtype, device))
         for tensor in concrete.inputs[: -len(captured) or None]
     ]
-    eager_tensor = placement.eager_tensor_class()
+    eager_tensor, make_tensor = private_tensorflow.eager_tensor_class(), private_tensorflow.tensor_maker()
     # np.asarray shares the tensor's buffer, .numpy() copies it (53 us at 1 MB). On a GPU both copy, to the host.
     result_types = [tensor.dtype for tensor in concrete.outputs]
     readers = [_array if data_type == tf.bfloat16 else np.asarray for data_type in result_types]
@@ -69,7 +69,7 @@ def _runner(concrete: Any, device: str) -> Callable[[Sequence[Leaf]], list[Array
     def run(leaves: Sequence[Leaf]) -> list[Array]:
         with on_device():
             tensors = [
-                leaf if type(leaf) is eager_tensor else eager_tensor(leaf, place, data_type)
+                leaf if type(leaf) is eager_tensor else make_tensor(leaf, place, data_type)
                 for leaf, (data_type, place) in zip(leaves, arguments, strict=True)
             ]
             results = _call(args=tensors + captured, Tout=result_types, f=function)

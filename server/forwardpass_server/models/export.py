@@ -13,7 +13,8 @@ import tensorflow as tf
 
 from forwardpass import v1
 from forwardpass.wire import conform, description, trees
-from forwardpass.wire.description import Function, ModelDescription, ModelIdentity, ModelSpec
+from forwardpass.wire.description import ModelDescription, ModelIdentity, ModelSpec
+from forwardpass.wire.functions import Function
 from forwardpass.wire.specs import StructureSpec
 from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import graphs, masks, tf_specs, tff_saved_model, tracing

@@ -8,8 +8,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from forwardpass.wire.description import BatchOutput, Function
+from forwardpass.wire.description import BatchOutput
 from forwardpass.wire.errors import FunctionNotAvailable
+from forwardpass.wire.functions import METRICS_FUNCTIONS, Function
 from forwardpass_server.models import masks
 
 MetricsFns = tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]
@@ -100,7 +101,7 @@ class FunctionalModel:
         self._unavailable = dict(unavailable or {})
         self._has_prediction_masks = has_prediction_masks
         if metrics_fns is None:
-            for function in _METRICS_FUNCTIONS:
+            for function in METRICS_FUNCTIONS:
                 self._unavailable.setdefault(function, "the model was written without metrics")
 
     @property
@@ -204,14 +205,6 @@ class FunctionalModel:
         reason = self._unavailable.get(function)
         if reason is not None:
             raise FunctionNotAvailable(f"{function.title} is not available: {reason}")
-
-
-_METRICS_FUNCTIONS = (
-    Function.INITIALIZE_METRICS_STATE,
-    Function.UPDATE_METRICS_STATE,
-    Function.WEIGHTED_UPDATE_METRICS_STATE,
-    Function.FINALIZE_METRICS,
-)
 
 
 def _check_tf_function(function: object, name: str) -> None:

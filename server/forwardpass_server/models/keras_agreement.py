@@ -15,8 +15,8 @@ import numpy as np
 import tensorflow as tf
 
 from forwardpass.wire import conform
-from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
+from forwardpass.wire.functions import Function
 from forwardpass.wire.specs import StructureSpec
 from forwardpass_server.models import probing, tf_specs
 from forwardpass_server.models.examples import Examples, Runs

@@ -8,16 +8,14 @@ import json
 import pathlib
 import re
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-# There is no public name for the class of a model of inputs and outputs.
-from keras.src.models.functional import Functional
-
 from forwardpass_server.errors import ModelLoadError
+from forwardpass_server.models import private_keras
 from forwardpass_server.models.keras_losses import InvalidCompileArgument, first_sentence
 from forwardpass_server.models.model_config import FILE_NAME, ModelConfig
 
@@ -69,7 +67,7 @@ class KerasArchive:
 
         Keras draws another one at each load, and no file keeps their state.
         """
-        for index, generator in enumerate(_seed_generators(model)):
+        for index, generator in enumerate(private_keras.seed_generators(model)):
             if generator.get_config()["seed"] is None:
                 digest = hashlib.sha256(self._text + b"\0%d" % index).digest()
                 # Of the range from which Keras draws.
@@ -125,16 +123,6 @@ def unknown_object(error: BaseException | None) -> str | None:
     return None
 
 
-def _seed_generators(model: keras.Model) -> Iterator[keras.random.SeedGenerator]:
-    """Each once, in the order of the layers. Keras lists them in private attributes alone."""
-    seen = set()
-    for layer in model._flatten_layers():
-        for generator in layer._seed_generators:
-            if id(generator) not in seen:
-                seen.add(id(generator))
-                yield generator
-
-
 def _input_spec(model: keras.Model, loss: Any) -> Any:
     """(x, y) where they follow from the model's inputs and outputs and its losses; None where they do not."""
     if loss is None:
@@ -144,7 +132,7 @@ def _input_spec(model: keras.Model, loss: Any) -> Any:
             (inputs,), (outputs,) = model.inputs, model.outputs
         except ValueError:  # It was saved before it had a shape.
             return None
-    elif isinstance(model, Functional):
+    elif isinstance(model, private_keras.Functional):
         inputs, outputs = model.input, model.output
     else:
         return None

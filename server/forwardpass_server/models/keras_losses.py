@@ -9,9 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# The classes behind Model.compile. Its public form would change the caller's model and build an optimizer.
-from keras.src.backend import compute_output_spec
-from keras.src.trainers.compile_utils import CompileLoss
+# The public `Model.compile` would change the caller's model and build an optimizer.
+from forwardpass_server.models.private_keras import CompileLoss, compute_output_spec
 
 LossFn = Callable[..., Any]
 """(y_true, y_pred, sample_weight) -> loss."""

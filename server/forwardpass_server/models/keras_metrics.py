@@ -1,4 +1,4 @@
-"""What `keras.Model.compile` and TFF take as metrics, as three pure functions of a state."""
+"""Keras metrics, in the forms that `keras.Model.compile` and TFF take, as three pure functions of a state."""
 
 from __future__ import annotations
 
@@ -12,13 +12,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-# See `keras_losses`.
-from keras.src.backend import compute_output_spec
-from keras.src.trainers.compile_utils import CompileMetrics
-
 from forwardpass_server.models import keras_names, masks
 from forwardpass_server.models.functional import MetricsFns
 from forwardpass_server.models.keras_losses import InvalidCompileArgument, as_keras_tensors, first_sentence
+from forwardpass_server.models.private_keras import CompileMetrics, compute_output_spec
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -85,7 +82,7 @@ class _Outputs:
 
 
 def _is_one(item: Any) -> bool:
-    """Whether this stands for one metric: not for a sequence or a mapping of them, nor for None."""
+    """Whether this is one metric, its name or its configuration: not a sequence or a mapping of metrics, nor None."""
     if isinstance(item, Mapping):
         return "class_name" in item
     return item is not None and (isinstance(item, str) or not isinstance(item, Sequence))
@@ -96,7 +93,7 @@ def _is_object(item: Any) -> bool:
 
 
 def _is_constructor(item: Any) -> bool:
-    """Whether this makes metrics, and is not one: a class or a callable without required arguments."""
+    """Whether this returns metrics when it is called: a class, or a callable without required arguments."""
     if not callable(item) or isinstance(item, keras.metrics.Metric):
         return False
     try:
@@ -123,11 +120,11 @@ def _resolved(metrics: Any, outputs: _Outputs) -> Any:
 
 def _metric(item: Any, outputs: _Outputs) -> keras.metrics.Metric:
     if isinstance(item, str) and item.lower() in ("accuracy", "acc"):
-        # What these mean depends on the shapes of labels and predictions.
+        # Keras chooses the kind of accuracy by the shapes of labels and predictions.
         compiled = _compiled([item], None, outputs)
         return compiled.metrics[0]
     if isinstance(item, str):
-        # A name of a class or of a function; what is made of a class has a name of its own.
+        # The name of a class or of a function. Keras names an instance of the class.
         item = keras.metrics.get(item)
     metric = _objects(item() if _is_constructor(item) else item)
     if callable(metric) and not isinstance(metric, keras.metrics.Metric):
@@ -138,7 +135,7 @@ def _metric(item: Any, outputs: _Outputs) -> keras.metrics.Metric:
 
 
 def _objects(metrics: Any) -> Any:
-    """The structure with objects for configurations: `compile` takes a dict for outputs by name."""
+    """Makes objects of configurations: `compile` would take the dict of a configuration for outputs by name."""
     if isinstance(metrics, Mapping):
         if "class_name" in metrics:
             return keras.metrics.get(dict(metrics))
@@ -149,7 +146,7 @@ def _objects(metrics: Any) -> Any:
 
 
 def _compiled(metrics: Any, weighted_metrics: Any, outputs: _Outputs) -> Any:
-    """Keras's own metrics of all outputs, after Keras has built them."""
+    """Keras's own container of the metrics of all outputs, built for these shapes."""
     compiled = CompileMetrics(_objects(metrics), _objects(weighted_metrics), output_names=outputs.names)
     compute_output_spec(compiled.update_state, outputs.labels, outputs.predictions)
     return compiled
@@ -160,38 +157,45 @@ def _listed(metrics: Any) -> Any:
 
 
 def _of_compiled(metrics: Any, weighted_metrics: Any, outputs: _Outputs) -> MetricsFns:
+    """The functions of metrics in the form of `keras.Model.compile`: Keras decides which output each one counts."""
     compiled = _compiled(_listed(metrics), _listed(weighted_metrics), outputs)
     names = list(compiled.result())
     if len(names) != len(compiled.metrics):
         raise ValueError(f"two of one name among {[metric.name for metric in compiled.metrics]}")
     named = collections.OrderedDict(zip(names, compiled.metrics, strict=True))
 
-    @tf.function
-    def initialize() -> Any:
-        return _map(lambda metric: tuple(metric.stateless_reset_state()), named)
-
-    @tf.function
-    def update(
-        state: Any, labels: Any, batch_output: Any, sample_weight: Any = None, prediction_mask: Any = None
-    ) -> Any:
-        predictions = masks.attached(batch_output.predictions, prediction_mask)
+    def updated(state: Any, labels: Any, predictions: Any, sample_weight: Any) -> Any:
         flat = [variable for name in names for variable in state[name]]
         updated = iter(compiled.stateless_update_state(flat, labels, predictions, sample_weight))
         return _map(lambda metric: tuple(next(updated) for _ in metric.variables), named)
 
-    @tf.function
-    def finalize(state: Any) -> Any:
-        return _map(_result, named, state)
-
-    return initialize, update, finalize
+    return _functions(named, updated)
 
 
 def _of_metrics(metrics: Any, outputs: _Outputs) -> MetricsFns:
+    """The functions of metrics each of which counts all labels and predictions."""
     for metric in tf.nest.flatten(metrics):
         # Some metrics make their variables only at the first update.
         compute_output_spec(metric.update_state, outputs.labels, outputs.predictions)
         if not _takes_weights(metric):
             _LOGGER.warning("the metric %s takes no sample weights: weighted updates count it without", metric.name)
+
+    def updated(state: Any, labels: Any, predictions: Any, sample_weight: Any) -> Any:
+        def of_one(metric: keras.metrics.Metric, variables: list[Any]) -> Any:
+            weight = {} if sample_weight is None or not _takes_weights(metric) else {"sample_weight": sample_weight}
+            return tuple(metric.stateless_update_state(variables, labels, predictions, **weight))
+
+        return _map(of_one, metrics, state)
+
+    return _functions(metrics, updated)
+
+
+def _functions(metrics: Any, updated: Callable[[Any, Any, Any, Any], Any]) -> MetricsFns:
+    """Metrics as (initialize, update, finalize).
+
+    metrics: one, or an OrderedDict of them. updated: the state after one more batch, from the state before it, labels,
+    predictions with their masks, and sample weights or None.
+    """
 
     @tf.function
     def initialize() -> Any:
@@ -201,13 +205,7 @@ def _of_metrics(metrics: Any, outputs: _Outputs) -> MetricsFns:
     def update(
         state: Any, labels: Any, batch_output: Any, sample_weight: Any = None, prediction_mask: Any = None
     ) -> Any:
-        predictions = masks.attached(batch_output.predictions, prediction_mask)
-
-        def updated(metric: keras.metrics.Metric, variables: list[Any]) -> Any:
-            weight = {} if sample_weight is None or not _takes_weights(metric) else {"sample_weight": sample_weight}
-            return tuple(metric.stateless_update_state(variables, labels, predictions, **weight))
-
-        return _map(updated, metrics, state)
+        return updated(state, labels, masks.attached(batch_output.predictions, prediction_mask), sample_weight)
 
     @tf.function
     def finalize(state: Any) -> Any:
@@ -221,12 +219,12 @@ def _result(metric: keras.metrics.Metric, variables: list[Any]) -> Any:
         try:
             result = metric.result()
         except tf.errors.OperatorNotAllowedInGraphError:
-            # The metric branches on a tensor (R2Score with num_regressors): Keras can do so outside of graphs alone.
+            # The metric branches on a tensor in Python, as R2Score with num_regressors does; AutoGraph converts it.
             with warnings.catch_warnings():
-                # Both branches are traced: a warning of one says nothing.
+                # Both branches are traced, so that a warning of one branch is no news.
                 warnings.simplefilter("ignore")
                 result = tf.autograph.to_graph(type(metric).result)(metric)
-        # A metric may return a variable, which has its value from the state only within this scope.
+        # A metric may return a variable. Its value comes from the state within this scope only.
         return keras.tree.map_structure(tf.convert_to_tensor, result)
 
 
@@ -236,7 +234,7 @@ def _takes_weights(metric: keras.metrics.Metric) -> bool:
 
 
 def _map(function: Callable[..., Any], metrics: Any, *states: Any) -> Any:
-    """A function of each metric and its part of the states."""
+    """Calls a function with each metric and its part of the states."""
     if isinstance(metrics, keras.metrics.Metric):
         return function(metrics, *map(list, states))
     return collections.OrderedDict(

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 
 # There is no public way to put the counters back, and a library must not change those of its caller.
-from keras.src.backend.common import global_state
+from forwardpass_server.models.private_keras import global_state
 
 _COUNTERS = "object_name_uids"
 

@@ -12,8 +12,9 @@ from typing import TypeVar
 import tensorflow as tf
 
 from forwardpass.wire import description
-from forwardpass.wire.description import Function, ModelDescription, ModelIdentity
+from forwardpass.wire.description import ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
+from forwardpass.wire.functions import Function
 from forwardpass_server.calls.model import ModelSource
 from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import (
@@ -28,6 +29,8 @@ from forwardpass_server.models import (
     keras_names,
     keras_settings,
     mergeability,
+    private_keras,
+    private_tensorflow,
     separability,
     tracing,
     trial,
@@ -75,7 +78,8 @@ class TensorFlowLoader:
     imports: modules that register custom Keras objects, which every .keras file may use. They are imported first, and
       then the modules of `factories` (`module:function`): what a model is must not depend on the order of loads.
 
-    Raises ModelLoadError where a module of `imports` cannot be imported.
+    Raises ModelLoadError where a module of `imports` cannot be imported, DeviceNotFound, and UnsupportedLibrary for a
+    TensorFlow or Keras without an interface that the server needs.
     """
 
     def __init__(
@@ -89,6 +93,9 @@ class TensorFlowLoader:
     ) -> None:
         keras_settings.use_defaults()
         self.device = devices.choose(device)
+        private_tensorflow.check(batching=batching, trial=trial_process is not None)
+        with keras_names.fresh():
+            private_keras.check()
         self.tensorflow_version: str = tf.__version__
         self._on_trace = on_trace
         self._batching = batching

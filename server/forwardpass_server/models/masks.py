@@ -10,17 +10,18 @@ from typing import Any
 
 import tensorflow as tf
 
-_ATTRIBUTE = "_keras_mask"
+ATTRIBUTE = "_keras_mask"
+"""Private to Keras: `private_keras.check` tries it when a server starts."""
 
 
 def of(predictions: Any) -> Any:
-    """The masks that predictions carry: their structure with None for each that has none; None if no one has one."""
-    masks = tf.nest.map_structure(lambda leaf: getattr(leaf, _ATTRIBUTE, None), predictions)
+    """The masks that predictions carry, in their structure, None where there is none; None if there is none at all."""
+    masks = tf.nest.map_structure(lambda leaf: getattr(leaf, ATTRIBUTE, None), predictions)
     return masks if any(mask is not None for mask in tf.nest.flatten(masks)) else None
 
 
 def attached(predictions: Any, masks: Any) -> Any:
-    """The predictions with these masks, as `of` returns them. What was passed is left as it is."""
+    """Copies of the predictions that carry these masks, which are as `of` returns them."""
     if masks is None:
         return predictions
     return tf.nest.map_structure(_attached, predictions, masks, check_types=False)
@@ -30,7 +31,7 @@ def _attached(prediction: Any, mask: Any) -> Any:
     if mask is None:
         return prediction
     masked = tf.identity(prediction)
-    setattr(masked, _ATTRIBUTE, mask)
+    setattr(masked, ATTRIBUTE, mask)
     return masked
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from forwardpass.wire.description import Function, ModelSpec
+from forwardpass.wire.description import ModelSpec
 from forwardpass.wire.dtypes import Array
+from forwardpass.wire.functions import Function
 from forwardpass_server.models import probing
 from forwardpass_server.models.examples import Examples, Runs
 
@@ -30,11 +31,7 @@ def reason_against(execution: Runs, spec: ModelSpec, found: Examples | None = No
         if leaf.dtype.kind in "bO":
             return f"{path} holds no numbers: {leaf}"
     rng = np.random.default_rng(0)
-    functions = [
-        function
-        for function in (Function.UPDATE_METRICS_STATE, Function.WEIGHTED_UPDATE_METRICS_STATE)
-        if function not in spec.unavailable
-    ]
+    functions = [function for function in Function.UPDATE_METRICS_STATE.variants if function not in spec.unavailable]
     try:
         return next(
             (

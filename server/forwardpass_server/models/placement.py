@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from forwardpass.wire.dtypes import Array
+from forwardpass_server.models import private_tensorflow
 from forwardpass_server.process import control_groups
 
 _LOGGER = logging.getLogger(__name__)
@@ -22,17 +22,6 @@ CPU = "/device:CPU:0"
 _HOST_SHARE = 0.25
 _GPU_SHARE = 0.5
 _UNKNOWN_GPU_BYTES = 8 * 2**30
-
-
-@functools.cache
-def eager_tensor_class() -> Any:
-    """Makes a tensor of (array, device, data type's number).
-
-    Where the array's data is aligned to 64 bytes and stays on the host, the tensor shares its memory and keeps it
-    alive; else it copies once. tf.constant always copies. Not to be had without starting TensorFlow, and that is for
-    whoever chooses the device: hence a function.
-    """
-    return type(tf.constant(0))
 
 
 def device_of(dtype: tf.DType, device: str) -> str:
@@ -48,7 +37,8 @@ class TensorFlowDevice:
 
     def place(self, array: Array) -> Any:
         dtype = tf.dtypes.as_dtype(array.dtype)
-        return eager_tensor_class()(array, device_of(dtype, self._name), dtype.as_datatype_enum)
+        make = private_tensorflow.tensor_maker()
+        return make(array, device_of(dtype, self._name), dtype.as_datatype_enum)
 
     def fetch(self, placed: Any) -> Array:
         return np.asarray(placed)

@@ -9,19 +9,22 @@ against an error in the rules.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.framework import convert_to_constants
 
-from forwardpass.wire.description import Function, ModelSpec
+from forwardpass.wire.description import ModelSpec
 from forwardpass.wire.dtypes import Array
-from forwardpass_server.models import probing, row_rules
+from forwardpass.wire.functions import Function
+from forwardpass_server.models import private_tensorflow, probing, row_rules
 from forwardpass_server.models.examples import Examples, Runs, Shape
 from forwardpass_server.models.rounding import Rounding
 from forwardpass_server.models.row_rules import Inseparable, Kind
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def reason_against(
@@ -45,7 +48,9 @@ def reason_against(
         _check_graph(concrete, len(weights), len(spec.x.leaves))
     except Inseparable as error:
         return str(error)
-    except Exception as error:  # TensorFlow's own machinery: a graph that it cannot take apart cannot be judged.
+    except Exception as error:
+        # The inliner itself works: `private_tensorflow.check` has tried it. It fails for this graph.
+        _LOGGER.warning("the graph of predict_on_batch cannot be judged", exc_info=True)
         return f"the graph cannot be judged: {type(error).__name__}"
     try:
         return _probe_sizes(execution, found or Examples(spec=spec), weights)
@@ -54,8 +59,7 @@ def reason_against(
 
 
 def _check_graph(concrete: Any, weights: int, inputs: int) -> None:
-    # Functions that the graph calls stand in their callers' place afterwards.
-    definition = convert_to_constants._run_inline_graph_optimization(concrete, False, aggressive_inlining=True)
+    definition = private_tensorflow.inlined(concrete)
     for node in definition.node:
         # What a file or `set_shape` says of a shape may be wrong. TensorFlow infers shapes again without it.
         node.attr.pop("_output_shapes", None)

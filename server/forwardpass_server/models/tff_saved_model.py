@@ -12,7 +12,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from forwardpass.wire.description import BatchOutput, Function
+from forwardpass.wire.description import BatchOutput
+from forwardpass.wire.functions import METRICS_FUNCTIONS, Function
 from forwardpass_server.models import tff_types
 from forwardpass_server.models.functional import FunctionalModel, MetricsFns, x_and_y
 
@@ -47,12 +48,7 @@ def functional_model(root: Any, metrics_fns: Callable[[Any, Any], MetricsFns] | 
         metrics = metrics_fns(x_and_y(input_spec)[1], _result_type(root, "predict_on_batch_inference"))
         unavailable.pop(Function.WEIGHTED_UPDATE_METRICS_STATE, None)
     elif metrics is None:
-        for function in (
-            Function.INITIALIZE_METRICS_STATE,
-            Function.UPDATE_METRICS_STATE,
-            Function.WEIGHTED_UPDATE_METRICS_STATE,
-            Function.FINALIZE_METRICS,
-        ):
+        for function in METRICS_FUNCTIONS:
             unavailable[function] = (
                 "no TFF release saves metrics; name Keras metrics in a forwardpass.json beside the model: "
                 '{"metrics": ["SparseCategoricalAccuracy"]}'

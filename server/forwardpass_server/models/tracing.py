@@ -12,7 +12,8 @@ import numpy as np
 import tensorflow as tf
 
 from forwardpass.wire import conform, errors, specs, trees
-from forwardpass.wire.description import BatchOutput, Function, ModelSpec
+from forwardpass.wire.description import BatchOutput, ModelSpec
+from forwardpass.wire.functions import Function
 from forwardpass.wire.specs import StructureSpec, TensorSpec
 from forwardpass_server.models import graphs, tf_specs
 from forwardpass_server.models.functional import FunctionalModel, x_and_y
@@ -137,7 +138,7 @@ class _Tracer:
         """The fields none of whose leaves an update reads, weighted or not."""
         unused = [
             graphs.unused_arguments(self._functions[function, False])
-            for function in (Function.UPDATE_METRICS_STATE, Function.WEIGHTED_UPDATE_METRICS_STATE)
+            for function in Function.UPDATE_METRICS_STATE.variants
             if (function, False) in self._functions
         ]
         state, y, batch_output, mask = arguments

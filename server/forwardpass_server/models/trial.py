@@ -8,18 +8,18 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from forwardpass.wire import errors
-from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
+from forwardpass.wire.functions import Function
 from forwardpass.wire.specs import describe_shape
 from forwardpass_server.errors import ModelLoadError
-from forwardpass_server.models import examples, graphs, warming
+from forwardpass_server.models import examples, graphs, private_tensorflow, warming
 from forwardpass_server.models.examples import Examples, Given, Shape
 from forwardpass_server.models.tracing import Key, TracedModel
 from forwardpass_server.models.trial_process import Killed, TimedOut, TrialProcess, Unusable
@@ -134,9 +134,7 @@ class _Child:
         definitions: dict[bytes, bytes] = {}
         functions = {}
         for key, concrete in self._functions.items():
-            for one in _with_children(concrete.inference_fn):
-                if one.name not in definitions:
-                    definitions[one.name] = one.cached_definition.SerializeToString()
+            definitions |= private_tensorflow.definitions(concrete)
             captured = list(concrete.captured_inputs)
             functions[key] = (
                 concrete.name,
@@ -176,12 +174,6 @@ class _Child:
         function, training, leaves = self._last
         shapes = ", ".join(describe_shape(np.shape(leaf)) for leaf in leaves)
         return f"{function.title}{' for training' if training else ''} with arguments of shape {shapes}"
-
-
-def _with_children(function: Any) -> Iterator[Any]:
-    yield function
-    for child in function.children:
-        yield from _with_children(child)
 
 
 def _shapes(found: Examples) -> list[Shape]:

@@ -62,10 +62,11 @@ class _Graphs:
 
     def __init__(self) -> None:
         import tensorflow as tf
-        from tensorflow.python.eager import context
+
+        from forwardpass_server.models import private_tensorflow
 
         self._tf = tf
-        self._context = context.context()
+        self._private = private_tensorflow
         self._call = tf.raw_ops.StatefulPartitionedCall
         self._names: list[str] = []
         self._functions: dict[Any, tuple[Any, ...]] = {}
@@ -76,14 +77,10 @@ class _Graphs:
 
         weights: (shape, data type) of each. Replaces what was defined before.
         """
-        from tensorflow.core.framework import function_pb2
-
         while self._names:
-            self._context.remove_function(self._names.pop())
+            self._private.remove_definition(self._names.pop())
         for serialized in definitions:
-            definition = function_pb2.FunctionDef.FromString(serialized)
-            self._context.add_function_def(definition)
-            self._names.append(definition.signature.name)
+            self._names.append(self._private.add_definition(serialized))
         as_dtype = self._tf.as_dtype
         self._functions = {
             key: (name, [*map(as_dtype, arguments)], [*map(as_dtype, results)], captured)
@@ -95,7 +92,7 @@ class _Graphs:
     def run(self, key: Any, has_weights: bool, leaves: list[Any]) -> tuple[str, Any]:
         """("results", arrays), or ("refusal", message) where TensorFlow raises."""
         name, argument_types, result_types, captured = self._functions[key]
-        function = _Named(name)
+        function = self._private.NamedFunction(name)
         try:
             count = len(self._weights) if has_weights else 0
             tensors = [
@@ -111,13 +108,6 @@ class _Graphs:
         except Exception as error:  # A refusal of any kind: the server only asks whether this process survives.
             return "refusal", f"{type(error).__name__}: {str(error)[:2000]}"
         return "results", arrays
-
-
-class _Named:
-    """What the call operation takes for a function."""
-
-    def __init__(self, name: bytes) -> None:
-        self.name = name
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from forwardpass.wire import errors, specs
-from forwardpass.wire.description import Function, ModelSpec
+from forwardpass.wire.description import ModelSpec
 from forwardpass.wire.dtypes import Array
+from forwardpass.wire.functions import Function
 from forwardpass_server.models.examples import Examples, Runs, Shape
 from forwardpass_server.models.tracing import Key
 
@@ -23,10 +24,6 @@ _MAX_PROBED_LEAVES = 8
 # Where a result of one function is an argument of another.
 _PASSED_ON = {"predictions": "output", "prediction_mask": "output_mask"}
 
-# Keras takes one weight for each example only where the loss has one number for each example. Other models refuse them,
-# and there is nothing to mend.
-_WEIGHTED = (Function.WEIGHTED_LOSS, Function.WEIGHTED_UPDATE_METRICS_STATE)
-
 
 def warm(model: Runs, functions: Iterable[Key], examples: Examples, weights: Sequence[Array], name: str) -> None:
     """Runs every function once. Raises what a function raises, unless it refuses the examples."""
@@ -34,7 +31,8 @@ def warm(model: Runs, functions: Iterable[Key], examples: Examples, weights: Seq
         if isinstance(result, errors.ModelRefusedInput):
             # Such a model may be sound: it may want other values.
             _LOGGER.log(
-                logging.INFO if function in _WEIGHTED else logging.WARNING,
+                # Keras takes sample weights only where the loss has one number for each example: this is no fault.
+                logging.INFO if function.takes_sample_weight else logging.WARNING,
                 'model %s: %s%s was not warmed, since it refuses the example batch; "example_input" in '
                 "forwardpass.json names a batch that it accepts: %s",
                 name,

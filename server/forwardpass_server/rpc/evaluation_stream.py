@@ -1,4 +1,4 @@
-"""The stream of an evaluation: batches in, their numbers out once they have counted."""
+"""The stream of an evaluation RPC: it receives batches, and sends their numbers once they are counted."""
 
 from __future__ import annotations
 
@@ -12,35 +12,37 @@ from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.sessions.evaluation import Evaluation
 
-# Taken without a look at other callers.
-_FRAMES_AT_ONCE = 64
+# After so many frames other tasks of the event loop get a turn.
+_FRAMES_PER_TURN = 64
 
 
 class EvaluationStream:
-    """Speaks with the caller of an evaluation.
+    """Joins one RPC's stream of messages to an evaluation.
 
-    inbox: of the stream alone. departure: ends the stream once the batches that were received have counted.
+    inbox: of this stream only. departure: when the server drains, the stream ends after all received batches are
+    counted.
     """
 
     def __init__(self, evaluation: Evaluation, codec: Codec, inbox: AdmittedInbox, departure: Departure) -> None:
-        self._evaluation = evaluation
+        self._identity = evaluation.identity
+        self._batches = evaluation.batches
         self._codec = codec
         self._departure = departure
         self._inbox = inbox
 
     async def run(self, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The stream's responses, until its requests have ended and every batch has counted.
+        """The responses, until the requests have ended and every batch is counted.
 
-        Raises ServerUnavailable where the server leaves first.
+        Raises ServerUnavailable where the server drains before that.
         """
-        evaluation = self._evaluation
-        position: int | None = evaluation.position
-        at = v1.EvaluationPosition(model=evaluation.identity.message(), sequence=position)
+        batches = self._batches
+        position: int | None = batches.position
+        at = v1.EvaluationPosition(model=self._identity.message(), sequence=position)
         yield v1.EvaluateResponse(position=at).SerializeToString()
         reading = asyncio.ensure_future(self._read(requests))
         try:
-            with self._departure.telling(lambda: evaluation.fail(self._departure.error())):
-                while (position := await evaluation.advance(position or 0)) is not None:
+            with self._departure.telling(lambda: batches.fail(self._departure.error())):
+                while (position := await batches.advance(position or 0)) is not None:
                     yield v1.EvaluateResponse(frames=[v1.AnswerFrame(call=position)]).SerializeToString()
         finally:
             reading.cancel()
@@ -55,17 +57,17 @@ class EvaluationStream:
                     if whole is not None:
                         first, data = whole
                         await self._add(first.call, data)
-                    if not index % _FRAMES_AT_ONCE:
+                    if not index % _FRAMES_PER_TURN:
                         await asyncio.sleep(0)
         except Exception as error:
-            self._evaluation.fail(error)
+            self._batches.fail(error)
         else:
-            self._evaluation.complete()
+            self._batches.complete()
 
     async def _add(self, sequence: int, data: bytes | memoryview) -> None:
         try:
-            # A view is read like bytes.
+            # protobuf parses a memoryview like bytes.
             incoming = self._codec.open(v1.EvaluationBatch, data)  # type: ignore[arg-type]
         except errors.InvalidRequest as error:
             raise type(error)(f"batch {sequence}: {error}") from None
-        await self._evaluation.add(sequence, incoming.header.update_id, incoming.size_bytes, incoming.parts)
+        await self._batches.add(sequence, incoming.header.update_id, incoming.size_bytes, incoming.parts)

@@ -1,4 +1,4 @@
-"""The models of metric sessions: those that are served, and those that live on in their sessions alone."""
+"""The models of metric sessions: those in the registry, and unloaded ones that sessions still use."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ ResultT = TypeVar("ResultT")
 
 
 class SessionModels:
-    """Finds the very model that a session was opened with, and tells who unloads one of its sessions.
+    """Finds the model that a session was opened with, and counts the sessions of a model before it is unloaded.
 
-    Used on one event loop alone.
+    Used on one event loop only.
     """
 
     def __init__(self, registry: Registry, store: SessionStore) -> None:
         self._registry = registry
         self._store = store
-        # Models that the registry has no more, or is about to lose: for their sessions, at hand or not.
-        self._left: dict[ModelIdentity, Servable] = {}
-        # Of each model that there ever was: how many sessions somebody has begun to open, and those that are not yet.
-        self._begun: collections.Counter[ModelIdentity] = collections.Counter()
+        # Models that were unloaded, or are about to be, and that open sessions may need.
+        self._retained: dict[ModelIdentity, Servable] = {}
+        # For each model: how many sessions were ever opened here, and which of them are still being opened.
+        self._opened_count: collections.Counter[ModelIdentity] = collections.Counter()
         self._opening: collections.defaultdict[ModelIdentity, set[asyncio.Task[Any]]]
         self._opening = collections.defaultdict(set)
 
@@ -41,18 +41,21 @@ class SessionModels:
         return self._registry.get(name, self._registry.asked_for(name, version, label))
 
     def of(self, identity: ModelIdentity) -> Servable:
-        """The very model that a session was opened with. Raises what `Registry.get` raises, and ModelChanged."""
-        left = self._left.get(identity)
+        """The model that a session was opened with.
+
+        Raises what `Registry.get` raises, and ModelChanged where another model has this name and version by now.
+        """
+        retained = self._retained.get(identity)
         try:
             servable = self._registry.get(identity.name, identity.version)
         except errors.ForwardPassError:
-            if left is None:
+            if retained is None:
                 raise
-            return left
+            return retained
         if servable.identity == identity:
             return servable
-        if left is not None:
-            return left
+        if retained is not None:
+            return retained
         raise errors.ModelChanged(
             place="session",
             expected=f"model {identity} of content {identity.content_hash.hex()[:12]}",
@@ -60,55 +63,59 @@ class SessionModels:
         )
 
     def opening(self, model: ModelIdentity, making: Coroutine[Any, Any, ResultT]) -> asyncio.Task[ResultT]:
-        """A session that is being opened from here on; whoever counts waits for it."""
-        self._begun[model] += 1
+        """Starts to open a session of a model. `count` waits until it is open.
+
+        making: creates the session in the store.
+        """
+        self._opened_count[model] += 1
         opening = self._opening[model]
         task = asyncio.ensure_future(making)
         opening.add(task)
         task.add_done_callback(opening.discard)
-        # Who has left does not ask what came of it.
-        task.add_done_callback(lambda made: made.cancelled() or made.exception())
+        # Read the exception: asyncio would log it as unread if the caller has gone.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
         return task
 
     async def count(self, model: ModelIdentity) -> int:
-        """How many sessions a model has, at hand or not; waits for those that are just being opened here.
+        """How many sessions a model has in the store. Waits for sessions that are being opened here.
 
-        After 0, none is opened here before the caller awaits something else. Raises SessionStoreUnavailable.
+        If it returns 0, no session of this model is opened here before the caller's next await.
+        Raises SessionStoreUnavailable.
         """
         while True:
-            begun, opening = self._begun[model], list(self._opening[model])
+            opened_count, opening = self._opened_count[model], list(self._opening[model])
             if opening:
                 await asyncio.wait(opening)
-            found = await self._store.count_of(word(model))
-            # One that was begun meanwhile may have been missed.
-            if found or self._begun[model] == begun:
+            found = await self._store.count_of(store_tag(model))
+            # A session that was opened while the store counted may be missing: count again.
+            if found or self._opened_count[model] == opened_count:
                 return found
 
-    def leave(self, servable: Servable) -> None:
-        """A model is about to be unloaded or replaced: its sessions are served on, at hand or only in the store."""
-        self._left[servable.identity] = servable
+    def retain(self, servable: Servable) -> None:
+        """Keeps a model that is about to be unloaded or replaced, for its open sessions."""
+        self._retained[servable.identity] = servable
 
     async def release(self) -> bool:
-        """Forgets models that were left and have no sessions any more. Whether there were any. For now and then."""
+        """Drops retained models that have no sessions any more; returns whether it dropped any."""
         released = []
-        for model, left in list(self._left.items()):
+        for model, retained in list(self._retained.items()):
             served = self._served(model)
-            # One that is still served may get sessions until it goes.
-            if served is left:
+            # The registry still serves this model: it may get new sessions until it is unloaded.
+            if served is retained:
                 continue
             with contextlib.suppress(errors.SessionStoreUnavailable):
                 if served is not None or not await self.count(model):
-                    released.append(self._left.pop(model, None))
+                    released.append(self._retained.pop(model, None))
         return bool(released)
 
     def _served(self, model: ModelIdentity) -> Servable | None:
-        """A model as the registry has it; None where it has none, or another under the same name and version."""
+        """The model in the registry; None if it was unloaded or replaced by another one."""
         with contextlib.suppress(errors.ForwardPassError):
             served = self._registry.get(model.name, model.version)
             return served if served.identity == model else None
         return None
 
 
-def word(model: ModelIdentity) -> str:
-    """What a store counts the sessions of a model by."""
+def store_tag(model: ModelIdentity) -> str:
+    """The string under which a store counts the sessions of a model."""
     return f"{model} {model.content_hash.hex()}"

@@ -1,4 +1,4 @@
-"""What sessions ask of whoever keeps them."""
+"""The interface of a session store, and the limits that it enforces."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 
 class SessionKey(NamedTuple):
-    """principal: to whom the session belongs; "" where nobody has to say so. session_id: 16 bytes."""
+    """principal: the owner of the session; "" for callers without credentials. session_id: 16 bytes."""
 
     principal: str
     session_id: bytes
@@ -15,7 +15,7 @@ class SessionKey(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StoredSession:
-    """A session's record as it was kept last. version: 1 when it was made, one more with each replacement."""
+    """A stored record. version: 1 for a new session, and one more after each replacement."""
 
     version: int
     record: bytes
@@ -23,8 +23,10 @@ class StoredSession:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SessionLimits:
-    """Of one principal: sessions at once, and bytes of their records. Seconds without a use until a session expires,
-    and for how long afterwards it is remembered that it has.
+    """max_sessions, max_bytes: the open sessions of one principal, and the bytes of their records.
+
+    idle_expiry_s: a session expires after so long without use. remember_s: for so long after that, calls fail with
+    SessionExpired instead of SessionNotFound.
     """
 
     max_sessions: int
@@ -34,19 +36,19 @@ class SessionLimits:
 
 
 class SessionObserver(Protocol):
-    """Is told what becomes of sessions."""
+    """Counts and measures what a store does."""
 
     def sessions_expired(self, count: int) -> None:
-        """So many have expired. Of a shared store, one server is told of each: whichever comes upon it first."""
+        """So many sessions have expired. In a shared store, one server counts each: the first that notices it."""
 
     def session_commit(self, seconds: float) -> None:
-        """A record was made or replaced, so long after it was handed over."""
+        """A record was created or replaced, in so many seconds."""
 
 
 class SessionStore(Protocol):
-    """Keeps records under keys. What a method has returned from survives the process, where the store says so.
+    """Keeps records under keys. A store says which of its changes survive the process, or a power cut.
 
-    Used on one event loop. Every method may raise SessionStoreUnavailable: what it was to do is then done or not.
+    Used on one event loop. Every method may raise SessionStoreUnavailable: then the change may be made or not.
     """
 
     @property
@@ -55,53 +57,53 @@ class SessionStore(Protocol):
 
     @property
     def place(self) -> str:
-        """Where records are kept, for people."""
+        """Where records are kept, for logs and messages."""
 
     @property
     def problem(self) -> str:
-        """Why the last operation failed, as a sentence for callers; "" where it succeeded. On any thread."""
+        """Why the last operation failed, as a sentence for callers; "" if it succeeded. May be read on any thread."""
 
     async def check(self) -> None:
-        """Tries whether the store works. After a failure it tries a write, since a full store still answers reads.
+        """Tests whether the store works. After a failure it tests a write, since a full store still answers reads.
 
-        Raises SessionStoreUnavailable, and SessionStoreError for a store that refuses this server.
+        Raises SessionStoreUnavailable, and SessionStoreError for a store that refuses this server's credentials.
         """
 
     async def create(self, key: SessionKey, record: bytes, model: str = "") -> StoredSession:
-        """Keeps a new record, at version 1; where there is one already, returns that, which counts as used now.
+        """Stores a new record, at version 1. If there is a record already, returns that one, and marks it as used.
 
-        model: among whose sessions `count_of` counts it; a word of more than 16 bytes, or "" for none.
-        Raises SessionLimitExceeded; SessionNotFound or SessionExpired where a session of this key has ended.
+        model: `count_of` counts the session under this string of more than 16 bytes; "" for none.
+        Raises SessionLimitExceeded; SessionNotFound or SessionExpired if a session with this key has ended.
         """
 
     async def load(self, key: SessionKey) -> StoredSession:
-        """The record; it counts as used now. Raises SessionNotFound or SessionExpired."""
+        """Returns the record, and marks it as used. Raises SessionNotFound or SessionExpired."""
 
     async def replace(self, key: SessionKey, version: int, record: bytes) -> bool:
-        """Puts a record in the place of the one of this version, as one more than that; it counts as used now.
+        """Replaces the record if it has this version, increments the version, and marks the record as used.
 
-        Returns False, and changes nothing, where it is of another version by now; in a shared store also where this
-        very replacement was done and the answer lost, so that it was sent again: the record tells.
+        Returns False, and changes nothing, if the record has another version. A shared store also returns False if it
+        made this replacement, lost the answer, and got the request again: the record tells.
         Raises SessionNotFound, SessionExpired or SessionLimitExceeded.
         """
 
     def touch(self, key: SessionKey) -> None:
-        """Counts a record as used now, where the store is not shared; in one that is, only `load` and `replace` do.
+        """Marks a record as used. Does nothing in a shared store, where only `load` and `replace` do this.
 
         Raises SessionNotFound or SessionExpired.
         """
 
     async def delete(self, key: SessionKey) -> None:
-        """Drops a record, and remembers that it has ended. That it is not there is no error."""
+        """Deletes a record, and remembers that the session has ended. A missing record is no error."""
 
     async def sweep(self) -> None:
-        """Drops what has expired, where nothing else does. To be called every second or so."""
+        """Deletes expired records, if nothing else does. To be called every second or so."""
 
     async def count_of(self, model: str) -> int:
-        """How many sessions of a model are open, whichever server uses them. Of a shared store it may ask a lot."""
+        """How many sessions of a model are open, on all servers. Expensive in a shared store."""
 
     def count(self) -> int:
-        """How many sessions this server knows to be open. Of a shared store, those that it has used of late."""
+        """How many sessions are open. In a shared store, only those that this server has used recently."""
 
     async def close(self) -> None:
-        """Waits for what is being written, and ends."""
+        """Waits for pending writes, and closes the store."""

@@ -1,4 +1,4 @@
-"""Asks the session store again and again whether it works."""
+"""Checks every second whether the session store works."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from forwardpass_server.sessions.store import SessionStore
 
 _PAUSE_S = 1.0
 
-# At the start, and after a failure: each pause is twice the one before, up to `_PAUSE_S`.
+# The first pause of the backoff at the start and after a failure. Each pause is twice the one before, up to `_PAUSE_S`.
 _FIRST_PAUSE_S = 0.1
 
 
 class SessionStoreWatch:
-    """Checks a store every second. `checked` is set after the first check, `reached` after the first that succeeds.
+    """`checked` is set after the first check, and `reached` after the first check that succeeds.
 
-    The store keeps what the checks find, for callers, for the log and for `SessionStore.problem`.
+    The store itself logs a failure, and keeps it in `SessionStore.problem`.
     """
 
     def __init__(self, store: SessionStore) -> None:
@@ -28,14 +28,14 @@ class SessionStoreWatch:
 
     @property
     def problem(self) -> str:
-        """Why the store does not work; "" while it does. On any thread."""
+        """Why the store does not work; "" if it works. May be read on any thread."""
         return self._store.problem
 
     async def watch(self) -> None:
-        """Goes on until it is cancelled."""
+        """Runs until it is cancelled."""
         pause_s = _FIRST_PAUSE_S
         while True:
-            # The store has logged what is wrong with it.
+            # The store has logged the error.
             with contextlib.suppress(errors.SessionStoreUnavailable, SessionStoreError):
                 await self._store.check()
                 self.reached.set()

@@ -183,3 +183,22 @@ def test_a_copied_description_is_the_same_and_has_the_same_element_types(copied)
         found = copied(description.decode(description.encode(whole)))
         assert found == whole
         assert found.spec.sample_weight.leaves[0].data_type is dtype
+
+
+def test_facts_are_those_of_the_description_and_every_function_has_one():
+    mask = StructureSpec.of(TensorSpec((None,), dtypes.BY_NAME["bool"]))
+    spec = model_spec(prediction_mask=mask, unavailable={Function.WEIGHTED_LOSS: "it knows no weights"})
+    described = ModelDescription(ModelIdentity("m", 3, b""), "keras", spec, "rows mix", "", "tried", ("slow", "large"))
+    shown = description.facts(described)
+    facts = dict(shown)
+    assert facts["weights"] == "1 arrays, 6 numbers, 0.00 MiB"
+    assert facts["batching"] == "no: rows mix"
+    assert facts["merging metrics states"] == "yes"
+    assert facts["prediction mask"].startswith("bool[None]; ")
+    assert [value for name, value in shown if name == "warning"] == ["slow", "large"]
+    without = dict(description.facts(dataclasses.replace(described, spec=model_spec())))
+    assert set(facts) - set(without) == {"prediction mask"}
+    functions = dict(description.function_facts(spec))
+    assert list(functions) == [function.title for function in Function]
+    assert functions["loss with sample_weight"] == "no: it knows no weights"
+    assert functions["loss"] == "yes"

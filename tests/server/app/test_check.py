@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from forwardpass_server.app.cli import main
+from forwardpass_server.models import private_tensorflow
 from support.golden import FOLDER
 
 SPEC = {"x": {"dtype": "float32", "shape": [None, 4]}, "y": {"dtype": "float32", "shape": [None, 2]}}
@@ -97,3 +98,26 @@ def test_a_process_checks_with_a_trial(tmp_path):
     command = [sys.executable, "-m", "forwardpass_server.app.cli", "check", str(folder)]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "guard: tried in a child process on 4 sizes of batch, oneDNN off" in shown
+
+
+def test_the_facts_of_a_model_are_those_that_a_client_sees(tmp_path):
+    folder = tmp_path / "m" / "1"
+    folder.mkdir(parents=True)
+    masked = keras.Sequential([keras.Input((None,)), keras.layers.Embedding(5, 2, mask_zero=True)])
+    masked.save(folder / "model.keras")
+    spec = {"x": {"dtype": "float32", "shape": [None, None]}, "y": {"dtype": "float32", "shape": [None, None, 2]}}
+    (folder / "forwardpass.json").write_text(json.dumps({"input_spec": spec, "loss": "mse"}))
+    done = check(folder)
+    assert done.exit_code == 0, done.output
+    shown = dict(line.strip().split(": ", 1) for line in done.output.splitlines() if line.startswith("  "))
+    assert shown["prediction mask"].startswith("bool[None,None]; loss(output, label) counts masked positions unless")
+    assert shown["weights"] == "1 arrays, 10 numbers, 0.00 MiB"
+
+
+def test_a_tensorflow_without_a_private_interface_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr(private_tensorflow, "_failure_of_inlining", lambda: "AttributeError: gone")
+    done = check(put(tmp_path / "digits" / "3"))
+    assert done.exit_code == 1
+    (line,) = done.output.splitlines()
+    assert line.startswith("Error: TensorFlow ")
+    assert "batching needs its private _run_inline_graph_optimization, which failed (AttributeError: gone)" in line

@@ -14,7 +14,8 @@ from click.testing import CliRunner
 from forwardpass_client.cli.commands import forwardpass
 from forwardpass_server.app import options
 from forwardpass_server.app.cli import main
-from forwardpass_server.app.settings import Settings, SettingsError
+from forwardpass_server.app.settings import Settings
+from forwardpass_server.errors import SettingsError
 from support.environments import ROOT
 
 SERVE = {option.name: option for option in main.commands["serve"].params}

@@ -12,7 +12,7 @@ import pytest
 from forwardpass.wire import errors
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.calls.batching import Batcher
-from forwardpass_server.calls.scheduling import Estimates, Passage, Scheduler
+from forwardpass_server.calls.scheduling import CallTimes, Estimates, Scheduler
 
 WEIGHTS = (np.float32(2),)
 
@@ -62,7 +62,7 @@ def rows(*values) -> list[np.ndarray]:
 
 
 def predict(batcher, doubling, x, weights=WEIGHTS):
-    return asyncio.ensure_future(batcher.predict(doubling.plan, weights, x, 100, Passage()))
+    return asyncio.ensure_future(batcher.predict(doubling.plan, weights, x, 100, CallTimes()))
 
 
 async def come_together(batcher, doubling, observer) -> None:

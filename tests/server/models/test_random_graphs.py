@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.calls.batching import Batcher
-from forwardpass_server.calls.scheduling import Estimates, Passage, Scheduler
+from forwardpass_server.calls.scheduling import CallTimes, Estimates, Scheduler
 from forwardpass_server.models import row_rules
 from support.predictors import Predictor
 from support.random_graphs import RandomGraph
@@ -51,7 +51,7 @@ async def _batched(scheduler: Scheduler, predictor: Predictor, callers: Sequence
     batcher = Batcher(scheduler, Arrivals(), observer, max_rows=100)
     batcher._turns = 4  # Calls have come together of late: these are waited for.
     plan = types.SimpleNamespace(run=predictor.run_flat, estimates=Estimates())
-    answers = await asyncio.gather(*(batcher.predict(plan, predictor.weights, x, 100, Passage()) for x in callers))
+    answers = await asyncio.gather(*(batcher.predict(plan, predictor.weights, x, 100, CallTimes()) for x in callers))
     assert observer.calls == [len(callers)]
     return answers
 

@@ -11,7 +11,7 @@ import pytest
 
 from forwardpass.wire import errors, manifests, tensors
 from forwardpass.wire.structures import Structure
-from forwardpass_server.sessions.service import Reader
+from forwardpass_server.calls.ordered_batches import Reader
 from support.metric_sessions import OTHER, SESSION, Rig, Writer, batch, counted, given, run
 
 WRITER = b"e" * 16
@@ -37,13 +37,13 @@ async def put_weights(rig: Rig, seed: int = 0) -> bytes:
 
 @contextlib.asynccontextmanager
 async def evaluation(rig: Rig, *session_ids: bytes, writer_id: bytes = WRITER):
-    """An evaluation in these sessions, which are opened; each has weights of its own."""
+    """The batches of an evaluation in these sessions, which are opened; each has weights of its own."""
     targets = []
     for index, session_id in enumerate(session_ids or (SESSION,)):
         await rig.sessions.open("", session_id, "counting", 0)
         targets.append((session_id, await put_weights(rig, index)))
     async with rig.evaluations.begin("", writer_id, False, targets) as found:
-        yield found
+        yield found.batches
 
 
 async def counts_of(rig: Rig, session_id: bytes = SESSION) -> tuple[int, int]:
@@ -186,7 +186,7 @@ def test_a_batch_waits_while_as_many_are_on_their_way_as_may_be():
             adding = asyncio.ensure_future(add_all(found, 100))
             most = 0
             while not adding.done():
-                most = max(most, len(found._arriving))
+                most = max(most, found.in_progress)
                 await asyncio.sleep(0)
             found.complete()
             await finish(found)
@@ -206,7 +206,7 @@ def test_long_batches_wait_for_each_other():
         async with evaluation(rig) as found:
             for number in (1, 2, 3):
                 await found.add(*numbered(number, size_bytes=40 * 2**20))
-                assert len(found._arriving) == 1
+                assert found.in_progress == 1
             found.complete()
             assert (await finish(found))[-1] == 3
 

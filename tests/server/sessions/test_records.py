@@ -12,7 +12,7 @@ from forwardpass.wire import errors
 from forwardpass.wire.description import ModelIdentity
 from forwardpass.wire.structures import Structure
 from forwardpass_server.sessions import records as session_records
-from forwardpass_server.sessions.records import Record, Standing, UpdateIdentity, Writer
+from forwardpass_server.sessions.records import Record, UpdateIdentity, UpdateStatus, Writer
 from support.arrays import same_bits
 
 SESSION, WRITER = b"s" * 16, b"w" * 16
@@ -40,10 +40,10 @@ def test_a_record_comes_back_as_it_was():
 
 
 def test_updates_of_one_writer_follow_each_other():
-    assert RECORD.standing(identity(1)) is Standing.NEXT
-    assert after(1, 2).standing(identity(3)) is Standing.NEXT
-    assert after(1, 2).standing(identity(2)) is Standing.APPLIED
-    assert after(1, 2).standing(identity(1, writer=b"o" * 16)) is Standing.NEXT
+    assert RECORD.status_of(identity(1)) is UpdateStatus.NEW
+    assert after(1, 2).status_of(identity(3)) is UpdateStatus.NEW
+    assert after(1, 2).status_of(identity(2)) is UpdateStatus.DUPLICATE
+    assert after(1, 2).status_of(identity(1, writer=b"o" * 16)) is UpdateStatus.NEW
     assert (after(1, 2).sequence(WRITER), after(1, 2).sequence(b"o" * 16)) == (2, 0)
 
 
@@ -59,7 +59,7 @@ def test_updates_of_one_writer_follow_each_other():
 )
 def test_others_are_refused_with_what_was_expected(record, update, message):
     with pytest.raises(errors.SequenceMismatch) as caught:
-        record.standing(update)
+        record.status_of(update)
     assert str(caught.value).startswith(message)
 
 
@@ -67,8 +67,8 @@ def test_a_session_has_so_many_writers():
     writers = {index.to_bytes(16, "big"): Writer(1, b"u" * 16, b"") for index in range(1024)}
     full = dataclasses.replace(RECORD, writers=writers)
     with pytest.raises(errors.SessionLimitExceeded, match="writers of this session: expected at most 1024"):
-        full.standing(identity(1))
-    assert full.standing(UpdateIdentity(SESSION, bytes(16), 2, b"v" * 16)) is Standing.NEXT
+        full.status_of(identity(1))
+    assert full.status_of(UpdateIdentity(SESSION, bytes(16), 2, b"v" * 16)) is UpdateStatus.NEW
 
 
 def test_a_short_outcome_is_recorded_and_a_long_one_is_not():

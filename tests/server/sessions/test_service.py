@@ -16,7 +16,7 @@ from forwardpass_server.calls.execution import Invocation
 from forwardpass_server.calls.model import ModelSource
 from forwardpass_server.catalog.registry import Registry
 from forwardpass_server.models.loading import TensorFlowLoader
-from forwardpass_server.sessions import cache as known_sessions
+from forwardpass_server.sessions.cache import CacheLimits
 from forwardpass_server.sessions.store import SessionKey
 from forwardpass_server.sessions.stores.memory import MemorySessionStore
 from forwardpass_server.sessions.stores.redis import RedisSessionStore
@@ -112,7 +112,7 @@ def test_a_caller_that_leaves_does_not_take_its_update_back():
         calling = asyncio.ensure_future(rig.update(writer, 1))
         # Handed over with its first step, and stored some steps later.
         await asyncio.sleep(0)
-        assert rig.known._cached[SessionKey("", SESSION)].is_committing
+        assert rig.cache.find(SessionKey("", SESSION)).is_committing
         calling.cancel()
         await rig.update(writer, 1, sequence=1)
         assert await found(rig) == counts(1, 3, 3)
@@ -305,9 +305,9 @@ def test_a_state_larger_than_may_be_is_refused_and_the_session_goes_on():
     run(scenario, names=("remembering",), max_state_bytes=1000)
 
 
-def test_sessions_that_are_not_at_hand_are_read_from_the_store(monkeypatch):
+def test_sessions_that_are_not_cached_are_read_from_the_store():
     # Each takes 4 KiB and its record.
-    monkeypatch.setattr(known_sessions, "_CACHED_BYTES", 2**15)
+    limits = CacheLimits(size_bytes=2**15)
 
     async def scenario(rig):
         ids = [index.to_bytes(16, "big") for index in range(20)]
@@ -316,50 +316,83 @@ def test_sessions_that_are_not_at_hand_are_read_from_the_store(monkeypatch):
             await rig.sessions.open("", one, "counting", 0)
         for _ in range(3):
             await asyncio.gather(*(rig.update(writer, 2) for writer in writers))
-        assert 0 < len(rig.known._cached) < 10
-        assert rig.known._cached_bytes <= 2**15
+        assert 0 < len(rig.cache) < 10
+        assert rig.cache.size_bytes <= 2**15
         assert [await found(rig, one) for one in ids] == [counts(3, 9, 18)] * 20
 
-    run(scenario)
+    run(scenario, cache_limits=limits)
 
 
-def test_sessions_that_nobody_uses_are_no_longer_at_hand_and_go_on_all_the_same(monkeypatch):
+def test_the_size_of_a_cached_session_follows_its_state():
+    async def scenario(rig):
+        await rig.sessions.open("", SESSION, "remembering", 0)
+        writer, before = Writer(), rig.cache.size_bytes
+        for number in range(3):
+            await rig.sessions.update("", writer.identity(), given(counted(number, 500)), 100)
+        state_bytes = sum(leaf.nbytes for leaf in (await rig.sessions.get("", SESSION)).record.state.leaves)
+        assert state_bytes >= 3 * 500 * 8
+        assert rig.cache.size_bytes - before >= state_bytes
+        await rig.sessions.close("", SESSION)
+        assert rig.cache.size_bytes == 0
+
+    run(scenario, names=("remembering",))
+
+
+def test_sessions_whose_states_grow_beyond_the_limit_leave_the_cache():
+    # Two sessions fit as long as they are small.
+    limits = CacheLimits(size_bytes=2**15)
+
+    async def scenario(rig):
+        for session_id in (SESSION, OTHER):
+            await rig.sessions.open("", session_id, "remembering", 0)
+        assert len(rig.cache) == 2
+        writer = Writer()
+        for number in range(7):
+            await rig.sessions.update("", writer.identity(), given(counted(number, 500)), 100)
+        assert rig.cache.find(SessionKey("", OTHER)) is None
+        # The store has it.
+        assert (await rig.sessions.get("", OTHER)).record.updates == 0
+        assert (await rig.sessions.get("", SESSION)).record.updates == 7
+
+    run(scenario, names=("remembering",), cache_limits=limits)
+
+
+@pytest.mark.parametrize("idle_s, cached", [(60.0, 1), (0.0, 0)])
+def test_idle_sessions_leave_the_cache_and_go_on_all_the_same(idle_s, cached):
     async def scenario(rig):
         writer = Writer()
         await rig.sessions.open("", SESSION, "counting", 0)
         await rig.update(writer, 2)
-        rig.known.sweep()
-        assert len(rig.known._cached) == 1
-        monkeypatch.setattr(known_sessions, "_CACHED_S", 0.0)
-        rig.known.sweep()
-        assert not rig.known._cached
-        assert not rig.known._cached_bytes
+        rig.cache.sweep()
+        assert len(rig.cache) == cached
+        assert bool(rig.cache.size_bytes) == bool(cached)
         await rig.update(writer, 2)
         assert await found(rig) == counts(2, 6, 12)
 
-    run(scenario)
+    run(scenario, cache_limits=CacheLimits(idle_s=idle_s))
 
 
-def test_an_unloaded_model_lives_on_in_its_sessions_until_they_are_closed(monkeypatch):
+def test_an_unloaded_model_lives_on_in_its_sessions_until_they_are_closed():
     async def scenario(rig):
         writer = Writer()
         await rig.sessions.open("", SESSION, "counting", 0)
         await rig.update(writer, 2)
-        # Not at hand when the model goes.
-        monkeypatch.setattr(known_sessions, "_CACHED_S", 0.0)
-        rig.known.sweep()
+        # The session is not cached when the model is unloaded.
+        rig.cache.sweep()
+        assert not len(rig.cache)
         with unloaded(rig):
             assert not await rig.models.release()
             await rig.update(writer, 2)
-            rig.known.sweep()
+            rig.cache.sweep()
             assert await found(rig) == counts(2, 6, 12)
             with pytest.raises(errors.ModelNotFound):
                 await rig.sessions.open("", OTHER, "counting", 0)
             await rig.sessions.close("", SESSION)
             assert await rig.models.release()
-            assert not rig.models._left
+            # Nothing is left to release.
+            assert not await rig.models.release()
 
-    run(scenario)
+    run(scenario, cache_limits=CacheLimits(idle_s=0.0))
 
 
 class SlowStore(MemorySessionStore):
@@ -378,7 +411,7 @@ class SlowStore(MemorySessionStore):
 @contextlib.contextmanager
 def unloaded(rig):
     """Without `counting`, which other tests share."""
-    rig.models.leave(rig.registry.get("counting", 1))
+    rig.models.retain(rig.registry.get("counting", 1))
     assert rig.registry.unload("counting", 1)
     try:
         yield
@@ -405,7 +438,7 @@ def test_an_unloaded_model_lives_on_in_sessions_that_only_the_store_has():
 def test_a_model_that_is_loaded_anew_as_it_was_is_not_held_twice():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
-        rig.models.leave(rig.registry.get("counting", 1))
+        rig.models.retain(rig.registry.get("counting", 1))
         assert not await rig.models.release()
         rig.registry.load(ModelSource("counting", 1, factory="support.zoo:counting"), TensorFlowLoader("cpu"))
         assert await rig.models.release()
@@ -417,10 +450,10 @@ def test_a_model_that_is_loaded_anew_as_it_was_is_not_held_twice():
 
 def test_a_model_that_is_about_to_go_is_left_to_the_sessions_that_it_gets_until_then():
     async def scenario(rig):
-        rig.models.leave(rig.registry.get("counting", 1))
+        rig.models.retain(rig.registry.get("counting", 1))
         assert not await rig.models.release()
         await rig.sessions.open("", SESSION, "counting", 0)
-        rig.known._cached.clear()
+        rig.cache.remove(SessionKey("", SESSION))
         assert rig.registry.unload("counting", 1)
         try:
             await rig.update(Writer(), 2)
@@ -433,13 +466,18 @@ def test_a_model_that_is_about_to_go_is_left_to_the_sessions_that_it_gets_until_
 
 def test_a_model_whose_sessions_cannot_be_counted_is_not_released():
     class AwayStore(MemorySessionStore):
+        is_away = True
+
         async def count_of(self, model):
-            raise errors.SessionStoreUnavailable
+            if self.is_away:
+                raise errors.SessionStoreUnavailable
+            return await super().count_of(model)
 
     async def scenario(rig):
         with unloaded(rig):
             assert not await rig.models.release()
-            assert len(rig.models._left) == 1
+            rig.store.is_away = False
+            assert await rig.models.release()
 
     run(scenario, AwayStore(LIMITS, Observer()))
 
@@ -510,9 +548,9 @@ def test_a_session_that_is_opened_while_they_are_counted_is_counted():
     run(scenario, CountingStore(LIMITS, Observer()))
 
 
-def test_a_forward_pass_outlives_its_session_at_hand(monkeypatch):
+def test_a_forward_pass_goes_on_when_its_session_has_left_the_cache():
     # Two objects stand for one session then: the store decides between them.
-    monkeypatch.setattr(known_sessions, "_CACHED_BYTES", 0)
+    limits = CacheLimits(size_bytes=0)
 
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
@@ -525,7 +563,7 @@ def test_a_forward_pass_outlives_its_session_at_hand(monkeypatch):
         await asyncio.gather(*map(write, writers))
         assert await found(rig) == counts(80, 240, 8 * 3 * 45)
 
-    run(scenario)
+    run(scenario, cache_limits=limits)
 
 
 def test_a_session_of_a_model_that_has_changed_or_gone_says_so():

@@ -1,4 +1,4 @@
-"""Which sessions of one server are open and which have ended, by its monotonic clock."""
+"""Tracks which sessions of one server are open and which have ended, by its monotonic clock."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from forwardpass_server.sessions.store import SessionKey, SessionLimits, SessionObserver
 from forwardpass_server.sessions.stores import refusals
 
-# Ended sessions of one principal, the latest ones: else who opens and closes them in a loop would fill the memory.
+# How many ended sessions of one principal are remembered: a client may open and close sessions in a loop.
 MAX_REMEMBERED = 2**16
 
 
@@ -20,12 +20,12 @@ class Lifetimes:
         self._limits = limits
         self._observer = observer
         self._clock = clock
-        # When each was used; what was not for the longest time stands first.
+        # The time of the last use of each, in the order of use.
         self._open: collections.OrderedDict[SessionKey, float] = collections.OrderedDict()
-        # Of each that is open and has one, and how many are of each.
+        # The model of each open session that has one, and the number of sessions of each model.
         self._models: dict[SessionKey, str] = {}
         self._counts: collections.Counter[str] = collections.Counter()
-        # Of each principal, in the order in which they ended: whether by expiry, and until when that is remembered.
+        # For each principal, in the order of their end: whether the session expired, and until when it is remembered.
         self._ended: dict[str, collections.OrderedDict[bytes, tuple[bool, float]]] = {}
         self._forgotten: list[SessionKey] = []
 
@@ -38,7 +38,7 @@ class Lifetimes:
         return self._counts[model]
 
     def open(self, key: SessionKey, model: str = "") -> None:
-        """A session is there, and counts as used now, if it has not ended meanwhile. model: of a new one."""
+        """Adds a session, or marks it as used, unless it has ended. model: of a new session."""
         if self._has_ended(key):
             return
         if model and key not in self._open:
@@ -48,20 +48,20 @@ class Lifetimes:
         self._open.move_to_end(key)
 
     def use(self, key: SessionKey) -> None:
-        """Counts a session as used now. Raises SessionNotFound or SessionExpired."""
+        """Marks a session as used. Raises SessionNotFound or SessionExpired."""
         if key not in self._open:
             self.refuse_ended(key)
             raise refusals.not_found(key)
         self.open(key)
 
     def refuse_ended(self, key: SessionKey) -> None:
-        """Raises SessionNotFound or SessionExpired where it is remembered that a session has ended."""
+        """Raises SessionNotFound or SessionExpired for a session that is remembered to have ended."""
         if self._has_ended(key):
             is_expired, _ = self._ended[key.principal][key.session_id]
             raise refusals.ended(key, is_expired)
 
     def end(self, key: SessionKey, *, is_expired: bool) -> None:
-        """A session has ended, which is remembered."""
+        """Removes a session, and remembers that it has ended."""
         self._open.pop(key, None)
         model = self._models.pop(key, "")
         if model:
@@ -75,7 +75,7 @@ class Lifetimes:
             self._forgotten.append(SessionKey(key.principal, session_id))
 
     def expire(self) -> list[SessionKey]:
-        """Ends what was not used for too long, and returns it."""
+        """Ends the sessions that were idle for too long, and returns their keys."""
         last = self._clock() - self._limits.idle_expiry_s
         expired = [key for key, _ in itertools.takewhile(lambda entry: entry[1] <= last, self._open.items())]
         for key in expired:
@@ -85,7 +85,7 @@ class Lifetimes:
         return expired
 
     def forget(self) -> list[SessionKey]:
-        """What was remembered for long enough, and is not any more."""
+        """Forgets ended sessions that were remembered for long enough, and returns their keys."""
         now = self._clock()
         for principal, remembered in list(self._ended.items()):
             old = [one for one, _ in itertools.takewhile(lambda entry: entry[1][1] <= now, remembered.items())]

@@ -1,4 +1,4 @@
-"""Sessions in this process's memory: they end with it."""
+"""The session store in memory: its sessions end with the process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class MemorySessionStore:
         self._size_bytes: dict[str, int] = {}
 
     async def check(self) -> None:
-        """It always works."""
+        """Never fails."""
 
     async def create(self, key: SessionKey, record: bytes, model: str = "") -> StoredSession:
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Sessions in Redis, which any number of servers share."""
+"""The session store in Redis, which any number of servers share."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ _LOGGER = logging.getLogger(__name__)
 
 _SCRIPT = importlib.resources.files(__package__).joinpath("redis_step.lua").read_text()
 
-# Calls beyond so many wait here: Redis runs one step at a time, however many ask.
+# Further calls wait in this process: Redis runs one step at a time anyway.
 _MAX_CONNECTIONS = 32
 
 _RETRY_AFTER_S = 1.0
 
-# Of a check: Redis does one thing at a time, and one that lets a ping wait so long lets every call wait.
+# The timeout of a check. If Redis delays a ping for so long, it delays every call.
 _CHECK_TIMEOUT_S = 2.0
 
-# While Redis is away, from one call that tries it to the next. Each pause is twice the one before: all other calls fail
-# at once, so that their callers learn the reason within their deadlines.
+# The backoff while Redis does not answer: one call tries it after each pause, and all other calls fail at once, so that
+# their clients get the reason within their deadlines. Each pause is twice the one before.
 _FIRST_TRIAL_PAUSE_S = 0.1
 _TRIAL_PAUSE_S = 2.0
 
-# The key of a principal's models, after its prefix.
+# The end of the key that holds the counts of a principal's sessions by model.
 _MODELS = ":models"
 
-# Keys that Redis looks at between other servers' steps, for some 100 us.
+# Keys that Redis scans in one step, in some 100 us.
 _SCANNED = 1000
 
 
 class RedisSessionStore:
-    """A SessionStore that is shared. What was acknowledged survives as Redis was set up to keep it.
+    """A shared SessionStore. Whether acknowledged updates survive depends on the configuration of Redis.
 
-    Sessions expire by Redis's clock. What was sent on a connection that breaks is sent once more: a replacement that
-    was done the first time returns False then.
-    url: redis:// or rediss://, as redis-py reads it, with the password where there is one; it is shown nowhere.
+    Sessions expire by the clock of Redis. A request on a connection that breaks is sent once more: a replacement that
+    was made the first time then returns False.
+    url: redis:// or rediss://, as redis-py reads it, maybe with a password, which no message shows.
     While Redis does not answer, one call at a time tries it, and all others fail at once with the reason.
-    timeout_s: of each call, with the waiting for a connection. clock: tells which sessions `count` counts.
+    timeout_s: of each call, including the wait for a connection. clock: for `count`, which counts recent uses.
     Raises SessionStoreError for another url. Connects with the first call.
     """
 
@@ -77,12 +77,12 @@ class RedisSessionStore:
                 url,
                 max_connections=_MAX_CONNECTIONS,
                 timeout=None,
-                # Connections from before a restart of Redis are noticed when they are used.
+                # After a restart of Redis, a pooled connection fails at its first use.
                 retry=Retry(NoBackoff(), 1),
                 socket_connect_timeout=timeout_s,
                 socket_timeout=timeout_s,
             )
-            # An option that there is none of shows when a connection is made of it.
+            # Raises TypeError for an unknown option in the url.
             pool.connection_class(**pool.connection_kwargs)
         except (TypeError, ValueError):
             raise SessionStoreError(
@@ -96,22 +96,22 @@ class RedisSessionStore:
         self._clock = clock
         self._calls: set[asyncio.Future[Any]] = set()
         self.problem = ""
-        self._was_greeted = False
-        # Redis does not answer: when the next call may try it, by time.monotonic, and the pause after that one.
+        self._settings_checked = False
+        # While Redis does not answer: when the next call may try it, by time.monotonic, and the pause after that.
         self._is_away = False
         self._next_trial = 0.0
         self._trial_pause_s = _FIRST_TRIAL_PAUSE_S
-        # When this server has used each session; what it has not used for the longest time stands first.
+        # When this server last used each session, in the order of use.
         self._used: collections.OrderedDict[SessionKey, float] = collections.OrderedDict()
 
     async def check(self) -> None:
-        """See SessionStore. The first time, logs which settings of Redis may lose what was acknowledged."""
+        """See SessionStore. The first check logs a warning for settings of Redis that may lose acknowledged updates."""
         try:
-            if not self._was_greeted:
-                self._warn(await self._trial(self._client.info()))
-                self._was_greeted = True
+            if not self._settings_checked:
+                self._warn_of_settings(await self._trial(self._client.info()))
+                self._settings_checked = True
             elif self.problem:
-                # Redis refuses a write when it is full, and a ping never.
+                # A full Redis refuses writes, but no ping.
                 await self._trial(self._client.set("forwardpass:check", b"", px=1000), proves_writes=True)
             else:
                 await self._trial(self._client.ping())
@@ -120,7 +120,7 @@ class RedisSessionStore:
                 raise SessionStoreError(f"session store {self.place}: {error}") from error
             raise
 
-    def _warn(self, info: Any) -> None:
+    def _warn_of_settings(self, info: Any) -> None:
         if not info.get("aof_enabled"):
             _LOGGER.warning("session store %s: appendonly is off; sessions end with Redis", self.place)
         if info.get("maxmemory") and info.get("maxmemory_policy") != "noeviction":
@@ -139,7 +139,7 @@ class RedisSessionStore:
         return what == b"replaced"
 
     def touch(self, key: SessionKey) -> None:
-        """Nothing: the record is in Redis."""
+        """Does nothing: only steps in Redis mark a record as used."""
 
     async def delete(self, key: SessionKey) -> None:
         self._used.pop(key, None)
@@ -150,12 +150,12 @@ class RedisSessionStore:
         idle = []
         while self._used and next(iter(self._used.values())) <= last:
             idle.append(self._used.popitem(last=False)[0])
-        # Redis has dropped the records; a step of each principal makes it count them.
+        # Redis has deleted the records by itself. One step for each principal updates the counts.
         for key in {key.principal: key for key in idle}.values():
             await self._call("sweep", _prefix(key.principal))
 
     async def count_of(self, model: str) -> int:
-        """Looks through the names of all keys in Redis, some thousands at a time, for the principals that there are."""
+        """See SessionStore. Scans the names of all keys in Redis to find all principals."""
         found: set[bytes] = set()
         cursor: int | None = None
         while cursor != 0:
@@ -176,7 +176,7 @@ class RedisSessionStore:
     async def _step(
         self, action: str, key: SessionKey, version: int = 0, record: bytes = b"", model: str = ""
     ) -> tuple[bytes, Any, Any]:
-        """What came of a step of an open session, or of one to be made; what is refused is raised."""
+        """Runs a step on one session. Raises the error of a refused step."""
         started = time.perf_counter()
         what, first, second = await self._call(action, _prefix(key.principal), key.session_id, version, record, model)
         if what in (b"expired", b"closed", b"missing"):
@@ -212,24 +212,24 @@ class RedisSessionStore:
         return what, first, second
 
     async def _bounded(self, calling: Any) -> Any:
-        """What a call returns. Raises SessionStoreUnavailable, at once while Redis is known to be away."""
+        """The result of a call. Raises SessionStoreUnavailable; at once while Redis is known not to answer."""
         if self._is_away and time.monotonic() < self._next_trial:
             calling.close()
             raise errors.SessionStoreUnavailable(self.problem, retry_after_s=_RETRY_AFTER_S)
         return await self._trial(calling, self._timeout_s)
 
     async def _trial(self, calling: Any, timeout_s: float = _CHECK_TIMEOUT_S, *, proves_writes: bool = False) -> Any:
-        """`_bounded`, whether Redis is away or not. proves_writes: of a call that a full Redis would refuse."""
+        """`_bounded`, but never fails at once. proves_writes: whether a full Redis would refuse this call."""
         timeout_s = min(timeout_s, self._timeout_s)
         if self._is_away:
             self._next_trial = time.monotonic() + timeout_s + self._trial_pause_s
         call = asyncio.ensure_future(calling)
         self._calls.add(call)
-        call.add_done_callback(self._ended)
+        call.add_done_callback(self._call_ended)
         try:
             await asyncio.wait([call], timeout=timeout_s)
             if call.cancelled():
-                # Another call has found that Redis is away.
+                # Another call has timed out and cancelled this one.
                 raise errors.SessionStoreUnavailable(self.problem, retry_after_s=_RETRY_AFTER_S)
             if not call.done():
                 raise asyncio.TimeoutError
@@ -246,10 +246,10 @@ class RedisSessionStore:
             self._trial_pause_s = _FIRST_TRIAL_PAUSE_S
         return answer
 
-    def _ended(self, call: asyncio.Future[Any]) -> None:
+    def _call_ended(self, call: asyncio.Future[Any]) -> None:
         self._calls.discard(call)
         if not call.cancelled():
-            # Of a call that nobody waits for any more, too: asyncio would log the error otherwise.
+            # Read the exception: asyncio would log it as unread if nobody waits for the call any more.
             call.exception()
 
     def _note_failure(self, error: Exception, timeout_s: float) -> None:
@@ -257,14 +257,14 @@ class RedisSessionStore:
         if problem != self.problem:
             _LOGGER.error("session store %s fails: %s: %s", self.place, type(error).__name__, error)
             self.problem = problem
-        # A command that Redis refuses is an answer.
+        # Redis did answer: it refused the command.
         if isinstance(error, redis.ResponseError):
             return
         self._next_trial = time.monotonic() + self._trial_pause_s
         self._trial_pause_s = min(2 * self._trial_pause_s, _TRIAL_PAUSE_S)
         if not self._is_away:
             self._is_away = True
-            # They would wait for as long as they may, longer than their callers.
+            # Fail the other calls now: they would wait until their own timeouts, beyond their clients' deadlines.
             for call in self._calls:
                 call.cancel()
 
@@ -279,5 +279,5 @@ class RedisSessionStore:
 
 
 def _prefix(principal: str) -> str:
-    """How the keys of a principal begin. Its name may hold anything, braces too, which mean something to a cluster."""
+    """The beginning of a principal's keys. The name is hashed: braces in it would change the hash slot of a cluster."""
     return "forwardpass:{" + hashlib.sha256(principal.encode()).hexdigest()[:32] + "}"

@@ -1,4 +1,4 @@
-"""What every store answers where it refuses."""
+"""The errors that all session stores raise."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from forwardpass_server.sessions.store import SessionKey, SessionLimits
 
 
 def not_found(key: SessionKey) -> errors.SessionNotFound:
-    return errors.SessionNotFound(f"there is no metrics session {key.session_id.hex()}, or no longer")
+    return errors.SessionNotFound(
+        f"there is no metrics session {key.session_id.hex()}: it was never opened, was closed, or expired long ago"
+    )
 
 
 def ended(key: SessionKey, is_expired: bool) -> errors.SessionNotFound:
-    """Of a session of which it is remembered that it was there."""
+    """The error for a session that is known to have ended."""
     if is_expired:
         return errors.SessionExpired(f"metrics session {key.session_id.hex()} was idle for too long, and was dropped")
     return errors.SessionNotFound(f"metrics session {key.session_id.hex()} was closed")
 
 
 def check_room(limits: SessionLimits, sessions: int, size_bytes: int) -> None:
-    """Raises SessionLimitExceeded where a principal would have more sessions, or bytes of them, than it may."""
+    """Raises SessionLimitExceeded if the sessions of a principal, or their bytes, exceed its limits."""
     if sessions > limits.max_sessions:
         raise errors.SessionLimitExceeded(
             place="open metrics sessions", expected=f"at most {limits.max_sessions}", found=f"{sessions}"

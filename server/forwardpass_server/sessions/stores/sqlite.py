@@ -1,4 +1,4 @@
-"""Sessions in one SQLite file, of one server process: what was acknowledged survives kill -9 and a power cut."""
+"""The session store in a SQLite file of one server process. Acknowledged updates survive kill -9 and a power cut."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 
 class SqliteSessionStore:
-    """A SessionStore over a file that no other process may use meanwhile.
+    """A SessionStore over a file, which no other process can use at the same time.
 
-    When a session was used last is in memory: those that are found at start count as used then, and those that had
-    ended as ended then. The clock of a process that has died says nothing.
+    The times of the last use are in memory only, because monotonic clocks of two processes cannot be compared. So at
+    the start all open sessions count as used now, and all ended sessions as ended now.
     clock: in seconds; never goes back.
-    Raises SessionStoreError for a file that cannot be used; makes one where there is none.
+    Creates a missing file. Raises SessionStoreError for a file that cannot be used.
     """
 
     is_shared = False
@@ -37,7 +37,7 @@ class SqliteSessionStore:
         self.place = str(path)
         self._observer = observer
         self._lifetimes = Lifetimes(limits, observer, clock)
-        # What has expired and what is forgotten, where the file does not say so yet.
+        # Sessions that have expired, or were forgotten, and for which the file does not say so yet.
         self._expired: set[SessionKey] = set()
         self._forgotten: set[SessionKey] = set()
         self._file = SqliteFile(path, limits)
@@ -75,7 +75,7 @@ class SqliteSessionStore:
 
     async def replace(self, key: SessionKey, version: int, record: bytes) -> bool:
         started = time.perf_counter()
-        # It counts as used while it waits, too.
+        # It must not expire while the write waits.
         self.touch(key)
 
         def done(is_replaced: bool) -> None:
@@ -119,7 +119,7 @@ class SqliteSessionStore:
         self._expired.update(self._lifetimes.expire())
 
     async def _write_after_ends(self, work: Callable[[], T], done: Callable[[T], None]) -> T:
-        """In the file, what has expired may still be open, and take the room that is needed, or be closed now."""
+        """Writes pending ends first: else expired sessions in the file would still count against the limits."""
         ends = self._write_ends()
         written = self._writer.submit(work, done)
         if ends is not None:
@@ -127,7 +127,7 @@ class SqliteSessionStore:
         return await written
 
     def _write_ends(self) -> asyncio.Future[None] | None:
-        """Hands over what the file does not say yet. Where that fails, it is handed over again the next time."""
+        """Submits the pending ends. If the write fails, the next call submits them again. None if there are none."""
         expired, forgotten = list(self._expired), list(self._forgotten)
         if not expired and not forgotten:
             return None

@@ -1,4 +1,4 @@
-"""The tables of a file of sessions, and what is done to them."""
+"""The tables of a SQLite file of sessions, and the operations on them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from forwardpass_server.errors import SessionStoreError
 from forwardpass_server.sessions.store import SessionKey, SessionLimits, StoredSession
 from forwardpass_server.sessions.stores import refusals
 
-# "fwdp": tells the file from other programs' databases.
+# "fwdp": distinguishes the file from databases of other programs.
 _APPLICATION_ID = 0x66776470
 _SCHEMA_VERSION = 2
-# model: its sessions are counted together; "" for none. usage: what all sessions of a principal are together, kept in
-# the transactions that change them.
+# model: the string under which a session is counted; "" for none. usage: the number and the bytes of a principal's
+# sessions, updated in the same transactions.
 _SCHEMA = f"""
     BEGIN IMMEDIATE;
     CREATE TABLE sessions (
@@ -37,7 +37,7 @@ _SCHEMA = f"""
 """
 
 
-# Of version 1, in which nobody counted: its sessions are of no model.
+# Version 1 did not count sessions by model: its sessions get none.
 _MIGRATION = f"""
     BEGIN IMMEDIATE;
     ALTER TABLE sessions ADD COLUMN model TEXT NOT NULL DEFAULT '';
@@ -49,16 +49,16 @@ _MIGRATION = f"""
 class SqliteFile:
     """A file of sessions, locked against other processes.
 
-    Whoever changes something brings the transaction, and calls on one thread at a time. A method that raises a
-    ForwardPassError has changed nothing; all raise sqlite3.Error where SQLite does.
-    Raises SessionStoreError for a file that cannot be used; makes one where there is none.
+    The caller begins and commits the transactions, on one thread at a time. A method that raises a ForwardPassError has
+    changed nothing. All methods may raise sqlite3.Error.
+    Creates a missing file. Raises SessionStoreError for a file that cannot be used.
     """
 
     def __init__(self, path: pathlib.Path, limits: SessionLimits) -> None:
         self._limits = limits
         with _refusing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            # What metrics have seen is nobody else's business. SQLite gives its other files the mode of this one.
+            # Readable by the owner only: a state may reveal data. SQLite gives its other files the same mode.
             with contextlib.suppress(FileExistsError):
                 path.touch(0o600, exist_ok=False)
             self.connection = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
@@ -69,7 +69,7 @@ class SqliteFile:
             stack.pop_all()
 
     def _prepare(self) -> None:
-        # The lock that keeps other processes out; it is held as long as the connection is open, and the process lives.
+        # Locks out other processes until the connection is closed or the process ends.
         self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         tables = self._number("SELECT count(*) FROM sqlite_master")
         application, version = self._number("PRAGMA application_id"), self._number("PRAGMA user_version")
@@ -78,11 +78,11 @@ class SqliteFile:
         if version not in ((1, _SCHEMA_VERSION) if tables else (0,)):
             raise SessionStoreError(f"its format is version {version}, and this server knows {_SCHEMA_VERSION} only")
         self.connection.execute("PRAGMA journal_mode = WAL")
-        # NORMAL does not wait for the disk: 450 acknowledged updates were gone after a power cut, and none with FULL.
+        # NORMAL does not wait for the disk: a power cut lost 450 acknowledged updates with it, and none with FULL.
         self.connection.execute("PRAGMA synchronous = FULL")
-        # A log that has grown once is cut back to 16 MiB: large enough for what is written between checkpoints.
+        # Truncates a large log to 16 MiB, enough for the writes between two checkpoints.
         self.connection.execute(f"PRAGMA journal_size_limit = {2**24}")
-        # Reads the file once, a second or two for each GB: numbers that a disk has mixed up must not be counted on.
+        # Reads the whole file, one or two seconds per GB: a state that the disk has corrupted must not be served.
         (found,) = self.connection.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok":
             raise SessionStoreError(f"it is damaged: {found}")
@@ -96,22 +96,22 @@ class SqliteFile:
         return int(number)
 
     def try_write(self) -> None:
-        """Writes something and takes it back."""
+        """Tests a write, and reverts it."""
         self.connection.execute("INSERT INTO ended VALUES ('', x'', 0)")
         self.connection.execute("DELETE FROM ended WHERE principal = '' AND session_id = x''")
 
     def open_sessions(self) -> Iterator[tuple[SessionKey, str]]:
-        """Those that are open, and the model of each."""
+        """The open sessions, each with its model."""
         rows = self.connection.execute("SELECT principal, session_id, model FROM sessions")
         return ((SessionKey(principal, session_id), model) for principal, session_id, model in rows)
 
     def ended_sessions(self) -> Iterator[tuple[SessionKey, bool]]:
-        """Those that are remembered, and whether each has expired."""
+        """The ended sessions that are remembered, each with whether it expired."""
         rows = self.connection.execute("SELECT principal, session_id, is_expired FROM ended")
         return ((SessionKey(principal, session_id), bool(is_expired)) for principal, session_id, is_expired in rows)
 
     def create(self, key: SessionKey, record: bytes, model: str) -> tuple[StoredSession, bool]:
-        """As SessionStore.create, and whether the session is new."""
+        """See SessionStore.create. Returns also whether the session is new."""
         found = self._find("version, record", key)
         if found is not None:
             return StoredSession(*found), False
@@ -149,7 +149,7 @@ class SqliteFile:
         return True
 
     def end(self, key: SessionKey, *, is_expired: bool) -> bool:
-        """Drops a session and remembers it. Whether it was there."""
+        """Deletes a session and remembers that it has ended. Returns whether it existed."""
         found = self._find("rowid, length(record)", key)
         if found is None:
             return False
@@ -160,7 +160,7 @@ class SqliteFile:
         return True
 
     def forget(self, keys: Iterable[SessionKey]) -> None:
-        """Remembers no more that these have ended."""
+        """Forgets that these sessions have ended."""
         self.connection.executemany("DELETE FROM ended WHERE principal = ? AND session_id = ?", keys)
 
     def _find(self, columns: str, key: SessionKey) -> tuple[Any, ...] | None:
@@ -174,13 +174,13 @@ class SqliteFile:
             raise refusals.ended(key, bool(is_expired))
 
     def _usage(self, principal: str) -> tuple[int, int]:
-        """How many sessions a principal has, and bytes of their records."""
+        """The number of a principal's sessions, and the bytes of their records."""
         query = "SELECT sessions, size_bytes FROM usage WHERE principal = ?"
         found: tuple[int, int] | None = self.connection.execute(query, (principal,)).fetchone()
         return found or (0, 0)
 
     def _account(self, principal: str, sessions: int, size_bytes: int) -> None:
-        """Adds to what a principal has."""
+        """Adds to the number and the bytes of a principal's sessions."""
         self.connection.execute(
             "INSERT INTO usage VALUES (?, ?, ?) ON CONFLICT (principal) DO UPDATE"
             " SET sessions = sessions + excluded.sessions, size_bytes = size_bytes + excluded.size_bytes",

@@ -1,4 +1,4 @@
-"""One thread that works on a SQLite database: what waits is done in one transaction, and answered after its commit."""
+"""A thread that runs work on a SQLite database: all waiting work in one transaction, answered after its commit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LOGGER = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# By then an operator may have made room. A client that asks sooner only adds to the load.
+# A full disk stays full for a while: faster retries only add load.
 _RETRY_AFTER_S = 1.0
 
 
@@ -33,9 +33,9 @@ class _Outcome(NamedTuple):
 
 
 class SqliteWriter:
-    """Owns a connection, which is in autocommit mode (`isolation_level=None`). Used on one event loop.
+    """Owns a connection in autocommit mode (`isolation_level=None`). Used on one event loop.
 
-    `problem`: why the database failed last, as a sentence; "" once something was written since. On any thread.
+    `problem`: why the database failed, as a sentence; "" after the next successful write. May be read on any thread.
     """
 
     def __init__(self, connection: sqlite3.Connection) -> None:
@@ -47,23 +47,23 @@ class SqliteWriter:
         self._thread.start()
 
     def submit(self, work: Callable[[], T], done: Callable[[T], None] | None = None) -> asyncio.Future[T]:
-        """Hands work over, to be done after what was handed over before. Who stops waiting for it does not stop it.
+        """Queues work. Cancelling the future does not stop the work.
 
-        work: run on the writer's thread within a transaction. Where it raises a ForwardPassError it must have changed
-        nothing: what else is in the transaction is committed.
-        done: called on the event loop with what work has returned, once it is committed, in the order of submission.
-        Fails with what work raises, and with SessionStoreUnavailable where the database fails.
+        work: runs on the writer's thread within a transaction. If it raises a ForwardPassError, it must not have
+        changed anything: the other work of the transaction is committed.
+        done: is called on the event loop with the result of work after the commit, in the order of submission.
+        The future fails with what work raises, and with SessionStoreUnavailable if the database fails.
         """
         if self._is_closed:
-            raise errors.SessionStoreUnavailable("the session store is closed: the server is about to end")
+            raise errors.SessionStoreUnavailable("the session store is closed: the server is shutting down")
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        # Who has left does not ask what came of it.
+        # Read the exception: asyncio would log it as unread if the caller has gone.
         future.add_done_callback(lambda over: over.cancelled() or over.exception())
         self._jobs.put(_Job(work, done, future))
         return future
 
     async def close(self) -> None:
-        """Commits what was handed over, and closes the connection."""
+        """Commits all queued work, and closes the connection."""
         if not self._is_closed:
             self._is_closed = True
             self._jobs.put(None)
@@ -75,14 +75,14 @@ class SqliteWriter:
         self._connection.close()
 
     def _write_what_waits(self) -> bool:
-        """Waits for something to do, and does all that is there. False when nothing will come any more."""
+        """Waits for work, and does all that is queued. Returns False after `close`."""
         waiting = [self._jobs.get()]
         while not self._jobs.empty():
             waiting.append(self._jobs.get())
         jobs = [job for job in waiting if job is not None]
         if jobs:
             outcomes = self._commit(jobs)
-            # Where the loop has ended, so have all who waited.
+            # RuntimeError: the event loop was closed, so that nobody waits.
             with contextlib.suppress(RuntimeError):
                 jobs[0].future.get_loop().call_soon_threadsafe(_answer, jobs, outcomes)
         return None not in waiting
@@ -95,11 +95,11 @@ class SqliteWriter:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.execute("ROLLBACK")
             if len(jobs) > 1:
-                # Only what cannot be done must fail: a record that the disk has no room for, not those beside it.
+                # Try each alone, so that only the impossible work fails, such as a record too large for the disk.
                 return [outcome for job in jobs for outcome in self._commit([job])]
             if not isinstance(error, sqlite3.Error):
                 return [_Outcome(None, error)]
-            problem = f"the session store cannot do it: {error}"
+            problem = f"the session store failed: {error}"
             if self.problem != problem:
                 _LOGGER.error("the session store fails: %s", error)
                 self.problem = problem

@@ -301,7 +301,7 @@ def test_a_full_disk_refuses_what_it_has_no_room_for_and_nothing_else(disk, capl
             while (error := await error_of(store.replace(key(0), version, b"%d" % version * 50_000))) is None:
                 version += 1
             assert isinstance(error, errors.SessionStoreUnavailable)
-            assert re.match("the session store cannot do it: (disk|database)", str(error))
+            assert re.match("the session store failed: (disk|database)", str(error))
             assert str(disk.folder) not in str(error)
             assert error.retry_after_s > 0
             assert await store.load(key(0)) == StoredSession(version, b"%d" % (version - 1) * 50_000)

@@ -7,32 +7,26 @@ import os
 import pathlib
 
 from forwardpass.wire import errors
-from forwardpass_server.app.settings import Settings, SettingsError
-from forwardpass_server.errors import SessionStoreError
+from forwardpass_server.errors import SessionStoreError, SettingsError
 from forwardpass_server.sessions.store import SessionLimits, SessionObserver, SessionStore
 from forwardpass_server.sessions.stores.memory import MemorySessionStore
 from forwardpass_server.sessions.stores.sqlite import SqliteSessionStore
 
-# For a client that asks why its session is gone.
-_REMEMBER_S = 24 * 3600.0
-
 _SQLITE = "sqlite://"
 
 
-async def open_store(settings: Settings, observer: SessionObserver) -> SessionStore:
-    """Raises SettingsError where a package is missing, and SessionStoreError for a store that cannot be used.
+async def open_store(
+    url: str | None, default_file: str | None, limits: SessionLimits, observer: SessionObserver
+) -> SessionStore:
+    """The store of a URL.
 
-    One that is only away for now is no reason not to start.
+    url: sqlite:///PATH, redis://..., rediss://... or memory://; None for the default file.
+    default_file: its name in the user's state folder; None for a store in memory.
+    Raises SettingsError where a package is missing, and SessionStoreError for a store that cannot be used. A Redis that
+    does not answer is no error: the server starts, and reports that it is not ready.
     """
-    limits = SessionLimits(
-        max_sessions=settings.max_sessions,
-        max_bytes=settings.sessions_bytes,
-        idle_expiry_s=settings.session_expiry_s,
-        remember_s=_REMEMBER_S,
-    )
-    url = settings.session_store
-    if url is None and settings.port:
-        return _open_default(f"sessions-{settings.port}.sqlite3", limits, observer)
+    if url is None and default_file is not None:
+        return _open_default(default_file, limits, observer)
     url = url or "memory://"
     if url.startswith(_SQLITE):
         return SqliteSessionStore(pathlib.Path(url.removeprefix(_SQLITE)), limits, observer)
@@ -60,9 +54,9 @@ def _open_default(file_name: str, limits: SessionLimits, observer: SessionObserv
 
 
 def _state_folder() -> pathlib.Path:
-    """Raises SessionStoreError for a user without a home. Source: the XDG base directory specification."""
+    """Raises SessionStoreError for a user without a home folder. Source: the XDG base directory specification."""
     state = pathlib.Path(os.environ.get("XDG_STATE_HOME", ""))
-    # The specification has relative paths ignored.
+    # The specification says that relative paths are to be ignored.
     if not state.is_absolute():
         try:
             state = pathlib.Path.home() / ".local" / "state"
