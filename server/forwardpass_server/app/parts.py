@@ -9,13 +9,14 @@ import importlib.metadata
 import urllib.parse
 from typing import TYPE_CHECKING
 
+from forwardpass.wire.hosts import is_loopback
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
 from forwardpass_server.access.tokens import Role
 from forwardpass_server.app import session_stores
 from forwardpass_server.app.capacity import Capacity
 from forwardpass_server.app.health import Health
 from forwardpass_server.app.security import Security
-from forwardpass_server.app.settings import Settings, SettingsError, is_loopback
+from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.calls.batching import Batcher
 from forwardpass_server.calls.execution import Executor

@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import logging
 
+from forwardpass.wire.hosts import is_loopback
 from forwardpass_server.access.access import Access
 from forwardpass_server.access.certificates import Certificates
 from forwardpass_server.access.tokens import Role, Tokens
-from forwardpass_server.app.settings import Settings, SettingsError, is_loopback
+from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.rpc.server import OPENABLE
 from forwardpass_server.telemetry.files import FileMetrics
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import pathlib
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Annotated
 import click
 
 from forwardpass.wire.chunks import CHUNK_BYTES
+from forwardpass.wire.hosts import is_loopback
 from forwardpass_server.app import logs, options
 from forwardpass_server.app.options import FILE, FOLDER, MIB, Option
 from forwardpass_server.catalog.repository import MODEL_NAME
@@ -549,13 +549,3 @@ class Settings:
                 f"--management-host: {self.management_host} can be reached from elsewhere, by anybody: give "
                 "--tokens or --tls-client-ca, or else --insecure"
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on can be reached from this machine alone, as far as its name tells."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
