@@ -38,7 +38,7 @@ from forwardpass_server.process import control_groups, garbage
 from forwardpass_server.process.liveness import Liveness
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.codec import Codec
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.management_servicer import ManagementServicer
 from forwardpass_server.rpc.server import Server, ServerOptions
 from forwardpass_server.rpc.servicer import FunctionalModelServicer
@@ -147,9 +147,9 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
     commits = SessionCommits(session_store, metrics.sessions, settings.max_state_bytes)
     sessions = Sessions(session_store, session_models, known_sessions, commits, executor, admission)
     evaluations = Evaluations(sessions, weights, executor, admission)
-    departure = Departure()
+    drain = Drain()
     codec = Codec(settings.max_message_bytes, metrics.models)
-    sessions_servicer = SessionsServicer(sessions, evaluations, codec, settings.max_message_bytes, admission, departure)
+    sessions_servicer = SessionsServicer(sessions, evaluations, codec, settings.max_message_bytes, admission, drain)
     server = Server(
         ServerOptions(
             host=settings.host,
@@ -170,16 +170,16 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
                 metrics,
                 readiness,
                 handlers.unary(SESSION_SERVICE, sessions_servicer),
-                departure,
+                drain,
                 tracing,
             ),
-            WEIGHTS_SERVICE: WeightsServicer(weights, codec, departure),
+            WEIGHTS_SERVICE: WeightsServicer(weights, codec, drain),
             SESSION_SERVICE: sessions_servicer,
         },
         metrics,
         security.access(Role.CALL),
         security.certificates,
-        departure,
+        drain,
         arrivals,
         tracing,
         admission,
@@ -286,7 +286,7 @@ def _management_server(
         metrics,
         security.access(Role.MANAGE),
         security.certificates,
-        Departure(),
+        Drain(),
         Arrivals(),
     )
 

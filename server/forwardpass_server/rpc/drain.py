@@ -12,16 +12,16 @@ from forwardpass.wire import errors
 AnswerT = TypeVar("AnswerT")
 
 
-class Departure:
+class Drain:
     """Is announced once, on the event loop. A stream that is told answers what it has received, and ends."""
 
     def __init__(self) -> None:
-        self.is_due = False
+        self.has_begun = False
         self._told: set[Callable[[], object]] = set()
 
-    def announce(self) -> None:
+    def begin(self) -> None:
         """Tells every stream; those to come are told at once."""
-        self.is_due = True
+        self.has_begun = True
         for tell in list(self._told):
             tell()
 
@@ -30,26 +30,26 @@ class Departure:
         return errors.ServerUnavailable("the server is stopping")
 
     @contextlib.contextmanager
-    def telling(self, tell: Callable[[], object]) -> Iterator[None]:
-        """Calls `tell` if the departure is announced meanwhile, or was before."""
+    def notifying(self, tell: Callable[[], object]) -> Iterator[None]:
+        """Calls `tell` if the drain is announced meanwhile, or was before."""
         self._told.add(tell)
         try:
-            if self.is_due:
+            if self.has_begun:
                 tell()
             yield
         finally:
             self._told.discard(tell)
 
     async def until(self, answering: Awaitable[AnswerT]) -> AnswerT:
-        """What comes of `answering`, which is cancelled by the departure. Raises ServerUnavailable then.
+        """What comes of `answering`, which is cancelled by the drain. Raises ServerUnavailable then.
 
         For streams of which nothing is worth finishing.
         """
         task = asyncio.ensure_future(answering)
-        with self.telling(task.cancel):
+        with self.notifying(task.cancel):
             try:
                 return await task
             except asyncio.CancelledError:
-                if self.is_due:
+                if self.has_begun:
                     raise self.error() from None
                 raise

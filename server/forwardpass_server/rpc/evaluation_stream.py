@@ -9,7 +9,7 @@ from forwardpass import v1
 from forwardpass.wire import errors, frames
 from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
 from forwardpass_server.rpc.codec import Codec
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.sessions.evaluation import Evaluation
 
 # Taken without a look at other callers.
@@ -19,13 +19,13 @@ _FRAMES_AT_ONCE = 64
 class EvaluationStream:
     """Speaks with the caller of an evaluation.
 
-    inbox: of the stream alone. departure: ends the stream once the batches that were received have counted.
+    inbox: of the stream alone. drain: ends the stream once the batches that were received have counted.
     """
 
-    def __init__(self, evaluation: Evaluation, codec: Codec, inbox: AdmittedInbox, departure: Departure) -> None:
+    def __init__(self, evaluation: Evaluation, codec: Codec, inbox: AdmittedInbox, drain: Drain) -> None:
         self._evaluation = evaluation
         self._codec = codec
-        self._departure = departure
+        self._drain = drain
         self._inbox = inbox
 
     async def run(self, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -39,7 +39,7 @@ class EvaluationStream:
         yield v1.EvaluateResponse(position=at).SerializeToString()
         reading = asyncio.ensure_future(self._read(requests))
         try:
-            with self._departure.telling(lambda: evaluation.fail(self._departure.error())):
+            with self._drain.notifying(lambda: evaluation.fail(self._drain.error())):
                 while (position := await evaluation.advance(position or 0)) is not None:
                     yield v1.EvaluateResponse(frames=[v1.AnswerFrame(call=position)]).SerializeToString()
         finally:

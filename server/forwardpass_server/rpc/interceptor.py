@@ -19,7 +19,7 @@ from forwardpass_server.access.access import Access
 from forwardpass_server.calls.admission import Admission
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.rpc import handlers, unsent_answers
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.telemetry.rpcs import MethodMetrics, RpcMetrics
 
@@ -61,7 +61,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self,
         metrics: RpcMetrics,
         access: Access,
-        departure: Departure,
+        drain: Drain,
         arrivals: Arrivals,
         tracing: Tracing | None,
         admission: Admission | None = None,
@@ -73,7 +73,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._tracing = tracing
         self._admission = admission
         self._access = access
-        self._departure = departure
+        self._drain = drain
         self._device_works = device_works
         self._methods: dict[str, _Method] = {}
         unsent_answers.expect()
@@ -135,7 +135,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         answer = _writing(method) if handler.response_streaming else method
         # Watches of health and talks with reflection last until their callers leave. Ours know what is to be finished.
         if any(streams) and not is_ours:
-            answer = self._until_departure(answer)
+            answer = self._until_drain(answer)
         if not is_open:
             answer = self._admitted(answer, handler.request_streaming)
         guarded = self._guard(answer, path, metrics)
@@ -144,9 +144,9 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             guarded = self._tracing.of_rpc(guarded, path, is_stream=any(streams))
         return handlers.MAKERS[streams](guarded, None, handler.response_serializer)
 
-    def _until_departure(self, answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    def _until_drain(self, answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def departing(request: Any, context: Any) -> Any:
-            return await self._departure.until(answer(request, context))
+            return await self._drain.until(answer(request, context))
 
         return departing
 

@@ -13,7 +13,7 @@ from forwardpass.wire.frames import Frame, Outbox
 from forwardpass_server.access import principals
 from forwardpass_server.calls.admission import Admission
 from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.telemetry.rpcs import RpcMetrics
@@ -51,7 +51,7 @@ class Pipeline:
     """The calls of one stream.
 
     methods: what may be called, by the name of its RPC. max_message_bytes: of one call. admission: is asked for the
-    bytes of those that arrive in pieces. departure: ends the stream once what was received of it is answered.
+    bytes of those that arrive in pieces. drain: ends the stream once what was received of it is answered.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Pipeline:
         max_message_bytes: int,
         admission: Admission,
         metrics: RpcMetrics,
-        departure: Departure,
+        drain: Drain,
     ) -> None:
         self._methods = methods
         self._admission = admission
@@ -70,7 +70,7 @@ class Pipeline:
         # Of the outbox, as the admission has it.
         self._held_bytes = 0
         self._metrics = metrics
-        self._departure = departure
+        self._drain = drain
         self._running: dict[int, _Running] = {}
         # One timer, for the first of them: of most calls' deadlines nothing is ever heard.
         self._deadlines: list[tuple[float, int]] = []
@@ -87,7 +87,7 @@ class Pipeline:
         reading = asyncio.ensure_future(self._read(requests, context))
         reading.add_done_callback(lambda _: self._changed.set())
         try:
-            with self._departure.telling(self._changed.set):
+            with self._drain.notifying(self._changed.set):
                 while self._is_read(reading) or self._running or self._outbox:
                     while self._outbox:
                         yield self._outbox.next_message()
@@ -97,7 +97,7 @@ class Pipeline:
                         await self._changed.wait()
                         self._changed.clear()
             if not reading.done():
-                raise self._departure.error()
+                raise self._drain.error()
             # What was wrong with the requests is wrong with the stream.
             await reading
         finally:
@@ -116,12 +116,12 @@ class Pipeline:
 
     def _is_read(self, reading: asyncio.Future[None]) -> bool:
         """Whether another call may still come."""
-        return not reading.done() and not self._departure.is_due
+        return not reading.done() and not self._drain.has_begun
 
     async def _read(self, requests: AsyncIterator[bytes], context: object) -> None:
         async for message in requests:
-            if self._departure.is_due:
-                raise self._departure.error()
+            if self._drain.has_begun:
+                raise self._drain.error()
             for index, frame in enumerate(frames.decode_calls(message), 1):
                 self._take(frame, context)
                 while len(self._running) + len(self._outbox) >= _MAX_CALLS:

@@ -17,7 +17,7 @@ from forwardpass_server.access.certificates import Certificates
 from forwardpass_server.calls.admission import Admission
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.rpc import handlers
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.health import HealthServicer
 from forwardpass_server.rpc.interceptor import Interceptor
 from forwardpass_server.telemetry.metrics import Metrics
@@ -74,26 +74,26 @@ class Server:
         metrics: Metrics,
         access: Access,
         certificates: Certificates | None,
-        departure: Departure,
+        drain: Drain,
         arrivals: Arrivals,
         tracing: Tracing | None = None,
         admission: Admission | None = None,
     ) -> None:
         """servicers: by the full names of their services. certificates: None for a port without TLS.
 
-        departure: is announced when no more calls are taken. arrivals: are told of calls that come. tracing: None for
+        drain: is announced when no more calls are taken. arrivals: are told of calls that come. tracing: None for
         no spans. admission: is told of long responses until they are read; None for a port that has none.
         """
         self._options = options
         self._certificates = certificates
-        self._departure = departure
+        self._drain = drain
         self._health = HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[
                 Interceptor(
                     metrics.rpcs,
                     access,
-                    departure,
+                    drain,
                     arrivals,
                     tracing,
                     admission,
@@ -174,6 +174,6 @@ class Server:
             await self.set_serving(service, False)
         _LOGGER.info("draining: waiting %.1f s for clients to leave", self._options.drain_delay_s)
         await asyncio.sleep(self._options.drain_delay_s)
-        self._departure.announce()
+        self._drain.begin()
         await self._server.stop(self._options.drain_timeout_s)
         _LOGGER.info("drained")

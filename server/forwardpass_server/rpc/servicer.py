@@ -19,7 +19,7 @@ from forwardpass_server.calls.execution import Executor, Invocation
 from forwardpass_server.catalog.registry import Entry, Registry, State
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.codec import Codec, Incoming
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.rpc.pipeline import Pipeline
 from forwardpass_server.rpc.selectors import checked
@@ -55,7 +55,7 @@ class FunctionalModelServicer:
         metrics: Metrics,
         readiness: Readiness,
         others: Mapping[str, Method],
-        departure: Departure,
+        drain: Drain,
         tracing: Tracing | None = None,
     ) -> None:
         """others: methods of other services that a pipeline may call too, by name. tracing: None for no spans."""
@@ -65,7 +65,7 @@ class FunctionalModelServicer:
         self._admission = admission
         self._metrics = metrics
         self._readiness = readiness
-        self._departure = departure
+        self._drain = drain
         self._codec = codec
         self._pipelined = {**handlers.unary(MODEL_SERVICE, self), **others}
         if tracing is not None:
@@ -134,9 +134,7 @@ class FunctionalModelServicer:
         return (await self._codec.encode(response, parts)).join()
 
     def Pipeline(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
-        pipeline = Pipeline(
-            self._pipelined, self._max_message_bytes, self._admission, self._metrics.rpcs, self._departure
-        )
+        pipeline = Pipeline(self._pipelined, self._max_message_bytes, self._admission, self._metrics.rpcs, self._drain)
         return pipeline.run(requests, context)
 
     def _version(self, selector: v1.ModelSelector) -> int:

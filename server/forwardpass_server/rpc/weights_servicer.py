@@ -9,7 +9,7 @@ from forwardpass.wire import chunks, errors, fields, limits, manifests
 from forwardpass.wire.manifests import WeightsManifest
 from forwardpass_server.access import principals
 from forwardpass_server.rpc.codec import Codec
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.weights.store import WeightStore
 
 _LEASE_ID_BYTES = 16
@@ -21,13 +21,13 @@ _SMALL_MANIFEST_BYTES = 2**14
 class WeightsServicer:
     """Each method has the name of its RPC, takes and returns bytes, or asynchronous iterators of them.
 
-    departure: ends uploads. What is still to come could not be published any more: that takes a further call.
+    drain: ends uploads. What is still to come could not be published any more: that takes a further call.
     """
 
-    def __init__(self, store: WeightStore, codec: Codec, departure: Departure) -> None:
+    def __init__(self, store: WeightStore, codec: Codec, drain: Drain) -> None:
         self._store = store
         self._codec = codec
-        self._departure = departure
+        self._drain = drain
 
     async def PutWeights(self, data: bytes, context: object) -> bytes:
         is_small = len(data) <= _SMALL_MANIFEST_BYTES
@@ -38,7 +38,7 @@ class WeightsServicer:
         return await self._codec.aside(lambda: _encode_missing(manifest, missing))
 
     async def UploadTensors(self, requests: AsyncIterator[bytes], context: object) -> bytes:
-        await self._departure.until(self._upload(requests))
+        await self._drain.until(self._upload(requests))
         return b""
 
     async def _upload(self, requests: AsyncIterator[bytes]) -> None:

@@ -15,7 +15,7 @@ import pytest
 from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
 from forwardpass_server.access.access import Access
 from forwardpass_server.calls.arrivals import Arrivals
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.interceptor import Interceptor
 from forwardpass_server.telemetry.families import Families
 from forwardpass_server.telemetry.rpcs import RpcMetrics
@@ -46,7 +46,7 @@ async def serving(arrivals: Arrivals, registry: prometheus_client.CollectorRegis
         return bytes(LONG_BYTES)
 
     families = Families("Calls", registry or prometheus_client.CollectorRegistry(), [])
-    interceptor = Interceptor(RpcMetrics(families), Access(), Departure(), arrivals, None)
+    interceptor = Interceptor(RpcMetrics(families), Access(), Drain(), arrivals, None)
     server = grpc.aio.server(interceptors=[interceptor])
     methods = {
         "Unary": grpc.unary_unary_rpc_method_handler(unary),
@@ -115,9 +115,7 @@ def test_calls_that_compute_are_refused_while_the_device_does_not_work_and_other
 
     async def main() -> None:
         families = Families("Calls", prometheus_client.CollectorRegistry(), [])
-        interceptor = Interceptor(
-            RpcMetrics(families), Access(), Departure(), Arrivals(), None, device_works=works.is_set
-        )
+        interceptor = Interceptor(RpcMetrics(families), Access(), Drain(), Arrivals(), None, device_works=works.is_set)
         server = grpc.aio.server(interceptors=[interceptor])
         unary = [method for method in SERVICES[MODEL_SERVICE].values() if method.is_unary]
         handlers = {method.name: grpc.unary_unary_rpc_method_handler(answer) for method in unary}
