@@ -18,7 +18,7 @@ from forwardpass_server.app import logs, options
 from forwardpass_server.app.settings import Settings, SettingsError
 from forwardpass_server.errors import DeviceNotFound, ModelLoadError, SessionStoreError
 from forwardpass_server.models.trial_process import TrialProcess
-from forwardpass_server.process import control_groups, onednn, quiet
+from forwardpass_server.process import control_groups, import_path, onednn, quiet
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ def serve(**given: Any) -> None:
         # TensorFlow takes seconds to import: --help and a wrong setting need not wait for it.
         with quiet.native_stderr():
             from forwardpass_server.app import serve as app_serve
+        import_path.append_working_directory()
 
         asyncio.run(_run(app_serve.serve(settings, _announce, trial_process)))
     except (SettingsError, DeviceNotFound, ModelLoadError, SessionStoreError, OSError) as error:
@@ -69,7 +70,8 @@ _import_option = click.option(
     multiple=True,
     metavar="MODULE",
     envvar="FORWARDPASS_IMPORTS",
-    help="Import a module that registers custom Keras objects. May be repeated.",
+    help="Import a module that registers custom Keras objects. MODULE may be a file in the working directory. May be "
+    "repeated.",
 )
 
 
@@ -94,8 +96,9 @@ def export(
 ) -> None:
     """Write a functional model into a model repository.
 
-    SOURCE is a .keras file, with a forwardpass.json beside it or named by --config, or a Python function
-    MODULE:FUNCTION that returns a FunctionalModel. A compiled .keras file may need no forwardpass.json.
+    SOURCE is a .keras file, with a forwardpass.json in the same folder or named by --config, or a Python function
+    MODULE:FUNCTION that returns a FunctionalModel. MODULE may be a file in the working directory. A compiled .keras
+    file may need no forwardpass.json.
 
     \b
     Example of a forwardpass.json:
@@ -111,6 +114,7 @@ def export(
         raise click.ClickException(str(error)) from None
     with quiet.native_stderr():
         from forwardpass_server.app import export as app_export
+    import_path.append_working_directory()
 
     try:
         folder = app_export.export(source, model_repository, name, version, config, imports)
@@ -137,6 +141,7 @@ def check(folder: pathlib.Path, device: str, onednn_setting: str, trial: bool, i
     onednn.decide(onednn_setting)
     with quiet.native_stderr():
         from forwardpass_server.app import check as app_check
+    import_path.append_working_directory()
 
     failed = False
     try:
