@@ -1,4 +1,4 @@
-"""A folder of weights: what a start costs. What it keeps is tested with the store."""
+"""The cost of a start with a folder of weights. The contents of the folder are tested with the store."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MIB = 2**20
 
 
 def save(target: WeightFiles, tensors: int, sets: int) -> None:
-    """Keeps sets of so many different tensors in all."""
+    """Saves sets with this number of different tensors in all."""
     each = tensors // sets
     for first in range(0, tensors, each):
         structure = Structure.of(tuple(np.float32([number]) for number in range(first, first + each)))
@@ -28,7 +28,7 @@ def save(target: WeightFiles, tensors: int, sets: int) -> None:
 
 
 def calls_of(work: Callable[[], object]) -> int:
-    """How many functions Python calls meanwhile, C functions included."""
+    """The number of function calls during `work`, including C functions."""
     count = 0
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
@@ -53,7 +53,7 @@ def test_the_work_of_a_start_is_linear_in_the_number_of_tensors(tmp_path, sets_o
         works.append(calls_of(lambda folder=folder: WeightFiles(folder, MIB)))
         again = WeightFiles(folder, MIB)
         assert (again.set_count, again.size_bytes) == (sets_of(tensors), 4 * tensors)
-    # Twice the tensors are at most twice the work; a scan in quadratic time makes it 3.6 times.
+    # Twice the tensors cause at most twice the work; a quadratic scan causes 3.6 times the work.
     assert works[1] < 2.2 * works[0]
 
 
@@ -68,6 +68,6 @@ def test_a_start_reads_the_size_of_a_shared_tensor_once(tmp_path, monkeypatch):
     stat = pathlib.Path.stat
     monkeypatch.setattr(pathlib.Path, "stat", lambda path, **more: stated.append(path) or stat(path, **more))
     assert WeightFiles(tmp_path, MIB).set_count == principals
-    # One for each set, for its age. The tensors' sizes come with the listing of their folder.
+    # Only the sets are looked up, for their age. The sizes of tensors come with the listing of their folder.
     assert len([path for path in stated if path.is_relative_to(tmp_path / "sets")]) <= 3 * principals
     assert not [path for path in stated if path.is_relative_to(tmp_path / "tensors") and path != tmp_path / "tensors"]
