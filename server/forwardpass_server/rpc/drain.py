@@ -1,4 +1,4 @@
-"""That a server is about to stop, for streams that would go on."""
+"""The drain of a server: streams learn that it is about to stop."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ AnswerT = TypeVar("AnswerT")
 
 
 class Drain:
-    """Is announced once, on the event loop. A stream that is told answers what it has received, and ends."""
+    """The state of one server, for one event loop. A stream that is notified answers what it has received, and ends."""
 
     def __init__(self) -> None:
         self.has_begun = False
-        self._told: set[Callable[[], object]] = set()
+        self._callbacks: set[Callable[[], object]] = set()
 
     def begin(self) -> None:
-        """Tells every stream; those to come are told at once."""
+        """Begins the drain, and notifies every stream."""
         self.has_begun = True
-        for tell in list(self._told):
-            tell()
+        for callback in list(self._callbacks):
+            callback()
 
     def error(self) -> errors.ServerUnavailable:
-        """What such a stream ends with: its caller goes on elsewhere."""
-        return errors.ServerUnavailable("the server is stopping")
+        """The error that ends a stream. It is retryable: the client continues on another server."""
+        return errors.ServerUnavailable("the server is stopping: retry on another server")
 
     @contextlib.contextmanager
-    def notifying(self, tell: Callable[[], object]) -> Iterator[None]:
-        """Calls `tell` if the drain is announced meanwhile, or was before."""
-        self._told.add(tell)
+    def notifying(self, callback: Callable[[], object]) -> Iterator[None]:
+        """Calls `callback` when the drain begins during the block, and at once if it has begun already."""
+        self._callbacks.add(callback)
         try:
             if self.has_begun:
-                tell()
+                callback()
             yield
         finally:
-            self._told.discard(tell)
+            self._callbacks.discard(callback)
 
     async def until(self, answering: Awaitable[AnswerT]) -> AnswerT:
-        """What comes of `answering`, which is cancelled by the drain. Raises ServerUnavailable then.
+        """Awaits `answering`, and cancels it when the drain begins. Raises ServerUnavailable then.
 
-        For streams of which nothing is worth finishing.
+        For streams that need not finish what they have received.
         """
         task = asyncio.ensure_future(answering)
         with self.notifying(task.cancel):
