@@ -27,7 +27,7 @@ from forwardpass.wire.description import Function
 from forwardpass.wire.methods import METHODS, MODEL_SERVICE
 from forwardpass_server.access.access import Access
 from forwardpass_server.calls.arrivals import Arrivals
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.interceptor import Interceptor
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.telemetry.tracing import CallObserver, Tracing
@@ -138,7 +138,7 @@ class Kind:
 
         self._echo = counting_echo if metrics else echo
         rpcs = metrics.rpcs if metrics else SILENT
-        self._interceptors = [] if is_bare else [Interceptor(rpcs, Access(), Departure(), Arrivals(), tracing)]
+        self._interceptors = [] if is_bare else [Interceptor(rpcs, Access(), Drain(), Arrivals(), tracing)]
 
     @contextlib.asynccontextmanager
     async def called(self) -> AsyncIterator[Callable[[], Awaitable[Any]]]:

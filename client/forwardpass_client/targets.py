@@ -6,6 +6,8 @@ import ipaddress
 import re
 from collections.abc import Sequence
 
+from forwardpass.wire.hosts import is_loopback as is_loopback_host
+
 _ADDRESS = re.compile(r"\[(?P<six>[^\]]+)\]:\d+|(?P<four>[\d.]+):\d+")
 
 _ADDRESS_SCHEMES = re.compile(r"(?:ipv4|ipv6|dns)(?=:)")
@@ -57,13 +59,4 @@ def _host(address: str) -> str:
 
 def is_loopback(target: str) -> bool:
     """Whether a gRPC target is this machine, as far as its name tells."""
-    return target.startswith(("unix:", "unix-abstract:")) or all(map(_is_loopback, hosts(target)))
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return target.startswith(("unix:", "unix-abstract:")) or all(map(is_loopback_host, hosts(target)))

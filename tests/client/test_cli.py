@@ -355,7 +355,7 @@ def test_a_server_with_tls_and_tokens_is_called(tmp_path):
         assert "slow" in CliRunner().invoke(forwardpass, [*call, *certificate], env=environment).output
         refused = CliRunner().invoke(forwardpass, [*call, *certificate, "--token", "nonsense"])
         assert refused.exit_code == 1
-        assert refused.output == "Error: the server does not know this token, or no longer\n"
+        assert refused.output == "Error: the server does not know this token: ask its operator for a valid one\n"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import subprocess
 import sys
@@ -58,8 +59,15 @@ def test_the_library_is_silent():
 
 
 def test_nothing_is_sent_before_the_first_call():
-    client = forwardpass_client.connect("127.0.0.1:1")
-    client.close()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        with forwardpass_client.connect(f"127.0.0.1:{silent.getsockname()[1]}") as client:
+            connecting, _, _ = select.select([silent], [], [], 0.3)
+            assert connecting == []
+            # The first call connects.
+            with pytest.raises(errors.DeadlineExceeded):
+                client.wait_until_ready(0.3)
+            connecting, _, _ = select.select([silent], [], [], 10)
+            assert connecting == [silent]
 
 
 def test_a_server_that_is_not_there_is_unavailable():

@@ -37,7 +37,7 @@ def forbidden(folder: pathlib.Path) -> pathlib.Path:
 
 
 def passed_over(server: ServerProcess) -> list[str]:
-    return [line.split(" is passed over")[0].split()[-1] for line in server.log if " is passed over: " in line]
+    return [line.split(" is skipped")[0].split()[-1] for line in server.log if " is skipped: " in line]
 
 
 def test_folders_of_others_are_passed_over_with_one_warning_each(models):

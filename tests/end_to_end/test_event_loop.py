@@ -122,17 +122,7 @@ STRUCTURES: dict[str, Callable[[], Structure]] = {
 }
 
 
-def places(message_type) -> list[str]:
-    """Where a request of this type has structures."""
-
-    def of(schema):
-        for field in schema.values():
-            yield from of(field.inner) if field.inner else [field.path]
-
-    return list(of(messages._structure_fields(message_type.DESCRIPTOR)))
-
-
-TAKING = [name for name, method in METHODS.items() if method.is_unary and places(method.request)]
+TAKING = [name for name, method in METHODS.items() if method.is_unary and messages.places(method.request)]
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +143,7 @@ def request_of(name: str, kind: str, session_id: bytes) -> bytes:
         header.update.CopyFrom(
             v1.UpdateIdentity(session_id=session_id, writer_id=b"w" * 16, sequence=1, update_id=b"u" * 16)
         )
-    found = places(method.request)
+    found = messages.places(method.request)
     structure = STRUCTURES[kind]()
     return messages.encode(header, dict.fromkeys(found if kind.startswith("too many") else found[-1:], structure))
 

@@ -371,7 +371,7 @@ def test_a_factory_for_a_model_that_the_repository_has_is_refused(repository):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((), "--model-repository: expected a folder, or a --factory beside"),
+        ((), "--model-repository: expected a folder; without one, give at least one --factory"),
         (("--model-repository", "/nowhere"), "--model-repository: expected a folder, got '/nowhere'"),
         (("--factory", "slow"), "--factory: expected NAME=MODULE:FUNCTION, got 'slow'"),
         (("--factory", "slow=zoo"), "--factory: expected NAME=MODULE:FUNCTION, got slow=zoo"),
@@ -383,23 +383,24 @@ def test_a_factory_for_a_model_that_the_repository_has_is_refused(repository):
         ((*SLOW, "--max-message-mib", "3"), "--max-message-mib: expected 4 to 2047, got 3"),
         ((*SLOW, "--execution-threads", "0"), "--execution-threads: expected at least 1, got 0"),
         ((*SLOW, "--max-concurrent-calls", "0"), "--max-concurrent-calls: expected at least 1, got 0"),
-        ((*SLOW, "--repository-poll", "1"), "--repository-poll: expected a --model-repository beside"),
+        ((*SLOW, "--repository-poll", "1"), "--repository-poll: requires --model-repository"),
         ((*SLOW, "--device-timeout", "0.5"), "--device-timeout: expected seconds >= 1, got 0.5"),
         ((*SLOW, "--drain-delay", "-1"), "--drain-delay: expected seconds >= 0, got -1"),
         ((*SLOW, "--drain-timeout", "nan"), "--drain-timeout: expected seconds >= 0, got nan"),
         (
             (*SLOW, "--host", "0.0.0.0"),
-            "--host: 0.0.0.0 can be reached from elsewhere, by anybody and unencrypted: give "
+            "--host: other machines can reach 0.0.0.0, without encryption and authentication: give "
             "--tls-certificate, --tls-key and --tokens or --tls-client-ca, or else --insecure",
         ),
-        ((*SLOW, "--host", "::"), "--host: :: can be reached from elsewhere"),
+        ((*SLOW, "--host", "::"), "--host: other machines can reach ::, without encryption"),
         (
             (*SLOW, "--management-host", "0.0.0.0", "--management-port", "0"),
-            "--management-host: 0.0.0.0 can be reached from elsewhere, by anybody: give --tokens or --tls-client-ca",
+            "--management-host: other machines can reach 0.0.0.0, without authentication: give --tokens or "
+            "--tls-client-ca, or else --insecure",
         ),
         ((*SLOW, "--management-port", "65536"), "--management-port: expected 0 to 65535, got 65536"),
-        ((*SLOW, "--tls-certificate", "x"), "--tls-certificate: expected --tls-key beside"),
-        ((*SLOW, "--tls-client-ca", "x"), "--tls-client-ca: expected --tls-certificate and --tls-key beside"),
+        ((*SLOW, "--tls-certificate", "x"), "--tls-certificate and --tls-key: give both or neither"),
+        ((*SLOW, "--tls-client-ca", "x"), "--tls-client-ca: requires --tls-certificate and --tls-key"),
         (
             (*SLOW, "--tls-certificate", "/none", "--tls-key", "/none"),
             "--tls-certificate, --tls-key, --tls-client-ca: ",

@@ -108,10 +108,10 @@ def connect(guarded: Guarded, token, **more) -> forwardpass_client.Client:
 def test_no_method_answers_without_credentials(guarded, path, streams_requests, streams_responses):
     streams = streams_requests, streams_responses
     for address in (guarded.server.address, guarded.server.management_address):
-        with pytest.raises(errors.Unauthenticated, match="authorization: expected Bearer and a token, got nothing"):
+        with pytest.raises(errors.Unauthenticated, match="missing or invalid credentials: send a bearer token"):
             call(address, path, streams)
         for token in ("nonsense", guarded.alice[:-1], guarded.alice + "x"):
-            with pytest.raises(errors.Unauthenticated, match="the server does not know this token, or no longer"):
+            with pytest.raises(errors.Unauthenticated, match="the server does not know this token: ask its operator"):
                 call(address, path, streams, token)
         with pytest.raises(errors.Unauthenticated, match="the token of 'late' has expired"):
             call(address, path, streams, guarded.expired)
@@ -227,7 +227,7 @@ def test_a_broken_file_of_tokens_leaves_the_last_good_one(guarded):
     good = guarded.file.read_text()
     try:
         guarded.file.write_text("")
-        guarded.server.wait_for_log("kept as it was, for it cannot be read")
+        guarded.server.wait_for_log("reload failed, the former contents stay in use")
         with connect(guarded, guarded.alice) as client:
             assert client.models()
     finally:
@@ -279,7 +279,7 @@ def management(guarded: Guarded, method: str, token: str, name: str = "", versio
 
 def test_management_takes_the_role_and_a_port_of_its_own(guarded):
     for method in SERVICES[MANAGEMENT_SERVICE].values():
-        with pytest.raises(errors.PermissionDenied, match="'alice' has not the role 'manage' that this port asks for"):
+        with pytest.raises(errors.PermissionDenied, match="'alice' lacks the role 'manage', which this port requires"):
             call(guarded.server.management_address, method.path, token=guarded.alice)
         with pytest.raises(errors.MethodNotSupported):
             call(guarded.server.address, method.path, token=guarded.operator)
@@ -392,7 +392,10 @@ def test_a_certificate_is_good_for_calls_and_a_token_for_more(encrypted):
         with pytest.raises(grpc.RpcError) as caught:
             describe(b"", timeout=20)
         assert caught.value.code() is grpc.StatusCode.PERMISSION_DENIED
-        assert caught.value.details() == "'alice' has not the role 'manage' that this port asks for"
+        assert (
+            caught.value.details()
+            == "'alice' lacks the role 'manage', which this port requires: use a token with that role"
+        )
         assert describe(b"", timeout=20, metadata=(("authorization", f"Bearer {secret}"),))
 
 
@@ -411,7 +414,7 @@ def test_a_new_certificate_is_taken_up_and_a_broken_one_is_not(encrypted):
     first = served_certificate(port)
     key = signer.key.read_bytes()
     signer.key.write_bytes(b"-----BEGIN PRIVATE KEY-----\n")
-    server.wait_for_log("kept as it was, for it cannot be read")
+    server.wait_for_log("reload failed, the former contents stay in use")
     assert served_certificate(port) == first
     signer.key.write_bytes(key)
     signer.renew()

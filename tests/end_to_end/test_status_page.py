@@ -203,7 +203,7 @@ def test_it_says_that_models_are_being_loaded():
             device="CPU:0",
             started=0,
             health=HealthReading(has_started=False, is_live=True, is_ready=False, is_draining=False),
-            unready_reasons=["the models of the start are being loaded"],
+            unready_reasons=["the server is starting: its models are being loaded"],
             session_store_problem="",
             entries=[Entry(ModelSource("digits", 1), State.LOADING)],
             loads={},

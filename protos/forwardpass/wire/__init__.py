@@ -1,1 +1,1 @@
-"""Arrays and structures to messages and back; specs; the error catalogue. Knows neither gRPC nor tensorflow."""
+"""Encodes and decodes arrays and structures; specs; the error catalogue. Uses no gRPC, no TensorFlow."""

@@ -1,4 +1,4 @@
-"""Makes values fit specs the way a local model would take them, or says which leaf does not."""
+"""Converts values to specs as a local model would, or raises an error that names the leaf that does not fit."""
 
 from __future__ import annotations
 
@@ -17,24 +17,26 @@ from forwardpass.wire.trees import Kind
 
 
 def conform(value: trees.Nested, spec: StructureSpec, place: str) -> Structure:
-    """The value as a structure with exactly the spec's containers, dtypes and a shape it admits.
+    """Converts a value to a structure with the spec's containers and dtypes, and with shapes that the spec admits.
 
-    Containers: a list may stand for a tuple and any mapping for another, in any order of keys; a named tuple needs
-    its field names. Leaves: numpy arrays, Python numbers and lists, and whatever has `__array__`; a dtype is cast
-    where numpy calls that "same kind" (float64 to float32, int64 to float32, not 1.5 to int32) and every integer
-    fits. An empty list fits any dtype.
-    Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf under `place`.
+    Containers: a list may replace a tuple, and any mapping another one, in any order of keys; a named tuple needs the
+    field names of the spec. Leaves: numpy arrays, Python numbers and lists, and objects with `__array__`. A leaf is
+    cast if numpy calls the cast "same kind" (float64 to float32, int64 to float32, not 1.5 to int32); an integer type
+    is cast if all values fit. An empty list fits any dtype.
+
+    place: the name of the value in error messages.
+    Raises StructureMismatch, DTypeMismatch or ShapeMismatch, which name the leaf under `place`.
     """
     leaves = arrange(value, spec.tree, place)
     for index, (leaf, leaf_spec) in enumerate(zip(leaves, spec.leaves, strict=True)):
-        # Most leaves fit as they are: only the others pay for their path.
+        # Most leaves fit unchanged. Only the others need their path, which is slow to compute.
         if not _fits(leaf, leaf_spec):
             leaves[index] = conform_leaf(leaf, leaf_spec, spec.tree.paths(place)[index])
     return Structure(spec.tree, leaves, spec.data_types)
 
 
 def _fits(value: Any, spec: TensorSpec) -> bool:
-    # An array of strings may hold anything else too: such are looked at one by one.
+    # An object array may hold other objects than strings: its elements are checked in `conform_leaf`.
     return (
         type(value) is np.ndarray
         and value.dtype == spec.dtype
@@ -44,7 +46,7 @@ def _fits(value: Any, spec: TensorSpec) -> bool:
 
 
 def arrange(value: trees.Nested, tree: trees.TreeDef, place: str) -> list[Any]:
-    """What stands where the tree has its leaves, in the tree's order; containers as of `conform`."""
+    """The leaves of a value, in the order of the tree. Rules for containers and errors: see `conform`."""
     leaves: list[Any] = []
     _arrange(value, tree, place, leaves)
     return leaves
@@ -63,9 +65,9 @@ def _arrange(value: trees.Nested, tree: trees.TreeDef, place: str, leaves: list[
 
 
 def check(structure: Structure, spec: StructureSpec, place: str) -> Sequence[Array]:
-    """The leaves of a received structure, in the spec's order, after the same checks but without any cast.
+    """The leaves of a received structure in the spec's order. Checked like `conform`, but never cast.
 
-    Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf under `place`.
+    Raises StructureMismatch, DTypeMismatch or ShapeMismatch, which name the leaf under `place`.
     """
     leaves = structure.leaves
     if structure.tree is not spec.tree and structure.tree != spec.tree:
@@ -77,16 +79,16 @@ def check(structure: Structure, spec: StructureSpec, place: str) -> Sequence[Arr
             error = errors.ShapeMismatch
         else:
             continue
-        # What was received as objects is strings, a million perhaps: they are not looked at one by one.
+        # A received object array holds strings only. There may be a million: they are not checked one by one.
         found = f"string{describe_shape(leaf.shape)}" if leaf.dtype == object else kind_of(leaf)
         raise error(place=spec.tree.paths(place)[index], expected=str(leaf_spec), found=found)
     return leaves
 
 
 def order(found: trees.TreeDef, spec: StructureSpec, place: str) -> list[int]:
-    """Which leaf of a received tree stands for each leaf of the spec. Containers as of `conform`.
+    """For each leaf of the spec, the index of the leaf of a received tree. Rules for containers: see `conform`.
 
-    Nothing is built of the received containers. Raises StructureMismatch.
+    Does not build the received containers. Raises StructureMismatch.
     """
     indices: list[int] = []
     _order(found, spec.tree, place, 0, indices, iter(spec.leaves))
@@ -116,7 +118,7 @@ def _order(
 
 
 def _matching_items(found: trees.TreeDef, wanted: trees.TreeDef, place: str) -> Sequence[int]:
-    """Which item of a received container stands for each of the wanted one's."""
+    """For each item of the wanted container, the index of the item of the received one."""
     is_mapping = found.kind in (Kind.DICT, Kind.ORDERED_DICT)
     is_sequence = found.kind in (Kind.TUPLE, Kind.LIST, Kind.NAMED_TUPLE)
     if wanted.kind is Kind.NONE:
@@ -141,16 +143,16 @@ def _matching_items(found: trees.TreeDef, wanted: trees.TreeDef, place: str) -> 
 
 
 def _are_same(found: Sequence[str], wanted: Sequence[str]) -> bool:
-    """Whether the names are the same, in any order."""
+    """Whether two sequences hold the same names, in any order."""
     return len(found) == len(wanted) and set(found) == set(wanted)
 
 
-# In an error message, which is cut after some kilobytes. A caller's container may have 65,536 names.
+# Names in an error message, which is cut after some kilobytes. A received container may have 65,536 names.
 _LISTED = 100
 
 
 def _listed(names: Sequence[str]) -> str:
-    """Names of a container as error messages write them."""
+    """The names of a container for an error message."""
     rest = len(names) - _LISTED
     return ", ".join(names[:_LISTED]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -169,7 +171,7 @@ def _found(found: trees.TreeDef, wanted: trees.TreeDef) -> str:
 
 
 def _kind_of_tree(tree: trees.TreeDef) -> str:
-    """`kind_of` for containers that are still apart."""
+    """`kind_of` for a tree."""
     if tree.kind is Kind.NONE:
         return "None"
     if tree.kind is Kind.LEAF:
@@ -182,7 +184,7 @@ def _kind_of_tree(tree: trees.TreeDef) -> str:
 
 
 def check_batch(parts: Sequence[tuple[str, Sequence[Array], StructureSpec]]) -> None:
-    """Raises ShapeMismatch where leaves that share the batch dimension differ in it.
+    """Checks that all leaves marked `batched` have the same first dimension. Raises ShapeMismatch.
 
     parts: (place, leaves, spec) for each argument of one call; the leaves already fit their spec.
     """
@@ -202,7 +204,7 @@ def check_batch(parts: Sequence[tuple[str, Sequence[Array], StructureSpec]]) -> 
 
 
 def items(value: trees.Nested, tree: trees.TreeDef, place: str) -> Sequence[trees.Nested]:
-    """The items of a container in the order of the tree's children. Raises StructureMismatch where it is another."""
+    """The items of a container in the order of the tree's children. Raises StructureMismatch for another container."""
     kind = tree.kind
     if kind is Kind.NONE:
         if value is not None:
@@ -234,7 +236,7 @@ def items(value: trees.Nested, tree: trees.TreeDef, place: str) -> Sequence[tree
 
 
 def conform_leaf(value: Any, spec: TensorSpec, place: str) -> Array:
-    """One value as an array of the spec's dtype, with a shape that it admits. Errors as of `conform`."""
+    """Converts one value to an array of the spec's dtype and an admitted shape. Rules and errors: see `conform`."""
     array = value if type(value) is np.ndarray else _as_array(value, spec, place)
     if array.dtype == object:
         _check_objects(array, spec, place)
@@ -246,13 +248,13 @@ def conform_leaf(value: Any, spec: TensorSpec, place: str) -> Array:
 
 
 def _check_objects(array: Array, spec: TensorSpec, place: str) -> None:
-    """Raises DTypeMismatch, or ShapeMismatch for sequences of several lengths, unless an object array holds strings."""
+    """Raises DTypeMismatch for an object array with other elements than strings, ShapeMismatch for ragged sequences."""
     foreign = dtypes.foreign_object(array)
     if not foreign:
         return
     is_ragged = array.ndim and all(isinstance(element, (list, tuple, np.ndarray)) for element in array.flat)
     if is_ragged:
-        found = f"{_describe(array)}: it is no rectangular array"
+        found = f"{_describe(array)}: it is not a rectangular array"
         raise errors.ShapeMismatch(place=place, expected=str(spec), found=found)
     raise errors.DTypeMismatch(place=place, expected=str(spec), found=_describe(array))
 
@@ -262,13 +264,15 @@ def _as_array(value: Any, spec: TensorSpec, place: str) -> Array:
         raise errors.StructureMismatch(place=place, expected=str(spec), found=kind_of(value))
     try:
         array = np.asarray(value, object if spec.data_type is dtypes.STRING and _is_plain(value) else None)
-    except Exception as error:  # Whatever the value's own __array__ raises.
+    except Exception as error:  # The value's own __array__ may raise anything.
         if _is_plain(value):
             raise errors.ShapeMismatch(
-                place=place, expected=str(spec), found=f"{kind_of(value)} that is no rectangular array"
+                place=place, expected=str(spec), found=f"{kind_of(value)} that is not a rectangular array"
             ) from None
         raise errors.StructureMismatch(
-            place=place, expected=str(spec), found=f"a {type(value).__name__} that makes no array: {error}"
+            place=place,
+            expected=str(spec),
+            found=f"a {type(value).__name__} that cannot be converted to an array: {error}",
         ) from error
     if not array.size and _is_plain(value):
         return array.astype(spec.dtype)
@@ -287,7 +291,7 @@ def _cast(array: Array, spec: TensorSpec, place: str) -> Array:
     if is_string:
         strings = array.astype(object)
         if array.dtype.kind == "T":
-            # A StringDType may have an object for what is missing.
+            # A StringDType may hold another object for missing values.
             _check_objects(strings, spec, place)
         return strings
     if array.dtype.newbyteorder("=") == target:
@@ -301,7 +305,7 @@ def _cast(array: Array, spec: TensorSpec, place: str) -> Array:
             raise errors.DTypeMismatch(
                 place=place, expected=str(spec), found=f"{_describe(array)} with integers that do not fit"
             )
-    with np.errstate(over="ignore"):  # A float too large becomes infinite, as it does in a local model.
+    with np.errstate(over="ignore"):  # A float that is too large becomes infinite, as in a local model.
         return array.astype(target)
 
 
@@ -311,7 +315,7 @@ def _can_cast(source: np.dtype[Any], target: dtypes.DType) -> bool:
     if source == dtypes.BFLOAT16.numpy:
         return target.numpy.kind in "fc"
     if source.kind in "iu" and target.numpy.kind in "iu":
-        return True  # By value: see `_cast`. A list of positive Python integers is int64 and may mean uint8.
+        return True  # `_cast` checks the values. A list of Python integers is int64 and may stand for uint8.
     return source.kind in "biufc" and np.can_cast(source, target.numpy, "same_kind")
 
 
@@ -331,7 +335,7 @@ def _describe(array: Array) -> str:
 
 
 def kind_of(value: Any) -> str:
-    """What a value is, without anything of what it holds."""
+    """The kind of a value for an error message: its type and shape or length, none of its contents."""
     if value is None:
         return "None"
     if trees.is_named_tuple(value):

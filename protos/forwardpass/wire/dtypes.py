@@ -21,8 +21,8 @@ else:
     HAS_NATIVE_BFLOAT16 = True
 
 if sys.byteorder != "little":
-    # Arrays are moved as they lie in memory; on such a machine every one would have to be swapped.
-    raise ImportError("forwardpass needs a little-endian machine")
+    # Arrays are sent as they are in memory. On a big-endian machine each would have to be swapped.
+    raise ImportError("forwardpass supports little-endian machines only")
 
 Array = npt.NDArray[Any]
 
@@ -31,9 +31,9 @@ Array = npt.NDArray[Any]
 class DType:
     """One element type.
 
-    name: as numpy names it; "bfloat16" and "string" where numpy has no word of its own.
+    name: numpy's name; "bfloat16" and "string" for types that numpy does not have.
     code: the number in `forwardpass.v1.DataType`.
-    itemsize: bytes an element takes on the wire; 0 for strings, whose length varies.
+    itemsize: bytes per element on the wire; 0 for strings, whose length varies.
     numpy: the dtype of arrays in memory. Strings are object arrays of `bytes`.
     """
 
@@ -46,12 +46,12 @@ class DType:
         return self.name
 
     def __reduce__(self) -> tuple[Callable[[str], DType], tuple[str]]:
-        # There is one object for each type: comparisons are by identity, in copies of a spec too.
+        # Types are compared by identity: a copy or an unpickled spec must refer to the same object.
         return by_name, (self.name,)
 
 
 def by_name(name: str) -> DType:
-    """The element type of this name. Pickles name this function. Raises KeyError."""
+    """The element type of this name. Raises KeyError. Pickles refer to this function: keep its name."""
     return BY_NAME[name]
 
 
@@ -60,15 +60,15 @@ def _plain(code: int, name: str) -> DType:
     return DType(name, code, dtype.itemsize, dtype)
 
 
-# numpy's bytes, str and, from numpy 2 on, StringDType.
+# The kinds of numpy's bytes, str and (since numpy 2) StringDType.
 STRING_KINDS = "SUT"
 
 STRING = DType("string", v1.DataType.DATA_TYPE_STRING, 0, np.dtype(object))
 
 BOOL = _plain(v1.DataType.DATA_TYPE_BOOL, "bool")
 
-# Without ml_dtypes there is no bfloat16 in numpy. Such leaves are then float32 in memory: every bfloat16 is a
-# float32, so what is received is exact; what is sent is rounded to nearest even.
+# Without ml_dtypes numpy has no bfloat16, and such leaves are float32 in memory. Received values are exact, because
+# every bfloat16 is a float32; sent values are rounded to nearest even.
 BFLOAT16 = DType(
     "bfloat16",
     v1.DataType.DATA_TYPE_BFLOAT16,
@@ -102,7 +102,7 @@ _BY_NUMPY: dict[np.dtype[np.generic], DType] = {
 
 
 def of(array: Array, place: str = "array") -> DType:
-    """The element type of an array. Raises DTypeMismatch, naming `place`, where the wire has none for it."""
+    """The element type of an array. Raises DTypeMismatch, which names `place`, for a dtype without one."""
     dtype = _BY_NUMPY.get(array.dtype)
     if dtype is not None:
         return dtype
@@ -117,10 +117,10 @@ def of(array: Array, place: str = "array") -> DType:
 
 
 def foreign_object(array: Array) -> str:
-    """What makes an object array no array of strings, as type and place: `None at [3]`; "" where all are strings.
+    """The type and index of an element of an object array that is not a string, as `None at [3]`; "" if all are.
 
-    It is the first element that is neither a string nor a number, such as the None of a column of floats, or else the
-    first number.
+    Reports the first element that is neither a string nor a number, such as None in a column of floats; else the first
+    number.
     """
     others = [one for one in enumerate(array.ravel().tolist()) if not isinstance(one[1], (bytes, str))]
     if not others:
@@ -131,15 +131,15 @@ def foreign_object(array: Array) -> str:
 
 
 def bfloat16_bits(array: Array) -> npt.NDArray[np.uint16]:
-    """The bit patterns of float32 numbers as bfloat16, rounded to nearest even; NaN stays NaN."""
+    """Rounds float32 values to bfloat16 (to nearest even; NaN stays NaN). Returns bit patterns of the same shape."""
     flat = np.ascontiguousarray(array, np.float32).reshape(-1)
     bits = flat.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    # Rounding could carry a NaN's mantissa over into infinity: keep its top bits and set the quiet bit.
+    # Rounding could turn a NaN into infinity: keep its upper bits instead, and set the quiet bit.
     quiet_nan = (bits >> np.uint32(16)) | np.uint32(0x0040)
     return cast(Array, np.where(np.isnan(flat), quiet_nan, rounded)).astype(np.uint16).reshape(array.shape)
 
 
 def bfloat16_values(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
-    """The float32 numbers of bfloat16 bit patterns, exact."""
+    """Converts bfloat16 bit patterns to float32 values of the same shape. Exact."""
     return np.left_shift(bits.reshape(-1), 16, dtype=np.uint32).view(np.float32).reshape(bits.shape)

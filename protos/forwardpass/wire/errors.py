@@ -1,4 +1,4 @@
-"""The error catalogue: one class for each thing a caller can do something about, the same on both ends."""
+"""The error catalogue: one class for each kind of failure that a caller can handle, the same in client and server."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ DETAIL_KEY = "forwardpass-error-bin"
 
 
 class ForwardPassError(Exception):
-    """Base of every error of the service.
+    """Base class of all errors of the service.
 
-    status: the gRPC status code's name.
-    sentence: what the class means, for people; the message where nothing more is known.
-    place: the argument or leaf that is wrong, e.g. `model_weights.trainable[3]`; "" where there is none.
-    expected, found: what the place should hold and what it holds.
-    request_id: names the call in the server's log; "" for an error that never left the client.
-    retry_after_s: when a server that has too much to do thinks that trying again makes sense; 0 where it says nothing.
+    status: the name of the gRPC status code.
+    sentence: the default message of the class.
+    place: the argument or leaf that is wrong, such as `model_weights.trainable[3]`; "" if the error concerns none.
+    expected, found: what the place should hold, and what it holds.
+    request_id: identifies the call in the server's log; "" for an error that was raised in the client.
+    retry_after_s: the time after which an overloaded server expects to have room; 0 if it gives none.
     """
 
     status: ClassVar[str] = "UNKNOWN"
@@ -49,158 +49,220 @@ class ForwardPassError(Exception):
 
 
 class InvalidRequest(ForwardPassError, ValueError):
+    """Raised for an invalid argument. Also the base of the more specific classes below."""
+
     status = "INVALID_ARGUMENT"
     sentence = "The request is not a valid message of its method."
 
 
 class StructureMismatch(InvalidRequest):
+    """Raised if the containers of an argument (nesting, keys, lengths) differ from the model's."""
+
     status = "INVALID_ARGUMENT"
     sentence = "The containers of an argument differ from the model's."
 
 
 class DTypeMismatch(InvalidRequest, TypeError):
+    """Raised if the dtype of an array cannot be cast to the model's. Convert the array."""
+
     status = "INVALID_ARGUMENT"
     sentence = "An array's element type differs from the model's."
 
 
 class ShapeMismatch(InvalidRequest):
+    """Raised if the shape of an array does not fit the model's. Reshape the array."""
+
     status = "INVALID_ARGUMENT"
     sentence = "An array's shape differs from the model's."
 
 
 class ModelRefusedInput(InvalidRequest):
+    """Raised if the model's graph rejects the values or shapes of a call, as a local model would."""
+
     status = "INVALID_ARGUMENT"
-    sentence = "The model's graph refused the values or shapes that it was given."
+    sentence = "The model's graph refused the values or shapes of the arguments."
 
 
 class Unauthenticated(ForwardPassError):
+    """Raised for missing or invalid credentials."""
+
     status = "UNAUTHENTICATED"
-    sentence = "The server wants to know who calls, and cannot tell."
+    sentence = "Missing or invalid credentials: send a bearer token (connect(token=...)) or a client certificate."
 
 
 class PermissionDenied(ForwardPassError, PermissionError):
+    """Raised if the caller's role does not permit the method."""
+
     status = "PERMISSION_DENIED"
-    sentence = "The caller may not call this method."
+    sentence = "The caller is not permitted to call this method."
 
 
 class ModelNotFound(ForwardPassError, LookupError):
+    """Raised for the name of a model that the server does not have."""
+
     status = "NOT_FOUND"
     sentence = "The server has no model of this name."
 
 
 class ModelVersionNotFound(ModelNotFound):
+    """Raised for a version or label that the model does not have."""
+
     status = "NOT_FOUND"
     sentence = "The server has no such version of the model."
 
 
 class ModelLoading(ForwardPassError):
+    """Raised while the model is being loaded. Retryable."""
+
     status = "UNAVAILABLE"
-    sentence = "The model is still being loaded."
+    sentence = "The model is still being loaded: retry later."
 
 
 class ModelFailed(ForwardPassError):
+    """Raised for a model that failed to load. The message gives the reason."""
+
     status = "FAILED_PRECONDITION"
     sentence = "The model failed to load."
 
 
 class ModelInUse(ForwardPassError):
+    """Raised by unload for a version with open metric sessions, under --unload-with-sessions refuse."""
+
     status = "FAILED_PRECONDITION"
-    sentence = "The version has metric sessions that are open, and the server unloads none that has."
+    sentence = "The version has open metric sessions, and the server does not unload versions with sessions."
 
 
 class ModelChanged(ForwardPassError):
+    """Raised if the server now serves another model under the same name and version. Look the model up again."""
+
     status = "FAILED_PRECONDITION"
-    sentence = "Another model answered than the one that was looked up."
+    sentence = "The server answered with another model than the one that was looked up: look the model up again."
 
 
 class FunctionNotAvailable(ForwardPassError, NotImplementedError):
+    """Raised for a function that the model does not have, such as metrics."""
+
     status = "FAILED_PRECONDITION"
     sentence = "The model has no such function."
 
 
 class MessageTooLarge(ForwardPassError):
+    """Raised for a request or response over the server's limit (--max-message-mib). Use smaller batches."""
+
     status = "RESOURCE_EXHAUSTED"
     sentence = "A message is longer than its limit."
 
 
 class WeightsNotFound(ForwardPassError, LookupError):
+    """Raised for weights that the server does not hold (any more). Put them again."""
+
     status = "NOT_FOUND"
-    sentence = "The server does not hold these weights, or no longer."
+    sentence = "The server does not hold these weights: put them again."
 
 
 class TensorCorrupted(InvalidRequest):
+    """Raised if received tensor data does not match its announced hash. Put the weights again."""
+
     status = "INVALID_ARGUMENT"
-    sentence = "The bytes of a tensor have another hash than was announced."
+    sentence = "The bytes of a tensor do not match the announced hash."
 
 
 class UploadOutOfStep(ForwardPassError):
+    """Raised if an upload does not continue where the server's copy ends. Put the weights again."""
+
     status = "ABORTED"
-    sentence = "The server does not hold what this upload goes on from: put the weights again."
+    sentence = "The upload does not continue where the server's copy ends: put the weights again."
 
 
 class WeightStoreFull(ForwardPassError):
+    """Raised if weights do not fit beside those that are in use. Delete or release weights, or retry later."""
+
     status = "RESOURCE_EXHAUSTED"
-    sentence = "The server has no room for these weights beside those that are in use."
+    sentence = "The server has no room for these weights beside those that are in use: delete or release weights."
 
 
 class SessionNotFound(ForwardPassError, LookupError):
+    """Raised for a metric session that does not exist or was closed."""
+
     status = "NOT_FOUND"
-    sentence = "The server holds no such metrics session, or it was closed."
+    sentence = "The server holds no such metrics session: it does not exist, or was closed."
 
 
 class SessionExpired(SessionNotFound):
+    """Raised for a metric session that was deleted because it was idle for too long (--session-expiry)."""
+
     status = "NOT_FOUND"
-    sentence = "The metrics session was idle for too long, and was dropped."
+    sentence = "The metrics session was idle for too long and was deleted."
 
 
 class SequenceMismatch(ForwardPassError):
+    """Raised if updates of a session arrive out of order, for example from two writers with the same id."""
+
     status = "FAILED_PRECONDITION"
-    sentence = "The update does not follow the last one that this writer had applied to the session."
+    sentence = "The update does not follow the last update of this writer to the session."
 
 
 class SessionLimitExceeded(ForwardPassError):
+    """Raised if the caller has reached the limit of sessions or of their size. Close sessions."""
+
     status = "RESOURCE_EXHAUSTED"
-    sentence = "There are as many metrics sessions, or bytes of them, as may be."
+    sentence = "The limit of metrics sessions, or of their size, is reached: close sessions, or retry later."
 
 
 class SessionStoreUnavailable(ForwardPassError):
+    """Raised if the server cannot reach its session store. Sending the same update again is safe: it counts once."""
+
     status = "UNAVAILABLE"
-    sentence = "The server cannot reach or write its session store: what was sent may have counted or not."
+    sentence = "The server cannot reach or write its session store: the update may or may not have been counted."
 
 
 class ServerOverloaded(ForwardPassError):
+    """Raised if the server has reached its limit of concurrent calls or bytes. Retryable: see `retry_after_s`."""
+
     status = "RESOURCE_EXHAUSTED"
-    sentence = "The server has as many calls as it takes."
+    sentence = "The server has reached its limit of concurrent calls: retry later."
 
 
 class OutOfMemory(ForwardPassError, MemoryError):
+    """Raised if the device has too little memory for a call. Use smaller batches, or retry later."""
+
     status = "RESOURCE_EXHAUSTED"
     sentence = "The device has too little memory for this call."
 
 
 class DeadlineExceeded(ForwardPassError, TimeoutError):
+    """Raised if a call does not end within its timeout."""
+
     status = "DEADLINE_EXCEEDED"
     sentence = "The call did not end before its deadline."
 
 
 class CallCancelled(ForwardPassError):
+    """Raised for a call that was cancelled."""
+
     status = "CANCELLED"
     sentence = "The call was cancelled."
 
 
 class ServerUnavailable(ForwardPassError, ConnectionError):
+    """Raised if the server cannot be reached, or is stopping. Retryable."""
+
     status = "UNAVAILABLE"
     sentence = "The server cannot be reached."
 
 
 class MethodNotSupported(ForwardPassError):
+    """Raised for a method that the server does not have."""
+
     status = "UNIMPLEMENTED"
-    sentence = "The server does not know this method: it is older than the client, or another service."
+    sentence = "The server does not have this method: it is older than the client, or a different service."
 
 
 class InternalError(ForwardPassError):
+    """Raised for an unexpected failure of the server. Its log has the details under `request_id`."""
+
     status = "INTERNAL"
-    sentence = "The server failed; its log says more under the request id."
+    sentence = "The server failed; its log has the details under the request id."
 
 
 CATALOGUE: dict[str, type[ForwardPassError]] = {
@@ -240,7 +302,7 @@ CATALOGUE: dict[str, type[ForwardPassError]] = {
     )
 }
 
-# What a bare status means where no detail came with it: gRPC itself, or something between, answered.
+# The class for a status without an ErrorDetail: gRPC itself or a proxy has answered.
 _BY_STATUS: dict[str, type[ForwardPassError]] = {
     "INVALID_ARGUMENT": InvalidRequest,
     "UNAUTHENTICATED": Unauthenticated,
@@ -254,13 +316,13 @@ _BY_STATUS: dict[str, type[ForwardPassError]] = {
 }
 
 
-# gRPC refuses trailing metadata of more than 8 KiB, all of it: the caller would then learn nothing at all.
+# gRPC drops trailing metadata of more than 8 KiB completely: the caller would not get the error.
 _MAX_MESSAGE_BYTES = 3000
 _MAX_FIELD_BYTES = 800
 
 
 def encode_message(error: ForwardPassError) -> str:
-    """The error's message, cut so that it fits into a header, where what is not ASCII takes three bytes for one."""
+    """The error's message, shortened to fit into a header, where each byte that is not ASCII takes three."""
     message = str(error)
     size_bytes = 0
     for index, character in enumerate(message):
@@ -276,7 +338,7 @@ def _cut(text: str) -> str:
 
 
 def encode_detail(error: ForwardPassError) -> bytes:
-    """The error as the value of `DETAIL_KEY`. What is long is cut."""
+    """The error as the value of `DETAIL_KEY`. Long texts are cut."""
     detail = v1.ErrorDetail(
         reason=type(error).__name__,
         place=_cut(error.place),
@@ -289,11 +351,11 @@ def encode_detail(error: ForwardPassError) -> bytes:
 
 
 def decode(status: str, message: str, detail: bytes | None) -> ForwardPassError:
-    """The error that a failed call stands for.
+    """The error of a failed call.
 
-    status: the gRPC status code's name. message: its details.
-    detail: the value of `DETAIL_KEY` in the trailing metadata, where there was one.
-    An unknown reason, of a newer server, falls back to what the status means.
+    status: the name of the gRPC status code. message: its details.
+    detail: the value of `DETAIL_KEY` in the trailing metadata; None without one.
+    An unknown reason (from a newer server) gives the class for the status.
     """
     found = v1.ErrorDetail()
     try:

@@ -1,7 +1,7 @@
-"""The protobuf wire format, field by field: read where it lies, written without a copy.
+"""The protobuf wire format, field by field: read in place, written without a copy.
 
-protobuf's own parser copies a `bytes` field several times; at 16 MB that leaves a fifth of what gRPC can move. So
-messages that hold arrays are taken apart here, and what is small in them is left to protobuf.
+protobuf's own parser copies a `bytes` field several times; at 16 MB this leaves a fifth of gRPC's throughput. Messages
+with arrays are therefore parsed here, and only their small fields by protobuf.
 Source: the protobuf encoding specification.
 """
 
@@ -25,16 +25,16 @@ FIXED32 = 5
 
 _MAX_FIELD_NUMBER = 2**29 - 1
 
-# Twice what a structure of as many leaves as there may be has. Every field costs time and memory of its own, however
-# few its bytes are.
+# Twice the fields of a structure with the maximum of leaves. Each field costs time and memory, even if it has few
+# bytes.
 _MAX_FIELDS = 2**17
 
-# Of a message without repeated fields: some ten times what any has, with room for those of later versions.
+# For a message without repeated fields: about ten times what any has now, with room for later versions.
 _FEW_FIELDS = 128
 
 
 def read_varint(data: bytes, position: int, end: int) -> tuple[int, int]:
-    """An unsigned 64-bit varint at `position` and the position after it."""
+    """An unsigned 64-bit varint at `position`, and the position after it. Raises InvalidRequest."""
     value = shift = 0
     while position < end:
         byte = data[position]
@@ -45,7 +45,7 @@ def read_varint(data: bytes, position: int, end: int) -> tuple[int, int]:
         shift += 7
         if shift > 63:
             raise malformed("a varint longer than 10 bytes", position)
-    raise malformed("a varint that ends nowhere", position)
+    raise malformed("a varint without an end", position)
 
 
 def scan(
@@ -53,10 +53,10 @@ def scan(
 ) -> Iterator[tuple[int, int, int, int, int]]:
     """The fields of the message in data[start:end], in order.
 
-    Each is (number, wire type, start of the whole field, start of its value, end of its value). A length-delimited
-    value is without its length.
-    budget: of the whole message that the bytes are part of. Its fields are charged when the scan ends.
-    Raises InvalidRequest where the bytes are no protobuf message, and LimitExceeded.
+    Each is (number, wire type, start of the whole field, start of its value, end of its value). The value of a
+    length-delimited field excludes its length.
+    budget: the budget of the whole message; the number of fields is subtracted when the scan ends.
+    Raises InvalidRequest for bytes that are not a protobuf message, or LimitExceeded.
     """
     position = start
     most = max_fields if budget is None else max(min(max_fields, budget.fields), 0)
@@ -66,7 +66,7 @@ def scan(
                 budget.fields -= count
             return
         field_start = position
-        # Nearly every tag and length is one byte: do not pay for a call then.
+        # Nearly every tag and length is one byte: avoid a function call then.
         tag = data[position]
         if tag < 0x80:
             position += 1
@@ -91,7 +91,7 @@ def scan(
         else:
             raise malformed(f"wire type {wire_type}", field_start)
         if value_end > end:
-            raise malformed(f"a field of {value_end - position} bytes where {end - position} are left", field_start)
+            raise malformed(f"a field of {value_end - position} bytes with {end - position} left", field_start)
         yield number, wire_type, field_start, position, value_end
         position = value_end
     if position < end and most < max_fields:
@@ -103,14 +103,14 @@ def scan(
 
 
 def scan_few(data: bytes, start: int, end: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """`scan` of a message that has a handful of fields. Raises InvalidRequest for one of more than `_FEW_FIELDS`."""
+    """Like `scan`, for a message with few fields. Raises InvalidRequest for more than 128 fields."""
     return scan(data, start, end, None, _FEW_FIELDS)
 
 
 def without(message_type: type[MessageT], data: bytes, number: int) -> tuple[MessageT, tuple[int, int]]:
-    """A message without length-delimited field `number`, and where in `data` that field's value lies; else (0, 0).
+    """A message without its length-delimited field `number`, and (start, end) of that field's value in `data`.
 
-    Raises InvalidRequest where the bytes are no such message, or have the field twice.
+    (0, 0) if the field is missing. Raises InvalidRequest for an invalid message, or one that has the field twice.
     """
     span = (0, 0)
     rest = []
@@ -125,17 +125,17 @@ def without(message_type: type[MessageT], data: bytes, number: int) -> tuple[Mes
 
 
 def parse(message_type: type[MessageT], data: bytes) -> MessageT:
-    """A message that is small, by protobuf's own parser. Raises InvalidRequest."""
+    """Parses a small message with protobuf's own parser. Raises InvalidRequest."""
     message = message_type()
     try:
         message.ParseFromString(data)
     except DecodeError:
-        raise errors.InvalidRequest(f"malformed message: no {message.DESCRIPTOR.name}") from None
+        raise errors.InvalidRequest(f"malformed message: not a {message.DESCRIPTOR.name}") from None
     return message
 
 
 def read_int64s(data: bytes, wire_type: int, start: int, end: int) -> list[int]:
-    """The values of one `repeated int64` field, packed or not."""
+    """The values of a `repeated int64` field, packed or not. Raises InvalidRequest."""
     values = []
     position = start
     while position < end:
@@ -156,7 +156,7 @@ _ONE_BYTE = [bytes((value,)) for value in range(0x80)]
 
 
 def varint(value: int) -> bytes:
-    """An int64 as a varint."""
+    """Encodes an int64 as a varint."""
     if 0 <= value < 0x80:
         return _ONE_BYTE[value]
     value &= 0xFFFF_FFFF_FFFF_FFFF
@@ -172,9 +172,10 @@ def varint(value: int) -> bytes:
 
 @functools.lru_cache(maxsize=4096)
 def prefix(number: int, length: int) -> bytes:
-    """What precedes the `length` bytes of length-delimited field `number`."""
+    """The tag and length of a length-delimited field. length: of its value in bytes."""
     return varint(number << 3 | LENGTH_DELIMITED) + varint(length)
 
 
 def malformed(what: str, position: int) -> errors.InvalidRequest:
+    """The error for bytes that are not a protobuf message."""
     return errors.InvalidRequest(f"malformed message: {what} at byte {position}")

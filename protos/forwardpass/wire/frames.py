@@ -1,4 +1,4 @@
-"""Calls and answers on a stream: numbered, several to a message, long ones in pieces."""
+"""Frames: calls and answers on a stream, numbered, several in one message, long ones split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CALL = 1
 _METHOD, _TIMEOUT, _REQUEST_SIZE, _REQUEST, _LARGEST = 2, 3, 4, 5, 6
 _STATUS, _MESSAGE, _DETAIL, _RESPONSE_SIZE, _RESPONSE = 2, 3, 4, 5, 6
 
-# gRPC's status codes, each at the place of its number.
+# The names of gRPC's status codes; the index is the code.
 STATUSES = (
     "OK",
     "CANCELLED",
@@ -40,10 +40,10 @@ STATUSES = (
     "UNAUTHENTICATED",
 )
 
-# Calls of which some pieces are there and others not.
+# Limit of calls on one stream that have arrived in part.
 _MAX_ARRIVING = 1024
 
-# Fields of a message beside its frames: some have one.
+# Limit of the other fields of a message besides its frames. Present messages have at most one.
 _MAX_OTHERS = 128
 
 _DOUBLE = struct.Struct("<d")
@@ -52,11 +52,11 @@ _TIMEOUT_TAG = fields.varint(_TIMEOUT << 3 | fields.FIXED64)
 
 
 class Frame(NamedTuple):
-    """One piece of a call or of an answer. data: a view of the message.
+    """A part of a call or of an answer. data: a view of the message.
 
-    Of a call, in its first piece: method, timeout_s (0 for no limit), size_bytes of the whole, and where in it the
-    elements of the largest array begin.
-    Of an answer, in its first piece: status (0 for success), message, detail, size_bytes of the whole.
+    The first frame of a call also holds: method, timeout_s (0 for no limit), size_bytes of the whole call, and
+    largest_array_offset, where the elements of its largest array begin.
+    The first frame of an answer also holds: status (0 for success), message, detail, size_bytes of the whole answer.
     """
 
     call: int
@@ -71,7 +71,7 @@ class Frame(NamedTuple):
 
 
 def encode_call(method: str, timeout_s: float | None, size_bytes: int, largest_array_offset: int = 0) -> bytes:
-    """What the first piece of a call says besides its number and data."""
+    """The head of a call: the fields of its first frame except number and data."""
     head = _encode_call(method, size_bytes, largest_array_offset)
     return head if timeout_s is None else _TIMEOUT_TAG + _DOUBLE.pack(timeout_s) + head
 
@@ -87,12 +87,12 @@ def _encode_call(method: str, size_bytes: int, largest_array_offset: int) -> byt
 
 @functools.lru_cache(maxsize=1024)
 def encode_answer(size_bytes: int) -> bytes:
-    """What the first piece of an answer says besides its number and data."""
+    """The head of an answer: the fields of its first frame except number and data."""
     return _integer(_RESPONSE_SIZE, size_bytes)
 
 
 def encode_error(error: errors.ForwardPassError) -> bytes:
-    """What the answer of a call that failed says."""
+    """The head of the answer to a failed call."""
     text = errors.encode_message(error).encode(errors="replace")
     detail = errors.encode_detail(error)
     return (
@@ -160,17 +160,17 @@ def _decode_answer(message: bytes, start: int, end: int) -> tuple[Frame, int]:
     return Frame(call, data, size_bytes, status=status, message=text, detail=detail), data_end
 
 
-# Longer heads, or more of them, are not kept: strangers write them too.
+# Limits of the cache of heads: any client can send heads, and must not fill the memory.
 _KEPT_HEAD_BYTES = 64
 _KEPT_HEADS = 256
 
 
 class _Frames:
-    """Reads the frames of one direction.
+    """Reads the frames of one direction, with a cache of heads.
 
-    As this module writes them, a frame begins with its number and, if it is a call, its timeout. From there to its data
-    it is the same from call to call: such a head is kept, under the number of bytes from its start to the frame's end,
-    with the frame that it was read in. Where the next frame has the same head, only what stands around it is read.
+    A frame as written by this module begins with its number and, for a call, its timeout. The bytes from there to the
+    data (the head) are usually the same from call to call. Each head is cached with its decoded frame, under the number
+    of bytes from the head's start to the frame's end. For a frame with a cached head only the rest is decoded.
     """
 
     def __init__(self, decode: Callable[[bytes, int, int], tuple[Frame, int]], *, have_timeouts: bool) -> None:
@@ -179,13 +179,14 @@ class _Frames:
         self._heads: dict[int, tuple[bytes, Frame]] = {}
 
     def read(self, message: bytes) -> Iterator[Frame]:
+        """The frames of a message. Raises InvalidRequest."""
         view = memoryview(message)
         others = 0
         for number, wire_type, _, start, end in fields.scan(message, 0, len(message)):
             if number != _FRAMES or wire_type != fields.LENGTH_DELIMITED:
                 others += 1
                 if others > _MAX_OTHERS:
-                    raise fields.malformed(f"more than {_MAX_OTHERS} fields beside frames", start)
+                    raise fields.malformed(f"more than {_MAX_OTHERS} fields besides frames", start)
                 continue
             if not message.startswith(_CALL_TAG, start, end):
                 yield self._decode(message, start, end)[0]
@@ -200,9 +201,9 @@ class _Frames:
                 data = view[position + len(head) : end]
                 yield Frame(call, data, first.size_bytes, first.method, timeout_s, first.largest_array_offset)
             else:
-                yield self._read_anew(message, start, position, end)
+                yield self._read_uncached(message, start, position, end)
 
-    def _read_anew(self, message: bytes, start: int, head_start: int, end: int) -> Frame:
+    def _read_uncached(self, message: bytes, start: int, head_start: int, end: int) -> Frame:
         frame, data_end = self._decode(message, start, end)
         head = message[head_start : end - len(frame.data)]
         if (
@@ -224,7 +225,7 @@ _ANSWERS = _Frames(_decode_answer, have_timeouts=False)
 
 
 def check(frame: Frame) -> None:
-    """Raises the error that an answer stands for, where it is one."""
+    """Raises the error of an answer; does nothing for a successful one."""
     if frame.status:
         name = STATUSES[frame.status] if frame.status < len(STATUSES) else "UNKNOWN"
         raise errors.decode(name, frame.message, frame.detail)
@@ -235,7 +236,7 @@ def _text(data: bytes) -> str:
 
 
 class _Leaving:
-    """A call or an answer on its way out. head: for its first piece. data: what has not left."""
+    """A call or an answer that is being sent. head: of its first frame; then b"". data: the unsent rest."""
 
     __slots__ = ("call", "data", "head")
 
@@ -245,7 +246,7 @@ class _Leaving:
         self.data = data
 
     def take(self, room: int) -> tuple[Sequence[bytes | memoryview], int]:
-        """The next pieces, of at most `room` bytes, and their length."""
+        """Removes the next buffers, of at most `room` bytes together. Returns them and their length."""
         if isinstance(self.data, bytes):
             if len(self.data) <= room:
                 whole, self.data = self.data, b""
@@ -264,9 +265,10 @@ class _Leaving:
 
 
 class Outbox:
-    """Calls, or answers, that wait to be sent: put together to messages of about `CHUNK_BYTES`.
+    """Calls or answers that wait to be sent, in messages of about `CHUNK_BYTES`.
 
-    A long one leaves piece by piece, and lets others go between, unless they are to stay in order.
+    A long one is split into frames, and others are sent between its frames. in_order: send each one completely before
+    the next.
     """
 
     def __init__(self, *, answers: bool, in_order: bool = False) -> None:
@@ -279,17 +281,18 @@ class Outbox:
         return len(self._leaving)
 
     def put(self, call: int, head: bytes, data: bytes | Pieces = b"") -> None:
-        """head: of `encode_call`, `encode_answer` or `encode_error`."""
+        """Adds a call or an answer. head: from `encode_call`, `encode_answer` or `encode_error`."""
         views = data if isinstance(data, bytes) else collections.deque(view for view in data.views() if view)
         self._leaving.append(_Leaving(call, head, views))
         self.size_bytes += len(data)
 
     def clear(self) -> None:
+        """Drops everything that is unsent."""
         self._leaving.clear()
         self.size_bytes = 0
 
     def next_message(self) -> bytes:
-        """The next message; there must be one."""
+        """Removes and returns the next message. The outbox must not be empty."""
         pieces: list[bytes | memoryview] = []
         room = CHUNK_BYTES
         for _ in range(len(self._leaving)):
@@ -313,7 +316,10 @@ class Outbox:
 
 
 class Inbox:
-    """Puts pieces together. max_bytes: of one call or answer; total_bytes: of all that are not whole yet."""
+    """Joins frames to calls or answers.
+
+    max_bytes: the limit for one. total_bytes: the limit for all incomplete ones together.
+    """
 
     def __init__(self, max_bytes: int, total_bytes: int) -> None:
         self._max_bytes = max_bytes
@@ -322,9 +328,9 @@ class Inbox:
         self.size_bytes = 0
 
     def take(self, frame: Frame) -> tuple[Frame, bytes | memoryview] | None:
-        """The first piece of a call or an answer, and all of its data, once it is whole; None before.
+        """Adds a frame. Returns the first frame and all data of its call or answer when it is complete, else None.
 
-        Raises MessageTooLarge, ServerOverloaded or InvalidRequest; what came of the call is then forgotten.
+        Raises MessageTooLarge, ServerOverloaded or InvalidRequest; the call is then dropped.
         """
         arriving = self._arriving.get(frame.call)
         if arriving is None:
@@ -347,12 +353,13 @@ class Inbox:
         return arriving.first, arriving.buffer.data.toreadonly()
 
     def drop(self, call: int) -> None:
-        """Forgets a call that is not whole."""
+        """Drops an incomplete call."""
         arriving = self._arriving.pop(call, None)
         if arriving is not None:
             self.size_bytes -= len(arriving.buffer)
 
     def clear(self) -> None:
+        """Drops all incomplete calls."""
         for call in list(self._arriving):
             self.drop(call)
 
@@ -363,8 +370,8 @@ class Inbox:
             )
         if len(self._arriving) >= _MAX_ARRIVING or self.size_bytes + frame.size_bytes > self._total_bytes:
             raise errors.ServerOverloaded(
-                f"{len(self._arriving)} calls of {self.size_bytes} bytes are on their way, and no more than "
-                f"{_MAX_ARRIVING} of {self._total_bytes} are taken",
+                f"{len(self._arriving)} calls of {self.size_bytes} bytes are incomplete, the limit is "
+                f"{_MAX_ARRIVING} calls of {self._total_bytes} bytes: retry later",
                 retry_after_s=0.1,
             )
         if frame.size_bytes < len(frame.data):
@@ -374,6 +381,8 @@ class Inbox:
 
 
 class _Arriving:
+    """An incomplete call or answer."""
+
     def __init__(self, first: Frame) -> None:
         self.first = first._replace(data=memoryview(b""))
         self.buffer = aligned_buffer(first.size_bytes, first.largest_array_offset)

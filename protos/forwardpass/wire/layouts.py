@@ -1,8 +1,8 @@
-"""Where the arrays lie in messages that came before: the next of the same form is compared, not taken apart.
+"""A cache of message layouts: a message of a known layout is compared with it instead of being parsed.
 
-From call to call only the elements of a message's arrays change, and perhaps its header. Whatever else it holds, its
-framing, decides by itself where everything lies: a message of the same length with the same bytes there has the same
-structures, whose elements alone are still to be read.
+From call to call usually only the elements of arrays change, and perhaps the header. All other bytes, the framing,
+determine the positions of the arrays: a message of the same length with the same framing has the same structures, and
+only the elements remain to be read.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from google.protobuf.message import Message
 
 from forwardpass.wire import dtypes, structures
 
-# Longer framings are not kept, and the oldest go when all together take more: strangers write them too. The smallest
-# leaf takes 6 bytes of framing and some 300 of memory here.
+# Limits of the cache: any client can send messages, and must not fill the memory. A longer framing is not cached; the
+# oldest entries are dropped beyond the total. The smallest leaf has 6 bytes of framing and takes some 300 bytes here.
 _MAX_FRAMING_BYTES = 4096
 _MAX_TOTAL_BYTES = 2**17
 _ENTRY_BYTES = 64
 
 
 class Layout(NamedTuple):
-    """Where everything lies in messages of one type and length.
+    """The positions of all parts in messages of one type and length.
 
-    head_end: where the fields end that are no structures; all of them come first.
+    head_end: the end of the header, that is of the fields that are not structures; all of them come first.
     parts: the structures by their places.
-    gaps, framing: where there is something else behind the header than elements, and what.
+    gaps, framing: the positions of the framing after the header, and its bytes.
     """
 
     head_end: int
@@ -37,17 +37,18 @@ class Layout(NamedTuple):
 
     @property
     def size_bytes(self) -> int:
+        """The approximate memory of this entry."""
         return _ENTRY_BYTES + sum(map(len, self.framing))
 
     def fits(self, data: bytes) -> bool:
-        """Whether a message of this length has the same structures, but for the elements."""
+        """Whether a message of this length has the same framing, and so the same structures except for the elements."""
         return [data[gap] for gap in self.gaps] == self.framing
 
 
 def of(data: bytes, head_end: int, parts: Mapping[str, structures.Located]) -> Layout | None:
-    """The layout of a message whose structures were located; None where it is not to be kept.
+    """The layout of a message whose structures were located; None if it cannot be cached.
 
-    Strings are found by reading them: they are no mere elements.
+    A message with strings cannot: their lengths are among the elements.
     """
     leaves = [leaf for part in parts.values() for leaf in part.leaves]
     if any(leaf.dtype is dtypes.STRING for leaf in leaves):
@@ -61,7 +62,7 @@ def of(data: bytes, head_end: int, parts: Mapping[str, structures.Located]) -> L
 
 
 class Layouts:
-    """The layout of the last message of each type and length, within bounds. Used by any thread."""
+    """A bounded cache: the layout of the last message of each type and length. Thread-safe."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[type[Message], int], Layout] = {}
@@ -69,12 +70,12 @@ class Layouts:
         self._lock = threading.Lock()
 
     def find(self, message_type: type[Message], data: bytes) -> Layout | None:
-        """The layout of a message but for its header; None where it is not known."""
+        """The cached layout that fits a message (its header is not compared); None if there is none."""
         layout = self._kept.get((message_type, len(data)))
         return layout if layout is not None and layout.fits(data) else None
 
     def keep(self, message_type: type[Message], size_bytes: int, layout: Layout) -> None:
-        """Keeps a layout for messages of so many bytes."""
+        """Caches a layout. size_bytes: the length of its messages."""
         key = message_type, size_bytes
         with self._lock:
             replaced = self._kept.pop(key, None)

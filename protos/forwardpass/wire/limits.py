@@ -1,4 +1,4 @@
-"""What a message may hold at most: checked before anything is allocated for it."""
+"""Limits of the contents of messages. They are checked before memory is allocated."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Bounds of a message's contents. Its length is bounded by the channel that carries it."""
+    """Limits of one tensor or structure. The length of a message is limited by gRPC."""
 
-    # numpy before 2.0 has no more.
+    # The limit of numpy before 2.0.
     max_rank: int = 32
-    # Deeper than any weights seen; far from Python's recursion limit and protobuf's 100.
+    # Deeper than any known model's weights; far below Python's recursion limit and protobuf's limit of 100.
     max_depth: int = 24
     # A large transformer has a few thousand tensors.
     max_leaves: int = 65_536
     max_name_bytes: int = 256
-    # In one tensor. Strings become Python objects one by one: a million take a fifth of a second.
+    # For one tensor. Each string becomes a Python object: a million take 0.2 s.
     max_strings: int = 2**20
-    # max_leaves with names of 20 bytes. What protobuf makes of a tree takes some thirty times its bytes.
+    # Enough for max_leaves with names of 20 bytes. A parsed tree takes about thirty times its bytes.
     max_tree_bytes: int = 2**21
-    # Bounds the dimensions of an empty array, which no data bounds: [0, 2**60] would make a sum over the first
-    # axis allocate without end.
+    # The product of the other dimensions of an empty array, which its data does not limit: the sum of an array of shape
+    # [0, 2**60] over its first axis would allocate 2**60 elements.
     max_empty_extent_bytes: int = 2**28
 
 
@@ -29,7 +29,7 @@ DEFAULT = Limits()
 
 
 class LimitExceeded(Exception):
-    """A message holds more than its budget. `most`: how much it may hold, with its unit."""
+    """A message exceeds its budget. `most`: the limit, with its unit."""
 
     def __init__(self, most: str) -> None:
         super().__init__(f"more than {most}")
@@ -37,13 +37,13 @@ class LimitExceeded(Exception):
 
 
 class Budget:
-    """How much of one message may still be decoded, all its structures together.
+    """The remaining budget for decoding one message, with all its structures.
 
-    Each item costs Python about a microsecond, however few bytes it takes: bounds of a tensor or of a structure do not
-    bound a message that holds many of them.
+    Each item costs Python about 1 us, however few bytes it has. The limits of tensors and structures are not enough,
+    because a message may hold many of them.
 
-    fields: protobuf fields, those of structures and tensors included; a leaf takes three or four.
-    tree_bytes: of encoded trees that are decoded for the first time. nodes: leaves and containers of trees.
+    fields: protobuf fields, including those of structures and tensors; a leaf has three or four.
+    tree_bytes: bytes of encoded trees that are not in the cache. nodes: leaves and containers of these trees.
     strings: elements of string tensors.
     """
 
@@ -56,23 +56,26 @@ class Budget:
         self.strings = strings
 
     def take_tree_bytes(self, count: int) -> None:
+        """Spends bytes of trees. Raises LimitExceeded."""
         self.tree_bytes -= count
         if self.tree_bytes < 0:
-            raise LimitExceeded("its share of bytes in trees")
+            raise LimitExceeded(f"{MAX_MESSAGE_TREE_BYTES} bytes of trees in a message")
 
     def take_nodes(self, count: int) -> None:
+        """Spends nodes of trees. Raises LimitExceeded."""
         self.nodes -= count
         if self.nodes < 0:
             raise LimitExceeded(f"{MAX_MESSAGE_NODES} leaves and containers in a message")
 
     def take_strings(self, count: int) -> None:
+        """Spends strings. Raises LimitExceeded."""
         self.strings -= count
         if self.strings < 0:
             raise LimitExceeded(f"{MAX_MESSAGE_STRINGS} strings in a message")
 
 
 MAX_MESSAGE_FIELDS = 2**19
-"""Two structures of `max_leaves`."""
+"""Enough for two structures of `max_leaves`."""
 
 MAX_MESSAGE_TREE_BYTES = 2 * DEFAULT.max_tree_bytes
 
@@ -82,11 +85,11 @@ MAX_MESSAGE_STRINGS = DEFAULT.max_strings
 
 
 def whole_message() -> Budget:
-    """The budget of one message, wherever it is decoded."""
+    """The budget of any message."""
     return Budget(MAX_MESSAGE_FIELDS, MAX_MESSAGE_TREE_BYTES, MAX_MESSAGE_NODES, MAX_MESSAGE_STRINGS)
 
 
-# Together about a millisecond. A message of more is decoded where it holds up nobody: see `rpc.codec`.
+# Together about 1 ms. A larger message is decoded on a thread, where it does not block the event loop: see `rpc.codec`.
 SMALL_FIELDS = 1024
 SMALL_TREE_BYTES = 2048
 SMALL_LEAVES = 256

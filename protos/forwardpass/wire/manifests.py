@@ -1,4 +1,4 @@
-"""Sets of weights by the hashes of what they hold: the same numbers have the same id everywhere."""
+"""Manifests: sets of weights identified by hashes of their contents. Equal weights have the same id everywhere."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ _WEIGHTS = b"forwardpass.weights.v1\0"
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorManifest:
-    """One tensor without its numbers.
+    """A tensor without its elements.
 
-    digest: SHA-256, as weights.proto says. spec: without free dimensions. size_bytes: of its elements on the wire.
+    digest: SHA-256, as defined in weights.proto. spec: all dimensions are fixed. size_bytes: of the elements on the
+    wire.
     """
 
     digest: bytes
@@ -35,23 +36,24 @@ class TensorManifest:
 
     @property
     def shape(self) -> list[int]:
+        """The shape of the tensor."""
         return [dim or 0 for dim in self.spec.shape or ()]
 
     def decode(self, data: Any, place: str) -> Array:
-        """The tensor whose elements fill a buffer: see `tensors.decode_elements`."""
+        """The tensor, of shape `shape`, whose elements fill a buffer: see `tensors.decode_elements`."""
         return tensors.decode_elements(data, self.spec.data_type, self.shape, place)
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsManifest:
-    """A set of weights without its numbers. tensors: one for each leaf of `tree`, in order."""
+    """A set of weights without the elements. tensors: one for each leaf of `tree`, in order."""
 
     tree: trees.TreeDef
     tensors: tuple[TensorManifest, ...]
 
     @functools.cached_property
     def weights_id(self) -> bytes:
-        """SHA-256 over the tree and the tensors' digests, as weights.proto says."""
+        """SHA-256 over the tree and the digests of the tensors, as defined in weights.proto."""
         tree = self.tree.encoded
         hasher = hashlib.sha256(_WEIGHTS + struct.pack("<q", len(tree)) + tree)
         for tensor in self.tensors:
@@ -60,23 +62,23 @@ class WeightsManifest:
 
     @functools.cached_property
     def distinct(self) -> dict[bytes, TensorManifest]:
-        """The tensors by their digests, each once."""
+        """The different tensors, by digest."""
         return {tensor.digest: tensor for tensor in self.tensors}
 
     @functools.cached_property
     def size_bytes(self) -> int:
-        """What the set takes, tensors that stand in it several times counted once."""
+        """The size of the set; a tensor that occurs several times counts once."""
         return sum(tensor.size_bytes for tensor in self.distinct.values())
 
 
 def hasher_of(spec: TensorSpec) -> hashlib._Hash:
-    """A hasher that gives a tensor's digest once it has been fed the tensor's elements."""
+    """A hasher for the digest of a tensor: update it with the tensor's elements as on the wire."""
     shape = [dim or 0 for dim in spec.shape or ()]
     return hashlib.sha256(_TENSOR + struct.pack(f"<BB{len(shape)}q", spec.data_type.code, len(shape), *shape))
 
 
 def of_tensor(array: Array, dtype: DType | None = None, place: str = "array") -> TensorManifest:
-    """The manifest of an array. dtype: as of `tensors.encode`."""
+    """The manifest of an array of any shape. dtype: see `tensors.encode`."""
     dtype = dtype or dtypes.of(array, place)
     data = tensors.element_bytes(array, dtype, place)
     spec = TensorSpec(array.shape, dtype)
@@ -93,7 +95,7 @@ def of_structure(structure: Structure, place: str) -> WeightsManifest:
 
 
 def encode(manifest: WeightsManifest) -> v1.WeightsManifest:
-    """A manifest as its message."""
+    """Encodes a manifest."""
     message = v1.WeightsManifest()
     message.tree.ParseFromString(manifest.tree.encoded)
     for tensor in manifest.tensors:
@@ -102,9 +104,9 @@ def encode(manifest: WeightsManifest) -> v1.WeightsManifest:
 
 
 def decode(message: v1.WeightsManifest, limits: Limits = DEFAULT) -> WeightsManifest:
-    """The manifest that a message holds, in which every size agrees with its shape.
+    """Decodes a manifest, and checks that each size agrees with its shape.
 
-    Raises InvalidRequest or a subclass, naming the leaf.
+    Raises InvalidRequest or a subclass, which names the leaf.
     """
     tree = trees.decode(message.tree.SerializeToString(deterministic=True), "manifest.tree", limits)
     if len(message.tensors) != tree.num_leaves:
@@ -160,6 +162,6 @@ def _spec(message: v1.TensorManifest, place: str, limits: Limits) -> TensorSpec:
 
 
 def check_digest(digest: bytes, place: str) -> None:
-    """Raises InvalidRequest for what cannot be a SHA-256."""
+    """Raises InvalidRequest for bytes that cannot be a SHA-256 digest."""
     if len(digest) != DIGEST_BYTES:
         raise errors.InvalidRequest(place=place, expected=f"{DIGEST_BYTES} bytes", found=f"{len(digest)}")

@@ -1,14 +1,14 @@
-"""Whole requests and responses: small fields through protobuf, structures of arrays through this codec.
+"""Encodes and decodes whole messages: small fields by protobuf, structures of arrays by this package.
 
-Which fields are structures is read off the message's descriptor, so every message of the protocol, and every later
-one, goes through the same two functions. What is written is plain protobuf that any other implementation reads.
+The descriptor of a message shows which fields are structures, so that the same functions handle every present and later
+message of the protocol. The result is plain protobuf, readable by any other implementation.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from google.protobuf.descriptor import Descriptor
@@ -34,9 +34,9 @@ MessageT = TypeVar("MessageT", bound=Message)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Field:
-    """A field that holds structures: one itself where `inner` is empty, else in the fields of its message.
+    """A field with structures. Without `inner` the field is a structure; else the fields in `inner` hold structures.
 
-    path: its dotted name in the whole message. A field called `value` wraps, and adds nothing to the path.
+    path: the dotted name in the whole message. A field called `value` is a wrapper and not part of the path.
     """
 
     number: int
@@ -65,9 +65,9 @@ def _schema(descriptor: Descriptor, parent: str, ancestors: frozenset[str]) -> d
     return found
 
 
-@functools.lru_cache(maxsize=256)  # A message type has few sets of structures: some are absent now and then.
+@functools.lru_cache(maxsize=256)  # A message type has few combinations of present structures.
 def _fields_of(descriptor: Descriptor, places: tuple[str, ...]) -> Mapping[int, _Field]:
-    """The fields that hold these structures, or fields that do."""
+    """The fields that hold the structures at these places."""
     return _narrowed(_structure_fields(descriptor), places)
 
 
@@ -80,18 +80,35 @@ def _narrowed(schema: Mapping[int, _Field], places: tuple[str, ...]) -> dict[int
     return found
 
 
-def encode(header: Message, parts: Mapping[str, Structure], max_bytes: int | None = None) -> bytes:
-    """One message.
+@functools.cache  # One entry for each message type of the protocol.
+def places(message_type: type[Message]) -> tuple[str, ...]:
+    """The names of all structures that a message of this type may hold, as in `encode`."""
 
-    header: the message with all its fields but the structures.
-    parts: its structures under their names, dotted where nested: "model_weights.trainable".
-    Raises MessageTooLarge, before it is put together, for a message of more than `max_bytes`.
+    def of(schema: Mapping[int, _Field]) -> Iterator[str]:
+        for field in schema.values():
+            if field.inner:
+                yield from of(field.inner)
+            else:
+                yield field.path
+
+    return tuple(of(_structure_fields(message_type.DESCRIPTOR)))
+
+
+def encode(header: Message, parts: Mapping[str, Structure], max_bytes: int | None = None) -> bytes:
+    """Encodes one message.
+
+    header: the message with all fields except structures.
+    parts: the structures by name; a nested name is dotted: "model_weights.trainable".
+    Raises MessageTooLarge for a message of more than `max_bytes`, before its buffers are joined.
     """
     return encode_pieces(header, parts, max_bytes).join()
 
 
 def encode_pieces(header: Message, parts: Mapping[str, Structure], max_bytes: int | None = None) -> Pieces:
-    """`encode` without putting the message together: its arrays must stay as they are as long as it is in use."""
+    """Like `encode`, without joining the buffers. Do not change the arrays while the result is in use.
+
+    Raises MessageTooLarge.
+    """
     pieces: list[tensors.Buffer] = [header.SerializeToString()]
     size_bytes = len(pieces[0]) + _encode_fields(_fields_of(header.DESCRIPTOR, tuple(parts)), parts, pieces)
     if max_bytes is not None and size_bytes > max_bytes:
@@ -119,10 +136,10 @@ def _encode_fields(schema: Mapping[int, _Field], parts: Mapping[str, Structure],
 def decode(
     message_type: type[MessageT], data: bytes, limits: Limits = DEFAULT
 ) -> tuple[MessageT, dict[str, Structure]]:
-    """The header and the structures of one message, named as in `encode`. Arrays share the memory of `data`.
+    """Decodes one message to its header and its structures, named as in `encode`. Arrays share the memory of `data`.
 
     The header may be shared with other calls: do not change it.
-    Raises InvalidRequest or a subclass, naming the place, for bytes that are no such message.
+    Raises InvalidRequest or a subclass, which names the place, for an invalid message.
     """
     found = _find(message_type, data) if limits is DEFAULT else None
     if found is not None:
@@ -138,7 +155,7 @@ def decode(
 
 
 def _find(message_type: type[MessageT], data: bytes) -> tuple[MessageT, layouts.Layout] | None:
-    """The header, and where the structures lie, of a message of a form that came before."""
+    """The header and the layout of a message with a cached layout; None for any other."""
     layout = _layouts.find(message_type, data)
     if layout is None:
         return None
@@ -147,9 +164,9 @@ def _find(message_type: type[MessageT], data: bytes) -> tuple[MessageT, layouts.
 
 
 class Envelope(Generic[MessageT]):
-    """A message of which the header is decoded. Its structures wait until somebody asks for them.
+    """A message with a decoded header. Its structures are decoded on request.
 
-    Reading the header costs some microseconds whatever else the message holds. Raises InvalidRequest.
+    Decoding the header takes some microseconds, however large the message is. Raises InvalidRequest.
     """
 
     __slots__ = ("_data", "_layout", "_type", "header")
@@ -166,9 +183,9 @@ class Envelope(Generic[MessageT]):
             self._layout = None
 
     def small_parts(self) -> dict[str, Structure] | None:
-        """The structures of a message that is cheap to decode (`limits.small_message`); None for any other.
+        """The structures of a message that is fast to decode (`limits.small_message`); None for any other.
 
-        Raises InvalidRequest or a subclass, naming the place.
+        Raises InvalidRequest or a subclass, which names the place.
         """
         if self._layout is not None:
             return _read(self._data, self._layout.parts)
@@ -178,7 +195,7 @@ class Envelope(Generic[MessageT]):
             return None
 
     def parts(self) -> dict[str, Structure]:
-        """The structures, however many leaves and strings they have. Errors as of `decode`."""
+        """The structures of a message of any size. Errors: see `decode`."""
         return decode(self._type, self._data)[1]
 
 
@@ -202,7 +219,7 @@ def _header_of(message_type: type[MessageT], head: bytes) -> MessageT:
 
 
 def is_small(parts: Mapping[str, Structure]) -> bool:
-    """Whether structures are cheap to encode: see `limits.small_message`."""
+    """Whether structures are fast to encode: see `limits.small_message`."""
     leaves = strings = 0
     for part in parts.values():
         leaves += len(part.leaves)
@@ -217,7 +234,7 @@ def is_small(parts: Mapping[str, Structure]) -> bool:
 def _decode(
     message_type: type[Message], data: bytes, limits: Limits, budget: Budget
 ) -> tuple[bytes, dict[str, Structure]]:
-    """The bytes of the header, and the structures. Raises LimitExceeded for a message of more than its budget."""
+    """The bytes of the header, and the structures. Raises LimitExceeded for a message over its budget."""
     schema = _structure_fields(message_type.DESCRIPTOR)
     parts: dict[str, structures.Located] = {}
     head, head_end = _locate(schema, data, 0, len(data), parts, limits, budget)
@@ -228,20 +245,21 @@ def _decode(
     return head, _read(data, parts)
 
 
-# From call to call it is the structures that change. Longer headers are not kept: strangers write them too.
+# Headers are cached because they rarely change from call to call. Longer ones are not: any client can send them, and
+# must not fill the memory.
 _CACHED_BYTES = 512
 _layouts = layouts.Layouts()
 
 
 def _parse_header(message_type: type[MessageT], head: bytes) -> MessageT | None:
-    """The fields of a message that are no structures; None for bytes that are no such fields, or hold others too."""
+    """Parses the header of a message; None for invalid bytes, and for bytes that hold structures."""
     schema = _structure_fields(message_type.DESCRIPTOR)
     try:
         if any(number in schema for number, *_ in fields.scan(head, 0, len(head))):
             return None
         return fields.parse(message_type, head)
     except errors.InvalidRequest:
-        return None  # Met again on the long way, which says what is wrong.
+        return None  # The caller then decodes the whole message, which raises a precise error.
 
 
 _header: Any = functools.lru_cache(maxsize=1024)(_parse_header)
@@ -256,10 +274,10 @@ def _locate(
     limits: Limits,
     budget: Budget,
 ) -> tuple[bytes, int]:
-    """Puts the structures in data[start:end] into `parts`.
+    """Adds the structures in data[start:end] to `parts`.
 
-    Returns the bytes of all other fields, and where the first that holds structures begins: where they are as many,
-    the others come before it.
+    Returns the bytes of all other fields, and the position of the first field with structures. If both are equal, all
+    other fields come first.
     """
     rest: list[bytes] = []
     head_end = end

@@ -1,4 +1,4 @@
-"""The methods of the services, as their descriptors list them."""
+"""The methods of the services, from their descriptors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from forwardpass import v1
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Method:
-    """One RPC. path: what gRPC calls it by. The flags say whether requests and responses are streams."""
+    """One RPC.
+
+    path: gRPC's path, "/SERVICE/METHOD". streams_requests, streams_responses: whether these are streams.
+    """
 
     name: str
     path: str
@@ -25,6 +28,7 @@ class Method:
 
     @property
     def is_unary(self) -> bool:
+        """Whether the method has one request and one response."""
         return not (self.streams_requests or self.streams_responses)
 
 
@@ -59,4 +63,4 @@ SERVICES: dict[str, dict[str, Method]] = {
 """The methods of each service, by name."""
 
 METHODS: dict[str, Method] = {name: method for methods in SERVICES.values() for name, method in methods.items()}
-"""The methods of all services: no two have the same name."""
+"""The methods of all services, by name; the names are unique."""

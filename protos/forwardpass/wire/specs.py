@@ -1,4 +1,4 @@
-"""What arrays and structures must look like, and the messages that say so."""
+"""Specs: the dtypes, shapes and containers that arrays and structures must have, and their messages."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from forwardpass.wire import dtypes, errors, trees
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """What an array must look like.
+    """The dtype and shape that an array must have.
 
-    shape: None for a dimension that may differ from call to call; None altogether where the rank is free.
+    shape: None in place of a dimension that may vary; None in place of the shape if the rank may vary.
     data_type: the element type on the wire.
-    batched: the first dimension is the batch, of one size in all leaves of a call that are so marked.
+    batched: the first dimension is the batch; it has the same size in all batched leaves of a call.
     """
 
     shape: tuple[int | None, ...] | None
@@ -50,9 +50,10 @@ class TensorSpec:
 
 
 def zeros(spec: TensorSpec, batch: int = 1, other: int = 1) -> dtypes.Array:
-    """Zeros, or empty strings, that fit a spec.
+    """An array of zeros, or of empty strings, that fits a spec.
 
-    batch: the size of a first dimension that may differ; other: of the rest. An array of any rank gets one dimension.
+    batch: the size of the first dimension if it may vary. other: the size of other dimensions that may vary. If the
+    rank may vary, the array has shape [batch].
     """
     dims = (None,) if spec.shape is None else spec.shape
     shape = [dim if dim is not None else other if index else batch for index, dim in enumerate(dims)]
@@ -60,13 +61,13 @@ def zeros(spec: TensorSpec, batch: int = 1, other: int = 1) -> dtypes.Array:
 
 
 def describe_shape(shape: Sequence[int | None] | None) -> str:
-    """A shape as error messages write it: `[None,10]`, `[...]` for any rank."""
+    """A shape for an error message: `[None,10]`, or `[...]` for any rank."""
     return "[...]" if shape is None else f"[{','.join(map(str, shape))}]"
 
 
 @dataclasses.dataclass(frozen=True)
 class StructureSpec:
-    """What a structure must look like: its containers and one spec for each leaf, in the tree's order."""
+    """The containers that a structure must have, and a spec for each leaf, in the order of the tree."""
 
     tree: trees.TreeDef
     leaves: tuple[TensorSpec, ...]
@@ -78,7 +79,7 @@ class StructureSpec:
 
     @classmethod
     def of(cls, value: trees.Nested, place: str = "spec") -> StructureSpec:
-        """Takes nested containers of TensorSpec apart."""
+        """The spec of nested containers of TensorSpec. Raises StructureMismatch for other leaves."""
         tree, leaves = trees.flatten(value, place, is_leaf=lambda node: isinstance(node, TensorSpec))
         for leaf, path in zip(leaves, tree.paths(place), strict=True):
             if not isinstance(leaf, TensorSpec):
@@ -96,7 +97,7 @@ class StructureSpec:
         return StructureSpec(tree, self.leaves[before : before + tree.num_leaves])
 
     def named_child(self, name: str) -> StructureSpec:
-        """The spec under one name of the outermost mapping or named tuple."""
+        """The spec of one key or field of the outermost mapping or named tuple."""
         return self.child(self.tree.names.index(name))
 
     def __str__(self) -> str:
@@ -113,7 +114,7 @@ EMPTY = StructureSpec(trees.NONE, ())
 
 
 def encode(spec: StructureSpec) -> v1.StructureSpec:
-    """A spec as its message."""
+    """Encodes a spec."""
     message = v1.StructureSpec()
     message.tree.ParseFromString(spec.tree.encoded)
     message.leaves.extend(map(encode_tensor, spec.leaves))
@@ -121,7 +122,7 @@ def encode(spec: StructureSpec) -> v1.StructureSpec:
 
 
 def encode_tensor(spec: TensorSpec) -> v1.TensorSpec:
-    """The spec of one tensor as its message."""
+    """Encodes the spec of one tensor."""
     return v1.TensorSpec(
         data_type=cast(Any, spec.data_type.code),
         shape=[] if spec.shape is None else [-1 if dim is None else dim for dim in spec.shape],
@@ -131,7 +132,7 @@ def encode_tensor(spec: TensorSpec) -> v1.TensorSpec:
 
 
 def decode(message: v1.StructureSpec, place: str = "spec") -> StructureSpec:
-    """The spec that a message holds. Raises InvalidRequest or a subclass where it is unsound."""
+    """Decodes a spec. Raises InvalidRequest or a subclass for an invalid message."""
     tree = trees.decode(message.tree.SerializeToString(deterministic=True), place)
     if len(message.leaves) != tree.num_leaves:
         raise errors.StructureMismatch(
@@ -141,7 +142,7 @@ def decode(message: v1.StructureSpec, place: str = "spec") -> StructureSpec:
 
 
 def decode_tensor(message: v1.TensorSpec, place: str = "spec") -> TensorSpec:
-    """The spec of one tensor that a message holds. Raises DTypeMismatch for a type that the protocol lacks."""
+    """Decodes the spec of one tensor. Raises DTypeMismatch for an unknown data type."""
     dtype = dtypes.BY_CODE.get(message.data_type)
     if dtype is None:
         raise errors.DTypeMismatch(

@@ -18,10 +18,10 @@ _TREE, _LEAVES = 1, 2
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Structure:
-    """Nested containers of arrays, taken apart.
+    """Nested containers of arrays, flattened.
 
-    tree: the containers. leaves: one array for each of its leaves, in its order.
-    dtypes: the leaves' types on the wire, where the arrays do not tell them (bfloat16 held as float32); else ().
+    tree: the containers. leaves: one array for each leaf of the tree, in order.
+    dtypes: the types of the leaves on the wire if the arrays do not determine them (bfloat16 held as float32); else ().
     """
 
     tree: trees.TreeDef
@@ -30,13 +30,13 @@ class Structure:
 
     @classmethod
     def of(cls, value: trees.Nested, place: str = "structure", limits: Limits = DEFAULT) -> Structure:
-        """Takes a nested value apart; leaves go through np.asarray."""
+        """Flattens a nested value; leaves are converted by np.asarray. Raises StructureMismatch."""
         tree, leaves = trees.flatten(value, place, limits)
         return cls(tree, [np.asarray(leaf) for leaf in leaves])
 
 
 def encode(structure: Structure, place: str = "structure") -> tuple[list[tensors.Buffer], int]:
-    """One structure as the pieces of a Structure message, and the sum of their lengths in bytes."""
+    """Encodes a structure: the buffers of a Structure message, and their total length. Raises DTypeMismatch."""
     leaves = structure.leaves
     wire_dtypes = structure.dtypes or [dtypes.of(leaf, place) for leaf in leaves]
     elements, headers = [], []
@@ -47,15 +47,15 @@ def encode(structure: Structure, place: str = "structure") -> tuple[list[tensors
     frame = _frame_cached if len(leaves) <= _CACHED_LEAVES else _frame
     framing, size_bytes = frame(structure.tree, tuple(headers))
     pieces: list[tensors.Buffer] = [*framing, *elements]
-    # Each array behind what announces it.
+    # Interleaved: the framing of each array, then its elements.
     pieces[::2], pieces[1::2] = framing, elements
     return pieces, size_bytes
 
 
 def _frame(tree: trees.TreeDef, headers: Sequence[tuple[int, tuple[int, ...], int]]) -> tuple[Sequence[bytes], int]:
-    """What precedes the elements of each array in a Structure message, and the length of the whole in bytes.
+    """The bytes before the elements of each array in a Structure message, and the length of the whole message.
 
-    headers: of each leaf, as of `tensors.encode_header`. Without leaves it is the tree alone.
+    headers: for each leaf the arguments of `tensors.encode_header`. Without leaves the result holds the tree only.
     """
     framing = []
     before = fields.prefix(_TREE, len(tree.encoded)) + tree.encoded
@@ -67,30 +67,31 @@ def _frame(tree: trees.TreeDef, headers: Sequence[tuple[int, tuple[int, ...], in
     return (tuple(framing), size_bytes) if framing else ((before,), len(before))
 
 
-# From call to call it is the elements that change. Structures of many leaves are not kept: they cost more than this.
+# Framings are cached because usually only elements change from call to call. For many leaves the cache would take too
+# much memory, and framing is a small part of their cost.
 _CACHED_LEAVES = 64
 _frame_cached: Any = functools.lru_cache(maxsize=1024)(_frame)
 
 
 class Located(NamedTuple):
-    """Where the arrays of one structure lie in a message, all of it checked but their elements."""
+    """The positions of a structure's arrays in a message. Everything but the elements is validated."""
 
     tree: trees.TreeDef
     leaves: Sequence[tensors.Located]
 
 
 def decode(data: bytes, start: int, end: int, place: str = "structure", limits: Limits = DEFAULT) -> Structure:
-    """The Structure message in data[start:end]; its arrays share the memory of `data`.
+    """Decodes the Structure message in data[start:end]. Its arrays share the memory of `data`.
 
-    Raises InvalidRequest or one of its subclasses, naming the leaf.
+    Raises InvalidRequest or a subclass, which names the leaf.
     """
     return read(data, locate(data, start, end, place, limits), place)
 
 
 def locate(data: bytes, start: int, end: int, place: str, limits: Limits, budget: Budget | None = None) -> Located:
-    """Everything that the Structure message in data[start:end] says, but the elements.
+    """Validates the Structure message in data[start:end], and locates its arrays. Reads no elements.
 
-    Errors as of `decode`, and LimitExceeded.
+    Errors: see `decode`; also LimitExceeded.
     """
     tree: trees.TreeDef | None = None
     spans: list[tuple[int, int]] = []
@@ -116,7 +117,7 @@ def locate(data: bytes, start: int, end: int, place: str, limits: Limits, budget
         for leaf_start, leaf_end in spans:
             leaves.append(tensors.locate(data, leaf_start, leaf_end, place, limits, budget))
     except errors.InvalidRequest:
-        # Only an error needs to know the leaf's path: meet it again, under its name.
+        # The path of a leaf is slow to compute: only after an error, locate the leaf again with its path.
         index = len(leaves)
         tensors.locate(data, *spans[index], tree.paths(place)[index], limits)
         raise
@@ -124,7 +125,7 @@ def locate(data: bytes, start: int, end: int, place: str, limits: Limits, budget
 
 
 def read(data: bytes, located: Located, place: str) -> Structure:
-    """The structure that was located in `data`, or in a message that is the same but for elements: see tensors.read."""
+    """Reads a structure that was located in `data`, or in a message with the same framing: see `tensors.read`."""
     try:
         leaves = [tensors.read(data, leaf, place) for leaf in located.leaves]
     except errors.InvalidRequest:

@@ -1,4 +1,4 @@
-"""Arrays as `forwardpass.v1.Tensor` messages, decoded as views of the bytes that came."""
+"""Encodes arrays as `forwardpass.v1.Tensor` messages, and decodes them as views of the received bytes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from forwardpass.wire.dtypes import Array
 from forwardpass.wire.limits import DEFAULT, Budget, Limits
 
 Buffer = bytes | memoryview | Array
-"""Anything that `bytes.join` takes; arrays among them are C-contiguous."""
+"""Any argument of `bytes.join`; arrays are C-contiguous."""
 
 _DATA_TYPE, _SHAPE, _DATA = 1, 2, 3
 _LENGTH = struct.Struct("<I")
@@ -22,11 +22,11 @@ STRING_LENGTH_BYTES = _LENGTH.size
 
 
 def encode(array: Array, dtype: dtypes.DType | None = None, place: str = "array") -> tuple[list[Buffer], int]:
-    """One array as the pieces of a Tensor message, and the sum of their lengths in bytes.
+    """Encodes an array of any shape: the buffers of a Tensor message, and their total length in bytes.
 
-    Contiguous arrays in native byte order are not copied: keep them unchanged until the pieces are joined.
-    dtype: the type on the wire where the array's own does not tell it (bfloat16 held as float32).
-    Raises DTypeMismatch for an array whose dtype the wire lacks.
+    A contiguous array in native byte order is not copied: do not change it until the buffers are joined.
+    dtype: the type on the wire if the array does not determine it (bfloat16 held as float32).
+    Raises DTypeMismatch for a dtype that the protocol does not have, and what `elements` raises.
     """
     dtype = dtype or dtypes.of(array, place)
     data, data_bytes = elements(array, dtype, place)
@@ -35,7 +35,11 @@ def encode(array: Array, dtype: dtypes.DType | None = None, place: str = "array"
 
 
 def elements(array: Array, dtype: dtypes.DType, place: str = "array") -> tuple[Buffer, int]:
-    """The elements of an array as they lie on the wire, and their length in bytes. Copied only where they must be."""
+    """The elements of an array as on the wire, and their length in bytes. Copied only if necessary.
+
+    Raises DTypeMismatch for an object array with other elements than strings, InvalidRequest for a str that cannot be
+    encoded.
+    """
     if dtype is dtypes.STRING:
         strings = _encode_strings(array, place)
         return strings, len(strings)
@@ -49,13 +53,13 @@ def elements(array: Array, dtype: dtypes.DType, place: str = "array") -> tuple[B
 
 
 def element_bytes(array: Array, dtype: dtypes.DType | None = None, place: str = "array") -> memoryview:
-    """The elements of an array as they lie on the wire, in one dimension of bytes. Arguments as of `encode`."""
+    """The elements of an array as on the wire, as a view of bytes. Arguments and errors: see `encode`."""
     data, _ = elements(array, dtype or dtypes.of(array, place), place)
     return data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else memoryview(data)
 
 
 def encode_header(code: int, shape: tuple[int, ...], data_bytes: int) -> bytes:
-    """Everything of a Tensor message before its elements. code: of the data type. data_bytes: their length."""
+    """The bytes of a Tensor message before its elements. code: of the data type. data_bytes: length of the elements."""
     encoded = bytes((_DATA_TYPE << 3 | fields.VARINT, code))
     if shape:
         dims = b"".join(map(fields.varint, shape))
@@ -64,9 +68,9 @@ def encode_header(code: int, shape: tuple[int, ...], data_bytes: int) -> bytes:
 
 
 class Located(NamedTuple):
-    """Where the elements of one array lie in a message, and what they are, all of it checked but the elements.
+    """The position, dtype and shape of an array in a message. Everything but the elements is validated.
 
-    start, end: of the elements, in bytes. num_elements: the product of the shape.
+    start, end: the byte range of the elements. num_elements: the product of the shape.
     """
 
     start: int
@@ -77,19 +81,19 @@ class Located(NamedTuple):
 
 
 def decode(data: bytes, start: int, end: int, place: str = "tensor", limits: Limits = DEFAULT) -> Array:
-    """The Tensor message in data[start:end] as a read-only array that shares its memory.
+    """Decodes the Tensor message in data[start:end] to a read-only array that shares the memory of `data`.
 
-    Strings (object arrays of bytes) and bfloat16 without ml_dtypes are copied.
-    Raises InvalidRequest, DTypeMismatch or ShapeMismatch, naming `place`; nothing is allocated before all of the
-    message is known to be sound.
+    Strings (object arrays of bytes) are copied, and so is bfloat16 without ml_dtypes.
+    Raises InvalidRequest, DTypeMismatch or ShapeMismatch, which name `place`. Allocates memory only after the message
+    is validated.
     """
     return read(data, locate(data, start, end, place, limits), place)
 
 
 def locate(data: bytes, start: int, end: int, place: str, limits: Limits, budget: Budget | None = None) -> Located:
-    """Everything that the Tensor message in data[start:end] says, but its elements, which are not looked at.
+    """Validates the Tensor message in data[start:end], and locates its elements without reading them.
 
-    Raises InvalidRequest, DTypeMismatch or ShapeMismatch, naming `place`, and LimitExceeded.
+    Raises InvalidRequest, DTypeMismatch or ShapeMismatch, which name `place`, or LimitExceeded.
     """
     code, shape, data_start, data_end = _scan(data, start, end, place, limits, budget)
     dtype = dtypes.BY_CODE.get(code)
@@ -106,9 +110,9 @@ def locate(data: bytes, start: int, end: int, place: str, limits: Limits, budget
 
 
 def decode_elements(data: Any, dtype: dtypes.DType, shape: Sequence[int], place: str) -> Array:
-    """The array whose elements fill the buffer `data`; it shares the memory.
+    """The read-only array of shape `shape` whose elements fill the buffer `data`. It shares the memory of `data`.
 
-    data: bytes, or whatever has the buffer protocol, in one dimension of bytes. Errors as of `decode`.
+    data: bytes, or a one-dimensional buffer of bytes. Errors: see `decode`.
     """
     count = element_count(shape, dtype, place, DEFAULT)
     if dtype is not dtypes.STRING:
@@ -121,7 +125,7 @@ def decode_elements(data: Any, dtype: dtypes.DType, shape: Sequence[int], place:
 def _scan(
     data: bytes, start: int, end: int, place: str, limits: Limits, budget: Budget | None
 ) -> tuple[int, Sequence[int], int, int]:
-    """The data type's number, the shape, and start and end of the elements in a Tensor message."""
+    """The code of the data type, the shape, and start and end of the elements of a Tensor message."""
     code = 0
     shape: Sequence[int] = ()
     data_start = data_end = start
@@ -155,7 +159,7 @@ def _check_length(size_bytes: int, dtype: dtypes.DType, shape: Sequence[int], co
 def _check_strings(size_bytes: int, shape: Sequence[int], count: int, place: str) -> None:
     if count > DEFAULT.max_strings:
         raise errors.ShapeMismatch(place=place, expected=f"at most {DEFAULT.max_strings} strings", found=f"{count}")
-    # Each string has at least its length: this bounds the count before anything is allocated.
+    # Each string takes at least the bytes of its length. This limits the count before memory is allocated.
     if count * STRING_LENGTH_BYTES > size_bytes:
         raise errors.ShapeMismatch(
             place=place, expected=f"{count} strings for string{list(shape)}", found=f"{size_bytes} bytes"
@@ -163,10 +167,10 @@ def _check_strings(size_bytes: int, shape: Sequence[int], count: int, place: str
 
 
 def read(data: bytes, located: Located, place: str) -> Array:
-    """The array that was located in `data`, or in a message of the same length with the same bytes around arrays.
+    """Reads an array that was located in `data`, or in a message of the same length and framing.
 
-    Shares the memory as of `decode`. Raises InvalidRequest or ShapeMismatch, naming `place`, for elements that cannot
-    be: of bools, which are 0 or 1, and of strings, which bring their lengths.
+    Shares memory as `decode` does. Raises InvalidRequest, which names `place`, for invalid elements: a bool other than
+    0 and 1, or a string whose length exceeds the data.
     """
     start, end, dtype, shape, count = located
     if dtype is dtypes.STRING:
@@ -188,7 +192,7 @@ def _expect(wire_type: int, expected: int, place: str) -> None:
 
 
 def element_count(shape: Sequence[int], dtype: dtypes.DType, place: str, limits: Limits) -> int:
-    """The product of the dimensions. Raises ShapeMismatch for a shape that no array may have."""
+    """The product of the dimensions. Raises ShapeMismatch for negative dimensions, or an empty array over `limits`."""
     count = 1
     for dim in shape:
         if dim < 0:
@@ -217,7 +221,7 @@ def _encode_strings(array: Array, place: str) -> bytes:
             try:
                 element = element.encode()
             except UnicodeEncodeError:
-                raise errors.InvalidRequest("a str with characters that UTF-8 lacks", place=place) from None
+                raise errors.InvalidRequest("a str that cannot be encoded as UTF-8", place=place) from None
         elif not isinstance(element, bytes):
             raise errors.DTypeMismatch(
                 place=place, expected="bytes or str", found=f"an object array that holds {dtypes.foreign_object(array)}"

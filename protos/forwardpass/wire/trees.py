@@ -1,4 +1,4 @@
-"""The containers of a structure: taken apart into leaves, put together again, carried as `forwardpass.v1.TreeDef`."""
+"""Trees: the containers of structures, flattened to leaves and rebuilt; encoded as `forwardpass.v1.TreeDef`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Nested: TypeAlias = Any
 
 
 class Kind(enum.Enum):
-    """What a node of a structure is; the value is its field in TreeDef."""
+    """The kind of a node. The value is the name of its field in TreeDef."""
 
     LEAF = "leaf"
     TUPLE = "tuple"
@@ -36,14 +36,14 @@ _MAPPINGS = (Kind.DICT, Kind.ORDERED_DICT)
 
 
 class TreeDef:
-    """The containers of one structure, immutable; equal where kinds, names and their order are.
+    """The containers of one structure. Immutable. Equal if kinds, names and their order are equal.
 
-    kind: what the root is.
-    names: keys of a mapping or fields of a named tuple, in order; () otherwise.
-    type_name: of a named tuple; "" otherwise.
-    children: the trees below, in order; leaves are counted depth first in this order.
-    is_flat: every child is a leaf.
-    named_tuple_class: builds a named tuple from its items; plays no part in equality, and does not travel.
+    kind: the kind of the root.
+    names: the keys of a mapping or the fields of a named tuple, in order; () otherwise.
+    type_name: the class name of a named tuple; "" otherwise.
+    children: the subtrees, in order. Leaves are numbered depth first in this order.
+    is_flat: whether every child is a leaf.
+    named_tuple_class: creates a named tuple from its items; not compared and not encoded.
     """
 
     __slots__ = ("__dict__", "children", "is_flat", "kind", "named_tuple_class", "names", "num_leaves", "type_name")
@@ -65,7 +65,7 @@ class TreeDef:
         self.named_tuple_class = named_tuple_class
 
     def __eq__(self, other: object) -> bool:
-        # Ends at the first difference: a tree that a caller has made up costs no more than the model's own.
+        # Stops at the first difference: comparing any received tree costs no more than comparing the model's own.
         return self is other or (
             isinstance(other, TreeDef)
             and self.kind is other.kind
@@ -82,7 +82,7 @@ class TreeDef:
         return f"TreeDef({self.describe()})"
 
     def describe(self) -> str:
-        """The containers as a person writes them, `*` for a leaf."""
+        """The containers as Python literals, with `*` for a leaf."""
         if self.kind is Kind.LEAF:
             return "*"
         if self.kind is Kind.NONE:
@@ -99,7 +99,7 @@ class TreeDef:
 
     @functools.cached_property
     def encoded(self) -> bytes:
-        """The tree as a TreeDef message; the same bytes for the same tree."""
+        """The tree as a serialized TreeDef message. Equal trees give equal bytes."""
         return self._message().SerializeToString(deterministic=True)
 
     def _message(self) -> v1.TreeDef:
@@ -119,7 +119,7 @@ class TreeDef:
         return message
 
     def unflatten(self, leaves: Sequence[Any]) -> Nested:
-        """The structure with these leaves in it. Raises StructureMismatch where their number is another."""
+        """Rebuilds the structure from its leaves. Raises StructureMismatch for another number of leaves."""
         if len(leaves) != self.num_leaves:
             raise errors.StructureMismatch(
                 place="structure", expected=f"{self.num_leaves} leaves", found=f"{len(leaves)}"
@@ -143,13 +143,13 @@ class TreeDef:
         return dict(items) if kind is Kind.DICT else collections.OrderedDict(items)
 
     def paths(self, root: str) -> list[str]:
-        """Where each leaf stands, as Python would index it: `root[0]['dense']`."""
+        """The path of each leaf as a Python expression: `root[0]['dense']`."""
         if self.kind is Kind.LEAF:
             return [root]
         return [path for index, child in enumerate(self.children) for path in child.paths(self.child_path(root, index))]
 
     def file_names(self, root: str) -> list[str]:
-        """What each leaf is called in an .npz file: its path, joined by "/": `root/0/dense`."""
+        """The name of each leaf in an .npz file, its path joined by "/": `root/0/dense`."""
         if self.kind is Kind.LEAF:
             return [root]
         keys = self.names or [str(index) for index in range(len(self.children))]
@@ -160,7 +160,7 @@ class TreeDef:
         ]
 
     def child_path(self, path: str, index: int) -> str:
-        """Where child `index` of a tree at `path` stands."""
+        """The path of child `index` of a tree at `path`."""
         if self.kind in _SEQUENCES:
             return f"{path}[{index}]"
         if self.kind is Kind.NAMED_TUPLE:
@@ -178,9 +178,10 @@ def flatten(
     limits: Limits = DEFAULT,
     is_leaf: Callable[[Any], bool] = lambda value: False,
 ) -> tuple[TreeDef, list[Any]]:
-    """A structure's containers and its leaves. Whatever is no container is a leaf, and what `is_leaf` says.
+    """Flattens a structure to its tree and its leaves. Each value that is not a container is a leaf.
 
-    Raises StructureMismatch for keys that are no strings and for what exceeds `limits`.
+    is_leaf: declares further values as leaves.
+    Raises StructureMismatch for keys that are not strings and for structures over `limits`.
     """
     leaves: list[Any] = []
     return _flatten(value, place, limits, is_leaf, limits.max_depth, leaves), leaves
@@ -228,11 +229,12 @@ def _flatten(
 
 
 def is_named_tuple(value: object) -> TypeGuard[Any]:
+    """Whether a value is a named tuple."""
     return isinstance(value, tuple) and hasattr(value, "_fields")
 
 
 def check_name(name: object, place: str, limits: Limits = DEFAULT) -> None:
-    """Raises StructureMismatch unless `name` can be a key on the wire."""
+    """Raises StructureMismatch for a key that cannot be encoded."""
     if not isinstance(name, str):
         raise errors.StructureMismatch(place=place, expected="keys that are strings", found=f"{type(name).__name__}")
     try:
@@ -246,22 +248,22 @@ def check_name(name: object, place: str, limits: Limits = DEFAULT) -> None:
 
 
 def check_type_name(name: str, place: str) -> None:
-    """Raises StructureMismatch unless `name` can be the name of a named tuple's class."""
+    """Raises StructureMismatch for an invalid class name of a named tuple."""
     if not name.isidentifier() or keyword.iskeyword(name) or len(name.encode()) > DEFAULT.max_name_bytes:
         raise errors.StructureMismatch(place=place, expected="a named tuple's type name", found=f"{name[:40]!r}")
 
 
 @functools.lru_cache(maxsize=256)
 def named_tuple_class(type_name: str, fields: tuple[str, ...]) -> Callable[..., Any]:
-    """The class for named tuples of this name and these fields: one for all calls.
+    """The class for named tuples with this name and these fields; cached.
 
-    Its instances can be pickled: a process that unpickles one makes the class in the same way.
+    Its instances can be pickled: the process that unpickles one creates the class in the same way.
     """
 
     def reduce(self: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return named_tuple, (type_name, fields, tuple(self))
 
-    # mypy takes `made = collections.namedtuple(...)` for a definition with names that it can read.
+    # Any: mypy would analyse `made = collections.namedtuple(...)` as a definition with literal names.
     namedtuple: Any = collections.namedtuple
     made = namedtuple(type_name, fields)
     made.__reduce__ = reduce
@@ -269,17 +271,17 @@ def named_tuple_class(type_name: str, fields: tuple[str, ...]) -> Callable[..., 
 
 
 def named_tuple(type_name: str, fields: tuple[str, ...], items: Sequence[Any]) -> Any:
-    """A named tuple of these items. Pickles name this function: keep its name and arguments."""
+    """A named tuple of these items. Pickles refer to this function: keep its name and arguments."""
     return named_tuple_class(type_name, fields)(*items)
 
 
-# Trees come with every array and are few: a decoded one is kept under its bytes. Longer ones are not, so that
-# strangers cannot fill the memory with them.
+# Decoded trees are cached by their bytes: every structure comes with a tree, and there are few different ones. Longer
+# trees are not cached: any client can send them, and must not fill the memory.
 _CACHED_BYTES = 4096
 
 
-class _Known:
-    """Decoded trees by their bytes. Those of which nobody asks any more make room for others. Used by any thread."""
+class _Cache:
+    """Decoded trees by their bytes, in two generations: trees that are not used are dropped. Thread-safe."""
 
     _GENERATION = 512
 
@@ -288,6 +290,7 @@ class _Known:
         self._old: dict[bytes, TreeDef] = {}
 
     def find(self, encoded: bytes) -> TreeDef | None:
+        """The tree of these bytes, if it is cached."""
         tree = self._young.get(encoded)
         if tree is None:
             tree = self._old.get(encoded)
@@ -296,29 +299,30 @@ class _Known:
         return tree
 
     def keep(self, encoded: bytes, tree: TreeDef) -> None:
+        """Caches a tree."""
         if len(self._young) >= self._GENERATION:
             self._young, self._old = {}, self._young
         self._young[encoded] = tree
 
 
-_known = _Known()
+_cache = _Cache()
 
 
 def decode(encoded: bytes, place: str = "structure", limits: Limits = DEFAULT, budget: Budget | None = None) -> TreeDef:
-    """The tree of a TreeDef message: for equal bytes mostly the same object.
+    """Decodes a TreeDef message. Equal bytes usually give the same object.
 
-    budget: of the message that the tree is part of; a tree that is known costs nothing.
-    Raises InvalidRequest or StructureMismatch where it is none, or over `limits`, and LimitExceeded.
+    budget: of the message that holds the tree; a cached tree costs nothing.
+    Raises InvalidRequest or StructureMismatch for an invalid tree or one over `limits`, or LimitExceeded.
     """
     is_short = limits is DEFAULT and len(encoded) <= _CACHED_BYTES
-    tree = _known.find(encoded) if is_short else None
+    tree = _cache.find(encoded) if is_short else None
     if tree is not None:
         return tree
     if budget is not None:
         budget.take_tree_bytes(len(encoded))
     tree = _decode(encoded, place, limits, budget)
     if is_short:
-        _known.keep(encoded, tree)
+        _cache.keep(encoded, tree)
     return tree
 
 
@@ -369,7 +373,7 @@ def _from_message(message: v1.TreeDef, place: str, limits: Limits, depth: int, b
         type_name = node.type_name
         check_type_name(type_name, place)
         for name in names:
-            # What collections.namedtuple refuses.
+            # collections.namedtuple rejects these names.
             if not name.isidentifier() or keyword.iskeyword(name) or name.startswith("_"):
                 raise errors.StructureMismatch(place=place, expected="names of fields", found=f"{name[:40]!r}")
     return TreeDef(kind, [_from_message(value, place, limits, depth - 1, budget) for value in values], names, type_name)

@@ -1,1 +1,1 @@
-"""Who may call, and as whom."""
+"""Access control: authentication of callers and their roles."""

@@ -1,4 +1,4 @@
-"""Who may call the methods of a port."""
+"""Access control of a port: which calls are admitted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from forwardpass_server.access import principals
 from forwardpass_server.access.tokens import Role, Token, Tokens
 
 Metadata = Iterable[Sequence[Any]]
-"""Keys and values, as gRPC hands them over."""
+"""Keys and values of a call's metadata, as gRPC passes them."""
 
 _KEY = "authorization"
 _SCHEME = "bearer "
@@ -19,11 +19,13 @@ _SCHEME = "bearer "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Access:
-    """Decides by token, or else by the client's certificate; with neither, everybody may call and is nobody.
+    """Authenticates calls by bearer token, or else by the client's certificate.
 
-    role: what a token must be good for. A certificate is good for calls; where there are tokens, for nothing else.
-    has_client_certificates: TLS has seen to it that every client has a certificate of a trusted signer.
-    open_services: may be called by everybody who gets as far as the port.
+    Without tokens and client certificates every call is admitted, and its principal is "".
+
+    role: the role that a token needs. A certificate stands for the role CALL; if there are no tokens, for every role.
+    has_client_certificates: TLS requires a certificate of a trusted signer from every client.
+    open_services: full names of services that need no credentials.
     """
 
     role: Role = Role.CALL
@@ -33,13 +35,13 @@ class Access:
 
     @property
     def is_open(self) -> bool:
-        """Whether everybody may call everything."""
+        """Whether every call is admitted."""
         return self.tokens is None and not self.has_client_certificates
 
     def admits(self, metadata: Metadata) -> bool:
-        """Whether a call may go on, and enters its principal if its token says who that is. Takes no time to speak of.
+        """Whether a call is admitted so far. Sets the current principal if the call has a valid token. Does not block.
 
-        True for a call without a token where there are certificates: see `enter_by_certificate`.
+        True for a call without a token if clients have certificates: `enter_by_certificate` checks those.
         """
         if self.tokens is None:
             return True
@@ -52,20 +54,22 @@ class Access:
         return True
 
     def refusal(self, metadata: Metadata) -> errors.ForwardPassError:
-        """Why a call was not admitted."""
+        """The error for a call that was not admitted."""
         found = self._find(metadata)
         if found is not None and not found.is_expired:
             return _lacks(found.principal, self.role)
         if found is not None:
-            return errors.Unauthenticated(f"the token of {found.principal!r} has expired")
+            return errors.Unauthenticated(
+                f"the token of {found.principal!r} has expired: ask the server's operator for a new one"
+            )
         if _credential(metadata) is not None:
-            return errors.Unauthenticated("the server does not know this token, or no longer")
-        return errors.Unauthenticated(place="authorization", expected="Bearer and a token", found="nothing")
+            return errors.Unauthenticated("the server does not know this token: ask its operator for a valid one")
+        return errors.Unauthenticated("missing or invalid credentials: send a bearer token (connect(token=...))")
 
     def enter_by_certificate(self, context: Any) -> None:
-        """Enters the principal that the client's certificate names, where no token did. Raises PermissionDenied.
+        """Sets the current principal from the client's certificate, unless the call has a token.
 
-        Raises Unauthenticated for a certificate that names nobody.
+        Raises Unauthenticated for a certificate without a name, or PermissionDenied if the port requires a token.
         """
         if self.tokens is not None and _credential(context.invocation_metadata()) is not None:
             return
@@ -73,7 +77,9 @@ class Access:
         names = [*properties.get("x509_common_name", ()), *properties.get("x509_subject_alternative_name", ())]
         principal = next((name.decode(errors="replace") for name in names if name), "")
         if not principal:
-            raise errors.Unauthenticated("the client's certificate has neither a common name nor an alternative one")
+            raise errors.Unauthenticated(
+                "the client's certificate has neither a common name nor a subject alternative name: use one that has"
+            )
         if self.tokens is not None and self.role is not Role.CALL:
             raise _lacks(principal, self.role)
         principals.enter(principal)
@@ -86,7 +92,7 @@ class Access:
 
 
 def _credential(metadata: Metadata) -> str | None:
-    """What the caller shows as its token; "" for what is none."""
+    """The bearer token of a call; "" for another authorization scheme; None without authorization."""
     for key, value in metadata:
         if key == _KEY:
             return value[len(_SCHEME) :] if value[: len(_SCHEME)].lower() == _SCHEME else ""
@@ -94,4 +100,6 @@ def _credential(metadata: Metadata) -> str | None:
 
 
 def _lacks(principal: str, role: Role) -> errors.PermissionDenied:
-    return errors.PermissionDenied(f"{principal!r} has not the role {role.value!r} that this port asks for")
+    return errors.PermissionDenied(
+        f"{principal!r} lacks the role {role.value!r}, which this port requires: use a token with that role"
+    )

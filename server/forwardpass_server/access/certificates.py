@@ -1,4 +1,4 @@
-"""TLS of the server's ports, from certificate files that may change."""
+"""TLS credentials of the server's ports, reloaded when their files change."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from forwardpass_server.access.watched_files import WatchedFiles
 
 
 class _Loaded(NamedTuple):
-    """configuration: as gRPC takes it. expire_s: when the first certificate of each file does."""
+    """configuration: gRPC's object. expire_s: when the first certificate of each file expires."""
 
     configuration: Any
     expire_s: Mapping[str, float]
 
 
 class Certificates:
-    """A certificate and its key, and those by which clients are known.
+    """The server's certificate and key, and the authorities that sign the certificates of clients.
 
-    client_ca: who signs clients' certificates; every client must have one then. None for clients without.
-    Raises OSError or ValueError for files that are not what they should be.
+    client_ca: certificates of these authorities; every client must then have a certificate. None for no client
+      certificates.
+    Raises OSError or ValueError for files that cannot be read or are invalid.
     """
 
     def __init__(self, certificate: pathlib.Path, key: pathlib.Path, client_ca: pathlib.Path | None = None) -> None:
@@ -37,25 +38,25 @@ class Certificates:
 
     @property
     def are_mutual(self) -> bool:
-        """Whether clients have certificates too."""
+        """Whether clients need certificates (mutual TLS)."""
         return self._client_ca is not None
 
     @property
     def are_good(self) -> bool:
-        """Whether the files could be read when they were last looked at; what they said before is used otherwise."""
+        """Whether the last reload succeeded. After a failed one the former certificates stay in use."""
         return self._files.are_good
 
     @property
     def expire_s(self) -> Mapping[str, float]:
-        """When the first certificate of each file expires, in seconds since 1970: "server", and "client_ca"."""
+        """When the first certificate of each file expires, in seconds since 1970, by "server" and "client_ca"."""
         return self._files.value.expire_s
 
     def credentials(self) -> grpc.ServerCredentials:
-        """For one port. Connections that are there keep what they began with."""
+        """Credentials for one port. A reload affects new connections only."""
         given = self._files.value
 
         def fetch() -> Any:
-            # gRPC asks at each handshake, and wants None where nothing has changed.
+            # gRPC calls this at each handshake, and expects None if nothing has changed.
             nonlocal given
             if self._files.value is given:
                 return None
@@ -68,17 +69,17 @@ class Certificates:
 
     def _load(self, contents: Sequence[bytes]) -> _Loaded:
         certificate, key, *client_ca = contents
-        # gRPC takes any bytes and then fails every handshake.
+        # gRPC accepts any bytes and then fails every handshake: check them here.
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         try:
-            # An encrypted key would ask a person for its password.
+            # Without this function OpenSSL prompts for the password of an encrypted key on the terminal.
             context.load_cert_chain(self._certificate, self._key, password=lambda: "")
         except ssl.SSLError as error:
-            raise ValueError(f"expected a certificate and its unencrypted key in PEM: {_said(error)}") from None
+            raise ValueError(f"expected a certificate and its unencrypted key in PEM: {_reason(error)}") from None
         try:
             context.load_verify_locations(self._client_ca) if self._client_ca else None
         except ssl.SSLError as error:
-            raise ValueError(f"expected certificates of clients' signers in PEM: {_said(error)}") from None
+            raise ValueError(f"expected certificates of clients' signers in PEM: {_reason(error)}") from None
         return _Loaded(
             grpc.ssl_server_certificate_configuration([(key, certificate)], client_ca[0] if client_ca else None),
             {
@@ -88,6 +89,6 @@ class Certificates:
         )
 
 
-def _said(error: ssl.SSLError) -> str:
-    """What OpenSSL has against a file; of one without any PEM in it, it says nothing that a person could read."""
+def _reason(error: ssl.SSLError) -> str:
+    """Why OpenSSL rejects a file. For a file without PEM it gives no reason."""
     return error.reason or "the file holds none"

@@ -1,4 +1,4 @@
-"""Who makes the call that is being answered."""
+"""The principal of the current call."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ _CURRENT = contextvars.ContextVar("principal", default="")
 
 
 def current() -> str:
-    """The caller's name, as the operator chose it; "" where nobody has to say so."""
+    """The authenticated name of the caller, chosen by the operator; "" without authentication."""
     return _CURRENT.get()
 
 
 def enter(principal: str) -> None:
-    """Says who makes the call that this task, and those that it starts, are about to answer."""
+    """Sets the principal for this task and the tasks that it starts."""
     _CURRENT.set(principal)

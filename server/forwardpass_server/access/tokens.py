@@ -1,11 +1,11 @@
-"""Bearer tokens: who they name, and what for.
+"""Bearer tokens: the principal and the roles that each stands for.
 
-A file has one line for each token, and comments after "#":
+A file has one line for each token; a comment begins with "#":
 
     sha256:HEX PRINCIPAL ROLE[,ROLE] EXPIRY
 
-HEX is the SHA-256 of the token. A token is 256 random bits: nobody finds it by trying, and a slow hash would only make
-calls slow. EXPIRY is a date or a time of ISO 8601 (UTC unless it says otherwise), or "never".
+HEX is the SHA-256 of the token. A token has 256 random bits and cannot be guessed, so a slow password hash would add
+no security and slow down calls. EXPIRY is a date or time in ISO 8601 (UTC without an offset), or "never".
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from forwardpass_server.access.watched_files import WatchedFiles
 
 PRINCIPAL = re.compile(r"[!-\"$-~]{1,128}")
-"""What a principal may be called: printable ASCII without spaces and "#"."""
+"""Names that a principal may have: printable ASCII without spaces and "#"."""
 
 _HASH = re.compile(r"sha256:([0-9a-f]{64})")
 
-# Shows in a leak what it is; found by whoever searches for secrets that were checked in.
+# Identifies the token in a leak, and lets secret scanners find tokens that were committed.
 _PREFIX = "forwardpass_"
 
 
 class Role(enum.Enum):
-    """What a token is good for. CALL: everything that is no management. MANAGE: the management service."""
+    """A permission. CALL: every service but management. MANAGE: the management service."""
 
     CALL = "call"
     MANAGE = "manage"
@@ -52,16 +52,17 @@ class Token:
 
     @property
     def is_expired(self) -> bool:
+        """Whether the token has expired."""
         return self.expires_s is not None and self.expires_s <= time.time()
 
     def line(self) -> str:
-        """The token's line in a file."""
+        """The line of the token file."""
         roles = ",".join(sorted(role.value for role in self.roles))
         return f"sha256:{self.digest.hex()} {self.principal} {roles} {_format_expiry(self.expires_s)}"
 
 
 class Tokens:
-    """The tokens of a file. Raises OSError or ValueError where it cannot be read, which names the line."""
+    """The tokens of a file. Raises OSError if it cannot be read, or ValueError for an invalid line (names the line)."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self._file: WatchedFiles[Mapping[bytes, Token]] = WatchedFiles(
@@ -71,11 +72,11 @@ class Tokens:
 
     @property
     def are_good(self) -> bool:
-        """Whether the file could be read when it was last looked at; what it said before holds otherwise."""
+        """Whether the last reload succeeded. After a failed one the former tokens stay valid."""
         return self._file.are_good
 
     def expire_s(self, role: Role) -> float:
-        """When the first principal is left without a token for a role, in seconds since 1970; infinite for never."""
+        """When the first principal loses its last token with a role, in seconds since 1970; infinite for never."""
         last: dict[str, float] = {}
         for token in self._file.value.values():
             if role in token.roles:
@@ -84,28 +85,28 @@ class Tokens:
         return min(last.values(), default=math.inf)
 
     def find(self, token: str) -> Token | None:
-        """What the file says of a token, one that has expired included."""
+        """The entry of a token, also of an expired one; None for an unknown token."""
         digest = _digest(token)
-        # What the time of a look-up tells is of a hash, which nobody can choose.
+        # The time of the look-up depends on the hash only, which an attacker cannot choose.
         found = self._file.value.get(digest)
         return found if found is not None and hmac.compare_digest(found.digest, digest) else None
 
 
 def create(principal: str, roles: Iterable[Role], expires_s: float | None) -> tuple[str, Token]:
-    """A new token, and what a file is to say of it. Raises ValueError for a name that no principal may have."""
+    """A new token and its entry for the file. Raises ValueError for an invalid name of a principal."""
     _check_principal(principal)
     token = _PREFIX + base64.urlsafe_b64encode(secrets.token_bytes(32)).rstrip(b"=").decode()
     return token, Token(_digest(token), principal, frozenset(roles), expires_s)
 
 
 def parse_expiry(text: str) -> float | None:
-    """Seconds since 1970 of a date, a time, or "30d" from now; None for "never". Raises ValueError."""
+    """Parses a date, a time, or "30d" (from now) to seconds since 1970; "never" to None. Raises ValueError."""
     if text == "never":
         return None
     if days := re.fullmatch(r"([1-9][0-9]{0,4})d", text):
         return float(int(time.time()) + int(days[1]) * 24 * 3600)
     try:
-        # Python 3.10 knows no Z.
+        # Python 3.10 does not accept "Z".
         parsed = datetime.datetime.fromisoformat(re.sub("Z$", "+00:00", text))
     except ValueError:
         raise ValueError(f"expiry: expected a date, a time, 30d or never, got {text!r}") from None
@@ -124,7 +125,8 @@ def _digest(token: str) -> bytes:
 
 def _parse(name: str, contents: Sequence[bytes]) -> dict[bytes, Token]:
     text = contents[0].decode()
-    # Half a file would lock its other half out: this is what one looks like that is still being written.
+    # A file without a final newline is probably still being written. Reading half of it would lock out the callers of
+    # the other half.
     if not text.endswith("\n"):
         raise ValueError(f"{name}: expected a newline at its end")
     tokens: dict[bytes, Token] = {}
@@ -135,7 +137,7 @@ def _parse(name: str, contents: Sequence[bytes]) -> dict[bytes, Token]:
         try:
             token = _token(words)
             if token.digest in tokens:
-                raise ValueError("the same token again")
+                raise ValueError("the same token again: delete this line")
         except ValueError as error:
             raise ValueError(f"{name}: line {number}: {error}") from None
         tokens[token.digest] = token
@@ -148,7 +150,7 @@ def _token(words: Sequence[str]) -> Token:
     digest, principal, roles, expiry = words
     found = _HASH.fullmatch(digest)
     if found is None:
-        # It may be the token itself, which belongs into no log.
+        # The sentence does not quote the word: it may be the token itself, which must not reach the log.
         raise ValueError("expected sha256: and 64 hexadecimal digits first")
     _check_principal(principal)
     known = {role.value for role in Role}
@@ -156,7 +158,7 @@ def _token(words: Sequence[str]) -> Token:
     if unknown := set(named) - known:
         raise ValueError(f"expected roles of {', '.join(sorted(known))}, got {', '.join(sorted(unknown))}")
     if re.fullmatch(r"[0-9]+d", expiry):
-        raise ValueError("expected a date, a time or never: days would count from each reading")
+        raise ValueError("expected a date, a time or never; a number of days has no fixed start in a file")
     return Token(bytes.fromhex(found[1]), principal, frozenset(map(Role, named)), parse_expiry(expiry))
 
 

@@ -1,4 +1,4 @@
-"""What files say, read again when they change."""
+"""Files that are reloaded when their contents change."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ ValueT = TypeVar("ValueT")
 
 
 class WatchedFiles(Generic[ValueT]):
-    """The value that files stand for. What cannot be read never takes the place of what could.
+    """A value that is parsed from files and reloaded when they change. `value` is always the last valid one.
 
-    read: makes the value of the files' contents; raises ValueError or OSError for what it should not be.
-    Raises what `read` raises, at first. From then on `value` is always the last good one.
+    read: parses the contents of the files; raises ValueError or OSError for invalid ones.
+    The constructor raises what `read` raises.
     """
 
     def __init__(self, paths: Sequence[pathlib.Path], read: Callable[[Sequence[bytes]], ValueT]) -> None:
         self._paths = paths
         self._read = read
-        self._complaint: str | None = None
+        self._failure: str | None = None
         self._contents = self._read_contents()
         self.value = self._read_whole(self._contents)
 
     @property
     def are_good(self) -> bool:
-        """Whether `value` is what the files said when they were last looked at."""
-        return self._complaint is None
+        """Whether the last reload succeeded, so that `value` is that of the present files."""
+        return self._failure is None
 
     def refresh(self) -> None:
-        """Reads the files, and their value anew if they have changed. To be called every second or so, by one thread.
+        """Reads the files, and parses them again if they have changed. Call it about once a second, on one thread.
 
-        Their contents are compared, not their times: a volume of Kubernetes swaps links, and a clock's tick may hide
-        the second of two changes.
+        It compares contents, not modification times: a volume of Kubernetes swaps links, and two changes within one
+        tick of the clock have the same time.
         """
         try:
             contents = self._read_contents()
@@ -43,14 +43,14 @@ class WatchedFiles(Generic[ValueT]):
                 return
             self._contents = contents
             self.value = self._read_whole(contents)
-        except Exception as error:  # Whatever it is: who watches must not end by it.
-            # Said once of each state of the files, and not each second.
-            if str(error) != self._complaint:
-                self._complaint = str(error)
-                _LOGGER.error("kept as it was, for it cannot be read: %s: %s", self._names(), error)
+        except Exception as error:  # Any exception: the watching thread must not end.
+            # Logged once for each failure, not once a second.
+            if str(error) != self._failure:
+                self._failure = str(error)
+                _LOGGER.error("reload failed, the former contents stay in use: %s: %s", self._names(), error)
         else:
-            self._complaint = None
-            _LOGGER.info("read again: %s", self._names())
+            self._failure = None
+            _LOGGER.info("reloaded: %s", self._names())
 
     def _read_contents(self) -> Sequence[bytes]:
         return tuple(path.read_bytes() for path in self._paths)
@@ -58,7 +58,7 @@ class WatchedFiles(Generic[ValueT]):
     def _read_whole(self, contents: Sequence[bytes]) -> ValueT:
         value = self._read(contents)
         if self._read_contents() != contents:
-            raise OSError("it changed while it was read")
+            raise OSError("it changed while it was being read")
         return value
 
     def _names(self) -> str:

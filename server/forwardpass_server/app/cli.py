@@ -24,7 +24,7 @@ from forwardpass_server.errors import (
     UnsupportedLibrary,
 )
 from forwardpass_server.models.trial_process import TrialProcess
-from forwardpass_server.process import control_groups, onednn, quiet
+from forwardpass_server.process import control_groups, import_path, onednn, quiet
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def main() -> None:
 def serve(**given: Any) -> None:
     """Serve models until SIGTERM or Ctrl-C.
 
-    Prints where it listens and, once the models are loaded, which of them failed; a model that fails hinders no other.
+    Prints its addresses and, when the models are loaded, those that failed. A model that fails does not affect others.
     """
     try:
         settings = options.read(Settings, given)
@@ -57,12 +57,13 @@ def serve(**given: Any) -> None:
         _LOGGER.info(onednn.decide(settings.onednn))
         trial_process = None
         if settings.trial:
-            # It imports TensorFlow while this process does.
+            # Started first: it imports TensorFlow at the same time as this process.
             trial_process = TrialProcess(control_groups.cores())
             trial_process.start()
-        # TensorFlow takes seconds to import: --help and a wrong setting need not wait for it.
+        # Imported late, because TensorFlow takes seconds: --help and an invalid setting do not wait for it.
         with quiet.native_stderr():
             from forwardpass_server.app import serve as app_serve
+        import_path.append_working_directory()
 
         asyncio.run(_run(app_serve.serve(settings, _announce, trial_process)))
     except (SettingsError, DeviceNotFound, ModelLoadError, SessionStoreError, UnsupportedLibrary, OSError) as error:
@@ -75,7 +76,8 @@ _import_option = click.option(
     multiple=True,
     metavar="MODULE",
     envvar="FORWARDPASS_IMPORTS",
-    help="Import a module that registers custom Keras objects. May be repeated.",
+    help="Import a module that registers custom Keras objects. MODULE may be a file in the working directory. May be "
+    "repeated.",
 )
 
 
@@ -100,8 +102,9 @@ def export(
 ) -> None:
     """Write a functional model into a model repository.
 
-    SOURCE is a .keras file, with a forwardpass.json beside it or named by --config, or a Python function
-    MODULE:FUNCTION that returns a FunctionalModel. A compiled .keras file may need no forwardpass.json.
+    SOURCE is a .keras file, with a forwardpass.json in the same folder or named by --config, or a Python function
+    MODULE:FUNCTION that returns a FunctionalModel. MODULE may be a file in the working directory. A compiled .keras
+    file may need no forwardpass.json.
 
     \b
     Example of a forwardpass.json:
@@ -118,6 +121,7 @@ def export(
     try:
         with quiet.native_stderr():
             from forwardpass_server.app import export as app_export
+        import_path.append_working_directory()
 
         folder = app_export.export(source, model_repository, name, version, config, imports)
     except (ModelLoadError, SettingsError, UnsupportedLibrary, OSError) as error:
@@ -129,9 +133,9 @@ def export(
 
 @main.command()
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
-@click.option("--device", default="auto", show_default=True, help="As of `serve`.")
-@click.option("--onednn", "onednn_setting", type=click.Choice(onednn.CHOICES), default="auto", help="As of `serve`.")
-@click.option("--trial/--no-trial", default=True, help="As of `serve`.")
+@click.option("--device", default="auto", show_default=True, help="See `serve`.")
+@click.option("--onednn", "onednn_setting", type=click.Choice(onednn.CHOICES), default="auto", help="See `serve`.")
+@click.option("--trial/--no-trial", default=True, help="See `serve`.")
 @_import_option
 def check(folder: pathlib.Path, device: str, onednn_setting: str, trial: bool, imports: tuple[str, ...]) -> None:
     """Load models as `serve` does, without serving them, and show what a client would see.
@@ -145,6 +149,7 @@ def check(folder: pathlib.Path, device: str, onednn_setting: str, trial: bool, i
     try:
         with quiet.native_stderr():
             from forwardpass_server.app import check as app_check
+        import_path.append_working_directory()
 
         for entry in app_check.check(folder, device, trial, imports):
             if entry.servable is None:
@@ -169,18 +174,18 @@ def check(folder: pathlib.Path, device: str, onednn_setting: str, trial: bool, i
     type=click.Choice([role.value for role in Role]),
     default=(Role.CALL.value,),
     show_default=True,
-    help="What it is good for: calling models, or managing them. May be repeated.",
+    help="A permission: call models, or manage them. May be repeated.",
 )
 @click.option(
     "--expires",
     default="90d",
     show_default=True,
-    help="A date or time (ISO 8601, UTC), so many days such as 30d, or never.",
+    help="A date or time (ISO 8601, UTC), a number of days such as 30d, or never.",
 )
 def token(principal: str, roles: tuple[str, ...], expires: str) -> None:
-    """Make a bearer token for a caller, and print it with its line for the file of `serve --tokens`.
+    """Create a bearer token for a caller, and print it with its line for the file of `serve --tokens`.
 
-    Nothing is stored: the token is for the caller, and the file holds no more than its hash.
+    Nothing is stored. Give the token to the caller; the file holds only its hash.
     """
     try:
         secret, made = tokens.create(principal, map(Role, roles), tokens.parse_expiry(expires))
@@ -192,32 +197,32 @@ def token(principal: str, roles: tuple[str, ...], expires: str) -> None:
 
 async def _run(serving: Coroutine[Any, Any, bool]) -> None:
     if not await serving:
-        # Python would wait for the threads that still run.
+        # A normal exit would wait for running threads.
         logging.shutdown()
         os._exit(0)
 
 
 def _announce(line: str) -> None:
-    # Whoever started this may read it from a pipe.
+    # Flushed: the reader may be a program at the other end of a pipe.
     print(line, flush=True)
 
 
 def _check_temporary_folder() -> None:
-    """Raises SettingsError without one: TensorFlow looks for it when it is imported, and Keras unpacks models there."""
+    """Raises SettingsError without a folder for temporary files: TensorFlow and Keras need one."""
     try:
         tempfile.gettempdir()
     except FileNotFoundError as error:
         raise SettingsError(
-            f"TensorFlow needs a folder for temporary files, and there is none that can be written ({error.strerror}): "
+            f"TensorFlow needs a writable folder for temporary files, and there is none ({error.strerror}): "
             "mount one at /tmp, or name one with TMPDIR"
         ) from None
 
 
 def _configure_logging(level: str, log_format: str = "text") -> None:
     logs.configure(level, log_format)
-    # Before TensorFlow is imported. Its own lines say nothing that ours do not.
+    # Before the import of TensorFlow. Its log lines add nothing to ours.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Whatever the environment or a keras.json says: models run on TensorFlow. See also `models.keras_settings`.
+    # Overrides the environment and keras.json: models run on TensorFlow. See also `models.keras_settings`.
     os.environ["KERAS_BACKEND"] = "tensorflow"
 
 

@@ -21,12 +21,12 @@ def export(
     config: pathlib.Path | None,
     imports: Sequence[str] = (),
 ) -> pathlib.Path:
-    """Writes the model that `source` stands for as a version of model `name`, and returns its folder.
+    """Writes the model of `source` as a version of model `name`, and returns its folder.
 
-    source: a .keras file, or `module:function`. version: None for one above the highest there is.
-    config: the .keras file's forwardpass.json, where it does not lie beside it.
+    source: a .keras file, or `module:function`. version: None for the highest one plus 1.
+    config: the .keras file's forwardpass.json, if it is not in the same folder.
     imports: modules that register custom Keras objects.
-    The version appears whole or not at all. Raises SettingsError, ModelLoadError or FileExistsError.
+    The version appears complete or not at all. Raises SettingsError, ModelLoadError or FileExistsError.
     """
     if not MODEL_NAME.fullmatch(name):
         raise SettingsError(f"name: expected {MODEL_NAME.pattern}, got {name!r}")
@@ -39,7 +39,7 @@ def export(
     custom_objects.import_modules(imports, "--import")
     model = _read(source, config)
     folder.parent.mkdir(exist_ok=True)
-    # Beside its place, under a name that no repository takes for a version: the last step is one rename.
+    # Written next to its final folder, under a name that is not a version, so that the last step is one rename.
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder.parent) as temporary:
         written = pathlib.Path(temporary) / "model"
         save_functional_model(model, written)

@@ -1,4 +1,4 @@
-"""Settings as options of a command: each is said once, with the field of the dataclass that holds it."""
+"""Command-line options from a dataclass: each option is declared once, at its field."""
 
 from __future__ import annotations
 
@@ -21,16 +21,17 @@ SettingsT = TypeVar("SettingsT")
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """How a setting is given: stands in its field's annotation, `port: Annotated[int, Option("--port", ...)] = 8500`.
+    """The option of one field, in its annotation: `port: Annotated[int, Option("--port", ...)] = 8500`.
 
-    What it takes is the annotated type: of `T | None`, of a tuple or of a mapping, the first within. A bool that is on
-    by default has a --no-FLAG beside.
-    flag: on the command line, and as FORWARDPASS_FLAG in the environment unless there is a `variable`.
-    text: for --help. begins: the heading there under which it and those after it stand. otherwise: in words, a default
-    that is computed.
-    least, most: of a number, in the flag's unit; without a `most`, whatever is finite. unit: what of the field's unit
-    one of the flag's is: MIB for bytes. none: the number that stands for None.
-    type: where the annotated one says too little. parse: makes the field's value of what was given.
+    The option takes a value of the annotated type; for `T | None`, a tuple or a mapping, of its first argument. A bool
+    that is on by default also gets --no-FLAG.
+
+    flag: the flag. The variable FORWARDPASS_FLAG, or `variable`, sets it in the environment.
+    text: the text of --help. begins: a heading of --help, above this option and those after it.
+    otherwise: describes a computed default.
+    least, most: the bounds of a number, in the flag's unit; without `most` any finite number is valid.
+    unit: the flag's unit in units of the field: MIB for a field in bytes. none: the number that stands for None.
+    type: replaces the annotated type. parse: converts the given value to that of the field.
     """
 
     flag: str
@@ -49,8 +50,8 @@ class Option:
     type: click.ParamType[Any] | None = None
     parse: Callable[[Any], Any] | None = None
 
-    def complaints(self, value: Any) -> Iterator[str]:
-        """What is wrong with a field's value by itself."""
+    def problems(self, value: Any) -> Iterator[str]:
+        """A sentence for each rule of this option that a field's value violates."""
         for one in value if isinstance(value, tuple) else [value]:
             if self.choices and one not in self.choices:
                 yield f"{self.flag}: expected one of {', '.join(self.choices)}, got {one!r}"
@@ -58,21 +59,21 @@ class Option:
             return
         number = value / self.unit
         if not self.least <= number < math.inf or (self.most is not None and number > self.most):
-            # What need not be whole is a time.
+            # Every float setting is a time.
             expected = f"seconds >= {self.least:g}" if isinstance(value, float) else f"at least {self.least:g}"
             if self.most is not None:
                 expected = f"{self.least:g} to {self.most:g}"
             yield f"{self.flag}: expected {expected}, got {number:.15g}"
 
 
-def complaints(settings: Any) -> Iterator[str]:
-    """What is wrong with each setting by itself, naming its flag."""
+def problems(settings: Any) -> Iterator[str]:
+    """A sentence for each invalid setting. It names the flag."""
     for field, option, _ in _fields(type(settings)):
-        yield from option.complaints(getattr(settings, field.name))
+        yield from option.problems(getattr(settings, field.name))
 
 
 def of(settings: Any) -> list[click.Parameter]:
-    """The options of a command that takes all fields of a dataclass, in their order and under their names."""
+    """The options of a command for all fields of a dataclass, in the order and with the names of the fields."""
     made: list[click.Parameter] = []
     section = ""
     for field, option, kind in _fields(settings):
@@ -82,7 +83,7 @@ def of(settings: Any) -> list[click.Parameter]:
 
 
 def read(settings: type[SettingsT], given: Mapping[str, Any]) -> SettingsT:
-    """The dataclass of what a command was given by its options; what was not given is left to the field's default."""
+    """Creates the dataclass from the options of a command. Fields without a given option keep their default."""
     values = {}
     for field, option, _ in _fields(settings):
         value = given[field.name]
@@ -97,7 +98,7 @@ def read(settings: type[SettingsT], given: Mapping[str, Any]) -> SettingsT:
 
 
 def _fields(settings: Any) -> Iterator[tuple[dataclasses.Field[Any], Option, Any]]:
-    """Every field, how it is given, and the type of what is given."""
+    """Every field, its option, and the type of the option's value."""
     hints = typing.get_type_hints(settings, include_extras=True)
     for field in dataclasses.fields(settings):
         hint, option = typing.get_args(hints[field.name])
@@ -106,7 +107,7 @@ def _fields(settings: Any) -> Iterator[tuple[dataclasses.Field[Any], Option, Any
 
 
 class _SectionedOption(click.Option):
-    """The option of one field, which stands under a heading."""
+    """A click option for one field. section: its heading."""
 
     def __init__(self, section: str, field: dataclasses.Field[Any], option: Option, kind: Any) -> None:
         self.section = section
@@ -131,9 +132,10 @@ class _SectionedOption(click.Option):
 
 
 class SectionedCommand(click.Command):
-    """A command whose options stand under their headings in --help."""
+    """A command that groups its options under headings in --help."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Writes the options by heading."""
         sections: dict[str, list[tuple[str, str]]] = {}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)

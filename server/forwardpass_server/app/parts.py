@@ -10,9 +10,10 @@ import logging
 import urllib.parse
 from typing import TYPE_CHECKING
 
+from forwardpass.wire.hosts import is_loopback
 from forwardpass_server.access.guard import Guard, GuardOptions
 from forwardpass_server.app.health import Health
-from forwardpass_server.app.settings import Settings, is_loopback
+from forwardpass_server.app.settings import Settings
 from forwardpass_server.calls import room as calls_room
 from forwardpass_server.calls.capacity import Capacity, CapacityOptions
 from forwardpass_server.calls.memory_budget import MemoryBudget

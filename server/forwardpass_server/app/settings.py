@@ -1,9 +1,8 @@
-"""What an operator sets. Everything is checked here, before a port opens."""
+"""The settings of `forwardpass-server serve`. All are validated here, before a port opens."""
 
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import pathlib
 import re
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from typing import Annotated
 import click
 
 from forwardpass.wire.chunks import CHUNK_BYTES
+from forwardpass.wire.hosts import is_loopback
 from forwardpass_server.app import logs, options
 from forwardpass_server.app.options import FILE, FOLDER, MIB, Option
 from forwardpass_server.catalog.repository import MODEL_NAME
@@ -26,7 +26,7 @@ LOOPBACK = "127.0.0.1"
 
 
 def parse_factories(values: tuple[str, ...]) -> dict[str, str]:
-    """`NAME=MODULE:FUNCTION`, each. Raises SettingsError for another form and for a name given twice."""
+    """Parses `NAME=MODULE:FUNCTION`. Raises SettingsError for another form, and for a repeated name."""
     factories: dict[str, str] = {}
     for value in values:
         name, separator, factory = value.partition("=")
@@ -39,7 +39,7 @@ def parse_factories(values: tuple[str, ...]) -> dict[str, str]:
 
 
 def parse_required_models(value: str) -> tuple[str, ...] | None:
-    """`all`, which is None; `none`, or nothing, which is (); or names with commas between them."""
+    """Parses `all` to None, `none` or "" to (), and anything else as names separated by commas."""
     if value.strip() == "all":
         return None
     return () if value.strip() in ("", "none") else tuple(name.strip() for name in value.split(","))
@@ -49,123 +49,126 @@ def parse_required_models(value: str) -> tuple[str, ...] | None:
 class Settings:
     """The settings of `forwardpass-server serve`, each with the option that sets it."""
 
-    # The folder NAME/VERSION/; None where only factories are served.
+    # None if only factories are served.
     model_repository: Annotated[
         pathlib.Path | None,
-        Option("--model-repository", "Folder NAME/VERSION/ of models.", begins="Models"),
+        Option("--model-repository", "Folder of models: NAME/VERSION/ for each version.", begins="Models"),
     ] = None
-    # What is in the repository is run: a file that somebody puts there by accident should not be, unless the operator
-    # says so, and replicas would change one before another.
+    # Off by default: the server runs the models that it finds, so a file that somebody adds by accident would be run.
+    # Replicas also would not change at the same moment.
     repository_poll_s: Annotated[
         float,
         Option(
             "--repository-poll",
-            "Seconds between looks for versions that came, changed or went; 0 means never.",
+            "Seconds between checks for added, changed and removed versions; 0 means never.",
             least=0,
         ),
     ] = 0.0
-    # Models that Python functions make: "module:function" by name.
+    # "module:function" by the name of the model.
     factories: Annotated[
         Mapping[str, str],
         Option(
             "--factory",
-            "Serve the FunctionalModel that a Python function returns, as version 1 of NAME. May be repeated.",
+            "Serve the FunctionalModel that a Python function returns, as version 1 of NAME. MODULE may be in the "
+            "working directory. May be repeated.",
             is_repeated=True,
             metavar="NAME=MODULE:FUNCTION",
             variable="FORWARDPASS_FACTORIES",
             parse=parse_factories,
         ),
     ] = dataclasses.field(default_factory=dict)
-    # Code runs because an operator names it, never because a model file or a request does.
+    # Only the operator chooses which code runs; a model file or a request never does.
     imports: Annotated[
         tuple[str, ...],
         Option(
             "--import",
-            "Import a module that registers custom Keras objects, before any model loads. May be repeated.",
+            "Import a module that registers custom Keras objects, before any model loads. MODULE may be a file in the "
+            "working directory. May be repeated.",
             is_repeated=True,
             metavar="MODULE",
             variable="FORWARDPASS_IMPORTS",
         ),
     ] = ()
-    # A server that lacks one of its models answers some of its callers with errors: a rollout should stop at the first.
+    # A server that lacks a model fails some calls. With all models required, a rollout stops at the first such server.
     required_models: Annotated[
         tuple[str, ...] | None,
         Option(
             "--required-models",
-            "Models that must be callable before the server is started and ready: NAME or NAME/VERSION, with commas "
-            "between them. all: every model found at the start, and at least one. none: no model, so that an empty "
-            "repository is ready too.",
+            "Models that must be callable before the server is ready: NAME or NAME/VERSION, separated by commas. all: "
+            "every model found at the start, and at least one. none: no model, so that a server with an empty "
+            "repository is ready.",
             otherwise="all",
             metavar="NAMES",
             type=click.STRING,
             parse=parse_required_models,
         ),
     ] = None
-    # A version that an operator takes away is not to stay for as long as callers open sessions of it.
+    # With "refuse", a version stays loaded as long as clients open sessions of it, against the operator's request.
     unload_with_sessions: Annotated[
         str,
         Option(
             "--unload-with-sessions",
-            "keep: a version that is unloaded serves the metric sessions that this server has of it until they end. "
-            "refuse: it is unloaded once it has none, on any server that shares the session store.",
+            "What happens to the metric sessions of an unloaded version. keep: this server keeps the model in memory "
+            "until they end. refuse: the version cannot be unloaded while it has sessions on any server that shares "
+            "the session store.",
             choices=("keep", "refuse"),
         ),
     ] = "keep"
 
-    # Whoever reaches the port may run the models: loopback until the operator says otherwise.
+    # Loopback, because everybody who reaches the port may run the models.
     host: Annotated[
         str,
         Option(
             "--host",
-            "Address to listen on. Beyond loopback it takes TLS or tokens, or --insecure.",
+            "Address to listen on. Any other than loopback requires TLS or tokens, or --insecure.",
             begins="Listening",
         ),
     ] = LOOPBACK
-    # TensorFlow Serving's port for gRPC.
+    # The port of TensorFlow Serving for gRPC.
     port: Annotated[
         int,
-        Option("--port", "Port for gRPC; 0 takes a free one and prints it.", least=0, most=65535),
+        Option("--port", "Port for gRPC; 0 selects a free one and prints it.", least=0, most=65535),
     ] = 8500
-    # OpenTelemetry's port for Prometheus exporters; None for no metrics.
+    # The default port of OpenTelemetry's Prometheus exporter; None for no metrics.
     metrics_port: Annotated[
         int | None,
         Option(
             "--metrics-port",
-            "Port for Prometheus; 0 takes a free one, -1 means none.",
+            "Port for Prometheus; 0 selects a free one, -1 means none.",
             least=0,
             most=65535,
             none=-1,
         ),
     ] = 9464
-    # Metrics hold no data, but names of models and how much is called: whoever wants them elsewhere says so, which is
-    # why a public one needs no `insecure` beside.
+    # Metrics reveal the names of models and the traffic, but no data of calls. Another address therefore must be chosen
+    # explicitly, but does not require `insecure`.
     metrics_host: Annotated[
         str,
         Option(
             "--metrics-host",
-            "Address for Prometheus. Anybody who reaches it sees the metrics, which hold no data.",
+            "Address for Prometheus. Everybody who reaches it can read the metrics, which hold no data of calls.",
         ),
     ] = LOOPBACK
-    # What is not asked for is not open: None for no management.
+    # None for no management: the port opens only on request.
     management_port: Annotated[
         int | None,
         Option(
             "--management-port",
-            "Port for loading and unloading models; 0 takes a free one, -1 means none.",
+            "Port for loading and unloading models; 0 selects a free one, -1 means none.",
             least=0,
             most=65535,
             none=-1,
         ),
     ] = None
-    # Whoever reaches it without a token may unload models.
+    # Loopback, because without tokens everybody who reaches the port may unload models.
     management_host: Annotated[
         str,
-        Option("--management-host", "Address for management. With --tokens it takes one with the role manage."),
+        Option("--management-host", "Address for management. With --tokens, calls need a token with the role manage."),
     ] = LOOPBACK
-    # Of a connection without a call: far more than the pauses of a caller who works, and a new one costs milliseconds.
+    # Longer than the pauses of an active client. A new connection costs milliseconds.
     connection_idle_s: Annotated[
         float,
-        Option("--connection-idle", "Seconds without a call after which a connection is closed.", least=0),
+        Option("--connection-idle", "Seconds without a call after which the server closes a connection.", least=0),
     ] = 600.0
 
     # None for no TLS.
@@ -173,123 +176,122 @@ class Settings:
         pathlib.Path | None,
         Option(
             "--tls-certificate",
-            "The server's certificate, in PEM, with those between it and its root. Read again when it changes.",
+            "The server's certificate and its intermediate certificates, in PEM. Reloaded when the file changes.",
             type=FILE,
             begins="Security",
         ),
     ] = None
-    # Goes with the certificate.
+    # Required with the certificate.
     tls_key: Annotated[
         pathlib.Path | None,
-        Option("--tls-key", "The certificate's key, in PEM, unencrypted.", type=FILE),
+        Option("--tls-key", "The private key of the certificate, in PEM, unencrypted.", type=FILE),
     ] = None
-    # None for clients without certificates; with it, every client must have one.
+    # None for clients without certificates; otherwise every client must have one.
     tls_client_ca: Annotated[
         pathlib.Path | None,
         Option(
             "--tls-client-ca",
-            "Take only clients whose certificates these sign, in PEM (mutual TLS). Who calls is the certificate's "
-            "name.",
+            "Accept only clients whose certificate one of these authorities has signed, in PEM (mutual TLS). The name "
+            "of the certificate is the caller's principal.",
             type=FILE,
         ),
     ] = None
-    # See access.tokens; None for callers without tokens.
+    # See access.tokens; None for calls without tokens.
     tokens: Annotated[
         pathlib.Path | None,
         Option(
             "--tokens",
-            "Take only calls with a token of this file: see `forwardpass-server token`. Read again when it changes.",
+            "Accept only calls with a token of this file: see `forwardpass-server token`. Reloaded when it changes.",
             type=FILE,
         ),
     ] = None
-    # Nothing answers without credentials where there are any, unless it is named.
+    # Empty: with credentials configured, every service requires them unless it is named here.
     open_services: Annotated[
         tuple[str, ...],
         Option(
             "--open",
-            "Answer this service without a token. May be repeated.",
+            "Answer calls of this service without credentials. May be repeated.",
             choices=("health", "reflection"),
             is_repeated=True,
         ),
     ] = ()
-    # Nobody is to listen so by accident.
+    # An explicit flag, so that nobody opens an unprotected port by accident.
     insecure: Annotated[
         bool,
-        Option("--insecure", "Listen beyond loopback with neither TLS nor tokens."),
+        Option("--insecure", "Allow other addresses than loopback without TLS or tokens."),
     ] = False
 
-    # The first GPU that TensorFlow sees, else the CPU.
+    # A GPU is nearly always faster than the CPU.
     device: Annotated[
         str,
         Option(
             "--device",
-            "auto, cpu, gpu, or one of several as gpu:1. auto is the first GPU, else the CPU.",
+            "auto, cpu, gpu, or a certain GPU such as gpu:1. auto selects the first GPU, else the CPU.",
             begins="Computing",
         ),
     ] = "auto"
-    # Longer than what queues up on a GPU before a small operation, and not so long that a device that is gone goes
-    # unnoticed.
+    # Longer than the queue of a busy GPU, short enough to detect a failed device soon.
     device_timeout_s: Annotated[
         float,
         Option(
             "--device-timeout",
-            "Seconds that a small operation may take before the device counts as dead, and health says so.",
+            "Seconds that a small operation may take before the device counts as dead and health answers NOT_SERVING.",
             least=1,
         ),
     ] = 30.0
-    # Off unless somebody asks for it: with it TensorFlow 2.21 may end the process (TensorFlow issue 117700). It makes a
-    # small MLP 1.3 to 1.7 times as fast, and other models faster or slower: see docs/benchmarks.md.
+    # Off by default, because TensorFlow 2.21 with oneDNN may end the process (TensorFlow issue 117700). The price:
+    # oneDNN makes a small MLP 1.3 to 1.7 times as fast, and other models faster or slower (docs/benchmarks.md).
     onednn: Annotated[
         str,
         Option(
             "--onednn",
-            "Whether TensorFlow uses oneDNN on the CPU. auto: as TF_ENABLE_ONEDNN_OPTS says, off without it, since "
-            "TensorFlow 2.21 with oneDNN may end the process.",
+            "Whether TensorFlow uses oneDNN on the CPU. auto: the value of TF_ENABLE_ONEDNN_OPTS, or off if it is not "
+            "set, because TensorFlow 2.21 with oneDNN may end the process.",
             choices=onednn.CHOICES,
         ),
     ] = "auto"
-    # A graph that ends the process must not be served, and only another process can find out.
+    # A graph that ends the process must not be served, and only another process can detect it.
     trial: Annotated[
         bool,
         Option(
             "--trial",
-            "Run each model in a child process before it is served, on batches of unusual sizes, and refuse a model "
-            "that ends the child process.",
+            "Before a model is served, run it in a child process on batches of unusual sizes, and refuse a model that "
+            "ends the child process.",
         ),
     ] = True
-    # TensorFlow spreads each computation over all cores by itself: more than there are cores only makes them wait
-    # inside TensorFlow.
+    # TensorFlow uses all cores for each computation: with more threads than cores, computations only wait inside
+    # TensorFlow.
     execution_threads: Annotated[
         int,
         Option(
             "--execution-threads",
-            "Computations at once beside the event loop.",
-            otherwise="the cores that this process may use, by its affinity and the quota of its container, at least 2",
+            "Concurrent computations outside the event loop.",
+            otherwise="the number of cores that this process may use (affinity and container quota), at least 2",
             least=1,
         ),
     ] = dataclasses.field(default_factory=lambda: max(2, control_groups.cores()))
-    # Only where a model shows that it can be: nobody's results change by it.
+    # On, because only models with independent rows are batched, so that no result changes.
     batching: Annotated[
         bool,
         Option(
             "--batching",
-            "Run concurrent calls with the same weights as one batch, where a model shows that its rows are "
+            "Run concurrent calls with the same weights as one batch, for models whose rows are found to be "
             "independent.",
         ),
     ] = True
-    # Enough that the cost of a call of TensorFlow is nothing beside its work.
+    # Large enough that the overhead of a TensorFlow call is negligible.
     max_batch_examples: Annotated[
         int,
-        Option("--max-batch-examples", "Examples in a batch made of several calls.", least=1),
+        Option("--max-batch-examples", "Limit of examples in a batch of several calls.", least=1),
     ] = 1024
 
-    # 64 million float32 in one message. Larger ones cost memory on both sides several times over. Chunks of weights
-    # have to fit, and gRPC cannot take longer messages than an int32 counts.
+    # 64 million float32 values. A message costs several times its size in memory on both sides. At least two chunks of
+    # weights must fit; gRPC cannot handle messages over 2 GiB.
     max_message_bytes: Annotated[
         int,
         Option(
             "--max-message-mib",
-            "Longest request and response, in MiB.",
+            "Limit of a request and of a response, in MiB.",
             unit=MIB,
             least=2 * CHUNK_BYTES // MIB,
             most=2047,
@@ -298,229 +300,233 @@ class Settings:
     ] = 256 * MIB
     # gRPC copies a unary request twice while it holds Python's lock. Five callers who send 240 MiB each delay others by
     # up to 3 s, with 28 MiB each by 0.38 s, with 16 MiB each by 0.08 s. --max-concurrent-mib counts a request in pieces
-    # from its first piece on, and a unary request only once it is whole.
+    # from its first piece on, and a unary request only once it is complete.
     max_unary_bytes: Annotated[
         int,
         Option(
             "--max-unary-mib",
-            "Longest unary request, in MiB. A longer request has to arrive in pieces over Pipeline; the SDK sends each "
-            "request of 8 MiB and more so.",
+            "Longest unary request, in MiB. A longer request must arrive in pieces over Pipeline, as the SDK sends "
+            "requests of 8 MiB and more.",
             unit=MIB,
             least=8,
             most=2047,
         ),
     ] = 16 * MIB
-    # gRPC inflates a message on the thread that reads all connections: 246 KB of gzip that hold 252 MB of empty strings
-    # stop every caller for 16 s. Arrays of numbers compress little, so callers lose little.
+    # gRPC decompresses messages on the thread that reads all connections: 246 KB of gzip that expand to 252 MB of empty
+    # strings block every call for 16 s. The price is small, because arrays of numbers compress little.
     accept_compressed: Annotated[
         bool,
         Option(
             "--accept-compressed",
-            "Take requests that gRPC has compressed. Off: they are answered with UNIMPLEMENTED, since a short one may "
-            "hold up every caller while it is inflated.",
+            "Accept compressed requests. Off: they are answered with UNIMPLEMENTED, because decompressing one small "
+            "request may block all others.",
         ),
     ] = False
-    # A call that waits holds its message: a thousand of a megabyte each are a gigabyte.
+    # Each waiting call holds its message in memory: a thousand of 1 MB take 1 GB.
     max_concurrent_calls: Annotated[
         int,
         Option(
             "--max-concurrent-calls",
-            "Calls at once; further ones are refused with RESOURCE_EXHAUSTED.",
+            "Limit of concurrent calls; further ones are refused with RESOURCE_EXHAUSTED.",
             least=1,
         ),
     ] = 1024
-    # Of requests that arrive in pieces, wait or run, and of responses that are not read yet. None for what the memory
-    # of the process holds: a server that takes more is killed, with everything that callers have put on it.
+    # Counts requests that are being received, waiting or running, and responses that clients have not read. None
+    # computes the limit from the memory of the process: a server that exceeds its memory is killed and loses all
+    # weights.
     max_concurrent_bytes: Annotated[
         int | None,
         Option(
             "--max-concurrent-mib",
-            "MiB of requests and responses at once; further requests are refused with RESOURCE_EXHAUSTED.",
-            otherwise="what the memory of the process or its control group holds beside weights and models",
+            "Limit of requests and responses in memory, in MiB; further requests are refused with RESOURCE_EXHAUSTED.",
+            otherwise="the memory of the process or its control group, less that of weights and models",
             unit=MIB,
             least=1,
         ),
     ] = None
-    # None for half where principals are told apart, so that none can take all, and for everything where they are not.
+    # None for half of all if callers authenticate, so that no principal can take everything; else for everything.
     max_concurrent_calls_per_principal: Annotated[
         int | None,
         Option(
             "--max-concurrent-calls-per-principal",
-            "Calls at once of one principal.",
-            otherwise="half of all, where there are tokens or client certificates",
+            "Limit of concurrent calls of one principal.",
+            otherwise="half of all with tokens or client certificates, else all",
             least=1,
         ),
     ] = None
-    # Likewise.
+    # The same rule as for calls.
     max_concurrent_bytes_per_principal: Annotated[
         int | None,
         Option(
             "--max-concurrent-mib-per-principal",
-            "MiB of requests at once of one principal.",
-            otherwise="likewise",
+            "Limit of the requests of one principal in memory, in MiB.",
+            otherwise="half of all with tokens or client certificates, else all",
             unit=MIB,
             least=1,
         ),
     ] = None
 
-    # None for a share of the device's memory: half of a GPU's, a quarter of the host's, which holds models and messages
-    # too.
+    # None for half of a GPU's memory, or a quarter of the host's, which also holds models and messages.
     weights_bytes: Annotated[
         int | None,
         Option(
             "--weights-mib",
-            "MiB of weights that callers put on the device.",
-            otherwise="half of a GPU's memory, a quarter of the host's",
+            "Limit of the weights that clients put on the device, in MiB.",
+            otherwise="half of the GPU's memory, or a quarter of the host's",
             unit=MIB,
             least=1,
             begins="Weights",
         ),
     ] = None
-    # None for half where principals are told apart, so that none can take all, and for everything where they are not.
+    # None for half of all if callers authenticate, so that no principal can take everything; else for everything.
     weights_bytes_per_principal: Annotated[
         int | None,
         Option(
             "--weights-mib-per-principal",
-            "MiB of weights of one principal.",
-            otherwise="half of all, where there are tokens or client certificates",
+            "Limit of the weights of one principal, in MiB.",
+            otherwise="half of all with tokens or client certificates, else all",
             unit=MIB,
             least=1,
         ),
     ] = None
-    # Where weights are kept beyond the process and the device's memory; None for nowhere.
+    # None: weights are kept in memory only, and are lost at a restart.
     weights_folder: Annotated[
         pathlib.Path | None,
         Option(
             "--weights-folder",
-            "Keep the weights that callers put in this folder too, so that they outlive a restart.",
+            "Also store the weights that clients put in this folder, so that they survive a restart.",
             type=FOLDER,
         ),
     ] = None
-    # A small disk, and thousands of sets of a usual model.
+    # Fits on a small disk, and holds thousands of sets of a usual model.
     weights_disk_bytes: Annotated[
         int,
         Option(
             "--weights-disk-mib",
-            "MiB of weights in that folder; beyond, those used least recently are deleted.",
+            "Limit of the weights in that folder, in MiB; beyond it the least recently used are deleted.",
             unit=MIB,
             least=1,
         ),
     ] = 64 * 1024 * MIB
-    # Time for a client to come back to an upload whose connection broke, with all its retries.
+    # Enough for a client to resume an upload after a broken connection, with all its retries.
     upload_expiry_s: Annotated[
         float,
-        Option("--upload-expiry", "Seconds after which an upload of which nothing comes is dropped.", least=0),
+        Option("--upload-expiry", "Seconds without data after which an upload is dropped.", least=0),
     ] = 60.0
 
-    # None for a file of this port's; on a free port, by which no client finds the server again, for memory.
+    # None for a file that belongs to this port, or for memory with a free port (0): after a restart on another port no
+    # client would find the sessions.
     session_store: Annotated[
         str | None,
         Option(
             "--session-store",
-            "Where metric sessions are kept: sqlite:///PATH, redis://[:PASSWORD@]HOST:PORT/DB (rediss:// with TLS), "
-            "which servers may share, or memory://.",
+            "Store of metric sessions: sqlite:///PATH, redis://[:PASSWORD@]HOST:PORT/DB (rediss:// with TLS), which "
+            "several servers may share, or memory://.",
             otherwise="a SQLite file for this port in the user's state folder",
             metavar="URL",
             begins="Sessions",
         ),
     ] = None
-    # A client that is in the middle of an evaluation comes back within a day, or not at all.
+    # A client resumes an interrupted evaluation within a day, or never.
     session_expiry_s: Annotated[
         float,
-        Option("--session-expiry", "Seconds without a use after which a metric session is dropped.", least=1),
+        Option("--session-expiry", "Seconds without use after which a metric session is deleted.", least=1),
     ] = 24 * 3600.0
-    # Of one principal: one for each of the clients of a large round.
+    # For one principal: one session for each client of a large federated round.
     max_sessions: Annotated[
         int,
         Option(
             "--max-sessions",
-            "Metric sessions at once; further ones are refused with RESOURCE_EXHAUSTED.",
+            "Limit of metric sessions of one principal; further ones are refused with RESOURCE_EXHAUSTED.",
             least=1,
         ),
     ] = 10_000
-    # Of one principal, where a session takes a few KiB.
+    # For one principal. A usual session takes a few KiB.
     sessions_bytes: Annotated[
         int,
         Option(
             "--sessions-mib",
-            "MiB of metric sessions at once; more are refused with RESOURCE_EXHAUSTED.",
+            "Limit of the metric sessions of one principal, in MiB; more are refused with RESOURCE_EXHAUSTED.",
             unit=MIB,
             least=1,
         ),
     ] = 256 * MIB
-    # A hundred metrics with 200 thresholds each take less than one; each update writes all of it.
+    # A hundred metrics with 200 thresholds each take less than 1 MiB. Each update writes the whole state.
     max_state_bytes: Annotated[
         int,
-        Option("--max-state-mib", "MiB of the metrics state of one session.", unit=MIB, least=1),
+        Option("--max-state-mib", "Limit of the metrics state of one session, in MiB.", unit=MIB, least=1),
     ] = 16 * MIB
 
-    # Measured: clients that watch health or retry lose no call where the server waits half a second before it stops.
+    # Measured: with 0.5 s, clients that watch health or retry lose no call.
     drain_delay_s: Annotated[
         float,
         Option(
             "--drain-delay",
-            "Seconds between health's NOT_SERVING and the end of listening, after SIGTERM.",
+            "Seconds from SIGTERM, when health answers NOT_SERVING, until the server takes no more calls.",
             least=0,
-            begins="Ending",
+            begins="Shutdown",
         ),
     ] = 1.0
-    # Kubernetes kills 30 s after SIGTERM: be done before.
+    # Kubernetes kills a container 30 s after SIGTERM: end before that.
     drain_timeout_s: Annotated[
         float,
-        Option("--drain-timeout", "Seconds for running calls to end, after that.", least=0),
+        Option("--drain-timeout", "Seconds that running calls may then take to end.", least=0),
     ] = 20.0
 
-    # None for no spans: each costs as much as a small call.
+    # None for no spans: a span costs as much as a small call.
     trace_endpoint: Annotated[
         str | None,
         Option(
             "--trace-endpoint",
-            "Send a span for each call to this collector of OpenTelemetry, http://HOST:PORT for OTLP over gRPC.",
-            otherwise="none are made",
+            "Send a span for each call to this OpenTelemetry collector, http://HOST:PORT for OTLP over gRPC.",
+            otherwise="no spans",
             metavar="URL",
-            begins="Seeing",
+            begins="Observability",
         ),
     ] = None
-    # What happens to the server and its models, not to each call.
+    # At "info" the log holds events of the server and its models, but not each call.
     log_level: Annotated[
         str,
-        Option("--log-level", "What is logged to stderr.", choices=("debug", "info", "warning", "error")),
+        Option("--log-level", "Lowest level that is logged to stderr.", choices=("debug", "info", "warning", "error")),
     ] = "info"
-    # Whoever starts a server by hand reads it.
+    # Text is readable for a person who starts a server by hand.
     log_format: Annotated[
         str,
         Option(
             "--log-format",
-            "Lines for a person, or a JSON object for each event. Neither holds what callers send.",
+            "text: lines for a person. json: one object for each event. Neither holds data of calls.",
             choices=logs.FORMATS,
         ),
     ] = "text"
 
     @property
     def tells_principals_apart(self) -> bool:
-        """Whether callers have to say who they are."""
+        """Whether callers must authenticate, by token or certificate."""
         return self.tokens is not None or self.tls_client_ca is not None
 
     def share(self, of_principal: int | None, in_all: int) -> int:
-        """What one principal may take of what there is in all."""
+        """The limit for one principal.
+
+        of_principal: the configured limit for one principal; None for the default. in_all: the limit for all together.
+        """
         if of_principal is not None:
             return of_principal
         return max(in_all // 2, 1) if self.tells_principals_apart else in_all
 
     def __post_init__(self) -> None:
-        for complaint in options.complaints(self):
-            raise SettingsError(complaint)
+        for problem in options.problems(self):
+            raise SettingsError(problem)
         self._check_models()
         self._check_places()
         self._check_security()
 
     def _check_models(self) -> None:
         if self.model_repository is None and not self.factories:
-            raise SettingsError("--model-repository: expected a folder, or a --factory beside")
+            raise SettingsError("--model-repository: expected a folder; without one, give at least one --factory")
         if self.model_repository is not None and not self.model_repository.is_dir():
             raise SettingsError(f"--model-repository: expected a folder, got {str(self.model_repository)!r}")
         if self.repository_poll_s and self.model_repository is None:
-            raise SettingsError("--repository-poll: expected a --model-repository beside")
+            raise SettingsError("--repository-poll: requires --model-repository")
         for name, factory in self.factories.items():
             if not MODEL_NAME.fullmatch(name):
                 raise SettingsError(f"--factory: expected a model name like {MODEL_NAME.pattern}, got {name!r}")
@@ -534,39 +540,29 @@ class Settings:
 
     def _check_places(self) -> None:
         if self.session_store is not None and not _SESSION_STORE.match(self.session_store):
-            # What was given may hold a password.
+            # The message does not quote the URL: it may hold a password.
             raise SettingsError("--session-store: expected sqlite:///PATH, redis://..., rediss://... or memory://")
         if self.trace_endpoint is not None and not _TRACE_ENDPOINT.match(self.trace_endpoint):
             raise SettingsError("--trace-endpoint: expected http://HOST:PORT, or https://HOST:PORT for TLS")
 
     def _check_security(self) -> None:
         if (self.tls_certificate is None) != (self.tls_key is None):
-            raise SettingsError("--tls-certificate: expected --tls-key beside, and the other way round")
+            raise SettingsError("--tls-certificate and --tls-key: give both or neither")
         if self.tls_client_ca is not None and self.tls_certificate is None:
-            raise SettingsError("--tls-client-ca: expected --tls-certificate and --tls-key beside")
+            raise SettingsError("--tls-client-ca: requires --tls-certificate and --tls-key")
         if self.open_services and not self.tells_principals_apart:
-            raise SettingsError("--open: expected --tokens or --tls-client-ca beside: everything is open without")
+            raise SettingsError("--open: requires --tokens or --tls-client-ca; without them every service is open")
         if self.insecure:
             return
         if not is_loopback(self.host) and self.tls_certificate is None and self.tokens is None:
             raise SettingsError(
-                f"--host: {self.host} can be reached from elsewhere, by anybody and unencrypted: give "
+                f"--host: other machines can reach {self.host}, without encryption and authentication: give "
                 "--tls-certificate, --tls-key and --tokens or --tls-client-ca, or else --insecure"
             )
         is_managed = self.management_port is not None and not is_loopback(self.management_host)
-        # It is little to be encrypted where anybody may unload models.
+        # TLS alone is not enough: everybody could unload models.
         if is_managed and not self.tells_principals_apart:
             raise SettingsError(
-                f"--management-host: {self.management_host} can be reached from elsewhere, by anybody: give "
+                f"--management-host: other machines can reach {self.management_host}, without authentication: give "
                 "--tokens or --tls-client-ca, or else --insecure"
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address to listen on can be reached from this machine alone, as far as its name tells."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

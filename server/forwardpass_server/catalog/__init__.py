@@ -1,1 +1,1 @@
-"""Which models and versions there are."""
+"""The models and versions that a server serves."""

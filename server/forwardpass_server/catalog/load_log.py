@@ -1,4 +1,4 @@
-"""Loads that are timed, and remembered as long as their versions are known."""
+"""The last load of each version: its time and duration."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from forwardpass_server.calls.model import LoadedModel, ModelLoader, ModelSource
 
 
 class LoadObserver(Protocol):
-    """Is told of each load that ended."""
+    """Receives the loads."""
 
-    def loaded(self, model: str, is_available: bool, seconds: float) -> None: ...
+    def loaded(self, model: str, is_available: bool, seconds: float) -> None:
+        """A load has ended. is_available: whether it succeeded. seconds: its duration."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -24,7 +25,10 @@ class Load:
 
 
 class ObservedLoader:
-    """A loader that tells of its loads: see ModelLoader. `loads`: the last of each version."""
+    """A ModelLoader that reports the loads of another one to an observer.
+
+    `loads`: the last load of each version, by "name/version".
+    """
 
     def __init__(self, loader: ModelLoader, observer: LoadObserver) -> None:
         self._loader = loader
@@ -32,6 +36,7 @@ class ObservedLoader:
         self.loads: dict[str, Load] = {}
 
     def load(self, source: ModelSource) -> LoadedModel:
+        """See `ModelLoader.load`."""
         started, is_available = time.perf_counter(), False
         try:
             loaded = self._loader.load(source)
@@ -43,5 +48,5 @@ class ObservedLoader:
             self._observer.loaded(source.name, is_available, seconds)
 
     def forget(self, source: ModelSource) -> None:
-        """Drops what is known of a version that is unloaded."""
+        """Removes the load of a version that is unloaded."""
         self.loads.pop(str(source), None)

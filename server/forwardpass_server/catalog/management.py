@@ -1,4 +1,4 @@
-"""Which versions are served, as an operator has it while the server runs."""
+"""Management of versions: load, reload and unload while the server runs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class VersionDetail:
-    """One version. entry: None where it is not loaded. is_loadable: its files, or its factory, are there.
+    """One version, for operators.
 
-    labels: what callers know it by.
+    entry: its entry in the registry; None if it is not loaded. is_loadable: whether its files or its factory exist.
+    labels: the labels that stand for it.
     """
 
     source: ModelSource
@@ -38,10 +39,10 @@ class VersionDetail:
 
 
 class ModelSessions(Protocol):
-    """What becomes of metric sessions whose model goes."""
+    """Metric sessions of models that are unloaded or replaced."""
 
     async def count(self, model: ModelIdentity) -> int:
-        """How many a model has. After 0, none is opened before the caller awaits something else.
+        """The number of sessions of a model. If it is 0, no session is opened until the caller's next await.
 
         Raises SessionStoreUnavailable.
         """
@@ -54,39 +55,41 @@ class ModelSessions(Protocol):
 
 
 class Management(Protocol):
-    """What an operator can do. Models are named, never located. Any method may be called again."""
+    """The operations of an operator. All are idempotent. Models are given by name, never by path."""
 
     async def load(self, name: str, version: int, label: str = "") -> VersionDetail:
-        """Loads a version, 0 for the highest that there is, unless it is available. Returns once it can be called.
+        """Loads a version unless it is available. Returns when it can be called.
 
-        label: in place of a version, the one that it is to stand for, as its model's file says now.
+        version: 0 for the highest in the repository. label: in place of a version; it is read from the model's
+        forwardpass-versions.json now.
         Raises ModelNotFound, ModelVersionNotFound or ModelFailed.
         """
 
     async def reload(self, name: str, version: int, label: str = "") -> VersionDetail:
-        """Loads a version anew, whatever is served under its name until then. Raises what `load` raises.
+        """Loads a version again and replaces the loaded one. If the load fails, the former one stays in service.
 
-        If it fails, what was served is served on.
+        Arguments and errors: see `load`.
         """
 
     async def unload(self, name: str, version: int, label: str = "") -> None:
-        """Serves a version no longer. Calls that use it go on; that it is not served is no error.
+        """Unloads a version. Running calls that use it continue. Does nothing if it is not loaded.
 
-        label: in place of a version, the one that callers know by it. Raises ModelNotFound, ModelVersionNotFound where
-        it stands for none.
-        Raises ModelInUse or SessionStoreUnavailable where a version is to wait for its sessions.
+        label: in place of a version; the present label of the registry.
+        Raises ModelNotFound or ModelVersionNotFound for a label without a version. Raises ModelInUse or
+        SessionStoreUnavailable if the server refuses to unload versions with sessions.
         """
 
     async def describe(self) -> list[VersionDetail]:
-        """Every version that is served or could be, by name and version."""
+        """Every version that is loaded or could be loaded, ordered by name and version."""
 
 
 class RegistryManagement:
-    """Management of a registry, over what its operator named at the start: see Management.
+    """Management of a registry: see Management.
 
-    policies: which versions are served without being asked for, and their labels.
-    on_change: is told of each version that was loaded, failed, or was unloaded.
-    waits_for_sessions: a version that has any is not unloaded; else it is, and they are served on.
+    folder, factories: the sources of models, as given at the start. policies: the versions to serve, and their labels.
+    on_change: called for each version after it was loaded, failed to load, or was unloaded.
+    waits_for_sessions: refuse to unload a version that has sessions. Otherwise the version is unloaded, and its model
+      stays in memory for the sessions.
     """
 
     def __init__(
@@ -108,29 +111,32 @@ class RegistryManagement:
         self._on_change = on_change
         self._sessions = sessions
         self._waits_for_sessions = waits_for_sessions
-        # What the files of each version were when it was last loaded, or tried.
+        # The state of each version's files at its last load, successful or not.
         self._tried: dict[str, FileStates] = {}
-        # One writes the registry at a time.
+        # Only one coroutine at a time changes the registry.
         self._writing = asyncio.Lock()
 
     @property
     def is_loading(self) -> bool:
-        """Whether a version is being loaded, on a thread that only the end of the process can end."""
+        """Whether a version is being loaded. Its thread cannot be stopped; it ends with the load or the process."""
         return self._writing.locked()
 
     async def load(self, name: str, version: int, label: str = "") -> VersionDetail:
-        return await self._load(name, version, label, anew=False)
+        """See `Management.load`."""
+        return await self._load(name, version, label, reloads=False)
 
     async def reload(self, name: str, version: int, label: str = "") -> VersionDetail:
-        return await self._load(name, version, label, anew=True)
+        """See `Management.reload`."""
+        return await self._load(name, version, label, reloads=True)
 
     async def load_all(self) -> None:
-        """Loads every version that the registry knows, one after another, whatever becomes of each."""
+        """Loads every version of the registry, one after another. A failed load does not stop the others."""
         async with self._writing:
             for entry in self._registry.entries():
                 await self._load_one(entry.source)
 
     async def unload(self, name: str, version: int, label: str = "") -> None:
+        """See `Management.unload`."""
         async with self._writing:
             await self._unload(ModelSource(name, self._registry.asked_for(name, version, label)))
 
@@ -140,39 +146,40 @@ class RegistryManagement:
             count = await self._sessions.count(served.identity) if self._waits_for_sessions else 0
             if count:
                 raise errors.ModelInUse(place=f"model {source}", expected="no open metric sessions", found=str(count))
-            # Nothing is awaited in between: no session can be opened.
+            # No await since `count` returned 0: no session can have been opened.
             self._sessions.retain(served)
         if self._registry.unload(source.name, source.version):
             await self._sessions.release()
             await self._on_change(source)
 
     async def follow(self, source: ModelSource, files: FileStates) -> None:
-        """Loads a version, anew if it is loaded, unless its files are those that were tried last.
+        """Loads a version, or reloads it, unless its files are the same as at the last load.
 
-        What goes wrong is kept with the version.
+        An error is stored with the version.
         """
         async with self._writing:
             if self._tried.get(str(source)) != files:
                 await self._load_one(source)
 
     async def drop(self, source: ModelSource) -> bool:
-        """Unloads a version that is not to be served: should it be again, the same files are loaded again.
+        """Unloads a version that the repository or its policy does not serve any more.
 
-        Returns whether it is gone. One that has to wait for its sessions says so, until it is dropped or retained.
+        Returns False if the version must wait for its sessions to end; its entry then says so until the version is
+        dropped or retained.
         """
         async with self._writing:
             try:
                 await self._unload(source)
             except (errors.ModelInUse, errors.SessionStoreUnavailable) as error:
                 if not self._registry.entry(source).waiting:
-                    _LOGGER.info("model %s is not to be served any more, and waits for its sessions: %s", source, error)
-                self._registry.wait(source, f"it is to be unloaded, and waits for its sessions: {error}")
+                    _LOGGER.info("model %s is to be unloaded, and waits for its sessions: %s", source, error)
+                self._registry.wait(source, f"to be unloaded; waits for its sessions: {error}")
                 return False
             self._tried.pop(str(source), None)
             return True
 
     async def retain(self, source: ModelSource) -> None:
-        """A version that was to be dropped, and had to wait, is to be served after all."""
+        """Cancels `drop` for a version that still waits for its sessions."""
         async with self._writing:
             if self.serves(source):
                 self._registry.wait(source, "")
@@ -182,10 +189,11 @@ class RegistryManagement:
         return self._registry.is_available(source.name, source.version)
 
     def relabel(self) -> None:
-        """Gives the versions the labels that they are to have, as far as they are available."""
+        """Updates the labels of the registry from the policies. A label moves only to an available version."""
         self._registry.set_labels(self._policies.labels())
 
     async def describe(self) -> list[VersionDetail]:
+        """See `Management.describe`."""
         found = {(one.name, one.version): one for one in await asyncio.to_thread(self._loadable)}
         entries = {(one.source.name, one.source.version): one for one in self._registry.entries()}
         return [
@@ -196,17 +204,17 @@ class RegistryManagement:
     def _detail(self, source: ModelSource, entry: Entry | None, is_loadable: bool) -> VersionDetail:
         return VersionDetail(source, entry, is_loadable, self._registry.labels(source))
 
-    async def _load(self, name: str, version: int, label: str, anew: bool) -> VersionDetail:
-        # A load goes on whatever becomes of who asked for it.
-        return await asyncio.shield(asyncio.ensure_future(self._load_in_turn(name, version, label, anew)))
+    async def _load(self, name: str, version: int, label: str, reloads: bool) -> VersionDetail:
+        # The load continues if the call is cancelled.
+        return await asyncio.shield(asyncio.ensure_future(self._load_in_turn(name, version, label, reloads)))
 
-    async def _load_in_turn(self, name: str, version: int, label: str, anew: bool) -> VersionDetail:
+    async def _load_in_turn(self, name: str, version: int, label: str, reloads: bool) -> VersionDetail:
         async with self._writing:
             source = await asyncio.to_thread(self._find, name, version, label)
-            # Where both versions are available, a label that has moved is all that there is to do.
+            # If the version is available already, only its label may have to move.
             self.relabel()
             served = [entry for entry in self._registry.entries() if str(entry.source) == str(source)]
-            if anew or not served or served[0].state is not State.AVAILABLE:
+            if reloads or not served or served[0].state is not State.AVAILABLE:
                 loaded = await self._load_one(source)
                 if loaded.servable is None:
                     raise errors.ModelFailed(f"model {source} failed to load: {loaded.error}")
@@ -223,7 +231,7 @@ class RegistryManagement:
 
     def _load_files(self, source: ModelSource) -> Entry:
         if source.folder is not None:
-            # Before they are read: what changes meanwhile is another state.
+            # Before the files are read: a change during the load then counts as a new state.
             self._tried.pop(str(source), None)
             with contextlib.suppress(OSError):
                 self._tried[str(source)] = repository.file_states(source.folder)

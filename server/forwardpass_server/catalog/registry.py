@@ -1,4 +1,4 @@
-"""The models that a server knows, and what became of each."""
+"""The registry: the models and versions of a server, and their states."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class State(enum.Enum):
+    """The state of a version. A version that failed to reload stays AVAILABLE."""
+
     LOADING = "loading"
     AVAILABLE = "available"
     FAILED = "failed"
@@ -26,8 +28,8 @@ class State(enum.Enum):
 class Entry:
     """One version of a model.
 
-    servable: set once it is available. error: why it failed to load, or to load anew while it is available; or "".
-    waiting: why it is still served though it is not to be; or "".
+    servable: None until the version is available. error: why the load, or a later reload, failed; else "".
+    waiting: why a version that is to be unloaded is still served; else "".
     """
 
     source: ModelSource
@@ -38,7 +40,7 @@ class Entry:
 
 
 class Registry:
-    """Which versions there are. Written by one thread at a time, read by any: what is written is replaced whole."""
+    """All versions. One thread at a time may write, any thread may read: each write replaces whole dictionaries."""
 
     def __init__(self, sources: Iterable[ModelSource]) -> None:
         self._entries: dict[str, dict[int, Entry]] = {}
@@ -47,10 +49,9 @@ class Registry:
             self._entries.setdefault(source.name, {})[source.version] = Entry(source, State.LOADING)
 
     def load(self, source: ModelSource, loader: ModelLoader) -> Entry:
-        """Loads one version, which need not be known yet, and returns what came of it.
+        """Loads one version, adds or replaces its entry, and returns the entry.
 
-        What goes wrong is logged and hinders no other. It is kept with the version; where one of the same name and
-        number is available, that stays available.
+        An error is logged and stored in the entry, not raised. If the version is available already, it stays so.
         """
         former = self._entries.get(source.name, {}).get(source.version)
         if former is None:
@@ -72,11 +73,11 @@ class Registry:
         self._entries = {**self._entries, name: {**self._entries.get(name, {}), version: entry}}
 
     def wait(self, source: ModelSource, why: str) -> None:
-        """Says of a version that is there why it is still served though it is not to be; "" where it is to be."""
+        """Records why a version that is to be unloaded is still served; "" if it is not to be unloaded."""
         self._put(dataclasses.replace(self.entry(source), waiting=why))
 
     def unload(self, name: str, version: int) -> bool:
-        """Forgets a version, and returns whether it was there. Calls that use it go on."""
+        """Removes a version, and returns whether it existed. Running calls that use it continue."""
         if version not in self._entries.get(name, {}):
             return False
         versions = {number: entry for number, entry in self._entries.get(name, {}).items() if number != version}
@@ -86,10 +87,11 @@ class Registry:
         return True
 
     def entry(self, source: ModelSource) -> Entry:
+        """The entry of a version that the registry has."""
         return self._entries[source.name][source.version]
 
     def count(self, state: State) -> int:
-        """How many versions are in this state."""
+        """The number of versions in a state."""
         return sum(entry.state is state for entry in self.entries())
 
     def is_available(self, name: str, version: int = 0) -> bool:
@@ -100,20 +102,20 @@ class Registry:
         )
 
     def entries(self) -> list[Entry]:
-        """Every version of every model, by name and version."""
+        """Every version of every model, ordered by name and version."""
         return [entry for _, versions in sorted(self._entries.items()) for _, entry in sorted(versions.items())]
 
     def versions(self, name: str) -> list[Entry]:
-        """Every version of one model, the highest last. Raises ModelNotFound."""
+        """Every version of one model, in ascending order. Raises ModelNotFound."""
         versions = self._entries.get(name)
         if versions is None:
             raise errors.ModelNotFound(place="model", expected=_one_of(self._entries), found=repr(name[:128]))
         return [entry for _, entry in sorted(versions.items())]
 
     def set_labels(self, labels: Mapping[str, Mapping[str, int]]) -> None:
-        """What versions are called: versions by label, by the name of the model.
+        """Sets the labels: versions by label, by the name of the model.
 
-        A label moves once the version that it is to stand for is available.
+        A label moves only when its new version is available.
         """
         self._labels = {name: self._movable(name, wanted) for name, wanted in labels.items()}
 
@@ -126,24 +128,24 @@ class Registry:
         }
 
     def labels(self, source: ModelSource) -> list[str]:
-        """What a version is called."""
+        """The labels of a version, sorted."""
         return sorted(
             label for label, version in self._labels.get(source.name, {}).items() if version == source.version
         )
 
     def labelled(self, name: str, label: str) -> int:
-        """The version that a label stands for, be it there or not. Raises ModelNotFound, ModelVersionNotFound."""
+        """The version of a label; the version need not be loaded. Raises ModelNotFound or ModelVersionNotFound."""
         labels = self._labels.get(name, {})
         if label not in labels:
             self.versions(name)
         return version_labelled(name, label, labels)
 
     def asked_for(self, name: str, version: int, label: str) -> int:
-        """The version that a label stands for, and without one `version`. Raises what `labelled` raises."""
+        """The version of a label, or `version` if the label is "". Raises what `labelled` raises."""
         return self.labelled(name, label) if label else version
 
     def get(self, name: str, version: int) -> Servable:
-        """One model; version 0 is the highest that is available.
+        """The servable of a version; version 0 is the highest available one.
 
         Raises ModelNotFound, ModelVersionNotFound, ModelLoading or ModelFailed.
         """
@@ -167,17 +169,17 @@ class Registry:
 def _log_failure(source: ModelSource, error: BaseException) -> str:
     """Logs why a model failed to load, and returns the sentence for callers.
 
-    A mistake in a file is one line. Anything else has its traceback.
+    An expected error, such as an invalid file, is logged in one line; any other with its traceback.
     """
     is_explained = isinstance(error, (ModelLoadError, errors.ForwardPassError))
     needs_traceback = not is_explained or getattr(error, "needs_traceback", False)
     _LOGGER.error("model %s failed to load: %s", source, error, exc_info=error if needs_traceback else None)
-    # What other errors say may be anything: only the log has it.
+    # The message of any other error may hold anything: it appears only in the log.
     return str(error) if is_explained else f"{type(error).__name__}: the server's log has the traceback"
 
 
 def version_labelled(name: str, label: str, labels: Mapping[str, int]) -> int:
-    """The version that a label of a model stands for. Raises ModelVersionNotFound, naming the labels that there are."""
+    """The version of a label. Raises ModelVersionNotFound, which lists the existing labels."""
     if label not in labels:
         raise errors.ModelVersionNotFound(
             place=f"label of model {name!r}",

@@ -1,4 +1,4 @@
-"""The model repository: the folder `NAME/VERSION/` that says which models there are."""
+"""The model repository: a folder NAME/VERSION/ for each version of each model."""
 
 from __future__ import annotations
 
@@ -15,72 +15,73 @@ from forwardpass_server.calls.model import ModelSource
 _LOGGER = logging.getLogger(__name__)
 
 MODEL_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-"""What a model may be called."""
+"""The names that a model may have."""
 
 MAX_VERSION = 2**63 - 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Contents:
-    """What one look at a repository found.
+    """The contents of a repository at one moment.
 
-    models: the names of the folders that can be listed and are named like a model, in order.
-    sources: every version of them, by name and version.
-    unreadable: the names of folders that exist and cannot be read now; what was known of them may still be there.
-    passed_over: a sentence for each thing that an operator may have taken for a model or a version.
+    models: the names of the readable folders with a valid model name, in order.
+    sources: every version of these models, ordered by name and version.
+    unreadable: the names of model folders that exist but cannot be read now; their versions may still exist.
+    skipped: a sentence for each entry that is no model or version but that an operator may have meant as one.
     """
 
     models: tuple[str, ...]
     sources: tuple[ModelSource, ...]
     unreadable: frozenset[str]
-    passed_over: tuple[str, ...]
+    skipped: tuple[str, ...]
 
 
 def scan(folder: pathlib.Path, level: int = logging.WARNING) -> list[ModelSource]:
-    """The sources of `look`; each thing that it passed over is logged at `level`. Raises OSError."""
+    """The versions in a repository. Skipped entries are logged at `level`. Raises OSError."""
     contents = look(folder)
-    for sentence in contents.passed_over:
+    for sentence in contents.skipped:
         _LOGGER.log(level, "%s", sentence)
     return list(contents.sources)
 
 
 def look(folder: pathlib.Path) -> Contents:
-    """Everything that a repository holds.
+    """Lists a repository.
 
-    What cannot be read, and what is no model or version, is passed over: a folder that belongs to somebody else
-    (lost+found, another team's) must not stop the others from being served. Names that begin with a dot are ignored.
-    Raises OSError where the repository itself cannot be listed.
+    Entries that cannot be read or are no model or version are skipped: an unrelated folder (lost+found, that of another
+    team) must not prevent the others from being served. Names that begin with a dot are ignored.
+    Raises OSError if the repository itself cannot be listed.
     """
     found = _Look(folder)
     for path in visible(folder):
         found.take_model(path)
     sources = sorted(found.sources, key=lambda source: (source.name, source.version))
-    return Contents(tuple(found.models), tuple(sources), frozenset(found.unreadable), tuple(found.passed_over))
+    return Contents(tuple(found.models), tuple(sources), frozenset(found.unreadable), tuple(found.skipped))
 
 
 class _Look:
-    """Collects what `Contents` holds."""
+    """Collects the fields of `Contents`."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self._folder = folder
         self.models: list[str] = []
         self.sources: list[ModelSource] = []
         self.unreadable: set[str] = set()
-        self.passed_over: list[str] = []
+        self.skipped: list[str] = []
 
     def take_model(self, path: pathlib.Path) -> None:
+        """Adds one entry of the repository folder."""
         try:
             if not _is_folder(path):
-                # Files beside the models are common (a README); a broken link was meant to be something.
+                # A file beside the models, such as a README, is common and not reported; a broken link is a mistake.
                 if path.is_symlink() and not path.exists():
-                    self._pass_over(path, "it is a link to nothing")
+                    self._skip(path, "it is a broken link")
                 return
             versions = visible(path)
         except OSError as error:
-            self._pass_over_unreadable(path, path.name, error)
+            self._skip_unreadable(path, path.name, error)
             return
         if not MODEL_NAME.fullmatch(path.name):
-            self._pass_over(path, f"expected a model name like {MODEL_NAME.pattern}")
+            self._skip(path, f"expected a model name like {MODEL_NAME.pattern}")
             return
         self.models.append(path.name)
         for version in versions:
@@ -91,34 +92,34 @@ class _Look:
         try:
             is_folder = _is_folder(path)
         except OSError as error:
-            self._pass_over_unreadable(path, model, error)
+            self._skip_unreadable(path, model, error)
             return
         if is_folder and is_version:
             self.sources.append(ModelSource(model, int(path.name), folder=path))
         elif is_folder:
-            self._pass_over(path, f"expected a version, an integer from 1 to {MAX_VERSION}")
+            self._skip(path, f"expected a version, an integer from 1 to {MAX_VERSION}")
         elif is_version:
-            found = "a link to nothing" if path.is_symlink() and not path.exists() else "a file"
-            self._pass_over(path, f"expected a folder, found {found}")
+            found = "a broken link" if path.is_symlink() and not path.exists() else "a file"
+            self._skip(path, f"expected a folder, found {found}")
 
-    def _pass_over_unreadable(self, path: pathlib.Path, model: str, error: OSError) -> None:
+    def _skip_unreadable(self, path: pathlib.Path, model: str, error: OSError) -> None:
         self.unreadable.add(model)
-        self._pass_over(path, f"it cannot be read ({error.strerror})")
+        self._skip(path, f"it cannot be read ({error.strerror})")
 
-    def _pass_over(self, path: pathlib.Path, reason: str) -> None:
-        self.passed_over.append(f"model repository: {path.relative_to(self._folder)} is passed over: {reason}")
+    def _skip(self, path: pathlib.Path, reason: str) -> None:
+        self.skipped.append(f"model repository: {path.relative_to(self._folder)} is skipped: {reason}")
 
 
 def visible(folder: pathlib.Path) -> list[pathlib.Path]:
-    """What is in a folder, in order, without names that begin with a dot. Raises OSError.
+    """The entries of a folder, sorted, without names that begin with a dot. Raises OSError.
 
-    Other programs write such names: a Mac .DS_Store and ._model.keras, NFS .nfs files, a kubelet ..data.
+    Other programs write such names: macOS .DS_Store and ._model.keras, NFS .nfs files, a kubelet ..data.
     """
     return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _is_folder(path: pathlib.Path) -> bool:
-    """Whether a path is a folder, or a link to one. Raises OSError where that cannot be found out."""
+    """Whether a path is a folder, or a link to one. Raises OSError if its state cannot be read."""
     try:
         return stat.S_ISDIR(path.stat().st_mode)
     except FileNotFoundError:
@@ -126,30 +127,30 @@ def _is_folder(path: pathlib.Path) -> bool:
 
 
 def from_factories(factories: Mapping[str, str]) -> list[ModelSource]:
-    """Models that Python functions make: `module:function` by name. Each is version 1."""
+    """The sources of models that Python functions create. factories: `module:function` by name. Each is version 1."""
     return [ModelSource(name, 1, factory=factory) for name, factory in sorted(factories.items())]
 
 
 FileStates: TypeAlias = frozenset[tuple[str, int, int, int]]
-"""Of each file of a folder: its path in there, and its size in bytes, time of change in ns and inode."""
+"""For each file of a folder: its relative path, size in bytes, modification time in ns, and inode."""
 
 
 def file_states(folder: pathlib.Path) -> FileStates:
-    """What tells the files of a folder from those that were there before, or will be, without reading them.
+    """The states of all files in a folder. They differ when a file has changed; no file is read.
 
-    The inode is that of the file which a link leads to: volumes of Kubernetes swap links. Raises OSError where a file
-    comes or goes meanwhile.
+    The inode is that of the target of a link: volumes of Kubernetes swap links. Raises OSError if a file disappears
+    meanwhile.
     """
     states = ((path.relative_to(folder).as_posix(), path.stat()) for path in files_in(folder))
     return frozenset((path, state.st_size, state.st_mtime_ns, state.st_ino) for path, state in states)
 
 
 def files_in(folder: pathlib.Path, level: int = logging.DEBUG) -> Iterator[pathlib.Path]:
-    """Every file of a folder and of those in it, without names that begin with a dot.
+    """Every file of a folder and its subfolders, without names that begin with a dot.
 
-    Links are followed; a folder that is met again is passed over. A folder below that may not be read (the lost+found
-    of a volume) is passed over too, and logged at `level`: no model can be loaded from there either.
-    Raises OSError where the folder itself cannot be listed.
+    Links are followed; each folder is visited once. A subfolder without read permission (the lost+found of a volume) is
+    skipped, and logged at `level`: no model can be loaded from it either.
+    Raises OSError if the folder itself cannot be listed.
     """
     yield from _files_in(visible(folder), {folder.resolve()}, level)
 
@@ -163,6 +164,6 @@ def _files_in(paths: Sequence[pathlib.Path], visited: set[pathlib.Path], level: 
             try:
                 inside = visible(path)
             except PermissionError as error:
-                _LOGGER.log(level, "model repository: %s is passed over: it cannot be read (%s)", path, error.strerror)
+                _LOGGER.log(level, "model repository: %s is skipped: it cannot be read (%s)", path, error.strerror)
                 continue
             yield from _files_in(inside, visited, level)

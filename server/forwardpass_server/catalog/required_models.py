@@ -1,4 +1,4 @@
-"""Which models a server must be able to serve before it counts as ready."""
+"""The models that must be callable before a server is ready."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from forwardpass_server.catalog.registry import Entry, Registry, State
 
 
 class RequiredModels:
-    """The models that are required, and which of them cannot be called.
+    """The required models of a server. A model is callable while one of its versions is available.
 
-    required: each as NAME or NAME/VERSION; none where it is empty. With None, every model that the registry knows at
-    this moment is required until it is unloaded, and one model at least must be there: an empty repository serves
-    nobody. A model can be called while one of its versions is available.
+    required: each as NAME or NAME/VERSION; empty for no model. None: every model that the registry has now is required
+      until it is unloaded, and at least one model must be callable, because a server without models serves no call.
     """
 
     def __init__(self, registry: Registry, required: Sequence[str] | None) -> None:
@@ -21,7 +20,7 @@ class RequiredModels:
         self._found = sorted({entry.source.name for entry in registry.entries()})
 
     def missing(self) -> list[str]:
-        """Each required model that cannot be called, and why, as a sentence. On any thread."""
+        """A sentence for each required model that cannot be called, with the reason. Thread-safe."""
         entries = self._registry.entries()
         if self._required is not None:
             return [_reason(one, _of(one, entries)) for one in self._required if not _is_callable(_of(one, entries))]

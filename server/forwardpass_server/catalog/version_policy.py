@@ -1,4 +1,4 @@
-"""Which versions of a model are served, and what they are called, as a file in the model's folder says."""
+"""Version policies: the versions to serve and their labels, from a file in each model's folder."""
 
 from __future__ import annotations
 
@@ -17,21 +17,28 @@ from forwardpass_server.errors import ModelLoadError
 _LOGGER = logging.getLogger(__name__)
 
 FILE = "forwardpass-versions.json"
-"""`{"serve": "all", "labels": {"stable": 3, "canary": 4}}`: serve may be `{"latest": 2}` or a list of versions too."""
+"""The file's name. Its contents: `{"serve": "all", "labels": {"stable": 3, "canary": 4}}`.
+
+"serve" may also be `{"latest": 2}` or a list of versions.
+"""
 
 _LABEL = re.compile(r"[A-Za-z][A-Za-z0-9._-]{0,63}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VersionPolicy:
-    """latest: so many, the highest. versions: these. Without both, all. labels: versions by what they are called."""
+    """The policy of one model.
+
+    latest: serve this number of the highest versions. versions: serve these. If both are None, serve all versions.
+    labels: versions by label.
+    """
 
     latest: int | None = None
     versions: frozenset[int] | None = None
     labels: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     def served(self, versions: Iterable[int]) -> set[int]:
-        """Those of a model's versions that are to be served: whatever else holds, those with a label."""
+        """The versions to serve, out of those that exist. A version with a label is always served."""
         there = sorted(versions)
         wanted = set(there if self.versions is None else self.versions)
         if self.latest is not None:
@@ -40,7 +47,7 @@ class VersionPolicy:
 
 
 def parse(text: bytes) -> VersionPolicy:
-    """The policy that a file's text says. Raises ModelLoadError, naming the place."""
+    """Parses the contents of a file. Raises ModelLoadError, which names the place."""
     try:
         found = json.loads(text)
     except ValueError as error:
@@ -69,13 +76,13 @@ def _is_count(value: Any) -> bool:
 
 
 class VersionPolicies:
-    """The policies of a repository's models, read again on request. One that cannot be read stays as it was."""
+    """The policies of all models of a repository. A file that cannot be read leaves the former policy in place."""
 
     def __init__(self, folder: pathlib.Path | None) -> None:
-        """folder: None where there is no repository. Raises ModelLoadError for a file that cannot be read."""
+        """folder: the repository, or None. Raises ModelLoadError for a file that cannot be read."""
         self._folder = folder
         self._policies: dict[str, VersionPolicy] = {}
-        self._complaints: dict[str, str] = {}
+        self._failures: dict[str, str] = {}
         for name in self._names():
             try:
                 self._read(name)
@@ -86,22 +93,22 @@ class VersionPolicies:
 
     @property
     def are_good(self) -> bool:
-        """Whether each file could be read when it was last looked at."""
-        return not self._complaints
+        """Whether the last read of each file succeeded."""
+        return not self._failures
 
     def refresh(self) -> None:
-        """Reads the files again. Raises OSError where the repository cannot be read."""
+        """Reads the files again. Raises OSError if the repository cannot be listed."""
         names = self._names()
-        for gone in self._complaints.keys() - set(names):
-            del self._complaints[gone]
+        for gone in self._failures.keys() - set(names):
+            del self._failures[gone]
         for name in names:
             try:
                 self._read(name)
             except (ModelLoadError, OSError) as error:
-                # Said once of each fault, and not at each look.
-                if self._complaints.get(name) != str(error):
-                    self._complaints[name] = str(error)
-                    _LOGGER.error("model %s: versions and labels stay as they were: %s", name, error)
+                # Logged once for each failure, not at each read.
+                if self._failures.get(name) != str(error):
+                    self._failures[name] = str(error)
+                    _LOGGER.error("model %s: the former versions and labels stay in use: %s", name, error)
 
     def _names(self) -> Sequence[str]:
         return [] if self._folder is None else repository.look(self._folder).models
@@ -110,10 +117,10 @@ class VersionPolicies:
         assert self._folder is not None
         file = self._folder / name / FILE
         self._policies[name] = parse(file.read_bytes()) if file.exists() else VersionPolicy()
-        self._complaints.pop(name, None)
+        self._failures.pop(name, None)
 
     def served(self, sources: Sequence[ModelSource]) -> list[ModelSource]:
-        """Those of a repository's versions that are to be served."""
+        """The versions to serve, out of those in the repository."""
         versions: dict[str, set[int]] = {}
         for source in sources:
             versions.setdefault(source.name, set()).add(source.version)
@@ -121,7 +128,7 @@ class VersionPolicies:
         return [source for source in sources if source.version in wanted[source.name]]
 
     def labels(self) -> dict[str, Mapping[str, int]]:
-        """Versions by label, by the name of the model."""
+        """The labels of each model: versions by label, by the name of the model."""
         return {name: policy.labels for name, policy in self._policies.items()}
 
     def _of(self, name: str) -> VersionPolicy:

@@ -1,4 +1,4 @@
-"""The model repository, looked at again and again: what is served follows what is in it."""
+"""Watches the model repository: loads new versions, reloads changed ones, unloads removed ones."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class RepositoryWatch:
-    """What came, changed and went in a repository since it was last looked at.
+    """Applies the changes of a repository to the served versions.
 
-    A change counts once two looks have found the same: files that are being copied are left alone until they rest.
-    policies: which versions are to be served. known: those of the repository that were tried at the start.
+    A version is loaded only when two successive looks find the same state of its files: files may still be being
+    copied.
+
+    policies: the versions to serve. known: the versions of the repository that were loaded at the start.
     """
 
     def __init__(
@@ -34,46 +36,46 @@ class RepositoryWatch:
         self._management = management
         self._folder = folder
         self._policies = policies
-        # Not those that an operator loads against the policy: they are the operator's to unload.
+        # Without versions that an operator loaded against the policy: only the operator unloads those.
         self._known = {str(source): source for source in known}
         self._seen: dict[str, FileStates | None] = dict.fromkeys(self._known)
-        # Those that are to be unloaded, and have to wait.
+        # Versions that are to be unloaded, and wait for their sessions.
         self._waiting: set[str] = set()
-        self._passed_over: frozenset[str] = frozenset()
-        self._complaint = ""
+        self._skipped: frozenset[str] = frozenset()
+        self._failure = ""
         self._has_failed = False
-        # The start has logged what it passed over: from here on only what is new is.
+        # The start has logged these entries already.
         with contextlib.suppress(OSError):
-            self._passed_over = frozenset(repository.look(folder).passed_over)
+            self._skipped = frozenset(repository.look(folder).skipped)
 
     @property
     def is_good(self) -> bool:
-        """Whether the last look found a repository that can be followed."""
-        return not self._complaint and not self._has_failed and self._policies.are_good
+        """Whether the last look succeeded."""
+        return not self._failure and not self._has_failed and self._policies.are_good
 
     async def watch(self, every_s: float) -> None:
-        """Looks every so many seconds, until it is cancelled."""
+        """Calls `look` every `every_s` seconds, until it is cancelled."""
         while True:
             await asyncio.sleep(every_s)
             try:
                 await self.look()
                 self._has_failed = False
-            except Exception:  # Whatever it is: who watches must not end by it.
-                _LOGGER.exception("model repository: a look at it failed")
+            except Exception:  # Any exception: the watch must not end.
+                _LOGGER.exception("model repository: the look for changes failed")
                 self._has_failed = True
 
     async def look(self) -> None:
-        """Loads what is new or has changed, one after another, and then unloads what is gone, or served no longer."""
+        """Loads new and changed versions, one after another, then unloads the versions that are not to be served."""
         try:
             found, unreadable = await asyncio.to_thread(self._scan)
         except OSError as error:
-            self._complain(f"it cannot be read: {error}")
+            self._warn(f"it cannot be read: {error}")
             return
         if self._known and not found:
-            # A volume that is not mounted looks like that; nobody takes all models out at once.
-            self._complain("it is empty")
+            # Probably a volume that is not mounted: removing all models at once is unlikely.
+            self._warn("it is empty")
             return
-        self._complaint = ""
+        self._failure = ""
         seen, self._seen = self._seen, {name: files for name, (_, files) in found.items()}
         wanted = {str(source): source for source in self._policies.served([source for source, _ in found.values()])}
         self._known |= wanted
@@ -83,7 +85,7 @@ class RepositoryWatch:
                 await self._management.follow(source, files)
         self._management.relabel()
         for name, source in list(self._known.items()):
-            # A folder that cannot be read for now is still there.
+            # A folder that cannot be read now is not removed.
             is_gone = name not in found and name not in seen and source.name not in unreadable
             if is_gone or (name in found and self._is_replaced(source, wanted)):
                 if await self._management.drop(source):
@@ -96,27 +98,27 @@ class RepositoryWatch:
                 await self._management.retain(source)
 
     def _is_replaced(self, source: ModelSource, wanted: Mapping[str, ModelSource]) -> bool:
-        """Whether a version need not be served any more, and those that shall be in its place can be called."""
+        """Whether the policy has dropped a version and all versions to serve instead are available."""
         others = [one for one in wanted.values() if one.name == source.name]
         return str(source) not in wanted and bool(others) and all(map(self._management.serves, others))
 
     def _scan(self) -> tuple[dict[str, tuple[ModelSource, FileStates | None]], frozenset[str]]:
-        """Every version and its files, None for those that change under this very look; and names of unreadable models.
+        """Every version with the states of its files, and the names of unreadable models.
 
-        What is passed over is logged once, and not at each look.
+        The states are None if files changed during the scan. A skipped entry is logged once, not at each look.
         """
         self._policies.refresh()
         contents = repository.look(self._folder)
-        for sentence in contents.passed_over:
-            if sentence not in self._passed_over:
+        for sentence in contents.skipped:
+            if sentence not in self._skipped:
                 _LOGGER.warning("%s", sentence)
-        self._passed_over = frozenset(contents.passed_over)
+        self._skipped = frozenset(contents.skipped)
         return {str(source): (source, _file_states(source)) for source in contents.sources}, contents.unreadable
 
-    def _complain(self, what: str) -> None:
-        if what != self._complaint:
-            self._complaint = what
-            _LOGGER.warning("model repository: %s; the models are served on as they are", what)
+    def _warn(self, what: str) -> None:
+        if what != self._failure:
+            self._failure = what
+            _LOGGER.warning("model repository: %s; the loaded models stay in service", what)
 
 
 def _file_states(source: ModelSource) -> FileStates | None:

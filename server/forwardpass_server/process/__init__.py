@@ -1,1 +1,1 @@
-"""What looks after the process."""
+"""The server process: memory, processors, threads, liveness."""

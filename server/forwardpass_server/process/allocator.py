@@ -1,4 +1,4 @@
-"""Keeps freed memory in the process, where the next message needs it again, and gives back what a load has freed."""
+"""Tunes glibc's malloc: keeps freed memory for the next message, and returns memory to the kernel after a load."""
 
 from __future__ import annotations
 
@@ -7,33 +7,33 @@ import logging
 
 _LOGGER = logging.getLogger(__name__)
 
-# Numbers of mallopt(3).
+# Parameters of mallopt(3).
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 _M_ARENA_MAX = -8
 
-# Measured: glibc gives large blocks back to the kernel when they are freed. The next call of the same size faults each
-# page in again, which for a message of 16 MB takes longer than moving it. Blocks above this size are left to it.
+# By default glibc returns a large block to the kernel when it is freed. The next call of the same size then faults in
+# each page again: for a message of 16 MB that takes longer than copying it (measured). Blocks up to this size are kept.
 _KEPT_BLOCK_BYTES = 2**28
 _KEPT_TOTAL_BYTES = 2**29
 
 
 def keep_freed_memory() -> None:
-    """Tells glibc's malloc to reuse freed blocks, and to hold up to 512 MiB of them. Does nothing elsewhere."""
+    """Makes glibc's malloc keep up to 512 MiB of freed blocks for reuse. Does nothing with another C library."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None or not mallopt(_M_MMAP_THRESHOLD, _KEPT_BLOCK_BYTES):
-        _LOGGER.debug("this C library has no mallopt")
+        _LOGGER.debug("the C library has no mallopt: freed memory is not kept")
         return
     mallopt(_M_TRIM_THRESHOLD, _KEPT_TOTAL_BYTES)
-    # Otherwise every thread that takes part keeps blocks of its own.
+    # One arena: otherwise each thread keeps freed blocks of its own.
     mallopt(_M_ARENA_MAX, 1)
 
 
-def give_back() -> None:
-    """Gives freed blocks back to the kernel. Does nothing where there is no glibc.
+def trim() -> None:
+    """Returns freed blocks to the kernel. Does nothing with another C library than glibc.
 
-    A load frees several times the model's weights: zeros to try it on, and TensorFlow's copies of them. Calls do not
-    need as much again. Takes 0.1 s for 1.2 GB; calls fault some pages in again afterwards.
+    The load of a model frees several times the size of its weights (zeros for trial calls, and TensorFlow's copies),
+    more than calls need later. Takes 0.1 s for 1.2 GB; the next calls fault in some pages again.
     """
     malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if malloc_trim is not None:

@@ -1,4 +1,4 @@
-"""Whether the device still works: a small operation on it, tried again and again."""
+"""Liveness of the device: a small operation on it, repeated."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class TriedDevice(Protocol):
-    """A device that can be asked for a sign of life."""
+    """A device that can be probed."""
 
     def try_out(self) -> None:
-        """Runs a small operation and waits for its result. Raises where the device fails; being full is no failure."""
+        """Runs a small operation and waits for its result. Raises if the device fails; full memory is no failure."""
 
 
 class Liveness:
-    """Tries a device on a thread of its own, which a device that hangs keeps.
+    """Probes a device on a thread of its own. A device that hangs blocks only that thread.
 
-    every_s: seconds between one trial and the next. timeout_s: how long one may take before the device counts as dead;
-    it counts as alive again as soon as one succeeds.
+    every_s: seconds between two probes. timeout_s: a probe that takes longer marks the device as dead, until a probe
+    succeeds again.
     """
 
     def __init__(self, device: TriedDevice, every_s: float, timeout_s: float) -> None:
@@ -29,23 +29,23 @@ class Liveness:
         self._every_s = every_s
         self._timeout_s = timeout_s
         self._has_failed = False
-        # By time.monotonic, of a trial that has not ended yet.
+        # When the running probe began, by time.monotonic; None between probes.
         self._trying_since: float | None = None
         self._ended = threading.Event()
-        # A device that hangs must not keep the process from ending.
+        # A daemon: a device that hangs must not prevent the process from ending.
         self._thread = threading.Thread(target=self._run, name="liveness", daemon=True)
 
     def start(self) -> None:
-        """Begins to try the device."""
+        """Starts the probes."""
         self._thread.start()
 
     def end(self) -> None:
-        """Ends it after the trial that runs."""
+        """Stops after the running probe."""
         self._ended.set()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the last trial succeeded, and the one that runs has time left."""
+        """Whether the last probe succeeded and the running one is within its timeout."""
         since = self._trying_since
         hangs = since is not None and time.monotonic() - since > self._timeout_s
         return not self._has_failed and not hangs
@@ -56,7 +56,7 @@ class Liveness:
             has_failed = False
             try:
                 self._device.try_out()
-            except Exception:  # Whatever it is: a device that works raises nothing.
+            except Exception:  # Any exception: a working device raises none.
                 has_failed = True
                 if not self._has_failed:
                     _LOGGER.exception("the device failed a small operation")

@@ -10,16 +10,16 @@ CHOICES = ("auto", "on", "off")
 
 
 def decide(setting: str) -> str:
-    """Sets TensorFlow's environment variable, which it reads at its import, and returns a sentence for the log.
+    """Sets the environment variable that TensorFlow reads when it is imported. Returns a sentence for the log.
 
-    setting: one of CHOICES. "auto" keeps what the environment says, and otherwise turns oneDNN off: TensorFlow 2.21
-    corrupts its heap where oneDNN multiplies a batch of matrices by one matrix (TensorFlow issue 117700), which ends
-    the process. What oneDNN gains is in docs/benchmarks.md.
+    setting: one of CHOICES. "auto" keeps the value of the environment; without one it turns oneDNN off. The reason:
+    with oneDNN, TensorFlow 2.21 corrupts its heap when it multiplies a batch of matrices by one matrix (TensorFlow
+    issue 117700), which ends the process. docs/benchmarks.md shows the gain of oneDNN.
     """
     given = os.environ.get(VARIABLE)
     if setting == "auto":
         if given is not None:
-            return f"oneDNN is as the environment says: {VARIABLE}={given}"
+            return f"oneDNN is set by the environment: {VARIABLE}={given}"
         os.environ[VARIABLE] = "0"
         return "oneDNN is off: TensorFlow 2.21 may end the process with it (--onednn on overrides)"
     os.environ[VARIABLE] = "1" if setting == "on" else "0"

@@ -1,4 +1,4 @@
-"""Keeps what native libraries print out of the log."""
+"""Suppresses the output of native libraries."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def native_stderr() -> Iterator[None]:
-    """Drops what is written to file descriptor 2 meanwhile; Python's own errors are raised as ever.
+    """Discards all output to file descriptor 2 inside the block. Exceptions are not affected.
 
-    For importing TensorFlow, which prints four lines about its build whatever TF_CPP_MIN_LOG_LEVEL says.
+    For the import of TensorFlow, which prints four lines about its build at every TF_CPP_MIN_LOG_LEVEL.
     """
     sys.stderr.flush()
     kept = os.dup(2)

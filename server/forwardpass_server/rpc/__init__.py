@@ -1,1 +1,1 @@
-"""Speaks gRPC and decides nothing."""
+"""The gRPC layer: servicers, codec, interceptor and streams, without logic of the service itself."""

@@ -1,4 +1,4 @@
-"""Calls that arrive in pieces, counted among what the server does at once."""
+"""Calls that arrive in frames, counted by admission while they arrive."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from forwardpass_server.calls.admission import Admission
 
 
 class AdmittedInbox:
-    """`frames.Inbox` for the calls of one stream: what has begun to arrive counts with its full length.
+    """A `frames.Inbox` for the calls of one stream. A call counts with its full length from its first frame on.
 
-    max_message_bytes: of one call. principal: whose stream it is.
+    max_message_bytes: the limit for one call. principal: the caller of the stream.
     """
 
     def __init__(self, max_message_bytes: int, admission: Admission, principal: str) -> None:
-        # How much may arrive together is for the admission to say, which knows of other streams too.
+        # No limit here for all calls together: admission limits them across all streams.
         self._inbox = Inbox(max_message_bytes, 2**62)
         self._admission = admission
         self._principal = principal
 
     def take(self, frame: Frame) -> tuple[Frame, bytes | memoryview] | None:
-        """See `Inbox.take`. A call that is whole is not counted here any more.
+        """See `Inbox.take`. A complete call does not count here any more.
 
-        Raises ServerOverloaded too where the server has no room for a call that begins with this frame.
+        Also raises ServerOverloaded if the server has no room for a call that begins with this frame.
         """
         before = self._inbox.size_bytes
         try:
@@ -42,19 +42,19 @@ class AdmittedInbox:
         return whole
 
     async def take_when_admitted(self, frame: Frame) -> tuple[Frame, bytes | memoryview] | None:
-        """`take` that waits for room. Raises ServerOverloaded where too much waits already."""
+        """Like `take`, but waits for room. Raises ServerOverloaded if too many bytes are waiting already."""
         while True:
             try:
                 return self.take(frame)
             except errors.ServerOverloaded as error:
                 if self._inbox.size_bytes:
-                    # The stream itself may hold what it would wait for.
+                    # The incomplete calls of this stream may take the room: waiting could be a deadlock.
                     raise
                 with self._admission.waiting(self._principal, len(frame.data), error):
                     await asyncio.sleep(error.retry_after_s)
 
     def close(self) -> None:
-        """Forgets the calls that are not whole."""
+        """Drops the incomplete calls."""
         if self._inbox.size_bytes:
             self._admission.leave(self._principal, self._inbox.size_bytes, calls=0)
             self._inbox.clear()

@@ -1,4 +1,4 @@
-"""Calls from bytes and to bytes, timed; long ones beside the event loop."""
+"""Decodes requests and encodes responses, timed; large ones on a thread beside the event loop."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ ResultT = TypeVar("ResultT")
 
 
 class Incoming(Generic[MessageT]):
-    """A request of which the header is decoded. size_bytes: of all of it.
+    """A request whose header is decoded. size_bytes: of the whole request.
 
-    The structures are decoded once the request is admitted: see `parts`.
+    Call `parts` to decode its structures, after the request is admitted.
     """
 
     def __init__(self, codec: Codec, request_type: type[MessageT], data: bytes) -> None:
@@ -34,22 +34,22 @@ class Incoming(Generic[MessageT]):
         self._seconds = time.perf_counter() - started
 
     async def parts(self) -> dict[str, Structure]:
-        """The structures. Raises InvalidRequest or a subclass, naming the place."""
+        """The structures, by the name of their field. Raises InvalidRequest or a subclass, which names the place."""
         started = time.perf_counter()
         parts = self._envelope.small_parts()
         if parts is None:
-            parts = await self._codec.aside(self._envelope.parts)
+            parts = await self._codec.offload(self._envelope.parts)
         self._codec.metrics.decoded(self._seconds + time.perf_counter() - started)
         return parts
 
 
 class Codec:
-    """`wire.messages` for requests and responses. max_message_bytes: of a response.
+    """Decodes and encodes messages by `wire.messages`. max_message_bytes: the limit of a response.
 
-    Each leaf and each string costs Python about a microsecond, and a message of some kilobytes may hold a million.
-    What has more than `wire.limits.small_message` is therefore decoded and encoded on one thread beside the event loop:
-    while it runs, the event loop waits for Python's lock for 5 ms at most at a time. More threads would make it wait
-    for each of them.
+    Each leaf and each string costs Python about 1 us, and a message of some kilobytes may hold a million. A message
+    over the limits of `wire.limits.small_message` is therefore decoded and encoded on one thread beside the event loop.
+    The event loop then waits for Python's lock at most 5 ms at a time; with more threads it would wait for each of
+    them.
     """
 
     def __init__(self, max_message_bytes: int, metrics: ModelMetrics) -> None:
@@ -62,18 +62,18 @@ class Codec:
         return Incoming(self, request_type, data)
 
     async def encode(self, header: Message, parts: Mapping[str, Structure]) -> Pieces:
-        """A response in pieces. Raises MessageTooLarge."""
+        """Encodes a response, in pieces. Raises MessageTooLarge."""
         started = time.perf_counter()
         if messages.is_small(parts):
             pieces = self._encode(header, parts)
         else:
-            pieces = await self.aside(lambda: self._encode(header, parts))
+            pieces = await self.offload(lambda: self._encode(header, parts))
         self.metrics.encoded(time.perf_counter() - started)
         return pieces
 
     def _encode(self, header: Message, parts: Mapping[str, Structure]) -> Pieces:
         return messages.encode_pieces(header, parts, self._max_message_bytes)
 
-    async def aside(self, work: Callable[[], ResultT]) -> ResultT:
-        """Does work that takes long in Python beside the event loop, one piece of work after another."""
+    async def offload(self, work: Callable[[], ResultT]) -> ResultT:
+        """Runs long Python code on the codec's thread, one function at a time, and returns its result."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -9,7 +9,7 @@ from forwardpass import v1
 from forwardpass.wire import errors, frames
 from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
 from forwardpass_server.rpc.codec import Codec
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.sessions.evaluation import Evaluation
 
 # After so many frames other tasks of the event loop get a turn.
@@ -19,15 +19,14 @@ _FRAMES_PER_TURN = 64
 class EvaluationStream:
     """Joins one RPC's stream of messages to an evaluation.
 
-    inbox: of this stream only. departure: when the server drains, the stream ends after all received batches are
-    counted.
+    inbox: of this stream only. drain: when the server drains, the stream ends after all received batches are counted.
     """
 
-    def __init__(self, evaluation: Evaluation, codec: Codec, inbox: AdmittedInbox, departure: Departure) -> None:
+    def __init__(self, evaluation: Evaluation, codec: Codec, inbox: AdmittedInbox, drain: Drain) -> None:
         self._identity = evaluation.identity
         self._batches = evaluation.batches
         self._codec = codec
-        self._departure = departure
+        self._drain = drain
         self._inbox = inbox
 
     async def run(self, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
@@ -41,7 +40,7 @@ class EvaluationStream:
         yield v1.EvaluateResponse(position=at).SerializeToString()
         reading = asyncio.ensure_future(self._read(requests))
         try:
-            with self._departure.telling(lambda: batches.fail(self._departure.error())):
+            with self._drain.notifying(lambda: batches.fail(self._drain.error())):
                 while (position := await batches.advance(position or 0)) is not None:
                     yield v1.EvaluateResponse(frames=[v1.AnswerFrame(call=position)]).SerializeToString()
         finally:

@@ -1,4 +1,4 @@
-"""What a caller is told of an error, and what the log."""
+"""Converts exceptions to errors for callers, and logs unexpected ones."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def failure_of(error: Exception, what: str) -> errors.ForwardPassError:
-    """The error itself where it is of the catalogue; else an InternalError under which the log says more.
+    """The error for the caller: the exception itself if it is in the catalogue, else an InternalError.
 
-    what: failed, for the log.
+    An unexpected exception is logged under the request id that the InternalError holds. what: the failed operation, for
+    the log.
     """
     if isinstance(error, errors.ForwardPassError):
         return error
     request_id = secrets.token_hex(8)
-    # Its message may hold an example or a weight: where it happened must do.
+    # The log gets the traceback without the message: a message may hold an example or a weight.
     places = "".join(traceback.format_tb(error.__traceback__))
     fields = {"request_id": request_id, "failed": what, "error": type(error).__name__}
     _LOGGER.error("request %s: %s failed: %s\n%s", *fields.values(), places, extra=fields)

@@ -1,4 +1,4 @@
-"""A servicer's methods as gRPC wants them, bytes in and out."""
+"""gRPC handlers of a servicer's methods. Requests and responses are bytes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.methods import SERVICES
 
 Method = Callable[[Any, object], Awaitable[bytes | Pieces]]
-"""A method that takes one request's bytes and returns its response's."""
+"""A unary method: takes the bytes of a request and returns those of the response."""
 
 MAKERS = {
     (False, False): grpc.unary_unary_rpc_method_handler,
@@ -19,11 +19,11 @@ MAKERS = {
     (True, False): grpc.stream_unary_rpc_method_handler,
     (True, True): grpc.stream_stream_rpc_method_handler,
 }
-"""What makes a handler, by whether requests and responses are streams."""
+"""Constructors of handlers, by (requests are a stream, responses are a stream)."""
 
 
 def of(service: str, servicer: object) -> grpc.GenericRpcHandler:
-    """Every method of a service, from the attribute of the servicer that has its name."""
+    """The handlers of all methods of a service. Each method is the attribute of the servicer with its name."""
     return grpc.method_handlers_generic_handler(
         service,
         {
@@ -36,12 +36,12 @@ def of(service: str, servicer: object) -> grpc.GenericRpcHandler:
 
 
 def unary(service: str, servicer: object) -> dict[str, Method]:
-    """The methods of a service that take one request and give one response, by name."""
+    """The unary methods of a service, by name."""
     return {name: getattr(servicer, name) for name, method in SERVICES[service].items() if method.is_unary}
 
 
 def _joined(method: Method) -> Callable[[bytes, object], Awaitable[bytes]]:
-    """The method, with responses that are in pieces put together."""
+    """The method, with its response joined to one bytes object."""
 
     async def joined(data: bytes, context: object) -> bytes:
         response = await method(data, context)

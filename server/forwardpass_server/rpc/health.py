@@ -1,4 +1,4 @@
-"""grpc.health.v1, as the library has it but for a method that it lacks."""
+"""The service grpc.health.v1."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from forwardpass.wire import errors
 
 
 class HealthServicer(health.aio.HealthServicer):  # type: ignore[misc]
-    """The library's servicer."""
+    """The servicer of grpcio-health-checking, with an answer for List."""
 
     async def List(self, request: Any, context: Any) -> Any:
-        # The library has the method and no answer, and fails.
-        raise errors.MethodNotSupported("health is not listed: ask for a service")
+        # The library declares the method without an implementation, which would answer UNKNOWN.
+        raise errors.MethodNotSupported(
+            "the method List is not supported: use Check or Watch with the name of a service"
+        )

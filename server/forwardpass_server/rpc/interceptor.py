@@ -1,4 +1,4 @@
-"""What every method of every service shares: who may call, requests read safely, errors as statuses, metrics."""
+"""The interceptor around every method: access control, parsing of requests, error statuses, metrics, spans."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from forwardpass_server.access.access import Access
 from forwardpass_server.calls.admission import Admission
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.rpc import handlers, unsent_answers
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.telemetry.rpcs import MethodMetrics, RpcMetrics
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 
 
-# What stands for every method that there is not. A name that a stranger made up must not be kept, nor become a label.
+# Stands for every unknown method. A name from a request must not be kept in memory or become a label of a metric.
 _UNKNOWN = "/unknown/unknown"
 
-# Unary calls for which the device computes, and which any server may answer.
+# Unary calls that compute on the device. Any server may answer them.
 _COMPUTING = {
     method.path
     for name, method in SERVICES[MODEL_SERVICE].items()
@@ -41,11 +41,12 @@ _COMPUTING = {
 
 
 class _Method(NamedTuple):
-    """A method's handlers: for calls that are admitted, and for others. is_open: all are admitted.
+    """The handlers of one method.
 
-    without_device, without_room: answer calls while the device does not work, or while no further call can enter; None
-    for a method that computes nothing.
-    is_unary: its calls come with one request, and may share a batch with others.
+    handler: for admitted calls. refusing: for all others. is_open: whether every call is admitted.
+    without_device, without_room: for calls while the device does not work, or while no further call can enter; None for
+      a method that computes nothing.
+    is_unary: whether a call has one request, so that it may share a batch with others.
     """
 
     handler: Any
@@ -57,35 +58,35 @@ class _Method(NamedTuple):
 
 
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
-    """Wraps every handler, those of health and reflection included. Nothing else aborts a call of ours."""
+    """Wraps every handler, including those of health and reflection. No other code aborts a call."""
 
     def __init__(
         self,
         metrics: RpcMetrics,
         access: Access,
-        departure: Departure,
+        drain: Drain,
         arrivals: Arrivals,
         tracing: Tracing | None,
         admission: Admission | None = None,
         device_works: Callable[[], bool] = lambda: True,
     ) -> None:
-        """device_works: False while the device hangs or fails, so that calls would wait until their deadlines."""
+        """device_works: returns False while the device hangs or fails; calls that need it are then refused at once."""
         self._metrics = metrics
         self._arrivals = arrivals
         self._tracing = tracing
         self._admission = admission
         self._access = access
-        self._departure = departure
+        self._drain = drain
         self._device_works = device_works
         self._methods: dict[str, _Method] = {}
         # Of the streams' long messages: see `_received`.
         self._turn = asyncio.Lock()
         unsent_answers.expect()
-        # gRPC answers UNIMPLEMENTED where there is no handler.
+        # Without a handler gRPC answers UNIMPLEMENTED.
         self._unknown = _Method(None, self._refusing(_UNKNOWN, "unary"), None, None, access.is_open, False)
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
-        # Before any of the request is read.
+        """Selects the handler of a call, before its request is read."""
         method = self._methods.get(details.method) or await self._find(continuation, details)
         if not method.is_open and not self._access.admits(details.invocation_metadata):
             return method.refusing
@@ -94,7 +95,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         if method.without_room is not None and self._is_full():
             return method.without_room
         if method.is_unary:
-            # The call's own, which gRPC made for it.
+            # gRPC has created this task for the call.
             self._arrivals.announce(asyncio.current_task())  # type: ignore[arg-type]
         return method.handler
 
@@ -127,11 +128,11 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return self._admission.overloaded()
 
     def _refusing(self, path: str, kind: str) -> Any:
-        """What answers calls that are not admitted, of any kind."""
+        """A handler that refuses calls which are not admitted."""
         return self._raising(lambda context: self._access.refusal(context.invocation_metadata()), path, kind)
 
     def _raising(self, error: Callable[[Any], Exception], path: str, kind: str) -> Any:
-        """What answers calls of any kind with an error, before their requests are read. error: of a call's context."""
+        """A handler that answers with an error before it reads requests. error: creates it from the call's context."""
 
         async def refuse(requests: Any, context: Any) -> None:
             raise error(context)
@@ -141,38 +142,39 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         )
 
     def _wrap(self, handler: Any, path: str, is_open: bool) -> Any:
-        """The handler with `_guard` around it, of the same kind; requests reach it as bytes."""
+        """The handler inside `_guard`, of the same kind. It receives requests as bytes."""
         method = handler.unary_unary or handler.unary_stream or handler.stream_unary or handler.stream_stream
         if handler.request_deserializer is not None:
             method = _reading(method, handler.request_deserializer, handler.request_streaming)
         streams = handler.request_streaming, handler.response_streaming
         metrics = self._metrics.method(_KINDS[streams], *_names(path))
         is_ours = _names(path)[0] in SERVICES
-        # Those of health and reflection are no bytes yet, and too few to matter.
+        # Messages of health and reflection are not counted: they are objects here, and few.
         if handler.response_serializer is None:
             method = _measured(method, metrics, self._turn, *streams)
         if not any(streams) and is_ours and self._admission is not None:
             method = _held(method, self._admission)
         answer = _writing(method) if handler.response_streaming else method
-        # Watches of health and talks with reflection last until their callers leave. Ours know what is to be finished.
+        # Streams of health and reflection last until the client ends them, so the drain cancels them. The streams of
+        # our own services end themselves after their last calls.
         if any(streams) and not is_ours:
-            answer = self._until_departure(answer)
+            answer = self._until_drain(answer)
         if not is_open:
             answer = self._admitted(answer, handler.request_streaming)
         guarded = self._guard(answer, path, metrics)
-        # Probes ask for health every few seconds, and whoever is refused may be anybody: they make no spans.
+        # No spans for health, which probes call every few seconds, and for refused calls, which anybody may send.
         if self._tracing is not None and is_ours:
             guarded = self._tracing.of_rpc(guarded, path, is_stream=any(streams))
         return handlers.MAKERS[streams](guarded, None, handler.response_serializer)
 
-    def _until_departure(self, answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def departing(request: Any, context: Any) -> Any:
-            return await self._departure.until(answer(request, context))
+    def _until_drain(self, answer: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def draining(request: Any, context: Any) -> Any:
+            return await self._drain.until(answer(request, context))
 
-        return departing
+        return draining
 
     def _admitted(self, answer: Callable[..., Awaitable[Any]], is_stream: bool) -> Callable[..., Awaitable[Any]]:
-        """`answer` for callers that a certificate names, and that stay who they are as long as they send requests."""
+        """`answer` with authentication by client certificate, and with a check of the token at each message."""
         access = self._access
 
         async def admitted(request: Any, context: Any) -> Any:
@@ -185,7 +187,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         return admitted if access.has_client_certificates or is_stream else answer
 
     async def _while_admitted(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-        """The requests of a stream until its token expires, or is taken from the file."""
+        """The requests of a stream, until its token expires or is removed from the file."""
         metadata = context.invocation_metadata()
         async for request in requests:
             if not self._access.admits(metadata):
@@ -195,7 +197,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
     def _guard(
         self, answer: Callable[..., Awaitable[Any]], path: str, metrics: MethodMetrics
     ) -> Callable[..., Awaitable[Any]]:
-        """`answer` with its errors turned into statuses, counted and timed."""
+        """`answer` with metrics, and with exceptions converted to statuses."""
         arrivals = self._arrivals
 
         async def guarded(request: Any, context: Any) -> Any:
@@ -211,7 +213,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             try:
                 response = await answer(request, context)
                 if isinstance(response, bytes) and len(response) > unsent_answers.LONG_BYTES:
-                    # Its caller may leave before it is sent.
+                    # The client may cancel while the response is sent: count the call after that.
                     unsent_answers.watch(path, count)
                     status = None
                 return response
@@ -224,14 +226,14 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
                 status = "DEADLINE_EXCEEDED" if expired else "CANCELLED"
                 raise
             except ExecuteBatchError:
-                # The caller of a stream has left, and gRPC has met that before it cancels the call.
+                # The client has cancelled a stream, and gRPC fails to write before it cancels this task.
                 status = "CANCELLED"
                 raise
             except Exception as error:
                 failure = failure_of(error, path)
                 status = failure.status
             finally:
-                # Before the caller hears of it, who may look at once.
+                # Before the response is sent: a client may read the metrics at once.
                 if status is not None:
                     count(status)
             return await _abort(context, failure)
@@ -240,11 +242,11 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
 
 def _no_device(context: Any) -> errors.ServerUnavailable:
-    return errors.ServerUnavailable("the device hangs or fails: call another server, or this one later")
+    return errors.ServerUnavailable("the device hangs or fails: retry on another server, or later")
 
 
 def _names(path: str) -> tuple[str, str]:
-    """Of the service and its method."""
+    """The names of the service and of the method in a path."""
     _, service, method = path.split("/")
     return service, method
 
@@ -252,23 +254,24 @@ def _names(path: str) -> tuple[str, str]:
 async def _abort(context: Any, error: errors.ForwardPassError) -> None:
     metadata: list[tuple[str, str | bytes]] = [(errors.DETAIL_KEY, errors.encode_detail(error))]
     is_last = error.status == "UNAVAILABLE" and _is_last_try(context)
-    # gRPC's own retries take some 3 s and lose the error where a deadline ends them. The SDK retries by itself.
+    # A negative pushback stops gRPC's own retries. They would take some 3 s, and lose the error if the deadline ends
+    # them. The SDK has retries of its own.
     if is_last or isinstance(error, errors.SessionStoreUnavailable):
         metadata.append((_PUSHBACK_KEY, "-1"))
     await context.abort(grpc.StatusCode[error.status], errors.encode_message(error), trailing_metadata=tuple(metadata))
 
 
-# gRPC's retry policy (proposal A6). A client tries a call again after 0.2 s, and each time after twice as long.
+# gRPC's retry policy (proposal A6): a client retries a call after 0.2 s and doubles the time with each retry.
 _ATTEMPTS_KEY, _PUSHBACK_KEY = "grpc-previous-rpc-attempts", "grpc-retry-pushback-ms"
 _FIRST_BACKOFF_S = 0.2
 _JITTER = 1.2
 
 
 def _is_last_try(context: Any) -> bool:
-    """Whether the caller's deadline passes before its gRPC would try again.
+    """Whether the caller's deadline passes before its gRPC library would retry.
 
-    gRPC would end such a call with DEADLINE_EXCEEDED and without the reason. Told not to try again, it hands the reason
-    on.
+    The library would then end the call with DEADLINE_EXCEEDED and lose the reason. Without a retry it reports the
+    reason.
     """
     remaining_s = context.time_remaining()
     if remaining_s is None:
@@ -278,7 +281,7 @@ def _is_last_try(context: Any) -> bool:
     return bool(remaining_s <= _JITTER * _FIRST_BACKOFF_S * 2**tries)
 
 
-# As go-grpc-prometheus calls them, by whether requests and responses are streams.
+# The names of go-grpc-prometheus, by (requests are a stream, responses are a stream).
 _KINDS = {
     (False, False): "unary",
     (False, True): "server_stream",
@@ -290,7 +293,7 @@ _KINDS = {
 def _reading(
     method: Callable[[Any, Any], Any], read: Callable[[bytes], Any], streams: bool
 ) -> Callable[[Any, Any], Any]:
-    """The method, given what `read` makes of each request. streams: the requests are a stream."""
+    """The method, with each request parsed by `read`. streams: whether the requests are a stream."""
     read_requests = functools.partial(_read_all if streams else _read, read)
     return lambda request, context: method(read_requests(request), context)
 
@@ -320,12 +323,12 @@ def _measured(
     return respond if streams_responses else answer
 
 
-# Shorter ones do not matter: as many as there may be calls are 64 MiB.
+# Shorter responses are not counted: all calls at once (1,024) could hold 64 MiB of them.
 _HELD_BYTES = 2**16
 
 
 def _held(method: Callable[[Any, Any], Any], admission: Admission) -> Callable[[Any, Any], Any]:
-    """The unary method, with its response counted until its caller has read it, or is gone."""
+    """The unary method, with its response counted by admission until the client has read it or has disconnected."""
 
     async def answer(request: Any, context: Any) -> Any:
         response = await method(request, context)
@@ -361,7 +364,7 @@ async def _received(
 
 
 async def _counted(messages: Any, count: Callable[[int], None]) -> AsyncIterator[bytes]:
-    # What grpc gives is an iterator that has no end but its own.
+    # grpc's own iterator has no aclose.
     async with contextlib.aclosing(messages) if hasattr(messages, "aclose") else contextlib.nullcontext():
         async for message in messages:
             count(len(message))
@@ -373,7 +376,7 @@ def _writing(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitabl
 
     async def answer(request: Any, context: Any) -> None:
         responses = method(request, context)
-        # Some write to the context themselves.
+        # Some methods (of health) write to the context themselves.
         if not hasattr(responses, "__aiter__"):
             await responses
             return
@@ -385,7 +388,7 @@ def _writing(method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Awaitabl
 
 
 def _read(read: Callable[[bytes], Any], request: bytes) -> Any:
-    """gRPC would answer bytes that it cannot read with UNKNOWN and the exception's text."""
+    """Parses a request. Raises InvalidRequest: gRPC itself would answer UNKNOWN with the text of the exception."""
     try:
         return read(request)
     except errors.ForwardPassError:

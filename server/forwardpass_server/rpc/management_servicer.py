@@ -10,7 +10,7 @@ from forwardpass_server.rpc.servicer import version_status
 
 
 class ManagementServicer:
-    """Each method has the name of its RPC, takes and returns bytes."""
+    """Each method has the name of its RPC; it takes and returns bytes."""
 
     def __init__(self, management: Management) -> None:
         self._management = management
@@ -37,7 +37,7 @@ class ManagementServicer:
 
 
 def _one_version(model: v1.ModelSelector) -> v1.ModelSelector:
-    """Raises InvalidRequest where that is left to the server: not even the highest is taken for granted."""
+    """The selector. Raises InvalidRequest without a version or label: the server does not choose a version here."""
     if not checked(model).label and model.version < 1:
         raise errors.InvalidRequest(place="model.version", expected="an integer from 1 on", found=str(model.version))
     return model

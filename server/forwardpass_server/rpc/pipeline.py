@@ -1,4 +1,4 @@
-"""Calls over one stream: each answered as soon as it is done."""
+"""Pipelines: many calls over one stream, each answered as soon as it is done."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from forwardpass.wire.frames import Frame, Outbox
 from forwardpass_server.access import principals
 from forwardpass_server.calls.admission import Admission
 from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.telemetry.rpcs import RpcMetrics
 
-# Of one stream at once; beyond it no more is read of it, and its caller has to wait.
+# Calls of one stream at once. Beyond it the server stops reading the stream, so that the client has to wait.
 _MAX_CALLS = 1024
 
-# Of answers that wait for their caller to read them.
+# Responses that wait for the client to read them.
 _MAX_UNSENT_BYTES = 64 * 2**20
 
-# Taken without a look at other callers.
+# Frames processed in one turn of the event loop, before other calls get their turn.
 _FRAMES_AT_ONCE = 64
 
-# What is counted for a method that a caller made up, or that a stray piece does not name.
+# The label of a metric for an unknown method, and for a frame that belongs to no call.
 _UNKNOWN = "unknown"
 
 
 class _Running:
-    """A call that is being answered. started: by time.perf_counter, when all of it was there.
+    """A running call.
 
-    deadline: by the event loop's clock; infinite where it has none.
+    started: when its last frame arrived, by time.perf_counter. deadline: by the event loop's clock; infinite for none.
     """
 
     __slots__ = ("deadline", "method", "started", "task")
@@ -50,8 +50,9 @@ class _Running:
 class Pipeline:
     """The calls of one stream.
 
-    methods: what may be called, by the name of its RPC. max_message_bytes: of one call. admission: is asked for the
-    bytes of those that arrive in pieces. departure: ends the stream once what was received of it is answered.
+    methods: the methods that may be called, by the names of their RPCs. max_message_bytes: the limit for one call.
+    admission: limits the bytes of calls that are being received. drain: ends the stream when the received calls are
+    answered.
     """
 
     def __init__(
@@ -60,34 +61,35 @@ class Pipeline:
         max_message_bytes: int,
         admission: Admission,
         metrics: RpcMetrics,
-        departure: Departure,
+        drain: Drain,
     ) -> None:
         self._methods = methods
         self._admission = admission
         self._principal = principals.current()
         self._inbox = AdmittedInbox(max_message_bytes, admission, self._principal)
         self._outbox = Outbox(answers=True)
-        # Of the outbox, as the admission has it.
+        # The size of the outbox that admission counts.
         self._held_bytes = 0
         self._metrics = metrics
-        self._departure = departure
+        self._drain = drain
         self._running: dict[int, _Running] = {}
-        # One timer, for the first of them: of most calls' deadlines nothing is ever heard.
+        # One timer, for the earliest deadline: most calls end long before theirs.
         self._deadlines: list[tuple[float, int]] = []
         self._timer: asyncio.TimerHandle | None = None
-        # Set by whatever the writer, or the reader, or an answer may wait for; each looks for itself what it was.
+        # _changed wakes the writer; _room wakes the reader and calls that wait to answer. Each then checks its
+        # condition.
         self._changed = asyncio.Event()
         self._room = asyncio.Event()
 
     async def run(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
         """The stream's responses, until its requests have ended and every call is answered.
 
-        Raises ServerUnavailable where the server leaves first.
+        Raises ServerUnavailable if the server drains first.
         """
         reading = asyncio.ensure_future(self._read(requests, context))
         reading.add_done_callback(lambda _: self._changed.set())
         try:
-            with self._departure.telling(self._changed.set):
+            with self._drain.notifying(self._changed.set):
                 while self._is_read(reading) or self._running or self._outbox:
                     while self._outbox:
                         yield self._outbox.next_message()
@@ -97,8 +99,8 @@ class Pipeline:
                         await self._changed.wait()
                         self._changed.clear()
             if not reading.done():
-                raise self._departure.error()
-            # What was wrong with the requests is wrong with the stream.
+                raise self._drain.error()
+            # An error in the stream of requests ends the pipeline.
             await reading
         finally:
             if self._timer is not None:
@@ -108,20 +110,21 @@ class Pipeline:
                 task.cancel()
             for one in self._running.values():
                 self._count(one, "CANCELLED")
-            # Before anything is awaited: gRPC may cancel this a second time. Tasks that are cancelled add nothing more.
+            # Before the await below, because gRPC may cancel this coroutine a second time. The cancelled tasks add no
+            # more responses.
             self._outbox.clear()
             self._hold_answers()
             self._inbox.close()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     def _is_read(self, reading: asyncio.Future[None]) -> bool:
-        """Whether another call may still come."""
-        return not reading.done() and not self._departure.is_due
+        """Whether another call may still arrive."""
+        return not reading.done() and not self._drain.has_begun
 
     async def _read(self, requests: AsyncIterator[bytes], context: object) -> None:
         async for message in requests:
-            if self._departure.is_due:
-                raise self._departure.error()
+            if self._drain.has_begun:
+                raise self._drain.error()
             for index, frame in enumerate(frames.decode_calls(message), 1):
                 self._take(frame, context)
                 while len(self._running) + len(self._outbox) >= _MAX_CALLS:
@@ -149,7 +152,7 @@ class Pipeline:
             if first.call in self._running:
                 raise errors.InvalidRequest(place=f"call {first.call}", expected="another number", found="one in use")
         except errors.ForwardPassError as error:
-            # Never begun: a call of the same number that is running goes on.
+            # This call never began: a running call with the same number continues.
             self._metrics.pipeline_call(frame.method if frame.method in self._methods else _UNKNOWN, error.status, 0.0)
             self._put_error(frame.call, error)
             return
@@ -178,12 +181,12 @@ class Pipeline:
             self._hold_answers()
             self._changed.set()
         finally:
-            # One that has expired is not there any more, and another may have its number.
+            # Not after a timeout: another call may have the same number by now.
             if self._running.get(first.call) is running:
                 self._end(first.call)
 
     def _hold_answers(self) -> None:
-        """Tells the admission how much has been answered and not been read."""
+        """Updates the size of unread responses that admission counts."""
         grown = self._outbox.size_bytes - self._held_bytes
         self._held_bytes += grown
         if grown > 0:
@@ -192,9 +195,9 @@ class Pipeline:
             self._admission.leave(self._principal, -grown, calls=0)
 
     async def _wait_until_sent(self, size_bytes: int) -> None:
-        """Waits for the caller to read answers: no more are made before. Raises ServerOverloaded.
+        """Waits for the client to read responses, before the next call runs. Raises ServerOverloaded.
 
-        size_bytes: of the request that waits, which is counted meanwhile.
+        size_bytes: the size of the waiting request, which admission counts meanwhile.
         """
         self._admission.enter(self._principal, size_bytes, calls=0)
         try:
@@ -204,12 +207,12 @@ class Pipeline:
             self._admission.leave(self._principal, size_bytes, calls=0)
 
     def _set_timer(self) -> None:
-        """Sees to it that the first deadline of a call that runs is noticed."""
+        """Sets the timer to the earliest deadline of a running call."""
         deadlines = self._deadlines
         while deadlines and not self._is_running(*deadlines[0]):
             heapq.heappop(deadlines)
         if len(deadlines) > 2 * _MAX_CALLS:
-            # Behind one call that takes long those pile up that have ended.
+            # The deadlines of ended calls accumulate behind that of one long call.
             deadlines[:] = [one for one in deadlines if self._is_running(*one)]
             heapq.heapify(deadlines)
         if deadlines and (self._timer is None or deadlines[0][0] < self._timer.when()):
@@ -222,7 +225,7 @@ class Pipeline:
         return running is not None and running.deadline == deadline
 
     def _expire(self) -> None:
-        """Gives up the calls whose time is over."""
+        """Cancels the calls whose deadline has passed."""
         self._timer = None
         now = asyncio.get_running_loop().time()
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -237,7 +240,7 @@ class Pipeline:
         self._set_timer()
 
     def _count(self, running: _Running, status: str) -> None:
-        """Counts a call that ends, before its caller hears of it: who may look at once."""
+        """Counts a call that has ended, before its response is sent: a client may read the metrics at once."""
         self._metrics.pipeline_call(running.method, status, time.perf_counter() - running.started)
 
     def _put_error(self, call: int, error: errors.ForwardPassError) -> None:

@@ -13,7 +13,7 @@ from forwardpass_server.catalog.management import Management
 from forwardpass_server.catalog.registry import Registry
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.codec import Codec
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.management_servicer import ManagementServicer
 from forwardpass_server.rpc.server import Server, ServerOptions
 from forwardpass_server.rpc.servicer import FunctionalModelServicer
@@ -41,10 +41,10 @@ def build(
     tracing: Tracing | None,
 ) -> Server:
     """The server that answers calls."""
-    departure, admission, max_message_bytes = Departure(), calls.admission, options.max_message_bytes
+    drain, admission, max_message_bytes = Drain(), calls.admission, options.max_message_bytes
     codec = Codec(max_message_bytes, metrics.models)
     sessions_servicer = SessionsServicer(
-        sessions.sessions, sessions.evaluations, codec, max_message_bytes, admission, departure
+        sessions.sessions, sessions.evaluations, codec, max_message_bytes, admission, drain
     )
     models_servicer = FunctionalModelServicer(
         registry,
@@ -55,20 +55,20 @@ def build(
         metrics,
         readiness,
         handlers.unary(SESSION_SERVICE, sessions_servicer),
-        departure,
+        drain,
         tracing,
     )
     return Server(
         options,
         {
             MODEL_SERVICE: models_servicer,
-            WEIGHTS_SERVICE: WeightsServicer(weights, codec, departure),
+            WEIGHTS_SERVICE: WeightsServicer(weights, codec, drain),
             SESSION_SERVICE: sessions_servicer,
         },
         metrics,
         guard.access(Role.CALL),
         guard.certificates,
-        departure,
+        drain,
         calls.arrivals,
         tracing,
         admission,
@@ -83,6 +83,6 @@ def build_management(options: ServerOptions, management: Management, metrics: Me
         metrics,
         guard.access(Role.MANAGE),
         guard.certificates,
-        Departure(),
+        Drain(),
         Arrivals(),
     )

@@ -1,4 +1,4 @@
-"""The gRPC server: its port, its options, its health and reflection services, its end."""
+"""The gRPC server: port, options, health and reflection services, drain."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from forwardpass_server.access.certificates import Certificates
 from forwardpass_server.calls.admission import Admission
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.rpc import handlers
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.health import HealthServicer
 from forwardpass_server.rpc.interceptor import Interceptor
 from forwardpass_server.telemetry.metrics import Metrics
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 OPENABLE = {"health": (health.SERVICE_NAME,), "reflection": (reflection.SERVICE_NAME,)}
-"""Services that an operator may open to callers without credentials, by what the operator calls them."""
+"""Services that an operator may open to callers without credentials, by their names for `--open`."""
 
-# On one connection; its further ones wait on the client's side. As many as calls are taken at once by default.
+# Streams on one connection; further ones wait in the client. Equal to the default of --max-concurrent-calls.
 _MAX_STREAMS = 1024
 
-# A bit for each of gRPC's algorithms: the lowest is for messages as they are.
+# A bit for each compression algorithm of gRPC; the lowest bit stands for no compression.
 _NO_COMPRESSION = 1
 
 MODEL_HEALTH_PREFIX = "model/"
-"""grpc.health.v1 answers for `model/NAME` and `model/NAME/VERSION` too."""
+"""grpc.health.v1 also answers for `model/NAME` and `model/NAME/VERSION`."""
 
 STARTUP, READY, LIVE = "startup", "ready", "live"
-"""And for these, after which probes ask: see app.health."""
+"""grpc.health.v1 also answers for these names of probes: see app.health."""
 
-# What a server that drains says as before: it has started, and nobody should kill it.
+# Health keeps its answer for these during a drain: it has started, and must not be killed.
 _LASTING = (STARTUP, LIVE)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ServerOptions:
-    """host, port: where to listen; port 0 takes a free one. The rest is explained in app.settings."""
+    """Options of a server. host, port: the address; port 0 selects a free one. For the rest see app.settings."""
 
     host: str
     port: int
@@ -61,7 +61,7 @@ class ServerOptions:
 
 
 def join_address(host: str, port: int) -> str:
-    """HOST:PORT, as gRPC and people write it."""
+    """HOST:PORT; an IPv6 address is put in brackets."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
@@ -75,26 +75,26 @@ class Server:
         metrics: Metrics,
         access: Access,
         certificates: Certificates | None,
-        departure: Departure,
+        drain: Drain,
         arrivals: Arrivals,
         tracing: Tracing | None = None,
         admission: Admission | None = None,
     ) -> None:
         """servicers: by the full names of their services. certificates: None for a port without TLS.
 
-        departure: is announced when no more calls are taken. arrivals: are told of calls that come. tracing: None for
-        no spans. admission: is told of long responses until they are read; None for a port that has none.
+        drain: begins when the server takes no more calls. arrivals: notified of each call. tracing: None for no spans.
+        admission: counts large responses until they are read; None for a port without them.
         """
         self._options = options
         self._certificates = certificates
-        self._departure = departure
+        self._drain = drain
         self._health = HealthServicer()
         self._server = grpc.aio.server(
             interceptors=[
                 Interceptor(
                     metrics.rpcs,
                     access,
-                    departure,
+                    drain,
                     arrivals,
                     tracing,
                     admission,
@@ -109,23 +109,23 @@ class Server:
                     if options.accept_compressed
                     else [("grpc.compression_enabled_algorithms_bitset", _NO_COMPRESSION)]
                 ),
-                # Two servers on one port would share its callers at random.
+                # Otherwise a second server could listen on the same port, and calls would reach either at random.
                 ("grpc.so_reuseport", 0),
-                # The default cuts off a client that pings more than once in five minutes.
+                # By default gRPC disconnects a client that pings more than once in five minutes.
                 ("grpc.http2.min_ping_interval_without_data_ms", 1000),
                 ("grpc.keepalive_permit_without_calls", 1),
-                # Finds clients that are gone without a word.
+                # Detects clients that have disappeared without closing the connection.
                 ("grpc.keepalive_time_ms", 30_000),
                 ("grpc.keepalive_timeout_ms", 10_000),
-                # Closes sockets that never speak, and connections that have nothing to say: a client opens another.
+                # Closes connections without a handshake, and idle ones: a client reconnects when it needs to.
                 ("grpc.server_handshake_timeout_ms", 10_000),
                 ("grpc.max_connection_idle_ms", min(round(options.connection_idle_s * 1000), 2**31 - 1)),
-                # Nothing is advertised otherwise.
+                # By default gRPC advertises no limit.
                 ("grpc.max_concurrent_streams", _MAX_STREAMS),
             ],
         )
         self._servicers = servicers
-        # What health answers, by the names that it answers for.
+        # The present answers of health, by name.
         self._said: dict[str, bool] = {}
         self._is_draining = False
         self._server.add_generic_rpc_handlers([handlers.of(*item) for item in servicers.items()])
@@ -133,7 +133,7 @@ class Server:
         reflection.enable_server_reflection((*servicers, health.SERVICE_NAME, reflection.SERVICE_NAME), self._server)
 
     async def start(self) -> int:
-        """Listens and answers; health says NOT_SERVING. Returns the port. Raises OSError where it is taken."""
+        """Starts to listen, with health at NOT_SERVING. Returns the port. Raises OSError if the port is in use."""
         await self.set_all_serving(False)
         address = join_address(self._options.host, self._options.port)
         try:
@@ -148,33 +148,33 @@ class Server:
         return port
 
     async def set_serving(self, service: str, serving: bool) -> None:
-        """What grpc.health.v1 answers for a service; "" is the server as a whole."""
+        """Sets the answer of grpc.health.v1 for a service; "" stands for the whole server."""
         status = health_pb2.HealthCheckResponse
         is_serving = serving and (not self._is_draining or service in _LASTING)
         await self._health.set(service, status.SERVING if is_serving else status.NOT_SERVING)
         self._said[service] = is_serving
 
     def says_serving(self, service: str) -> bool:
-        """Whether grpc.health.v1 answers SERVING for a service. On any thread."""
+        """Whether grpc.health.v1 answers SERVING for a service. Thread-safe."""
         return self._said.get(service, False)
 
     @property
     def is_draining(self) -> bool:
-        """Whether `drain` has begun. On any thread."""
+        """Whether `drain` has begun. Thread-safe."""
         return self._is_draining
 
     async def set_all_serving(self, serving: bool) -> None:
-        """What is answered for the server as a whole, and for each of its services."""
+        """Sets the answer of grpc.health.v1 for the whole server and each of its services."""
         for service in ("", *self._servicers):
             await self.set_serving(service, serving)
 
     async def drain(self) -> None:
-        """Says NOT_SERVING, waits for clients to see it, takes no more calls, and waits for those that run."""
+        """Sets health to NOT_SERVING, waits for clients to see it, takes no more calls, and finishes running ones."""
         self._is_draining = True
         for service in self._said.keys() - set(_LASTING):
             await self.set_serving(service, False)
-        _LOGGER.info("draining: waiting %.1f s for clients to leave", self._options.drain_delay_s)
+        _LOGGER.info("draining: waiting %.1f s for clients to switch to other servers", self._options.drain_delay_s)
         await asyncio.sleep(self._options.drain_delay_s)
-        self._departure.announce()
+        self._drain.begin()
         await self._server.stop(self._options.drain_timeout_s)
         _LOGGER.info("drained")

@@ -1,4 +1,4 @@
-"""The methods of FunctionalModelService: messages in, one call, messages out."""
+"""The methods of FunctionalModelService: decode the request, make one call, encode the response."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from forwardpass_server.calls.execution import Executor, Invocation
 from forwardpass_server.catalog.registry import Entry, Registry, State
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.codec import Codec, Incoming
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.handlers import Method
 from forwardpass_server.rpc.pipeline import Pipeline
 from forwardpass_server.rpc.selectors import checked
@@ -38,12 +38,12 @@ _STATES = {
 }
 
 
-# From here on a response is worth leaving in pieces, for whoever sends it so.
+# A longer response is returned in pieces: a pipeline sends them without joining them first.
 _LONG_BYTES = 2**20
 
 
 class FunctionalModelServicer:
-    """Each method has the name of its RPC, takes the request's bytes and returns the response's, or its pieces."""
+    """Each method has the name of its RPC; it takes the bytes of a request and returns those of the response."""
 
     def __init__(
         self,
@@ -55,17 +55,17 @@ class FunctionalModelServicer:
         metrics: Metrics,
         readiness: Readiness,
         others: Mapping[str, Method],
-        departure: Departure,
+        drain: Drain,
         tracing: Tracing | None = None,
     ) -> None:
-        """others: methods of other services that a pipeline may call too, by name. tracing: None for no spans."""
+        """others: methods of other services that a pipeline may call, by name. tracing: None for no spans."""
         self._registry = registry
         self._executor = executor
         self._max_message_bytes = max_message_bytes
         self._admission = admission
         self._metrics = metrics
         self._readiness = readiness
-        self._departure = departure
+        self._drain = drain
         self._codec = codec
         self._pipelined = {**handlers.unary(MODEL_SERVICE, self), **others}
         if tracing is not None:
@@ -111,7 +111,7 @@ class FunctionalModelServicer:
         many = len(described.spec.weights.leaves) > limits.SMALL_LEAVES
         encode = functools.partial(description.encode, described)
         response = v1.GetModelResponse(
-            model=await self._codec.aside(encode) if many else encode(),
+            model=await self._codec.offload(encode) if many else encode(),
             versions=[self._status(entry) for entry in self._registry.versions(header.model.name)],
             max_request_bytes=self._max_message_bytes,
         )
@@ -134,13 +134,11 @@ class FunctionalModelServicer:
         return (await self._codec.encode(response, parts)).join()
 
     def Pipeline(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
-        pipeline = Pipeline(
-            self._pipelined, self._max_message_bytes, self._admission, self._metrics.rpcs, self._departure
-        )
+        pipeline = Pipeline(self._pipelined, self._max_message_bytes, self._admission, self._metrics.rpcs, self._drain)
         return pipeline.run(requests, context)
 
     def _version(self, selector: v1.ModelSelector) -> int:
-        """The version that is asked for, 0 for the highest."""
+        """The version that a selector names; 0 for the highest."""
         model = checked(selector)
         return self._registry.asked_for(model.name, model.version, model.label)
 
@@ -157,7 +155,7 @@ class FunctionalModelServicer:
         training: bool = False,
         weights_id: bytes = b"",
     ) -> Any:
-        """weighted: the function for a request that has sample weights."""
+        """Answers one call of a function. weighted: the function for a request with sample weights."""
         model = incoming.header.model
         servable = self._registry.get(model.name, self._version(model))
         principal, size_bytes = principals.current(), incoming.size_bytes
@@ -173,6 +171,7 @@ class FunctionalModelServicer:
 
 
 def version_status(entry: Entry, labels: Sequence[str]) -> v1.ModelVersionStatus:
+    """The status of a version as its message."""
     return v1.ModelVersionStatus(
         name=entry.source.name,
         version=entry.source.version,

@@ -17,7 +17,7 @@ from forwardpass_server.calls.admission import Admission
 from forwardpass_server.calls.execution import Invocation
 from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
 from forwardpass_server.rpc.codec import Codec
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.evaluation_stream import EvaluationStream
 from forwardpass_server.rpc.selectors import checked
 from forwardpass_server.sessions.evaluation import MAX_TARGETS, Evaluations
@@ -36,12 +36,12 @@ class SessionsServicer:
         codec: Codec,
         max_message_bytes: int,
         admission: Admission,
-        departure: Departure,
+        drain: Drain,
     ) -> None:
         self._sessions = sessions
         self._evaluations = evaluations
         self._max_message_bytes = max_message_bytes
-        self._departure = departure
+        self._drain = drain
         self._codec = codec
         self._admission = admission
 
@@ -109,13 +109,13 @@ class SessionsServicer:
         return b""
 
     async def Evaluate(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
-        start = await self._departure.until(_start(requests))
+        start = await self._drain.until(_start(requests))
         # One too many is refused as well as a million.
         targets = [(target.session_id, target.weights_id) for target in start.targets[: MAX_TARGETS + 1]]
         principal = principals.current()
         async with self._evaluations.begin(principal, start.writer_id, start.training, targets) as evaluation:
             inbox = AdmittedInbox(self._max_message_bytes, self._admission, principal)
-            stream = EvaluationStream(evaluation, self._codec, inbox, self._departure)
+            stream = EvaluationStream(evaluation, self._codec, inbox, self._drain)
             async for response in stream.run(requests):
                 yield response
 

@@ -1,4 +1,4 @@
-"""Answers that were not sent because their callers left, which gRPC tells the log alone."""
+"""Detects responses that were not sent because the client disconnected: gRPC only logs them."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from grpc._cython.cygrpc import ExecuteBatchError
 
 _LOGGER = logging.getLogger(__name__)
 
-# Its records are made in the task of the call that they are about.
+# gRPC creates its log record in the task of the call that failed.
 _GRPC_LOGGER = logging.getLogger("grpc._cython.cygrpc")
 
 LONG_BYTES = 2**16
-"""A shorter answer goes into gRPC's buffers whole, whether anybody reads it or not: the initial window of HTTP/2."""
+"""A shorter response fits into the initial window of HTTP/2: gRPC takes it whole, read or not."""
 
 _sending: contextvars.ContextVar[_Sending] = contextvars.ContextVar("sending")
 
 
 class _Sending:
-    """An answer that gRPC is sending. count: is told, once, of the status that the call has ended with."""
+    """A response that is being sent. count: called once, with the status of the call."""
 
     def __init__(self, path: str, count: Callable[[str], None]) -> None:
         self._path = path
@@ -29,19 +29,21 @@ class _Sending:
         self._is_counted = False
 
     def end(self, status: str) -> None:
+        """Counts the call, unless it is counted already."""
         if not self._is_counted:
             self._is_counted = True
             self._count(status)
 
     def fail(self) -> None:
-        _LOGGER.info("call of %s: the caller left before its answer was sent", self._path)
+        """Counts the call as cancelled, and logs it."""
+        _LOGGER.info("call of %s: the client disconnected before the response was sent", self._path)
         self.end("CANCELLED")
 
 
 def watch(path: str, count: Callable[[str], None]) -> None:
-    """Counts the call of the current task once its answer is sent, or is known to be unread.
+    """Counts the call of the current task when its response is sent or has failed.
 
-    path: of its method. count: is told of the status.
+    path: of the method. count: called with the status.
     """
     sending = _Sending(path, count)
     _sending.set(sending)
@@ -59,7 +61,7 @@ class _Filter(logging.Filter):
         if sending is not None:
             sending.fail()
         else:
-            _LOGGER.info("a caller left before its answer was sent")
+            _LOGGER.info("a client disconnected before the response was sent")
         return False
 
 
@@ -67,5 +69,5 @@ _FILTER = _Filter()
 
 
 def expect() -> None:
-    """Says in one line what gRPC logs as an error with a traceback when a caller leaves before its answer is sent."""
+    """Installs the filter that replaces gRPC's error with a traceback for an unsent response by one line."""
     _GRPC_LOGGER.addFilter(_FILTER)

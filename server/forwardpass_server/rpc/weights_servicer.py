@@ -9,36 +9,37 @@ from forwardpass.wire import chunks, errors, fields, limits, manifests
 from forwardpass.wire.manifests import WeightsManifest
 from forwardpass_server.access import principals
 from forwardpass_server.rpc.codec import Codec
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.weights.store import WeightStore
 
 _LEASE_ID_BYTES = 16
 
-# Some two hundred tensors, and their tree.
+# About two hundred tensors and their tree.
 _SMALL_MANIFEST_BYTES = 2**14
 
 
 class WeightsServicer:
-    """Each method has the name of its RPC, takes and returns bytes, or asynchronous iterators of them.
+    """Each method has the name of its RPC; it takes and returns bytes, or asynchronous iterators of them.
 
-    departure: ends uploads. What is still to come could not be published any more: that takes a further call.
+    drain: cancels uploads. Finishing them is useless: publishing the set takes another call, which a draining server
+    refuses.
     """
 
-    def __init__(self, store: WeightStore, codec: Codec, departure: Departure) -> None:
+    def __init__(self, store: WeightStore, codec: Codec, drain: Drain) -> None:
         self._store = store
         self._codec = codec
-        self._departure = departure
+        self._drain = drain
 
     async def PutWeights(self, data: bytes, context: object) -> bytes:
         is_small = len(data) <= _SMALL_MANIFEST_BYTES
-        manifest = _decode(data) if is_small else await self._codec.aside(lambda: _decode(data))
+        manifest = _decode(data) if is_small else await self._codec.offload(lambda: _decode(data))
         missing = await self._store.put(principals.current(), manifest)
         if len(missing) <= limits.SMALL_LEAVES:
             return _encode_missing(manifest, missing)
-        return await self._codec.aside(lambda: _encode_missing(manifest, missing))
+        return await self._codec.offload(lambda: _encode_missing(manifest, missing))
 
     async def UploadTensors(self, requests: AsyncIterator[bytes], context: object) -> bytes:
-        await self._departure.until(self._upload(requests))
+        await self._drain.until(self._upload(requests))
         return b""
 
     async def _upload(self, requests: AsyncIterator[bytes]) -> None:
@@ -51,7 +52,7 @@ class WeightsServicer:
         async with self._store.use(principals.current(), request.weights_id) as weights:
             if len(weights.manifest.tensors) <= limits.SMALL_LEAVES:
                 return _describe(weights.manifest)
-            return await self._codec.aside(lambda: _describe(weights.manifest))
+            return await self._codec.offload(lambda: _describe(weights.manifest))
 
     async def DownloadTensor(self, data: bytes, context: object) -> AsyncIterator[bytes]:
         request = fields.parse(v1.DownloadTensorRequest, data)
@@ -77,7 +78,7 @@ class WeightsServicer:
 
 def _decode(data: bytes) -> WeightsManifest:
     manifest = manifests.decode(fields.parse(v1.PutWeightsRequest, data).manifest)
-    # What the store asks of it on the event loop is worked out here.
+    # Compute these cached properties here, on the codec's thread, instead of later on the event loop.
     _ = manifest.weights_id, manifest.size_bytes
     return manifest
 

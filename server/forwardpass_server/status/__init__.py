@@ -1,1 +1,1 @@
-"""What a person sees of a running server."""
+"""The status of a running server: readiness, and the status page."""

@@ -1,4 +1,4 @@
-"""The page that shows a person how the server is: HTML as a whole, with nothing to fetch and nothing to run."""
+"""The status page: one HTML document without scripts and without further requests."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _NOTHING = "&ndash;"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Status:
-    """What the page shows. started: in seconds since 1970. loads: the last of each version, by "name/version".
+    """The contents of the page.
 
-    unready_reasons: see `Readiness.reasons`. session_store_problem: see `SessionStore.problem`.
+    started: in seconds since 1970. unready_reasons: see `Readiness.reasons`. session_store_problem: see
+    `SessionStore.problem`. loads: the last load of each version, by "name/version".
     """
 
     version: str
@@ -43,7 +44,7 @@ class Status:
 
 
 def render(status: Status) -> str:
-    """The page."""
+    """The page as HTML."""
     word, tone = _state(status)
     about = [f"version {status.version}", f"TensorFlow {status.tensorflow}", status.device]
     about.append(f"up {_duration(time.time() - status.started)}")
@@ -56,14 +57,14 @@ def render(status: Status) -> str:
         f"<p>{_text(' · '.join(about))}</p>{_unready(status)}</header>"
         f"{_summary(status.recent)}{_models(status)}{_methods(status.recent)}"
         f'<div class="columns">{_weights(status.recent)}{_sessions(status)}{_machine(status)}</div>'
-        f"<footer>Rates and times are of the last {_duration(status.recent.seconds)}. "
+        f"<footer>Rates and times cover the last {_duration(status.recent.seconds)}. "
         f'This page reloads every {REFRESH_S} s. <a href="/metrics">All metrics</a></footer>'
         "</main></body></html>"
     )
 
 
 def _state(status: Status) -> tuple[str, str]:
-    """In a word, and how good that is."""
+    """The state of the server in a few words, and its tone: "good", "busy" or "bad"."""
     health = status.health
     if health.is_draining:
         return "draining", "busy"
@@ -77,7 +78,7 @@ def _state(status: Status) -> tuple[str, str]:
 
 
 def _unready(status: Status) -> str:
-    """Why calls are not welcome."""
+    """The reasons why the server is not ready, as HTML."""
     if status.health.is_ready or status.health.is_draining:
         return ""
     return "".join(f"<p>{_text(reason)}</p>" for reason in status.unready_reasons)
@@ -102,7 +103,7 @@ def _summary(recent: Window) -> str:
             ("failed by the server", _share(failed / calls if calls else None)),
             ("median call", _seconds(recent.quantile(0.5, all_calls))),
             ("99% of calls within", _seconds(recent.quantile(0.99, all_calls))),
-            ("wait in the queue", _seconds(recent.mean("forwardpass_queue_seconds"))),
+            ("mean wait in the queue", _seconds(recent.mean("forwardpass_queue_seconds"))),
         ]
     )
 
@@ -130,8 +131,8 @@ def _models(status: Status) -> str:
                 _seconds(recent.quantile(0.99, [(execute, {"model": name})])),
             ]
         )
-    heads = ("Model", "Versions", "Calls/s", "Wait", "Compute", "99% within")
-    return _section("Models", _table(heads, rows, figures=4) if rows else "<p>There is none.</p>")
+    heads = ("Model", "Versions", "Calls/s", "Mean wait", "Compute", "99% within")
+    return _section("Models", _table(heads, rows, figures=4) if rows else "<p>No models.</p>")
 
 
 _TONES = {State.AVAILABLE: "good", State.LOADING: "busy", State.FAILED: "bad"}
@@ -174,12 +175,16 @@ def _methods(recent: Window) -> str:
     ]
     heads = ("Method", "Calls/s", "Not OK/s", "Median", "99% within")
     if not rows:
-        return _section("Methods", "<p>Nothing was called.</p>")
+        return _section("Methods", "<p>No calls.</p>")
     return _section("Methods", _table(heads, rows, figures=4, is_dense=True))
 
 
 class _Method(NamedTuple):
-    """A method, and where its metrics are. code: the label of its statuses. labels: those of its series."""
+    """A method and its metrics.
+
+    ended: the counter of its calls. code: the label of that counter that holds the status. seconds: the histogram of
+    its duration. labels: the labels of its series.
+    """
 
     title: str
     ended: str
@@ -198,12 +203,12 @@ def _weights(recent: Window) -> str:
         content += _bar("On disk", recent.total("forwardpass_weights_disk_bytes"), disk_budget)
     facts = [
         ("Sets", _number(recent.total("forwardpass_weights_sets"))),
-        ("Tensors they share", _number(recent.total("forwardpass_weights_tensors"))),
-        ("Uses found there", _share(hits / lookups if lookups else None)),
-        ("Dropped to make room", _number(recent.total("forwardpass_weights_evictions_total"))),
+        ("Different tensors", _number(recent.total("forwardpass_weights_tensors"))),
+        ("Hits on the device", _share(hits / lookups if lookups else None)),
+        ("Evicted", _number(recent.total("forwardpass_weights_evictions_total"))),
     ]
     if disk_budget:
-        facts.append(("Failures of the disk", _number(recent.total("forwardpass_weights_disk_failures_total"))))
+        facts.append(("Disk failures", _number(recent.total("forwardpass_weights_disk_failures_total"))))
     return _section("Weights", content + _facts(facts))
 
 
@@ -214,7 +219,7 @@ def _sessions(status: Status) -> str:
         ("Store", _text(status.session_store_problem or "works")),
         ("Open", _number(recent.total("forwardpass_sessions"))),
         ("Updates per second", _number(recent.rate("forwardpass_session_updates_total", outcome="applied"))),
-        ("Counted once, came twice", _number(recent.total("forwardpass_session_updates_total", outcome="duplicate"))),
+        ("Duplicate updates", _number(recent.total("forwardpass_session_updates_total", outcome="duplicate"))),
         ("Median commit", _seconds(recent.quantile(0.5, commit))),
         ("99% of commits within", _seconds(recent.quantile(0.99, commit))),
     ]
@@ -227,7 +232,7 @@ def _machine(status: Status) -> str:
     total = recent.total("forwardpass_device_memory_total_bytes")
     if total:
         content = _bar("GPU memory", recent.total("forwardpass_device_memory_used_bytes"), total)
-        facts.append(("GPU works", _share(recent.total("forwardpass_device_utilisation_ratio"))))
+        facts.append(("GPU utilisation", _share(recent.total("forwardpass_device_utilisation_ratio"))))
     facts += [
         ("Memory of the process", _bytes(recent.total("process_resident_memory_bytes"))),
         ("Cores in use", _number(recent.rate("process_cpu_seconds_total"))),
@@ -253,9 +258,10 @@ def _facts(facts: Iterable[tuple[str, str]]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], figures: int, is_dense: bool = False) -> str:
-    """rows: of HTML already. figures: how many columns, the last ones, hold numbers.
+    """A table as HTML.
 
-    is_dense: one line for each row on a phone too, for which some columns give way.
+    rows: cells that are HTML already. figures: the number of columns, from the right, that hold numbers.
+    is_dense: on a phone each row takes one line, and two columns are hidden; otherwise each row becomes a card.
     """
     first = len(heads) - figures
     marks = [' class="figure"' if index >= first else "" for index in range(len(heads))]
@@ -263,7 +269,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], figures: int, is
     body = "".join(
         "<tr>"
         + "".join(
-            # The name of the column stands before the value where the table does not fit.
+            # On a narrow screen the style sheet shows this name before the value.
             f'<td data-name="{_text(name)}"{mark}>{cell}</td>'
             for name, mark, cell in zip(heads, marks, row, strict=True)
         )
@@ -319,7 +325,7 @@ def _bytes(size_bytes: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    """In the largest unit that it fills, with the next below."""
+    """A duration in its largest unit and the next smaller one, such as "2 h 5 min"."""
     whole = round(max(seconds, 0.0))
     for (unit, size), (lower, lower_size) in (
         (("d", 86400), ("h", 3600)),

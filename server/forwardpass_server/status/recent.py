@@ -1,4 +1,4 @@
-"""The last minute of metrics, for whoever looks without a Prometheus."""
+"""Rates and quantiles of the last minute, computed in the process, without Prometheus."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Snapshot = dict[str, _Series]
 
 
 class Recent:
-    """Remembers what a registry held. Let `take` be called every `INTERVAL_S`, on any one thread."""
+    """Snapshots of a registry. Call `take` every `INTERVAL_S` seconds, always on the same thread."""
 
     def __init__(self, registry: prometheus.CollectorRegistry) -> None:
         self._registry = registry
@@ -25,11 +25,11 @@ class Recent:
         self.take()
 
     def take(self) -> None:
-        """Remembers what there is now."""
+        """Takes a snapshot."""
         self._taken.append((time.monotonic(), self._read()))
 
     def window(self) -> Window:
-        """What has become since the oldest that is remembered."""
+        """The change since the oldest snapshot."""
         then_s, then = self._taken[0]
         return Window(max(time.monotonic() - then_s, 1e-3), self._read(), then)
 
@@ -42,7 +42,7 @@ class Recent:
 
 
 class Window:
-    """Two moments of all metrics, `seconds` apart. Labels choose series: those that have them with these values."""
+    """Two snapshots of all metrics, `seconds` apart. Methods take labels: they select the series that have them."""
 
     def __init__(self, seconds: float, now: _Snapshot, then: _Snapshot) -> None:
         self.seconds = seconds
@@ -50,30 +50,31 @@ class Window:
         self._then = then
 
     def labels(self, name: str, label: str) -> list[str]:
-        """The values of a label, in order."""
+        """The values of a label, sorted."""
         return sorted({dict(labels)[label] for labels in self._now.get(name, {})})
 
     def total(self, name: str, **labels: str) -> float:
-        """The sum of what there is now."""
+        """The sum of the selected series now."""
         return sum(value for _, value in _chosen(self._now, name, labels))
 
     def growth(self, name: str, **labels: str) -> float:
+        """The increase of the selected counters between the snapshots."""
         before = dict(_chosen(self._then, name, labels))
         return sum(_grown(value, before.get(key, 0.0)) for key, value in _chosen(self._now, name, labels))
 
     def rate(self, name: str, **labels: str) -> float:
-        """Growth per second."""
+        """The increase per second."""
         return self.growth(name, **labels) / self.seconds
 
     def mean(self, histogram: str, **labels: str) -> float | None:
-        """Of what was observed; None where nothing was."""
+        """The mean of the observations; None without observations."""
         count = self.growth(f"{histogram}_count", **labels)
         return self.growth(f"{histogram}_sum", **labels) / count if count else None
 
     def quantile(self, share: float, histograms: Iterable[tuple[str, Mapping[str, str]]]) -> float | None:
-        """Below which that share of what was observed lies, evenly spread within a bucket; None where nothing was.
+        """A quantile of the observations, interpolated linearly within a bucket; None without observations.
 
-        histograms: of one kind of buckets, with the labels of each.
+        share: 0.99 for the 99th percentile. histograms: names with labels; all must have the same buckets.
         """
         grown: dict[float, float] = collections.defaultdict(float)
         for histogram, labels in histograms:
@@ -87,7 +88,7 @@ class Window:
         for below, bound in itertools.pairwise([0.0, *bounds]):
             if grown[bound] >= wanted:
                 inside = grown[bound] - grown.get(below, 0.0)
-                # Of the last bucket no more is known than where it begins.
+                # The last bucket has no upper bound: return its lower one.
                 return (
                     below
                     if bound == float("inf")
@@ -97,7 +98,7 @@ class Window:
 
 
 def _grown(now: float, before: float) -> float:
-    """What was counted since: all of it, where a model was unloaded and came back."""
+    """The increase of a counter. A smaller value means that its series was removed and created again."""
     return now - before if now >= before else now
 
 

@@ -1,4 +1,4 @@
-"""How the status page looks."""
+"""The style sheet of the status page."""
 
 STYLE = """
 :root{color-scheme:light dark;--page:#f4f5f7;--card:#fff;--line:#e3e6ea;--text:#16202c;--soft:#5c6b7c;--link:#1559b7;
@@ -69,4 +69,4 @@ section{padding:16px}
 .dense td{font-size:14px}
 }
 """
-"""For phones and wide screens, light and dark."""
+"""For narrow and wide screens, light and dark."""

@@ -10,22 +10,23 @@ from forwardpass_server.telemetry.metrics import Metrics
 
 _HEAD = """# Metrics
 
-What `forwardpass-server` shows at `/metrics` of its `--metrics-port`. Times are in seconds, sizes in bytes. A histogram
-`NAME` is three series: `NAME_bucket`, `NAME_sum` and `NAME_count`. `/metrics?name[]=NAME` shows one metric or one
-series alone, and may name several.
+The metrics that `forwardpass-server` exposes at `/metrics` on its `--metrics-port`. Times are in seconds, sizes in
+bytes. A histogram `NAME` has three series: `NAME_bucket`, `NAME_sum` and `NAME_count`. `/metrics?name[]=NAME` returns a
+single metric or series; repeat `name[]` for several.
 
-Labels are bounded: methods, codes, functions, and names of models, which the operator chose. None holds an id, or a
-word that a caller sent. The series of a model end when its last version is unloaded.
+The number of label values is bounded: methods, codes, functions, and the names of models, which the operator chooses.
+No label holds an id or text from a request. The series of a model are removed when its last version is unloaded.
 
-A call takes its decode, queue, execute and encode time, and what gRPC adds: `grpc_server_handling_seconds` holds all of
-it, but for the reading of the request. Which alerts are made of these metrics says [runbook.md](runbook.md).
+The duration of a call is its decode, queue, execute and encode time, and the time in gRPC.
+`grpc_server_handling_seconds` covers all of it except the time to receive the request. [runbook.md](runbook.md) lists
+the alerts on these metrics.
 
 This page is generated: `make docs/metrics.md`.
 """
 
 
 def markdown() -> str:
-    """All that there is, as docs/metrics.md has it."""
+    """The contents of docs/metrics.md."""
     lines = [_HEAD]
     for subject, families in itertools.groupby(Metrics().families, lambda family: family.subject):
         lines += [f"## {subject}", "", "| metric | kind | labels | meaning |", "|---|---|---|---|"]

@@ -1,4 +1,4 @@
-"""What is shown of files that an operator changes while the server runs, and of how long they are good."""
+"""Metrics of files that are reloaded while the server runs, and of expiry dates."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping
 
 from forwardpass_server.telemetry.families import Families
 
-OF_WATCHED_FILES = "Where such files are watched."
-WITH_TLS = "With TLS alone."
-WITH_TOKENS = "With tokens alone."
+OF_WATCHED_FILES = "Only if such files are watched."
+WITH_TLS = "Only with TLS."
+WITH_TOKENS = "Only with tokens."
 
 
 class FileMetrics:
-    """Of one server."""
+    """The file metrics of one server."""
 
     def __init__(self, families: Families) -> None:
         self._good = families.gauge(
             "forwardpass_last_reload_successful",
-            "0 while files are not what they should be, and what was read of them before is used on; else 1.",
+            "1 if the last reload of these files succeeded, 0 if it failed and their former contents are still in use.",
             ("files",),
             OF_WATCHED_FILES,
         )
@@ -30,22 +30,22 @@ class FileMetrics:
         )
         self._tokens = families.gauge(
             "forwardpass_token_expiry_timestamp_seconds",
-            "When the first principal is left without a token for a role, in seconds since 1970; or +Inf.",
+            "When the first principal loses its last token with a role, in seconds since 1970; +Inf for never.",
             ("role",),
             WITH_TOKENS,
         )
 
     def watched(self, files: str, are_good: Callable[[], bool]) -> None:
-        """Shows whether files are good. files: what they hold, in a word."""
+        """Reports whether files are valid. files: the value of the label."""
         self._good.labels(files).set_function(are_good)
 
     def certificates(self, expire_s: Callable[[], Mapping[str, float]]) -> None:
-        """Shows when the certificates expire, by what they are of."""
+        """Reports when certificates expire. expire_s: by the value of the label."""
         for name in expire_s():
             self._certificates.labels(name).set_function(functools.partial(_of, name, expire_s))
 
     def tokens(self, role: str, expire_s: Callable[[], float]) -> None:
-        """Shows when tokens for a role expire."""
+        """Reports when tokens with a role expire."""
         self._tokens.labels(role).set_function(expire_s)
 
 

@@ -1,4 +1,4 @@
-"""What NVIDIA's management library says of a GPU, where there is one."""
+"""Reads the memory and utilisation of a GPU from NVIDIA's management library."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def reader(device: str) -> ReadDevice:
-    """Reads a device, as TensorFlow calls it: "GPU:0". For one that cannot be read, what reads nothing.
+    """A function that reads a device. device: TensorFlow's name, such as "GPU:0".
 
-    That is known once: neither a library nor a GPU appears while a process runs.
+    The function returns None for a CPU, without the library, and for a GPU that the library does not know. This is
+    decided once: neither a library nor a GPU appears while the process runs.
     """
     kind, _, index = device.partition(":")
     if kind != "GPU":
@@ -21,17 +22,17 @@ def reader(device: str) -> ReadDevice:
     try:
         import pynvml
     except ImportError:
-        _LOGGER.warning("without the package nvidia-ml-py nothing is shown of the GPU")
+        _LOGGER.warning("no metrics of the GPU: the package nvidia-ml-py is not installed")
         return lambda: None
     try:
         pynvml.nvmlInit()
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         name = visible.split(",")[int(index)].strip() if visible else index
-        # A number, or the GPU's own name: GPU-..., or MIG-... of a part of one.
+        # A number, a UUID of a GPU (GPU-...), or of a part of one (MIG-...).
         by_number = name.isdecimal()
         handle = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if by_number else pynvml.nvmlDeviceGetHandleByUUID(name)
     except (pynvml.NVMLError, IndexError) as error:
-        _LOGGER.warning("nothing is shown of %s: %s", device, error)
+        _LOGGER.warning("no metrics of %s: %s", device, error)
         return lambda: None
 
     def read() -> DeviceReading | None:
@@ -39,7 +40,7 @@ def reader(device: str) -> ReadDevice:
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             utilisation = pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100
         except pynvml.NVMLError:
-            # A GPU that has fallen off the bus must not take the other metrics along.
+            # A GPU that fails must not break the scrape of the other metrics.
             return None
         return DeviceReading(int(memory.used), int(memory.total), utilisation)
 

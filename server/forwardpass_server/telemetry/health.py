@@ -1,4 +1,4 @@
-"""What is shown of a server's health: what probes are told."""
+"""Metrics of the server's health: the same states that probes read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from forwardpass_server.telemetry.families import Families
 
 
 class HealthReading(NamedTuple):
-    """What a server says of itself at one moment."""
+    """The health of a server at one moment."""
 
     has_started: bool
     is_live: bool
@@ -24,20 +24,24 @@ _HEALTH = (
     (
         "forwardpass_started",
         "gauge",
-        "1 once all models were tried, each required one could be called, and the session store was reached.",
+        "1 once all models are loaded or have failed, each required model can be called, and the session store works.",
     ),
     ("forwardpass_live", "gauge", "1 while the device works."),
     (
         "forwardpass_ready",
         "gauge",
-        "1 while calls are welcome: started, live, not draining, and every required model can be called.",
+        "1 while the server should receive calls: started, live, not draining, and each required model can be called.",
     ),
-    ("forwardpass_draining", "gauge", "1 from SIGTERM on: clients leave, and what runs is finished."),
+    (
+        "forwardpass_draining",
+        "gauge",
+        "1 from SIGTERM on: running calls are finished, new calls should go to other servers.",
+    ),
 )
 
 
 class HealthMetrics:
-    """Of one server. read: is asked at each scrape, on any thread."""
+    """The health metrics of one server. `read` is called at each scrape, on any thread."""
 
     def __init__(self, families: Families) -> None:
         self.read: Callable[[], HealthReading] = lambda: HealthReading(False, False, False, False)
@@ -45,11 +49,12 @@ class HealthMetrics:
 
 
 class _HealthCollector(Collector):
-    """All of it at once: no scrape sees the half of a change."""
+    """Reads all states at once, so that a scrape is consistent."""
 
     def __init__(self, health: HealthMetrics) -> None:
         self._health = health
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
+        """The states as gauges."""
         for (name, _, meaning), value in zip(_HEALTH, self._health.read(), strict=True):
             yield GaugeMetricFamily(name, meaning, float(value))

@@ -1,4 +1,4 @@
-"""What the server is, and what it takes of the machine."""
+"""Metrics of the process, its device and its build."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from forwardpass_server.telemetry.families import Families
 
 
 class DeviceReading(NamedTuple):
-    """A device at one moment. utilisation: the share of the time in which it worked, of the last second or so."""
+    """A device at one moment. utilisation: the busy share of about the last second, 0 to 1."""
 
     used_bytes: int
     total_bytes: int
@@ -24,27 +24,27 @@ class DeviceReading(NamedTuple):
 
 
 ReadDevice = Callable[[], DeviceReading | None]
-"""Reads the device; None where it cannot be read, as the CPU cannot."""
+"""Reads the device. Returns None if it cannot be read, as for a CPU."""
 
 _DEVICE = (
-    ("forwardpass_device_memory_used_bytes", "gauge", "The GPU's memory that is taken, by whomever."),
-    ("forwardpass_device_memory_total_bytes", "gauge", "The GPU's memory."),
-    ("forwardpass_device_utilisation_ratio", "gauge", "The share of the last second in which the GPU worked."),
+    ("forwardpass_device_memory_used_bytes", "gauge", "Used memory of the GPU, by all processes."),
+    ("forwardpass_device_memory_total_bytes", "gauge", "Total memory of the GPU."),
+    ("forwardpass_device_utilisation_ratio", "gauge", "Share of the last second in which the GPU was busy."),
 )
-ON_A_GPU = "On a GPU alone."
+ON_A_GPU = "Only on a GPU."
 
 _PROCESS = (
-    ("process_cpu_seconds_total", "counter", "Processor time that the process took, in seconds."),
-    ("process_resident_memory_bytes", "gauge", "Memory of the process that is in RAM."),
-    ("process_virtual_memory_bytes", "gauge", "Addresses that the process has mapped."),
+    ("process_cpu_seconds_total", "counter", "Processor time used by the process, in seconds."),
+    ("process_resident_memory_bytes", "gauge", "Resident memory of the process."),
+    ("process_virtual_memory_bytes", "gauge", "Virtual memory of the process."),
     ("process_start_time_seconds", "gauge", "When the process started, in seconds since 1970."),
-    ("process_open_fds", "gauge", "Files and sockets that are open."),
-    ("process_max_fds", "gauge", "How many may be."),
+    ("process_open_fds", "gauge", "Open files and sockets."),
+    ("process_max_fds", "gauge", "Limit of open files and sockets."),
 )
 
 
 def resident_bytes() -> int:
-    """The memory of this process that is in RAM; 0 where the system does not say."""
+    """The resident memory of this process; 0 if the system does not report it."""
     try:
         pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -53,32 +53,36 @@ def resident_bytes() -> int:
 
 
 class MachineMetrics:
-    """Of one process and its device."""
+    """The metrics of one process and its device."""
 
     def __init__(self, families: Families) -> None:
         self.started = time.time()
         self.read_device: ReadDevice = lambda: None
         self._build = families.gauge(
-            "forwardpass_build_info", "1, labelled with what runs.", ("version", "tensorflow", "device")
+            "forwardpass_build_info",
+            "Always 1; the labels hold the versions and the device.",
+            ("version", "tensorflow", "device"),
         )
         families.read(_DeviceCollector(self), _DEVICE, ON_A_GPU)
         families.read(prometheus.ProcessCollector(registry=None), _PROCESS)
 
     def build(self, version: str, tensorflow: str, device: str) -> None:
-        """Shows what runs. device: as in "CPU:0"."""
+        """Sets the labels of the build. device: such as "CPU:0"."""
         self._build.labels(version, tensorflow, device).set(1)
 
 
 class _DeviceCollector(Collector):
-    """Reads the device when it is scraped."""
+    """Reads the device at each scrape."""
 
     def __init__(self, machine: MachineMetrics) -> None:
         self._machine = machine
 
     def describe(self) -> Iterable[GaugeMetricFamily]:
+        """The families without values."""
         return [GaugeMetricFamily(name, meaning) for name, _, meaning in _DEVICE]
 
     def collect(self) -> Iterable[GaugeMetricFamily]:
+        """The present values; nothing if the device cannot be read."""
         reading = self._machine.read_device()
         if reading is not None:
             for (name, _, meaning), value in zip(_DEVICE, reading, strict=True):

@@ -1,4 +1,4 @@
-"""The service's Prometheus metrics. Labels are bounded: methods, codes and the operator's model names."""
+"""All Prometheus metrics of a server. Label values are bounded: methods, codes and the operator's model names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from forwardpass_server.telemetry.weights import WeightMetrics
 
 
 class Metrics:
-    """All metrics of one server, in a registry of their own. `families`: what there is, subject by subject."""
+    """All metrics of one server, in a registry of their own. `families`: the catalogue, grouped by subject."""
 
     def __init__(self) -> None:
         self.registry = prometheus.CollectorRegistry()

@@ -1,4 +1,4 @@
-"""What is counted of models: their versions, their loads, and their calls on the way through the server."""
+"""Metrics of models: versions, loads, and the stages of their calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from forwardpass_server.telemetry.families import Families
 
 _CALLS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _EXAMPLES = (0, 1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096, 16384)
-# A small model takes half a second to trace and warm; a large one on a busy machine minutes.
+# A small model takes half a second to trace and warm up; a large one on a busy machine takes minutes.
 _LOAD_SECONDS = (0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 180, 600)
 
 _CALL = ("model", "function")
@@ -21,7 +21,7 @@ _CALL = ("model", "function")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Calls:
-    """What is counted of one function of one model."""
+    """The series of one function of one model."""
 
     examples: prometheus.Histogram
     queue: prometheus.Histogram
@@ -29,49 +29,52 @@ class _Calls:
 
 
 class ModelMetrics:
-    """Of all models. What is labelled with a model goes when the model does."""
+    """The metrics of all models. Series with the name of a model are removed with the model."""
 
     def __init__(self, families: Families) -> None:
         self._versions = families.gauge("forwardpass_models", "Model versions by state.", ("state",))
         self._loads = families.counter(
-            "forwardpass_model_loads_total", 'Loads of versions that ended "loaded" or "failed".', ("model", "outcome")
+            "forwardpass_model_loads_total",
+            'Finished loads of versions, by outcome: "loaded" or "failed".',
+            ("model", "outcome"),
         )
         self._load_seconds = families.histogram(
             "forwardpass_model_load_seconds",
-            "Seconds to read, trace and warm a version.",
+            "Seconds to read, trace and warm up a version.",
             ("outcome",),
             _LOAD_SECONDS,
         )
-        # Prometheus sees no growth in a series that begins with it.
+        # Create the series at 0: Prometheus cannot see the growth of a series that appears with its first count.
         for outcome in ("loaded", "failed"):
             self._load_seconds.labels(outcome)
         self._traces = families.counter(
-            "forwardpass_traces_total", "Graphs traced from Python: only loading a model makes them."
+            "forwardpass_traces_total", "Graphs traced from Python. Only the load of a model traces; calls never do."
         )
         self._decode_seconds = families.histogram(
-            "forwardpass_decode_seconds", "Seconds from a call's bytes to its arrays."
+            "forwardpass_decode_seconds", "Seconds to decode a request to arrays."
         )
         self._queue_seconds = families.histogram(
             "forwardpass_queue_seconds",
-            "Seconds that a call waited, for others to share a batch and for a thread, until its computation began.",
+            "Seconds that a call waited for a batch and for a thread before its computation began.",
             _CALL,
         )
         self._batch_wait_seconds = families.histogram(
-            "forwardpass_batch_wait_seconds", "Seconds of it for others to share a batch, of calls that waited for any."
+            "forwardpass_batch_wait_seconds",
+            "Seconds of the queue time that a call waited for others to share a batch; only calls that waited.",
         )
         self._execute_seconds = families.histogram(
             "forwardpass_execute_seconds",
-            "Seconds that a call's computation took; a batch's for each of its calls.",
+            "Seconds of a call's computation; for a shared batch, its duration counts for each call.",
             _CALL,
         )
         self._encode_seconds = families.histogram(
-            "forwardpass_encode_seconds", "Seconds from a call's results to the bytes of its answer."
+            "forwardpass_encode_seconds", "Seconds to encode the results to a response."
         )
         self._batch_examples = families.histogram(
-            "forwardpass_batch_examples", "Examples in the batches that callers sent.", _CALL, _EXAMPLES
+            "forwardpass_batch_examples", "Examples in the batch of a request.", _CALL, _EXAMPLES
         )
         self._batched_calls = families.histogram(
-            "forwardpass_batched_calls", "Calls run as one batch, where a model lets them be.", (), _CALLS
+            "forwardpass_batched_calls", "Calls that ran as one batch, for models that can be batched.", (), _CALLS
         )
         self.decoded = self._decode_seconds.observe
         self.encoded = self._encode_seconds.observe
@@ -80,17 +83,18 @@ class ModelMetrics:
         self.trace = self._traces.inc
         self._outcomes: set[tuple[str, str]] = set()
         self._by_model: dict[str, dict[Function, _Calls]] = {}
-        # Calls may run on when their model is gone: they are counted here, where nobody looks.
+        # Calls may still run after their model is unloaded. They are counted in an unregistered metric, because a
+        # series with the name of the model would appear again.
         self._forgotten: set[str] = set()
-        unseen = prometheus.Histogram("unseen", "Of models that are gone.", registry=None)
+        unseen = prometheus.Histogram("unseen", "Of unloaded models.", registry=None)
         self._unseen = _Calls(unseen, unseen, unseen)
 
     def in_state(self, state: str, count: Callable[[], int]) -> None:
-        """Shows count() as the number of model versions in this state."""
+        """Reports count() as the number of versions in a state."""
         self._versions.labels(state).set_function(count)
 
     def loaded(self, model: str, is_available: bool, seconds: float) -> None:
-        """Counts a load that ended. On any thread."""
+        """Counts a load that has ended. Thread-safe."""
         outcome = "loaded" if is_available else "failed"
         self._forgotten.discard(model)
         self._loads.labels(model, outcome).inc()
@@ -98,7 +102,7 @@ class ModelMetrics:
         self._load_seconds.labels(outcome).observe(seconds)
 
     def forget(self, model: str) -> None:
-        """Drops the series of a model that has no version any more."""
+        """Removes the series of a model without versions."""
         self._forgotten.add(model)
         for labels in [labels for labels in self._outcomes if labels[0] == model]:
             self._outcomes.remove(labels)
@@ -108,10 +112,11 @@ class ModelMetrics:
                 metric.remove(model, function.name.lower())
 
     def batch(self, model: str, function: Function, examples: int) -> None:
+        """Counts the examples of a request."""
         self._calls(model, function).examples.observe(examples)
 
     def call_ran(self, model: str, function: Function, arrived: float, began: float, ended: float) -> None:
-        """See `calls.execution.CallObserver`. A call that was given up waited until now."""
+        """See `calls.execution.CallObserver`. A call that was cancelled in the queue has waited until now."""
         calls = self._calls(model, function)
         calls.queue.observe((began or time.perf_counter()) - arrived)
         if ended:

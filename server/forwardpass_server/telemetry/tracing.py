@@ -1,4 +1,4 @@
-"""Spans of calls, by OpenTelemetry: one for each call, with children for its wait and its computation."""
+"""OpenTelemetry spans: one for each call, with children for its time in the queue and its computation."""
 
 from __future__ import annotations
 
@@ -20,36 +20,38 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from forwardpass.wire import errors
 from forwardpass.wire.description import Function
 
-# Statuses that are the caller's own, or nobody's, are no failures of a server's span.
+# The statuses that mark the span of a server as failed. Others are errors of the caller, or no errors.
 _FAILURES = frozenset({"UNKNOWN", "DEADLINE_EXCEEDED", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS"})
 
 
 _IS_STREAM = "forwardpass.is_stream"
 
-# Of one batch of spans, with all its retries: the end of the server waits for the last.
+# Timeout for one batch of spans, including retries. The server waits for the last batch when it ends.
 _EXPORT_S = 3
 
 
 class CallObserver(Protocol):
     """See `calls.execution.CallObserver`."""
 
-    def batch(self, model: str, function: Function, examples: int) -> None: ...
+    def batch(self, model: str, function: Function, examples: int) -> None:
+        """See `calls.execution.CallObserver.batch`."""
 
-    def call_ran(self, model: str, function: Function, arrived: float, began: float, ended: float) -> None: ...
+    def call_ran(self, model: str, function: Function, arrived: float, began: float, ended: float) -> None:
+        """See `calls.execution.CallObserver.call_ran`."""
 
 
 class Tracing:
-    """Makes spans, and sends them to a collector on a thread of its own.
+    """Creates spans and sends them to a collector, on a thread of its own.
 
-    endpoint: of the collector, where it takes OTLP over gRPC; without TLS where it begins with http://.
-    uses_proxy: whether it is called through the HTTP proxy of the environment, if there is one.
+    endpoint: the collector's URL for OTLP over gRPC; http:// for no TLS.
+    uses_proxy: whether to use the HTTP proxy of the environment, if one is set.
     """
 
     def __init__(self, endpoint: str, *, uses_proxy: bool) -> None:
-        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES go before.
+        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES override these defaults.
         resource = Resource({"service.name": "forwardpass", "service.version": version("forwardpass")})
         self._provider = TracerProvider(resource=resource.merge(OTELResourceDetector().detect()))
-        # The exporter's annotation has strings only; gRPC takes numbers.
+        # Any: the exporter's annotation allows strings only, while gRPC needs a number.
         channel_options: Any = () if uses_proxy else (("grpc.enable_http_proxy", 0),)
         exporter = OTLPSpanExporter(endpoint=endpoint, timeout=_EXPORT_S, channel_options=channel_options)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
@@ -59,7 +61,7 @@ class Tracing:
     def of_rpc(
         self, answer: Callable[..., Awaitable[Any]], path: str, is_stream: bool
     ) -> Callable[..., Awaitable[Any]]:
-        """A handler of gRPC's, with a span around it, below the one that the caller's metadata name."""
+        """Wraps a gRPC handler in a span. Its parent is the span in the metadata of the call."""
         name = path.removeprefix("/")
 
         async def traced(request: Any, context: Any) -> Any:
@@ -80,7 +82,7 @@ class Tracing:
         return traced
 
     def of_pipeline(self, methods: Mapping[str, Any]) -> dict[str, Any]:
-        """The methods that pipelines call, each with a span around it, below that of its pipeline."""
+        """Wraps the methods that pipelines call in spans. Their parent is the span of the pipeline."""
         return {name: self._of_method(name, method) for name, method in methods.items()}
 
     def _of_method(self, name: str, method: Callable[[Any, Any], Awaitable[Any]]) -> Callable[[Any, Any], Any]:
@@ -104,7 +106,7 @@ class Tracing:
         parent = None
         if metadata is not None:
             parent = self._propagator.extract({key: value for key, value in metadata if isinstance(value, str)})
-        # What an exception says may hold an example or a weight.
+        # Exceptions are not recorded: their messages may hold examples or weights.
         with self._tracer.start_as_current_span(
             name,
             parent,
@@ -116,11 +118,11 @@ class Tracing:
             yield span
 
     def of_calls(self, observer: CallObserver) -> CallObserver:
-        """What tells `observer` of calls, and makes spans of what it tells."""
+        """Wraps an observer: each event reaches `observer` and creates spans."""
         return _CallSpans(observer, self._tracer)
 
     def close(self) -> None:
-        """Sends what has not been sent, or gives it up after some seconds."""
+        """Sends the remaining spans, or drops them after some seconds."""
         self._provider.shutdown()
 
 
@@ -133,9 +135,10 @@ class _CallSpans:
         self.batch = observer.batch
 
     def call_ran(self, model: str, function: Function, arrived: float, began: float, ended: float) -> None:
+        """See `calls.execution.CallObserver.call_ran`."""
         self._observer.call_ran(model, function, arrived, began, ended)
         call = trace.get_current_span()
-        # What an evaluation runs is without bound, and its stream one span.
+        # An evaluation runs any number of batches: its stream is one span without children.
         if not call.is_recording() or getattr(call, "attributes", {}).get(_IS_STREAM):
             return
         call.set_attribute("forwardpass.model", model)

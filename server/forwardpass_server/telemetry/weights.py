@@ -1,4 +1,4 @@
-"""What is counted of the weights that callers put, on the device and on disk."""
+"""Metrics of the weights that clients put, on the device and on disk."""
 
 from __future__ import annotations
 
@@ -10,38 +10,40 @@ _DISK_FAILURES = {"write": ("limit", "full", "denied", "error"), "read": ("corru
 
 
 class WeightMetrics:
-    """Of one weight store."""
+    """The metrics of one weight store."""
 
     def __init__(self, families: Families) -> None:
         self._bytes = families.gauge(
-            "forwardpass_weights_bytes", "Weights that callers put, uploads under way included, on the device."
+            "forwardpass_weights_bytes", "Bytes of weights on the device, including unfinished uploads."
         )
-        self._budget = families.gauge("forwardpass_weights_budget_bytes", "What they may take.")
+        self._budget = families.gauge("forwardpass_weights_budget_bytes", "Limit of these bytes (--weights-mib).")
         self._sets = families.gauge("forwardpass_weights_sets", "Sets of weights on the device.")
-        self._tensors = families.gauge("forwardpass_weights_tensors", "Tensors that they share.")
+        self._tensors = families.gauge("forwardpass_weights_tensors", "Different tensors of these sets.")
         lookups = families.counter(
             "forwardpass_weights_lookups_total",
-            "Uses of weights by their id: a hit finds them on the device.",
+            'Uses of weights by id, by outcome: "hit" if they are on the device, else "miss".',
             ("outcome",),
         )
         self.weights_hit = lookups.labels("hit").inc
         self.weights_missed = lookups.labels("miss").inc
         self.weights_evicted = families.counter(
-            "forwardpass_weights_evictions_total", "Sets dropped to make room for others."
+            "forwardpass_weights_evictions_total", "Sets evicted from the device to make room for others."
         ).inc
         self._disk_failures = families.counter(
             "forwardpass_weights_disk_failures_total",
-            "Sets that could not be kept in the folder, or read from it: each is served on from memory, or put again.",
+            "Sets that could not be written to the folder or read from it. They stay in memory, or must be put again.",
             ("operation", "reason"),
         )
-        # Prometheus sees no growth in a series that begins with it.
+        # Create the series at 0: Prometheus cannot see the growth of a series that appears with its first count.
         for operation, reasons in _DISK_FAILURES.items():
             for reason in reasons:
                 self._disk_failures.labels(operation, reason)
         self._disk_bytes = families.gauge(
-            "forwardpass_weights_disk_bytes", "Tensors in the folder of weights; 0 where there is no folder."
+            "forwardpass_weights_disk_bytes", "Bytes of tensors in the folder of weights; 0 without a folder."
         )
-        self._disk_budget = families.gauge("forwardpass_weights_disk_budget_bytes", "What they may take.")
+        self._disk_budget = families.gauge(
+            "forwardpass_weights_disk_budget_bytes", "Limit of these bytes (--weights-disk-mib)."
+        )
         self._disk_sets = families.gauge("forwardpass_weights_disk_sets", "Sets of weights in the folder.")
 
     def weights_disk_failed(self, operation: str, reason: str) -> None:
@@ -51,14 +53,14 @@ class WeightMetrics:
     def store(
         self, used_bytes: Callable[[], int], budget_bytes: int, sets: Callable[[], int], tensors: Callable[[], int]
     ) -> None:
-        """Shows what the weight store holds."""
+        """Reports the size of the weight store."""
         self._bytes.set_function(used_bytes)
         self._budget.set(budget_bytes)
         self._sets.set_function(sets)
         self._tensors.set_function(tensors)
 
     def files(self, used_bytes: Callable[[], int], budget_bytes: int, sets: Callable[[], int]) -> None:
-        """Shows what the folder of weights holds."""
+        """Reports the size of the folder of weights."""
         self._disk_bytes.set_function(used_bytes)
         self._disk_budget.set(budget_bytes)
         self._disk_sets.set_function(sets)

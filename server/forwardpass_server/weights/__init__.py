@@ -1,1 +1,1 @@
-"""Sets of weights, by the hash of what they hold."""
+"""Stores sets of weights, each under the hash of its contents."""

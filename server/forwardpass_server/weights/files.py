@@ -1,4 +1,4 @@
-"""Sets of weights in a folder: what the device has no room for, and what outlives the process."""
+"""Sets of weights in a folder on disk: they outlive the process and eviction from the device."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _REASONS = {
 
 
 class SetTooLarge(OSError):
-    """A set that the folder may not hold, however much else is deleted."""
+    """A set that exceeds the limit of the folder, even if every other set is deleted."""
 
 
 def reason(error: Exception) -> str:
-    """Why the disk did not do what it should, in a word that there are few of.
+    """Classifies a failure of the disk, as a label of few values for metrics.
 
-    "limit": a set is larger than the folder may be. "full": the disk is. "denied": it is read-only, or not ours.
-    "corrupt": a tensor has another hash. "error": anything else.
+    "limit": the set exceeds the limit of the folder. "full": the disk or its quota is full. "denied": the file system
+    is read-only, or permission is missing. "corrupt": the contents of a tensor do not match its hash. "error": other.
     """
     if isinstance(error, SetTooLarge):
         return "limit"
@@ -46,13 +46,14 @@ def reason(error: Exception) -> str:
 
 
 class WeightFiles:
-    """A folder of sets, for one server process. Any number of threads may call at once.
+    """A folder of sets, used by one server process. Thread-safe.
 
-    tensors/DIGEST holds a tensor's elements, once for all sets; sets/PRINCIPAL/ID a serialized WeightsManifest, with
-    the SHA-256 of the principal's name for PRINCIPAL. Every file is written elsewhere and renamed: there are none in
-    part. What a power cut leaves of a file shows in its hash.
-    max_bytes: of tensors; the sets that were used least recently are deleted to stay below.
-    Raises OSError wherever the disk does.
+    tensors/DIGEST holds the elements of a tensor, stored once for all sets. sets/PRINCIPAL/ID holds a serialized
+    WeightsManifest; PRINCIPAL is the SHA-256 of the principal's name. Each file is written to another folder and then
+    renamed, so no partial file is visible. A file that a power failure damaged is detected by its size or its hash.
+
+    max_bytes: the limit for all tensors. The least recently used sets are deleted to stay below it.
+    Each method raises OSError if the disk fails.
     """
 
     def __init__(self, folder: pathlib.Path, max_bytes: int) -> None:
@@ -61,10 +62,10 @@ class WeightFiles:
         self._new = folder / "new"
         self._max_bytes = max_bytes
         self._lock = threading.Lock()
-        # Sets by when they were used, the oldest first; and in how many of them each tensor stands.
+        # The sets, least recently used first, and the number of sets that each tensor is part of.
         self._manifests: dict[pathlib.Path, WeightsManifest] = {}
         self._users: dict[bytes, int] = {}
-        # The same for the sets of one principal: by the name of its folder, and the tensor.
+        # The same number among the sets of one principal, by (name of the principal's folder, digest).
         self._held: collections.Counter[tuple[str, bytes]] = collections.Counter()
         self._size_bytes = 0
         shutil.rmtree(self._new, ignore_errors=True)
@@ -74,19 +75,24 @@ class WeightFiles:
 
     @property
     def size_bytes(self) -> int:
-        """What the tensors take."""
+        """The size of all tensors."""
         return self._size_bytes
 
     @property
     def set_count(self) -> int:
+        """The number of sets."""
         return len(self._manifests)
 
     def has(self, principal: str, weights_id: bytes) -> bool:
-        """Whether a set is there. Reads nothing from the disk."""
+        """Whether the folder holds a set. Does not access the disk."""
         return self._path(principal, weights_id) in self._manifests
 
     def save(self, principal: str, manifest: WeightsManifest, arrays: Iterable[tuple[TensorManifest, Array]]) -> None:
-        """Keeps a set. arrays: each distinct tensor of it with its elements."""
+        """Writes a set, unless the folder holds it.
+
+        arrays: each distinct tensor of the set with its elements, an array of shape `TensorManifest.shape`.
+        Raises SetTooLarge, or OSError if the disk fails; the set is not stored then.
+        """
         with self._lock:
             path = self._path(principal, manifest.weights_id)
             if path in self._manifests:
@@ -97,7 +103,8 @@ class WeightFiles:
                 path.parent.mkdir(exist_ok=True)
                 for tensor, array in arrays:
                     target = self._tensor_path(tensor.digest)
-                    # What only other principals have is written once more: else the time it takes would tell of it.
+                    # A tensor that only other principals hold is written again: otherwise the time of the call would
+                    # reveal that another principal holds it.
                     if not self._held[path.parent.name, tensor.digest]:
                         if tensor.digest not in self._users:
                             written.append(target)
@@ -110,22 +117,24 @@ class WeightFiles:
             self._add(path, manifest)
 
     def manifest(self, principal: str, weights_id: bytes) -> WeightsManifest:
-        """What a set is made of; it counts as used now. Raises FileNotFoundError."""
+        """The manifest of a set. Marks the set as used now. Raises FileNotFoundError."""
         with self._lock:
             path = self._path(principal, weights_id)
             manifest = self._manifests.pop(path, None)
             if manifest is None:
                 raise FileNotFoundError(path)
             self._manifests[path] = manifest
-            # A disk that takes nothing more may still be read: only the order after a restart suffers.
+            # A full or read-only disk can still be read. Without the new time, only the order of use after a restart
+            # is wrong.
             with contextlib.suppress(OSError):
                 os.utime(path)
             return manifest
 
     def tensor(self, manifest: TensorManifest) -> Array:
-        """A tensor's elements. Raises TensorCorrupted where they have another hash, and OSError.
+        """The elements of a tensor, an array of shape `manifest.shape`.
 
-        No set with that tensor is there any more then: it can be put again.
+        Raises TensorCorrupted if the contents do not match the hash, or OSError. Every set that holds the tensor is
+        then deleted, so that a client can put it again.
         """
         try:
             return self._tensor(manifest)
@@ -149,7 +158,7 @@ class WeightFiles:
         return manifest.decode(data, "tensor")
 
     def delete(self, principal: str, weights_id: bytes) -> None:
-        """Deletes a set, and the tensors that stand in no other."""
+        """Deletes a set, and the tensors that belong to no other set."""
         with self._lock:
             self._delete(self._path(principal, weights_id))
 
@@ -170,23 +179,29 @@ class WeightFiles:
             raise
 
     def _scan(self) -> None:
-        """Takes up what an earlier process left. What cannot be read is deleted, and tensors that stand in no set."""
+        """Indexes the sets that an earlier process left, in time linear in files and in tensors of manifests.
+
+        Deletes a set that cannot be read or lacks a tensor, and every tensor that belongs to no set.
+        """
+        # One listing serves all sets: thousands of sets may share a tensor.
+        with os.scandir(self._tensors) as entries:
+            sizes = {entry.name: _size_bytes(entry) for entry in entries}
         for path in sorted(self._sets.glob("*/*"), key=lambda path: path.stat().st_mtime):
             try:
                 manifest = manifests.decode(fields.parse(v1.WeightsManifest, path.read_bytes()))
                 if manifest.weights_id.hex() != path.name:
                     raise errors.InvalidRequest(place=str(path), expected=path.name, found=manifest.weights_id.hex())
                 for tensor in manifest.distinct.values():
-                    if self._tensor_path(tensor.digest).stat().st_size != tensor.size_bytes:
-                        raise FileNotFoundError(tensor.digest.hex())
+                    if sizes.get(tensor.digest.hex()) != tensor.size_bytes:
+                        raise FileNotFoundError(f"tensor {tensor.digest.hex()} is missing or has another size")
             except (OSError, errors.InvalidRequest) as error:
-                _LOGGER.warning("weights on disk: %s is left out: %s", path.name, error)
+                _LOGGER.warning("weights on disk: set %s is skipped and deleted: %s", path.name, error)
                 path.unlink(missing_ok=True)
             else:
                 self._add(path, manifest)
-        for path in self._tensors.iterdir():
-            if path.name not in {digest.hex() for digest in self._users}:
-                path.unlink()
+        used = {digest.hex() for digest in self._users}
+        for name in sizes.keys() - used:
+            (self._tensors / name).unlink()
 
     def _add(self, path: pathlib.Path, manifest: WeightsManifest) -> None:
         self._manifests[path] = manifest
@@ -210,13 +225,23 @@ class WeightFiles:
                 del self._users[digest]
                 self._size_bytes -= tensor.size_bytes
                 unused.append(self._tensor_path(digest))
-        # After all counts are right: a disk may refuse.
+        # Last, when all counts are updated: the deletion may fail.
         for file in unused:
             file.unlink(missing_ok=True)
 
     def _make_room(self, manifest: WeightsManifest) -> None:
         new_bytes = sum(one.size_bytes for digest, one in manifest.distinct.items() if digest not in self._users)
         if new_bytes > self._max_bytes:
-            raise SetTooLarge(f"{new_bytes} bytes are more than the folder may hold, {self._max_bytes}")
+            raise SetTooLarge(
+                f"{new_bytes} bytes are more than the folder may hold: {self._max_bytes} (--weights-disk-mib)"
+            )
         while self._size_bytes + new_bytes > self._max_bytes:
             self._delete(next(iter(self._manifests)))
+
+
+def _size_bytes(entry: os.DirEntry[str]) -> int | None:
+    """The size of a file; None if it cannot be read, for example a broken link."""
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return None

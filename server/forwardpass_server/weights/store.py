@@ -1,4 +1,4 @@
-"""The weight store: sets of weights on the device, by the hash of what they hold."""
+"""The weight store: sets of weights on the device, each under the hash of its contents."""
 
 from __future__ import annotations
 
@@ -23,44 +23,52 @@ from forwardpass_server.weights.uploads import Uploads
 
 _LOGGER = logging.getLogger(__name__)
 
-# Who needs weights for longer renews.
+# A client that needs weights for longer renews its lease.
 _MAX_TTL_S = 30 * 24 * 3600
 _MAX_LEASES = 1024
 
-# Announced without a look at other callers.
+# Announced in one turn of the event loop, before other calls get their turn.
 _TENSORS_AT_ONCE = 256
 
 Key = tuple[str, bytes]
-"""A principal and a weights id, or the digest of a tensor: what one principal put, another cannot see by its hash."""
+"""A principal, and a weights id or the digest of a tensor.
+
+The principal is part of the key: a principal cannot find out by a hash what another principal has put.
+"""
 
 
 class Device(Protocol):
-    """Where tensors are kept."""
+    """The device that holds the tensors."""
 
     def place(self, array: Array) -> Any:
-        """The array on the device. It may share the array's memory. Raises OutOfMemory."""
+        """Copies an array of any shape to the device. The result may share its memory. Raises OutOfMemory."""
 
     def fetch(self, placed: Any) -> Array:
-        """A placed array in the host's memory, read-only."""
+        """A placed array in the memory of the host, read-only, with the shape that it had."""
 
 
 class StoreObserver(Protocol):
-    """Is told what happens in the store."""
+    """Receives the events of the store."""
 
-    def weights_hit(self) -> None: ...
+    def weights_hit(self) -> None:
+        """A call found its weights on the device."""
 
-    def weights_missed(self) -> None: ...
+    def weights_missed(self) -> None:
+        """A call did not find its weights on the device."""
 
-    def weights_evicted(self) -> None: ...
+    def weights_evicted(self) -> None:
+        """A set was evicted to make room."""
 
     def weights_disk_failed(self, operation: str, reason: str) -> None:
-        """A set was not kept on disk ("write"), or could not be read there ("read"): see `weight_files.reason`."""
+        """A set could not be written to disk ("write") or read from it ("read"). reason: see `weight_files.reason`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoreOptions:
-    """budget_bytes: of tensors and of uploads under way. principal_bytes: the share of one principal; None for all.
-    upload_expiry_s: for an upload of which nothing comes.
+    """Limits of a store.
+
+    budget_bytes: for tensors and unfinished uploads together. principal_bytes: the share of one principal; None for the
+    whole budget. upload_expiry_s: an upload that receives no data for this time is dropped.
     """
 
     budget_bytes: int
@@ -70,7 +78,7 @@ class StoreOptions:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Tensor:
-    """One tensor, stored once however many sets it stands in. sets: how many."""
+    """One tensor, stored once for all sets. sets: the number of sets that it is part of."""
 
     manifest: TensorManifest
     placed: Any
@@ -85,15 +93,15 @@ class WeightSet:
         self._leaves = leaves
         self._fitted: dict[bytes, Sequence[Any]] = {}
         self.pins = 0
-        # By their names, when they end; and when the last does.
+        # The time at which each lease ends, by its id, and the time at which the last one ends (time.monotonic).
         self.leases: dict[bytes, float] = {}
         self.leased_until = 0.0
 
     def leaves(self, content_hash: bytes, spec: StructureSpec) -> Sequence[Any]:
         """The placed tensors in the order of a model's weights.
 
-        content_hash: the model's, under which the answer is kept. spec: of its weights.
-        Raises StructureMismatch, DTypeMismatch or ShapeMismatch where they are weights of another kind of model.
+        content_hash: of the model; the result is cached under it. spec: of the model's weights.
+        Raises StructureMismatch, DTypeMismatch or ShapeMismatch if the set does not fit the model.
         """
         fitted = self._fitted.get(content_hash)
         if fitted is None:
@@ -101,12 +109,13 @@ class WeightSet:
         return fitted
 
     def leaf(self, index: int) -> Any:
+        """The placed tensor of one leaf, in the order of the manifest."""
         return self._leaves[index]
 
     def _fit(self, spec: StructureSpec) -> Sequence[Any]:
         place = "model_weights"
         order = conform.order(self.manifest.tree, spec, place)
-        # Arrays that look like the tensors and take no memory.
+        # Stand-ins with the shapes and dtypes of the tensors. They take no memory.
         ordered = [self.manifest.tensors[index] for index in order]
         likenesses = [np.broadcast_to(np.zeros((), tensor.spec.dtype), tensor.shape) for tensor in ordered]
         conform.check(Structure(spec.tree, likenesses), spec, place)
@@ -114,9 +123,9 @@ class WeightSet:
 
 
 class WeightStore:
-    """Sets of weights under a byte budget, least recently used out first. Used on one event loop alone.
+    """Sets of weights under a byte budget; the least recently used are evicted. For one event loop; not thread-safe.
 
-    files: where sets are kept beyond this process; None for nowhere.
+    files: the folder in which sets are stored too; None to keep them in memory only.
     """
 
     def __init__(
@@ -129,35 +138,38 @@ class WeightStore:
         self._sets: collections.OrderedDict[Key, WeightSet] = collections.OrderedDict()
         self._tensors: dict[bytes, _Tensor] = {}
         self._tensor_bytes = 0
-        # For each principal the tensors that it may build on, and in how many of its sets each stands.
+        # The tensors that each principal may use without an upload, with the number of its sets that each is part of.
         self._held: dict[Key, int] = {}
-        # What these take: a tensor counts in full for each principal that has it, so that none learns of another.
+        # The size of these tensors. A tensor counts in full for each principal that holds it: a smaller figure would
+        # reveal that another principal holds it too.
         self._held_bytes: collections.Counter[str] = collections.Counter()
-        # Sets that are in use or under a lease: few, where the others may be many.
+        # The sets that are in use or under a lease. They are few; scanning all sets would be slow.
         self._kept: set[Key] = set()
         self._uploads = Uploads(self._reserve, device.place, options.upload_expiry_s)
         self._restoring: dict[Key, asyncio.Future[None]] = {}
-        # Sets, and tensors of theirs that were just uploaded, on their way to the disk.
+        # Sets that are being written to disk, and those of their tensors that were just uploaded.
         self._saving: dict[Key, asyncio.Future[None]] = {}
 
     @property
     def used_bytes(self) -> int:
-        """What tensors and uploads under way take."""
+        """The size of all tensors and unfinished uploads."""
         return self._tensor_bytes + self._uploads.size_bytes
 
     @property
     def set_count(self) -> int:
+        """The number of sets on the device."""
         return len(self._sets)
 
     @property
     def tensor_count(self) -> int:
+        """The number of different tensors on the device."""
         return len(self._tensors)
 
     async def put(self, principal: str, manifest: WeightsManifest) -> list[tuple[bytes, int]]:
-        """Announces a set. Returns the digests that are missing, each with how many of its bytes are there already.
+        """Announces a set. Returns the digest of each missing tensor and the number of its bytes received so far.
 
-        Where none is missing the set is published, under `manifest.weights_id`.
-        Raises WeightStoreFull for a set that the store has no room for.
+        If no tensor is missing, the set is published under `manifest.weights_id`.
+        Raises WeightStoreFull if the store has no room for the set.
         """
         key = principal, manifest.weights_id
         most = min(self._options.budget_bytes, self._share_bytes)
@@ -174,7 +186,7 @@ class WeightStore:
             missing, unfinished = await self._announce(principal, manifest)
             if unfinished:
                 return unfinished
-            # What was there when it was looked at may have been dropped or published since.
+            # Tensors may have been dropped or published while this coroutine waited: check again.
             if all(self._holds(principal, digest) != (digest in missing) for digest in manifest.distinct) and all(
                 self._uploads.is_finished(principal, digest) for digest in missing
             ):
@@ -192,7 +204,7 @@ class WeightStore:
         names = [key, *((principal, digest) for digest in uploaded)]
         self._saving.update(dict.fromkeys(names, saving))
         try:
-            # Whatever is dropped meanwhile, room for this set stays.
+            # Reserves the room for this set while it is written.
             with self._uploads.reserved(principal, sum(tensor.size_bytes for tensor in missing.values())):
                 await asyncio.shield(saving)
         finally:
@@ -205,9 +217,9 @@ class WeightStore:
     async def _announce(
         self, principal: str, manifest: WeightsManifest
     ) -> tuple[dict[bytes, TensorManifest], list[tuple[bytes, int]]]:
-        """Expects the tensors that a principal does not hold. Returns them, and what of them is not whole: see `put`.
+        """Announces the tensors that a principal does not hold. Returns them, and the incomplete ones: see `put`.
 
-        Other callers have their turn in between where they are many.
+        Yields to other calls after each 256 tensors.
         """
         missing: dict[bytes, TensorManifest] = {}
         unfinished: list[tuple[bytes, int]] = []
@@ -230,29 +242,29 @@ class WeightStore:
         return missing, unfinished
 
     def _holds(self, principal: str, digest: bytes) -> bool:
-        """Whether a principal has shown to have a tensor that the store still has."""
+        """Whether the store holds a tensor that this principal has uploaded."""
         return (principal, digest) in self._held
 
     async def _saved(self, principal: str, *names: bytes) -> None:
-        """Waits for sets and tensors that are being saved: what is done to them is done one after another."""
+        """Waits until sets and tensors are written to disk: operations on the same set must not overlap."""
         while saving := {self._saving[principal, name] for name in names if (principal, name) in self._saving}:
             await asyncio.wait(saving)
             await asyncio.sleep(0)
 
     async def upload(self, principal: str, digest: bytes, offset: int, data: memoryview) -> None:
-        """Takes the next chunk of an announced tensor. What the store has already is passed over.
+        """Receives the next chunk of an announced tensor. Bytes that the store has already are skipped.
 
-        Raises UploadOutOfStep, InvalidRequest for a chunk beyond the end, TensorCorrupted, WeightStoreFull.
+        Raises UploadOutOfStep, InvalidRequest for a chunk beyond the end, TensorCorrupted or WeightStoreFull.
         """
         if not self._holds(principal, digest) and (principal, digest) not in self._saving:
             await self._uploads.write(principal, digest, offset, data)
 
     def use(self, principal: str, weights_id: bytes) -> _Use:
-        """A set, kept while it is in use: an asynchronous context manager. Raises WeightsNotFound."""
+        """An asynchronous context manager that pins a set. Raises WeightsNotFound on entry."""
         return _Use(self, principal, weights_id)
 
     def acquire(self, principal: str, weights_id: bytes) -> WeightSet | None:
-        """A set that is on the device, kept until `release`; None for any other."""
+        """Pins a set that is on the device until `release`. Returns None if it is not there."""
         key = principal, weights_id
         weights = self._sets.get(key)
         if weights is None:
@@ -267,12 +279,12 @@ class WeightStore:
         return weights
 
     def release(self, principal: str, weights_id: bytes, weights: WeightSet) -> None:
-        """Ends what `acquire` or `restore` began."""
+        """Unpins a set that `acquire` or `restore` has pinned."""
         weights.pins -= 1
         self._let_go((principal, weights_id), weights)
 
     async def restore(self, principal: str, weights_id: bytes) -> WeightSet:
-        """A set that may have to be read from disk, kept until `release`. Raises WeightsNotFound, WeightStoreFull."""
+        """Reads a set from disk if needed and pins it until `release`. Raises WeightsNotFound or WeightStoreFull."""
         key = principal, weights_id
         self._observer.weights_missed()
         manifests.check_digest(weights_id, "weights_id")
@@ -280,13 +292,13 @@ class WeightStore:
             await self._read(key)
         weights = self._sets.get(key)
         if weights is None:
-            raise errors.WeightsNotFound(f"the server does not hold weights {weights_id.hex()}, or no longer")
+            raise errors.WeightsNotFound(f"the server does not hold weights {weights_id.hex()}: put them again")
         return self._pin(key, weights)
 
     async def lease(self, principal: str, weights_id: bytes, lease_id: bytes, ttl_s: float) -> None:
-        """Keeps a set for so many seconds from now; 0 ends the lease.
+        """Protects a set from eviction for `ttl_s` seconds from now; 0 ends the lease.
 
-        Raises WeightsNotFound, and InvalidRequest for a lease without an end or one of too many.
+        Raises WeightsNotFound, InvalidRequest for a `ttl_s` out of range, or WeightStoreFull for too many leases.
         """
         if not 0 <= ttl_s <= _MAX_TTL_S:
             raise errors.InvalidRequest(place="ttl_s", expected=f"0 to {_MAX_TTL_S} seconds", found=f"{ttl_s}")
@@ -310,7 +322,7 @@ class WeightStore:
             weights.leased_until = max(weights.leases.values())
 
     async def delete(self, principal: str, weights_id: bytes) -> None:
-        """Drops a set, here and on disk. Calls that use it go on."""
+        """Deletes a set from memory and disk. Running calls that use it continue."""
         key = principal, weights_id
         await self._saved(principal, weights_id)
         if key in self._sets:
@@ -319,7 +331,10 @@ class WeightStore:
             await asyncio.to_thread(self._files.delete, principal, weights_id)
 
     async def read(self, weights: WeightSet, leaf: int, offset: int) -> AsyncIterator[list[memoryview]]:
-        """The elements of one leaf from a byte on, in chunks. Raises InvalidRequest for a leaf that is not there."""
+        """The elements of one leaf in chunks, from the byte `offset` on.
+
+        Raises InvalidRequest for a leaf or an offset that does not exist.
+        """
         if not 0 <= leaf < len(weights.manifest.tensors):
             raise errors.InvalidRequest(
                 place="leaf", expected=f"0 to {len(weights.manifest.tensors) - 1}", found=f"{leaf}"
@@ -332,7 +347,7 @@ class WeightStore:
             yield chunk
 
     def sweep(self) -> None:
-        """Drops uploads of which nothing has come for a while, and leases that are over."""
+        """Drops expired uploads and leases."""
         self._uploads.sweep()
         for key in list(self._kept):
             self._let_go(key, self._sets[key])
@@ -370,7 +385,7 @@ class WeightStore:
             del self._held_bytes[principal]
 
     def _let_go(self, key: Key, weights: WeightSet) -> None:
-        """Forgets that a set must be kept, if nothing says so any more."""
+        """Makes a set evictable if it has neither pins nor valid leases."""
         if weights.leases and weights.leased_until <= time.monotonic():
             weights.leases.clear()
         if not weights.pins and not weights.leases and self._sets.get(key) is weights:
@@ -385,15 +400,15 @@ class WeightStore:
         return self._held_bytes[principal] + self._uploads.size_bytes_of(principal)
 
     def _reserve_for(self, principal: str, manifest: WeightsManifest) -> None:
-        """Makes room for a set whose tensors are not all here, or not all this principal's."""
+        """Makes room for the tensors of a set that the store, or this principal, does not hold yet."""
         sizes = [(digest, tensor.size_bytes) for digest, tensor in manifest.distinct.items()]
         absent = sum(size for digest, size in sizes if digest not in self._tensors)
         self._reserve(principal, absent, sum(size for digest, size in sizes if (principal, digest) not in self._held))
 
     def _reserve(self, principal: str, size_bytes: int, own_bytes: int | None = None) -> None:
-        """Makes room, dropping the sets that were used least recently. Raises WeightStoreFull, and drops none then.
+        """Makes room by evicting the least recently used sets. Raises WeightStoreFull, and then evicts none.
 
-        own_bytes: what the principal's share is to hold in addition; None for as much.
+        own_bytes: the additional bytes that count for the principal's share; None for `size_bytes`.
         """
         own_bytes = size_bytes if own_bytes is None else own_bytes
         missing = self.used_bytes + size_bytes - self._options.budget_bytes
@@ -406,29 +421,30 @@ class WeightStore:
         if self._held_bytes[principal] - own_kept_bytes < own_missing:
             raise errors.WeightStoreFull(
                 f"no room for {own_bytes} bytes: of this principal's {self._share_bytes}, {own_kept_bytes} are in use "
-                f"or under a lease and {self._uploads.size_bytes_of(principal)} are being uploaded",
+                f"or under a lease and {self._uploads.size_bytes_of(principal)} are being uploaded: delete or release "
+                "weights, or retry later",
                 retry_after_s=1.0,
             )
         kept_bytes = self._kept_bytes(self._kept)
         if self._tensor_bytes - kept_bytes < missing:
             raise errors.WeightStoreFull(
-                # Nothing of what others have.
-                f"no room for {size_bytes} bytes: too much is in use, under a lease, or being uploaded; delete or "
-                "release weights, or try again later",
+                # The sentence gives no sizes: they would reveal what other principals hold.
+                f"no room for {size_bytes} bytes: too much is in use, under a lease, or being uploaded: delete or "
+                "release weights, or retry later",
                 retry_after_s=1.0,
             )
         self._evict(lambda key: key[0] == principal, lambda: self._used_by(principal) + own_bytes <= self._share_bytes)
         self._evict(lambda key: True, lambda: self.used_bytes + size_bytes <= self._options.budget_bytes)
 
     def _kept_bytes(self, keys: Iterable[Key]) -> int:
-        """What sets that must be kept take together."""
+        """The size of these sets; a tensor that several of them hold counts once."""
         kept: dict[bytes, int] = {}
         for key in keys:
             kept.update((digest, one.size_bytes) for digest, one in self._sets[key].manifest.distinct.items())
         return sum(kept.values())
 
     def _evict(self, may_go: Callable[[Key], bool], is_enough: Callable[[], bool]) -> None:
-        """Drops sets that need not be kept, the one used least recently first, until it is enough."""
+        """Evicts sets, the least recently used first, until `is_enough` returns true."""
         for key in [key for key in self._sets if key not in self._kept and may_go(key)]:
             if is_enough():
                 return
@@ -436,7 +452,7 @@ class WeightStore:
             self._observer.weights_evicted()
 
     async def _read(self, key: Key) -> None:
-        """Reads a set from disk and publishes it; callers that want it meanwhile wait for the same reading."""
+        """Reads a set from disk and publishes it. Concurrent calls for the same set share one read."""
         reading = self._restoring.get(key)
         if reading is None:
             reading = self._restoring[key] = asyncio.ensure_future(self._read_once(key))
@@ -447,19 +463,20 @@ class WeightStore:
         assert self._files is not None
         try:
             manifest = await asyncio.to_thread(self._files.manifest, *key)
-            # Not those alone that nobody has: how long it takes would tell what others have.
+            # Tensors that other principals hold are read too: skipping them would make the call faster and so reveal
+            # that somebody else holds them.
             wanted = [tensor for digest, tensor in manifest.distinct.items() if not self._holds(key[0], digest)]
             self._reserve(key[0], sum(tensor.size_bytes for tensor in wanted))
             with self._uploads.reserved(key[0], sum(tensor.size_bytes for tensor in wanted)):
                 placed = await asyncio.to_thread(self._place_from_disk, wanted)
         except (OSError, errors.InvalidRequest) as error:
             _LOGGER.error("weights %s cannot be read from disk: %s", key[1].hex(), error)
-            # One that is not there was dropped for room meanwhile.
+            # FileNotFoundError is no failure: the set was evicted from disk in the meantime.
             if not isinstance(error, FileNotFoundError):
                 self._observer.weights_disk_failed("read", weight_files.reason(error))
             return
         if any(digest not in self._tensors and digest not in placed for digest in manifest.distinct):
-            # A set that shared them was dropped meanwhile.
+            # A set that shared tensors with this one was evicted in the meantime.
             await self._read_once(key)
         elif key not in self._sets:
             self._publish(key, manifest, placed)
@@ -474,13 +491,13 @@ class WeightStore:
         try:
             await asyncio.to_thread(self._files.save, principal, manifest, arrays)
         except OSError as error:
-            # The set is served all the same, as long as this process lives and has room.
+            # The set is served from memory until it is evicted or the process ends.
             self._observer.weights_disk_failed("write", weight_files.reason(error))
-            _LOGGER.error("weights %s are not on disk: %s", manifest.weights_id.hex(), error)
+            _LOGGER.error("weights %s cannot be written to disk: %s", manifest.weights_id.hex(), error)
 
 
 class _Use:
-    """See `WeightStore.use`. A class: what contextlib makes of a generator costs a call several times as much."""
+    """See `WeightStore.use`. A class, because a generator with contextlib costs several times as much per call."""
 
     __slots__ = ("_principal", "_store", "_weights", "_weights_id")
 

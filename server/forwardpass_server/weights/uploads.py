@@ -1,4 +1,4 @@
-"""Tensors on their way to the store: announced, received chunk by chunk, verified by their hash."""
+"""Uploads of tensors: announced, received in chunks, verified by their hash."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from forwardpass.wire.chunks import aligned_buffer
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.manifests import TensorManifest
 
-# An announcement without a byte of data takes some hundred bytes itself. Half of them for one principal.
+# An announced tensor takes some hundred bytes of memory before any data arrives. One principal may have half of these.
 _MAX_ANNOUNCED = 2**18
 
 # One takes 3 us: 2^18 would hold up every caller for most of a second.
@@ -28,9 +28,9 @@ _SWEPT_AT_ONCE = 2**12
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Group:
-    """The tensors of one set on their way: none is dropped while others arrive.
+    """The uploads of one set: they expire together.
 
-    touched: when something came last. uploads: how many they are.
+    touched: when data last arrived, by time.monotonic. uploads: their number.
     """
 
     weights_id: bytes
@@ -40,7 +40,7 @@ class _Group:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Upload:
-    """One tensor on its way. hasher, buffer, lock: made with the first chunk. placed: once it is whole and verified."""
+    """One tensor. hasher, buffer, lock: created with the first chunk. placed: set when it is complete and verified."""
 
     manifest: TensorManifest
     group: _Group
@@ -53,10 +53,10 @@ class _Upload:
 
 
 class Uploads:
-    """The uploads of all principals. Several callers may send the same tensor: whoever is ahead brings it forward.
+    """The uploads of all principals. Several clients may send the same tensor: the first copy of each byte counts.
 
-    reserve: makes room for so many bytes of a principal, or raises. place: puts a whole tensor on the device; called on
-    a thread. expiry_s: after which an upload that stands still is dropped.
+    reserve: makes room for a number of bytes of a principal, or raises. place: copies a complete tensor to the device;
+    called on a thread. expiry_s: an upload that receives no data for this time is dropped.
     """
 
     def __init__(self, reserve: Callable[[str, int], None], place: Callable[[Array], Any], expiry_s: float) -> None:
@@ -70,21 +70,28 @@ class Uploads:
         self.size_bytes = 0
 
     def size_bytes_of(self, principal: str) -> int:
-        """What the uploads of one principal take."""
+        """The size of the uploads of one principal."""
         return self._size_bytes[principal]
 
     def announce(self, principal: str, weights_id: bytes, wanted: Sequence[TensorManifest]) -> list[tuple[bytes, int]]:
-        """Expects tensors of a set. Returns those that are not whole yet, each with how many of its bytes are there."""
+        """Announces tensors of a set.
+
+        Returns the digest of each incomplete one, and the number of its bytes received so far. Raises WeightStoreFull
+        for too many announced tensors.
+        """
         unfinished = []
         for tensor in wanted:
             upload = self._uploads.get((principal, tensor.digest))
             if upload is not None and upload.manifest != tensor:
-                # One of the two is wrong and will never be whole. This one may be right.
+                # Two specs under one digest: one is wrong and never completes. Assume the new one is right.
                 self.drop(principal, [tensor.digest])
                 upload = None
             if upload is None:
                 if len(self._uploads) >= _MAX_ANNOUNCED or self._announced[principal] >= _MAX_ANNOUNCED // 2:
-                    raise errors.WeightStoreFull("too many tensors are announced and not sent", retry_after_s=1.0)
+                    raise errors.WeightStoreFull(
+                        "too many tensors are announced and not yet uploaded: upload them, or retry later",
+                        retry_after_s=1.0,
+                    )
                 upload = _Upload(tensor, self._join(principal, weights_id))
                 self._uploads[principal, tensor.digest] = upload
                 self._announced[principal] += 1
@@ -109,22 +116,24 @@ class Uploads:
             del self._groups[principal, group.weights_id]
 
     async def write(self, principal: str, digest: bytes, offset: int, data: memoryview) -> None:
-        """Takes a chunk. What has come already is passed over.
+        """Receives a chunk. Bytes that were received before are skipped.
 
         Raises UploadOutOfStep, InvalidRequest for a chunk beyond the end, TensorCorrupted, and what `reserve` raises.
         """
-        # A caller that goes away must not leave a chunk half taken.
+        # A cancelled call must not leave a chunk half written.
         writing = asyncio.ensure_future(self._write(principal, digest, offset, data))
-        # Who has left does not ask what came of it.
+        # After a cancellation no code reads the exception: this line prevents the warning that it was never retrieved.
         writing.add_done_callback(lambda task: task.cancelled() or task.exception())
         await asyncio.shield(writing)
 
     async def _write(self, principal: str, digest: bytes, offset: int, data: memoryview) -> None:
         upload = self._uploads.get((principal, digest))
         if upload is None:
-            raise errors.UploadOutOfStep(f"tensor {digest.hex()} was not announced, or too long ago")
+            raise errors.UploadOutOfStep(
+                f"tensor {digest.hex()} was not announced, or its upload has expired: put the weights again"
+            )
         if upload.lock is None:
-            # Not made with the announcement: there may be 2^18 of these, and the garbage collector visits each object.
+            # Not created with the announcement: there may be 2^18, and the garbage collector visits each object.
             upload.lock = asyncio.Lock()
         async with upload.lock:
             if upload.is_finished:
@@ -155,7 +164,7 @@ class Uploads:
             upload.buffer = aligned_buffer(size_bytes)
             upload.hasher = manifests.hasher_of(upload.manifest.spec)
             self._count(principal, size_bytes)
-        # Another caller may be further than this one.
+        # Another client may have sent a part of this chunk.
         data = data[upload.received - offset :]
         if data:
             await asyncio.to_thread(_take, upload, data)
@@ -170,23 +179,23 @@ class Uploads:
             )
         upload.placed = await asyncio.to_thread(self._decode_and_place, upload)
         upload.is_finished = True
-        # On a GPU it is there now; on a CPU the placed tensor holds the memory.
+        # On a GPU the tensor is a copy; on a CPU it keeps the buffer alive itself.
         upload.buffer = None
 
     def _decode_and_place(self, upload: _Upload) -> Any:
         return self._place(upload.manifest.decode(upload.buffer, f"tensor {upload.manifest.digest.hex()}"))
 
     def is_finished(self, principal: str, digest: bytes) -> bool:
-        """Whether a tensor is whole."""
+        """Whether a tensor is complete and verified."""
         upload = self._uploads.get((principal, digest))
         return upload is not None and upload.is_finished
 
     def finished(self, principal: str, digest: bytes) -> Any:
-        """A whole tensor, where it was placed."""
+        """A complete tensor, as `place` returned it."""
         return self._uploads[principal, digest].placed
 
     def drop(self, principal: str, digests: Iterable[bytes]) -> None:
-        """Forgets uploads: published, broken, or given up."""
+        """Removes uploads that are published, corrupt or expired."""
         for digest in digests:
             upload = self._uploads.pop((principal, digest), None)
             if upload is None:
@@ -197,7 +206,7 @@ class Uploads:
                 self._count(principal, -upload.manifest.size_bytes)
 
     def sweep(self) -> None:
-        """Drops uploads of sets of which nothing has come for too long: at most `_SWEPT_AT_ONCE` in one call."""
+        """Drops expired uploads, at most `_SWEPT_AT_ONCE` in one call."""
         limit = time.monotonic() - self._expiry_s
         expired = (key for key, upload in self._uploads.items() if upload.group.touched < limit)
         for principal, digest in list(itertools.islice(expired, _SWEPT_AT_ONCE)):
@@ -205,7 +214,7 @@ class Uploads:
 
     @contextlib.contextmanager
     def reserved(self, principal: str, size_bytes: int) -> Iterator[None]:
-        """Counts bytes that are on their way from elsewhere."""
+        """Counts bytes that arrive from elsewhere, such as the disk, as if they were uploads."""
         self._count(principal, size_bytes)
         try:
             yield
@@ -218,7 +227,7 @@ class Uploads:
 
 
 def _subtract(counter: collections.Counter[str], principal: str, number: int) -> None:
-    """Counts down, and forgets principals of whom nothing is left."""
+    """Subtracts a number, and removes a principal whose count is 0."""
     counter[principal] -= number
     if not counter[principal]:
         del counter[principal]

@@ -1,4 +1,4 @@
-"""The generated code beside the .proto files is that of these .proto files."""
+"""The checked-in generated code matches the .proto files."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ PROTOS = sorted(FOLDER.glob("*.proto"))
 
 @pytest.mark.parametrize("proto", PROTOS, ids=lambda path: path.name)
 def test_the_checked_in_code_has_the_descriptor_of_its_proto_file(proto, tmp_path):
-    # Made by a current compiler: it need not be the one that made the code, only read the same file.
+    # Compiled by the installed compiler. It may differ from the one that generated the code, but reads the same file.
     root = FOLDER.parent.parent
     written = tmp_path / "set.pb"
     arguments = [f"--proto_path={root}", f"--descriptor_set_out={written}", str(proto.relative_to(root))]
-    # In a process of its own: its protobuf and TensorFlow's do not bear each other.
+    # In a process of its own, because its protobuf conflicts with that of TensorFlow.
     subprocess.run([sys.executable, "-m", "grpc_tools.protoc", *arguments], check=True)
     (expected,) = descriptor_pb2.FileDescriptorSet.FromString(written.read_bytes()).file
     found = descriptor_pb2.FileDescriptorProto()
@@ -38,11 +38,11 @@ def _all_messages(parent):
         yield from _all_messages(message)
 
 
-def test_there_is_code_for_every_proto_and_for_no_other():
+def test_every_proto_has_generated_code_and_nothing_else_has():
     assert {path.stem + "_pb2" for path in PROTOS} == {path.stem for path in FOLDER.glob("*_pb2.py")}
 
 
-def test_the_stubs_of_the_service_know_every_method():
+def test_the_stubs_have_every_method():
     stubs = importlib.import_module("forwardpass.v1.service_pb2_grpc")
     methods = {method.name for method in forwardpass.v1.SERVICE_FILE.services_by_name["FunctionalModelService"].methods}
     assert methods <= set(dir(stubs.FunctionalModelServiceServicer))

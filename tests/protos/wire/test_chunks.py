@@ -1,4 +1,4 @@
-"""Long data in pieces."""
+"""Large data in chunks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from forwardpass.wire import chunks, errors
 
 
 @given(st.lists(st.binary(max_size=20), max_size=6), st.integers(1, 15))
-def test_pieces_come_back_in_chunks_of_at_most_so_many_bytes(pieces, chunk_bytes):
+def test_pieces_are_split_into_chunks_of_limited_size(pieces, chunk_bytes):
     found = [b"".join(chunk) for chunk in chunks.split(map(memoryview, pieces), chunk_bytes)]
     assert b"".join(found) == b"".join(pieces)
     assert all(len(chunk) == chunk_bytes for chunk in found[:-1])
@@ -26,7 +26,7 @@ def test_splitting_copies_nothing():
     assert bytes(second) == b"def"
 
 
-def test_a_chunk_is_a_message_like_any_other():
+def test_a_chunk_is_a_valid_protobuf_message():
     header = v1.UploadTensorsRequest(digest=b"d", offset=3)
     encoded = chunks.encode(header, [memoryview(b"ab"), memoryview(b"c")])
     assert v1.UploadTensorsRequest.FromString(encoded) == v1.UploadTensorsRequest(digest=b"d", offset=3, data=b"abc")
@@ -36,6 +36,6 @@ def test_a_chunk_is_a_message_like_any_other():
 
 
 @pytest.mark.parametrize("data", [b"\xff", b"\x1a\x05ab", b"\x1a\x01a\x1a\x01b", b"\x18\x01"])
-def test_what_is_no_chunk_is_refused(data):
+def test_invalid_chunks_are_refused(data):
     with pytest.raises(errors.InvalidRequest):
         chunks.decode(v1.UploadTensorsRequest, data)

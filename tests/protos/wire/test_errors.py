@@ -1,4 +1,4 @@
-"""The error catalogue, complete and the same on both ends."""
+"""The error catalogue: complete, and the same in client and server."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_class_has_a_status_and_a_sentence_of_its_own(cls):
 
 
 @pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
-def test_every_class_comes_back_as_it_was(cls):
+def test_every_error_is_decoded_unchanged(cls):
     error = cls(place="x[0]", expected="float32[]", found="int8[]", request_id="ab12")
     found = errors.decode(error.status, str(error), errors.encode_detail(error))
     assert type(found) is cls
@@ -47,14 +47,14 @@ def test_errors_can_be_pickled(cls):
 
 
 @pytest.mark.parametrize("status", list(grpc.StatusCode.__members__))
-def test_a_bare_status_becomes_an_error_with_its_text(status):
+def test_a_status_without_a_detail_becomes_an_error_with_its_text(status):
     error = errors.decode(status, "as gRPC put it", None)
     assert "as gRPC put it" in str(error)
     assert status in str(error)
     assert type(error) is errors.ForwardPassError or error.status == status
 
 
-def test_grpcs_word_for_a_long_message_is_known():
+def test_grpcs_error_for_a_long_message_is_recognized():
     error = errors.decode("RESOURCE_EXHAUSTED", "CLIENT: Received message larger than max (5 vs. 4)", None)
     assert type(error) is errors.MessageTooLarge
 
@@ -66,7 +66,7 @@ def test_an_unknown_reason_falls_back_to_its_status():
     assert error.request_id == "7"
 
 
-def test_a_detail_that_is_no_message_is_passed_over():
+def test_an_invalid_detail_is_ignored():
     assert type(errors.decode("NOT_FOUND", "gone", b"\xff")) is errors.ForwardPassError
 
 
@@ -83,14 +83,14 @@ def test_a_detail_that_is_no_message_is_passed_over():
         (errors.OutOfMemory, MemoryError),
     ],
 )
-def test_errors_are_pythons_own_too(cls, python):
+def test_errors_derive_from_matching_builtin_exceptions(cls, python):
     assert issubclass(cls, python)
 
 
 @pytest.mark.parametrize("text", ["x" * 20_000, "\u4e2d" * 2000, "\U0001f600" * 2000, "\n" * 5000])
-def test_what_is_long_is_cut_to_fit_into_a_header(text):
+def test_long_texts_are_cut_to_fit_into_a_header(text):
     error = errors.StructureMismatch(place=text, expected=text, found=text)
-    # As gRPC counts: percent-encoded text, base64 of bytes, and 32 for each entry. It refuses more than 8 KiB.
+    # The size as gRPC counts it: percent-encoded text, base64 of bytes, and 32 bytes per entry. The limit is 8 KiB.
     header = len(urllib.parse.quote(errors.encode_message(error), safe=string.printable.strip()))
     assert header + len(errors.encode_detail(error)) * 4 / 3 + 200 < 8192
     found = errors.decode(error.status, errors.encode_message(error), errors.encode_detail(error))

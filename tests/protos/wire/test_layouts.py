@@ -1,4 +1,4 @@
-"""Messages of a form that came before are read like any other, to the last bit and the last word of an error."""
+"""Messages with a cached layout give the same results and errors as without the cache."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def request(value, name="digits", training=False, weights_id=b"") -> bytes:
 
 
 def outcome(data: bytes, kind=v1.PredictOnBatchRequest, **limits):
-    """All that comes of a message. With limits of its own it is read anew, whatever came before."""
+    """The result or the error of a message. With its own limits it is decoded without the cache."""
     try:
         header, parts = messages.decode(kind, data, **limits)
     except errors.InvalidRequest as error:
@@ -50,7 +50,7 @@ def same(data: bytes, kind=v1.PredictOnBatchRequest) -> None:
 
 @settings(max_examples=200)
 @given(any_structures(), st.randoms(use_true_random=False))
-def test_whatever_bytes_follow_a_message_they_are_read_as_if_it_had_not_come(value, rng):
+def test_messages_are_read_alike_with_and_without_a_cached_layout(value, rng):
     before = request(value, weights_id=bytes(32))
     for _ in range(8):
         outcome(before)
@@ -59,14 +59,14 @@ def test_whatever_bytes_follow_a_message_they_are_read_as_if_it_had_not_come(val
             data[rng.randrange(len(data))] = rng.choice([0, 1, 2, 0x7F, 0x80, 0xFF, rng.randrange(256)])
         same(bytes(data))
         same(bytes(data[: rng.randrange(len(data) + 1)]))
-        # Cut off in the middle, and as long as before.
+        # Truncated in the middle, and padded to the same length.
         at = rng.randrange(len(data))
         same(bytes(data[at:]) + bytes(data[:at]))
 
 
 @settings(max_examples=100)
 @given(any_structures(), st.binary(min_size=2, max_size=60))
-def test_a_header_of_any_bytes_is_read_by_itself(value, head):
+def test_a_header_of_any_bytes_is_read_with_a_cached_layout(value, head):
     body = messages.encode(v1.PredictOnBatchRequest(), {"x": Structure.of(value)})
     outcome(v1.PredictOnBatchRequest(weights_id=bytes(len(head) - 2)).SerializeToString() + body)
     same(head + body)
@@ -83,7 +83,7 @@ def test_the_elements_are_those_of_each_message():
         assert not a.flags.writeable
 
 
-def test_shapes_and_types_of_the_same_length_are_told_apart():
+def test_shapes_and_types_of_the_same_length_are_distinguished():
     arrays = [
         np.arange(6, dtype=np.int16).reshape(shape).astype(dtype)
         for shape in [(2, 3), (3, 2), (1, 6), (6, 1)]
@@ -95,14 +95,14 @@ def test_shapes_and_types_of_the_same_length_are_told_apart():
         assert (leaf.dtype, leaf.tolist()) == (array.dtype, array.tolist())
 
 
-def test_a_bool_that_is_none_is_refused_by_its_leafs_name_in_a_form_that_came_before():
+def test_an_invalid_bool_is_refused_by_leaf_name_with_a_cached_layout():
     data = request({"mask": np.bool_([True, False, True])})
     messages.decode(v1.PredictOnBatchRequest, data)
     with pytest.raises(errors.InvalidRequest, match=r"x\['mask'\]: malformed tensor: a bool that is neither 0 nor 1"):
         messages.decode(v1.PredictOnBatchRequest, data[:-1] + b"\x02")
 
 
-def test_strings_are_found_in_each_message_anew():
+def test_messages_with_strings_are_not_cached():
     for value in ([b"a", b"bcd"], [b"abc", b"d"], [b"", b"abcd"]):
         _, parts = messages.decode(v1.PredictOnBatchRequest, request(np.array(value, object)))
         assert parts["x"].leaves[0].tolist() == value
@@ -117,7 +117,7 @@ def test_a_structure_hidden_in_a_header_of_the_same_length_is_refused():
         messages.decode(v1.PredictOnBatchRequest, hidden + body)
 
 
-def test_a_header_that_swallows_the_structures_behind_it_leaves_none():
+def test_a_header_that_covers_the_structures_leaves_none():
     data = request(np.zeros(3), weights_id=bytes(32))
     messages.decode(v1.PredictOnBatchRequest, data)
     at = data.index(b"\x22\x20")
@@ -128,7 +128,7 @@ def test_a_header_that_swallows_the_structures_behind_it_leaves_none():
     assert len(header.weights_id) == len(data) - at - 2
 
 
-def test_a_message_of_another_type_is_none_of_the_same_form():
+def test_a_message_of_another_type_has_another_layout():
     data = messages.encode(v1.LossRequest(), {"output": Structure.of(np.float32(1))})
     assert set(messages.decode(v1.LossRequest, data)[1]) == {"output"}
     same(data, v1.PredictOnBatchRequest)
@@ -140,7 +140,7 @@ def layout(framing_bytes: int) -> layouts.Layout:
     return layouts.Layout(0, {}, [slice(0, framing_bytes)], [bytes(framing_bytes)])
 
 
-def test_what_is_kept_is_bounded_and_the_oldest_goes():
+def test_the_cache_is_bounded_and_drops_the_oldest_layout():
     kept = layouts.Layouts()
     for size in range(10_000):
         kept.keep(v1.LossRequest, size, layout(200))
@@ -151,7 +151,7 @@ def test_what_is_kept_is_bounded_and_the_oldest_goes():
 
 
 @pytest.mark.parametrize("leaves, is_kept", [(10, True), (2000, False)])
-def test_a_long_framing_is_not_kept(leaves, is_kept):
+def test_a_long_framing_is_not_cached(leaves, is_kept):
     pieces, _ = structures.encode(Structure.of([np.float32(index) for index in range(leaves)]))
     data = b"".join(pieces)
     part = structures.locate(data, 0, len(data), "x", Limits())

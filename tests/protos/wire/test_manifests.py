@@ -1,4 +1,4 @@
-"""Ids of weights: the same everywhere, and recomputed here by hand."""
+"""Ids of weights, compared with an independent computation and with test vectors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTS = (
     (np.array(7, np.int64), np.array([b"a", b""], object)),
 )
 
-# For other implementations: what each tensor of WEIGHTS, and the whole, must come to.
+# Test vectors for other implementations: the digest of each tensor of WEIGHTS, and the id of the set.
 VECTORS = [
     "b94430e2b2c9cc2125ca7e5ae38c1e207cc259933af5529d054f6e576e1982e2",
     "9978f48129ac607ae97de30692e19e3d812354df0a45691a1f243670aaa6c318",
@@ -87,7 +87,7 @@ def test_dtype_shape_containers_and_numbers_make_a_difference():
 
 
 @given(structures())
-def test_a_manifest_comes_back_as_it_was(value):
+def test_a_manifest_is_decoded_unchanged(value):
     manifest = of(value)
     found = manifests.decode(v1.WeightsManifest.FromString(manifests.encode(manifest).SerializeToString()))
     assert found == manifest
@@ -129,7 +129,7 @@ def message(**changes) -> v1.WeightsManifest:
         (v1.WeightsManifest(), "an empty node"),
     ],
 )
-def test_an_unsound_manifest_is_refused(broken, error):
+def test_an_invalid_manifest_is_refused(broken, error):
     with pytest.raises(errors.InvalidRequest) as caught:
         manifests.decode(broken)
     assert error in str(caught.value)

@@ -1,4 +1,4 @@
-"""Whole requests and responses, against protobuf's own reading of them."""
+"""Whole requests and responses, compared with protobuf's own parser."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MESSAGE_TYPES = [
         for kind in (method.request, method.response)
         if method.is_unary
     ),
-    # Travels in pieces, on a stream.
+    # Sent in frames, on a stream.
     v1.EvaluationBatch,
 ]
 
@@ -90,7 +90,14 @@ def header(kind):
 
 
 @pytest.mark.parametrize("kind", MESSAGE_TYPES, ids=lambda kind: kind.DESCRIPTOR.name)
-def test_every_message_comes_back_with_its_header_and_structures(kind):
+def test_the_places_of_structures_are_read_from_the_descriptor(kind):
+    # STRUCTURES leaves masks out.
+    places = {place for place in messages.places(kind) if not place.endswith("mask")}
+    assert places == set(STRUCTURES[kind.DESCRIPTOR.name])
+
+
+@pytest.mark.parametrize("kind", MESSAGE_TYPES, ids=lambda kind: kind.DESCRIPTOR.name)
+def test_every_message_is_decoded_with_its_header_and_structures(kind):
     places = STRUCTURES[kind.DESCRIPTOR.name]
     parts = {place: Structure.of((np.float32([index]), None)) for index, place in enumerate(places)}
     data = messages.encode(header(kind), parts)
@@ -100,7 +107,7 @@ def test_every_message_comes_back_with_its_header_and_structures(kind):
     for place in places:
         assert found[place].tree == parts[place].tree
         assert same_bits(found[place].leaves[0], parts[place].leaves[0])
-    # What protobuf itself makes of the message, and writes again, is the same message.
+    # protobuf parses the message and serializes it to the same message.
     assert messages.decode(kind, kind.FromString(data).SerializeToString())[1].keys() == found.keys()
 
 
@@ -109,7 +116,7 @@ def test_structures_may_be_absent(kind):
     assert messages.decode(kind, messages.encode(header(kind), {})) == (header(kind), {})
 
 
-def test_a_message_that_would_be_too_long_is_refused_before_it_is_put_together():
+def test_a_message_over_the_limit_is_refused_before_it_is_joined():
     header = v1.PredictOnBatchResponse(model=v1.ModelIdentity(name="m"))
     parts = {"predictions": Structure.of(np.zeros(2**18, np.float32))}
     with pytest.raises(errors.MessageTooLarge, match="PredictOnBatchResponse: expected at most 1000 bytes, got 10486"):
@@ -126,7 +133,7 @@ def test_fields_may_come_in_any_order(value, training):
     assert parts["x"].tree == trees.flatten(value)[0]
 
 
-def test_a_message_field_that_comes_in_two_pieces_is_one():
+def test_a_message_field_in_two_parts_is_merged():
     weights = {f"model_weights.{name}": Structure.of((np.int8(1),)) for name in ("trainable", "non_trainable")}
     pieces = b"".join(messages.encode(v1.ForwardPassRequest(), {place: part}) for place, part in weights.items())
     assert set(messages.decode(v1.ForwardPassRequest, pieces)[1]) == set(weights)
@@ -143,6 +150,6 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("data", HOSTILE.values(), ids=HOSTILE.keys())
-def test_bytes_that_are_no_message_are_refused(data):
+def test_bytes_that_are_not_a_message_are_refused(data):
     with pytest.raises(errors.InvalidRequest):
         messages.decode(v1.PredictOnBatchRequest, data)

@@ -1,4 +1,4 @@
-"""Structures to messages and back, and the trees in them."""
+"""Encoding and decoding of structures and their trees."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def decode(data: bytes, **limits: int) -> Structure:
 
 
 @given(structures())
-def test_every_structure_comes_back_with_its_containers(value):
+def test_every_structure_is_decoded_with_its_containers(value):
     decoded = nested(decode(encode(Structure.of(value))))
     expected_tree, expected = trees.flatten(value)
     tree, leaves = trees.flatten(decoded)
@@ -54,7 +54,7 @@ def _containers(value):
 
 
 @given(structures())
-def test_protobuf_reads_what_the_codec_writes(value):
+def test_protobuf_reads_the_encoded_bytes(value):
     structure = Structure.of(value)
     message = v1.Structure.FromString(encode(structure))
     assert len(message.leaves) == structure.tree.num_leaves
@@ -65,7 +65,7 @@ def test_the_deepest_structure_allowed_is_read():
     assert nested(decode(nested_message(24))) is not None
 
 
-def test_a_named_tuple_comes_back_with_its_name_and_fields():
+def test_a_named_tuple_is_decoded_with_its_name_and_fields():
     decoded = nested(decode(encode(Structure.of(Point(y=np.int32(1), x=np.int32(2))))))
     assert type(decoded).__name__ == "Point"
     assert decoded._fields == ("y", "x")
@@ -94,16 +94,16 @@ def test_mappings_keep_their_order():
         (Point(1, None), "Point(y=*, x=None)"),
     ],
 )
-def test_a_tree_is_described_as_a_person_writes_it(value, text):
+def test_a_tree_is_described_as_python_literals(value, text):
     assert trees.flatten(value)[0].describe() == text
 
 
-def test_paths_say_where_python_finds_each_leaf():
+def test_paths_are_python_expressions():
     tree, _ = trees.flatten({"a": [1, (2,)], "b": Point(3, 4)})
     assert tree.paths("x") == ["x['a'][0]", "x['a'][1][0]", "x['b'].y", "x['b'].x"]
 
 
-def test_leaves_of_another_number_are_refused():
+def test_a_wrong_number_of_leaves_is_refused():
     with pytest.raises(errors.StructureMismatch, match="expected 2 leaves, got 1"):
         trees.flatten((1, 2))[0].unflatten([1])
 
@@ -123,13 +123,13 @@ def test_a_tree_that_contains_itself_is_refused():
         ({"ü" * 129: 2}, "at most 256 bytes"),
     ],
 )
-def test_names_that_the_wire_lacks_are_refused(value, reason):
+def test_names_that_cannot_be_encoded_are_refused(value, reason):
     with pytest.raises(errors.StructureMismatch, match=reason):
         trees.flatten(value)
 
 
 def nested_message(depth: int) -> bytes:
-    """A leaf in lists in lists: written by hand, for protobuf itself writes no message of such depth."""
+    """A leaf in nested lists, encoded by hand: protobuf does not encode messages of this depth."""
     node = b"\x0a\x00"
     for _ in range(depth):
         items = fields.prefix(1, len(node)) + node
@@ -196,11 +196,11 @@ def test_an_error_names_the_leaf():
 
 
 def named(type_name: str, fields: tuple[str, ...], items: tuple) -> object:
-    """A named tuple as a response brings it."""
+    """A named tuple of a decoded response."""
     return trees.TreeDef(Kind.NAMED_TUPLE, [trees.LEAF] * len(items), fields, type_name).unflatten(items)
 
 
-def test_a_named_tuple_of_a_response_goes_to_another_process_and_comes_back():
+def test_a_named_tuple_of_a_response_can_be_pickled():
     value = {"scores": named("Scores", ("zeta", "alpha"), (np.float32([1, 2]), named("Inner", ("x",), (b"s",))))}
     program = "import pickle, sys; print(pickle.dumps(pickle.load(sys.stdin.buffer)).hex())"
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):

@@ -1,4 +1,4 @@
-"""Arrays to Tensor messages and back."""
+"""Encoding and decoding of arrays."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def decode(data: bytes, **limits: int) -> np.ndarray:
 
 
 @given(any_array)
-def test_every_array_comes_back_as_it_was(array):
+def test_every_array_is_decoded_unchanged(array):
     decoded = decode(encode(array))
     assert same_bits(decoded, array.astype(array.dtype.newbyteorder("=")))
     assert decoded.dtype == array.dtype.newbyteorder("=")
@@ -33,14 +33,14 @@ def test_every_array_comes_back_as_it_was(array):
 
 
 @given(any_array)
-def test_protobuf_reads_what_the_codec_writes_and_the_other_way_round(array):
+def test_protobuf_and_this_codec_read_each_others_bytes(array):
     message = v1.Tensor.FromString(encode(array))
     assert list(message.shape) == list(array.shape)
     assert message.data_type == dtypes.of(array).code
     assert same_bits(decode(message.SerializeToString()), decode(encode(array)))
 
 
-def test_decoding_makes_a_view_of_the_bytes():
+def test_decoding_returns_a_view_of_the_bytes():
     data = encode(np.arange(1000, dtype=np.float32))
     whole = np.frombuffer(data, np.uint8)
     assert np.shares_memory(decode(data), whole)
@@ -53,12 +53,12 @@ def test_encoding_does_not_copy_a_contiguous_array():
 
 
 def test_a_shape_that_is_not_packed_is_read():
-    # Field 2, wire type 0, twice: what a writer of proto2 sends.
+    # Field 2 with wire type 0, twice: not packed, as a proto2 encoder writes it.
     data = bytes([0x08, v1.DataType.DATA_TYPE_INT8, 0x10, 2, 0x10, 1, 0x1A, 2, 7, 8])
     assert decode(data).tolist() == [[7], [8]]
 
 
-def test_unknown_fields_are_passed_over():
+def test_unknown_fields_are_ignored():
     data = encode(np.float32([1, 2]))
     assert decode(bytes([0x7D, 1, 2, 3, 4, 0x78, 0x80, 1, 0x7A, 1, 0]) + data).tolist() == [1, 2]
 
@@ -79,7 +79,7 @@ def test_numpy_strings_and_str_become_bytes():
     [np.array(["2020-01-01"], "datetime64[D]"), np.zeros(2, [("a", "f4")]), np.longdouble([1]), np.array([3], object)],
     ids=["datetime", "record", "longdouble", "object"],
 )
-def test_a_dtype_that_the_wire_lacks_is_refused(array):
+def test_a_dtype_without_a_wire_type_is_refused(array):
     with pytest.raises(errors.DTypeMismatch, match="array: expected"):
         encode(array)
 

@@ -1,4 +1,4 @@
-"""When certificates expire, of all kinds that a server may be given."""
+"""Expiry dates of all kinds of certificates."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def pem(made: x509.Certificate) -> bytes:
     return made.public_bytes(serialization.Encoding.PEM)
 
 
-# What is a UTCTime up to 2049 is a GeneralizedTime from then on.
+# Dates up to 2049 are encoded as UTCTime, later ones as GeneralizedTime.
 @pytest.mark.parametrize("year", [1969, 1999, 2000, 2030, 2049, 2050, 9999])
 @pytest.mark.parametrize("kind", KEYS)
-def test_a_certificate_expires_when_it_says(kind, year):
+def test_the_expiry_of_a_certificate_is_read(kind, year):
     end = datetime.datetime(year, 12, 31, 23, 59, 58, tzinfo=datetime.timezone.utc)
     assert certificate_dates.first_end_s(pem(certificate(end, kind))) == end.timestamp()
 
@@ -47,5 +47,5 @@ def block(text: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("text", [b"", b"nothing", block(b"MAo="), block(b"MAo"), block(b"MIAAAA==")])
-def test_what_tells_no_end_has_none(text):
+def test_a_file_without_certificates_never_expires(text):
     assert certificate_dates.first_end_s(text) == math.inf

@@ -1,4 +1,4 @@
-"""Files of certificates: those that are none are refused before a handshake fails by them."""
+"""Certificate files: invalid ones are refused when they are loaded, not at a handshake."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def signer(tmp_path):
     return Signer(tmp_path / "signer")
 
 
-def test_a_certificate_with_its_key_is_taken(signer):
+def test_a_certificate_with_its_key_is_accepted(signer):
     assert not Certificates(signer.certificate, signer.key).are_mutual
     assert Certificates(signer.certificate, signer.key, signer.ca).are_mutual
 
@@ -41,7 +41,7 @@ def encrypted_key(signer, tmp_path):
         (lambda signer, _: signer.ca.write_text(""), "expected certificates of clients' signers in PEM"),
     ],
 )
-def test_files_that_are_none_are_refused_and_do_not_replace_good_ones(signer, tmp_path, caplog, spoil, message):
+def test_invalid_files_are_refused_and_do_not_replace_valid_ones(signer, tmp_path, caplog, spoil, message):
     good = Certificates(signer.certificate, signer.key, signer.ca)
     spoil(signer, tmp_path)
     with pytest.raises(ValueError, match=message):
@@ -50,5 +50,5 @@ def test_files_that_are_none_are_refused_and_do_not_replace_good_ones(signer, tm
     good.refresh()
     assert not good.are_good
     assert good.expire_s == ends
-    assert "kept as it was, for it cannot be read" in caplog.text
+    assert "reload failed, the former contents stay in use" in caplog.text
     assert "PRIVATE KEY" not in caplog.text

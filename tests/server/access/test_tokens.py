@@ -1,4 +1,4 @@
-"""The file of tokens: what its lines say, and which are refused."""
+"""The token file: valid and invalid lines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def read(tmp_path):
     return read
 
 
-def test_a_new_token_is_found_by_its_line(read):
+def test_a_new_token_is_found_in_the_file_with_its_line(read):
     secret, token = tokens.create("alice@example.org", [Role.CALL, Role.MANAGE], None)
     assert token.line().endswith(" alice@example.org call,manage never")
     assert secret not in token.line()
@@ -58,9 +58,9 @@ def test_a_token_expires_when_its_line_says(read, expiry, is_expired):
     assert read(f"{HASH} alice call {expiry}\n").find("secret").is_expired is is_expired
 
 
-def test_tokens_expire_when_the_first_principal_has_none_left(read):
+def test_the_expiry_is_that_of_the_first_principal_without_a_valid_token(read):
     lines = [
-        # The second takes over from the first.
+        # The second token replaces the first.
         f"sha256:{'1' * 64} alice call 2030-01-01",
         f"sha256:{'2' * 64} alice call 2031-01-01",
         f"sha256:{'3' * 64} bob call,manage 2032-01-01",
@@ -72,14 +72,14 @@ def test_tokens_expire_when_the_first_principal_has_none_left(read):
     assert [read(lines[-1] + "\n").expire_s(role) for role in Role] == [math.inf, math.inf]
 
 
-def test_times_are_utc_unless_they_say_otherwise():
+def test_times_without_an_offset_are_utc():
     assert tokens.parse_expiry("1970-01-02") == 24 * 3600
     assert tokens.parse_expiry("1970-01-01T00:00:05Z") == 5
     assert tokens.parse_expiry("1970-01-01T02:00:00+02:00") == 0
     assert tokens.parse_expiry("2d") == pytest.approx(time.time() + 2 * 24 * 3600, abs=60)
 
 
-def test_a_file_of_comments_lets_nobody_in(read):
+def test_a_file_of_comments_admits_no_caller(read):
     assert read("# nobody\n").find("secret") is None
 
 
@@ -101,19 +101,19 @@ def test_a_file_of_comments_lets_nobody_in(read):
         (f"{HASH} alice call never\n{HASH} bob call never\n", "line 2: the same token again"),
     ],
 )
-def test_a_line_that_says_nothing_clear_is_refused_by_its_number(read, text, message):
+def test_an_invalid_line_is_refused_by_its_number(read, text, message):
     with pytest.raises(ValueError, match=message) as caught:
         read(text)
     assert "secret" not in str(caught.value)
 
 
-def test_bytes_that_are_no_text_are_refused(tmp_path):
+def test_bytes_that_are_not_text_are_refused(tmp_path):
     (tmp_path / "tokens").write_bytes(b"\xff\n")
     with pytest.raises(ValueError, match="utf-8"):
         Tokens(tmp_path / "tokens")
 
 
 @pytest.mark.parametrize("principal", ["", "two words", "a#b", "x" * 129, "tab\t"])
-def test_a_name_that_no_line_can_hold_is_refused(principal):
+def test_an_invalid_name_of_a_principal_is_refused(principal):
     with pytest.raises(ValueError, match="principal: expected 1 to 128 characters"):
         tokens.create(principal, [Role.CALL], None)

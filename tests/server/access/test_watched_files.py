@@ -1,4 +1,4 @@
-"""Files that change: what is read of them, and what is not."""
+"""Files that are reloaded when they change."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def paths(tmp_path):
     return paths
 
 
-def test_a_change_of_any_file_is_read_and_nothing_else(paths):
+def test_files_are_parsed_again_only_after_a_change(paths):
     read = []
     files = WatchedFiles(paths, lambda contents: read.append(contents) or number(contents))
     assert files.value == 11
@@ -31,21 +31,21 @@ def test_a_change_of_any_file_is_read_and_nothing_else(paths):
 
 
 @pytest.mark.parametrize("break_it", [lambda path: path.write_text("x"), lambda path: path.unlink()])
-def test_what_cannot_be_read_leaves_the_last_good_value_and_is_said_once(paths, break_it, caplog):
+def test_a_failed_reload_keeps_the_last_value_and_is_logged_once(paths, break_it, caplog):
     files = WatchedFiles(paths, number)
     break_it(paths[0])
     for _ in range(3):
         files.refresh()
     assert files.value == 11
     assert not files.are_good
-    assert len([record for record in caplog.records if "kept as it was" in record.getMessage()]) == 1
+    assert len([record for record in caplog.records if "reload failed" in record.getMessage()]) == 1
     paths[0].write_text("3")
     files.refresh()
     assert files.value == 31
     assert files.are_good
 
 
-def test_a_file_that_comes_back_as_it_was_is_good_again(paths):
+def test_a_file_that_is_restored_is_valid_again(paths):
     files = WatchedFiles(paths, number)
     paths[0].write_text("x")
     files.refresh()
@@ -54,7 +54,7 @@ def test_a_file_that_comes_back_as_it_was_is_good_again(paths):
     assert files.value == 11
 
 
-def test_a_file_that_was_away_for_a_while_is_good_again(paths):
+def test_a_file_that_was_missing_for_a_while_is_valid_again(paths):
     files = WatchedFiles(paths, number)
     away = paths[0].rename(paths[0].with_name("away"))
     files.refresh()
@@ -64,7 +64,7 @@ def test_a_file_that_was_away_for_a_while_is_good_again(paths):
     assert files.are_good
 
 
-def test_files_that_change_while_they_are_read_are_read_next_time(paths):
+def test_files_that_change_during_a_reload_are_read_by_the_next_one(paths):
     def read(contents) -> int:
         if contents[0] == b"5":
             paths[0].write_text("7")
@@ -78,7 +78,7 @@ def test_files_that_change_while_they_are_read_are_read_next_time(paths):
     assert files.value == 71
 
 
-def test_files_that_cannot_be_read_at_first_are_an_error(paths):
+def test_unreadable_files_at_the_start_are_an_error(paths):
     paths[0].write_text("x")
     with pytest.raises(ValueError, match="invalid literal"):
         WatchedFiles(paths, number)

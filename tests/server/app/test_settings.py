@@ -1,4 +1,4 @@
-"""What an operator sets: said once, checked, and called the same wherever it is named."""
+"""Settings: declared once, validated, and named consistently in the docs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SERVE = {option.name: option for option in main.commands["serve"].params}
 
 FACTORIES = {"slow": "support.zoo:slow"}
 
-# Of the programs beside ours that these pages name.
+# Options of other programs that these pages mention.
 OTHERS = {
     "docs/reliability.md": {"--callers", "--log-cli-level", "--mib", "--rounds"},
     "docs/security.md": {"--http", "--protocol", "--reflect-header"},
@@ -37,7 +37,7 @@ def options_of(command: click.Command) -> Iterator[click.Option]:
 
 
 def read(*arguments: str) -> Settings:
-    """The settings that a command line stands for."""
+    """The settings of a command line."""
     command = main.commands["serve"]
     with command.make_context("serve", list(arguments)) as context:
         return options.read(Settings, context.params)
@@ -51,7 +51,7 @@ def test_a_command_line_without_options_gives_the_defaults_of_the_fields():
     assert read("--factory", "slow=support.zoo:slow") == Settings(factories=FACTORIES)
 
 
-def test_what_is_given_is_in_the_units_of_the_fields(monkeypatch, tmp_path):
+def test_given_values_are_converted_to_the_units_of_the_fields(monkeypatch, tmp_path):
     monkeypatch.setenv("FORWARDPASS_WEIGHTS_MIB", "3")
     monkeypatch.setenv("FORWARDPASS_FACTORIES", "slow=support.zoo:slow fast=support.zoo:fast")
     monkeypatch.setenv("FORWARDPASS_BATCHING", "false")
@@ -74,7 +74,7 @@ def test_what_is_given_is_in_the_units_of_the_fields(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", SERVE)
-def test_what_help_calls_the_default_is_the_default_of_the_field(name):
+def test_help_shows_the_default_of_the_field(name):
     (field,) = (field for field in dataclasses.fields(Settings) if field.name == name)
     option, value = SERVE[name], getattr(Settings, name, None)
     shown = option.get_help_record(click.Context(main.commands["serve"]))[1]
@@ -91,7 +91,18 @@ def test_help_has_a_heading_for_each_part():
     shown = CliRunner().invoke(main, ["serve", "--help"]).output
     headings = re.findall(r"^(\w+):$", shown, re.MULTILINE)
     assert headings == [
-        *("Models", "Listening", "Security", "Computing", "Limits", "Weights", "Sessions", "Ending", "Seeing", "Help")
+        *(
+            "Models",
+            "Listening",
+            "Security",
+            "Computing",
+            "Limits",
+            "Weights",
+            "Sessions",
+            "Shutdown",
+            "Observability",
+            "Help",
+        )
     ]
     assert all(option.opts[-1] in shown for option in SERVE.values())
 
@@ -112,7 +123,7 @@ def test_help_has_a_heading_for_each_part():
         ({"open_services": ("health", "all")}, "--open: expected one of health, reflection, got 'all'"),
     ],
 )
-def test_a_setting_that_cannot_be_is_refused_under_its_flag(setting, message):
+def test_an_invalid_setting_is_refused_by_its_flag(setting, message):
     with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
         Settings(factories=FACTORIES, **setting)
 
@@ -124,7 +135,7 @@ def test_every_number_has_bounds(name):
             Settings(factories=FACTORIES, **{name: number})
 
 
-def test_every_variable_that_is_named_is_one_of_an_option():
+def test_every_variable_in_the_docs_belongs_to_an_option():
     known = {option.envvar for command in (main, forwardpass) for option in options_of(command)}
     files = [ROOT / "Dockerfile", *map(ROOT.joinpath, PAGES)]
     files += [file for file in (ROOT / "deploy").rglob("*") if file.is_file()]
@@ -134,7 +145,7 @@ def test_every_variable_that_is_named_is_one_of_an_option():
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_every_flag_that_a_page_names_is_one_of_an_option(page):
+def test_every_flag_in_the_docs_belongs_to_an_option(page):
     known = {"--help", "--version", *OTHERS.get(page, ())}
     for command in (main, forwardpass):
         known.update(flag for option in options_of(command) for flag in (*option.opts, *option.secondary_opts))

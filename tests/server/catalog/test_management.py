@@ -1,4 +1,4 @@
-"""Versions that are loaded, reloaded and unloaded while others are served."""
+"""Load, reload and unload of versions while others are served."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def situation(repository, tmp_path):
     return Situation(repository, tmp_path)
 
 
-def test_a_version_that_appeared_is_loaded_once(situation):
+def test_a_new_version_is_loaded_once(situation):
     async def run():
         situation.write("m", 1)
         situation.write("m", 2)
@@ -29,7 +29,7 @@ def test_a_version_that_appeared_is_loaded_once(situation):
     asyncio.run(run())
 
 
-def test_a_version_that_fails_is_an_error_and_is_tried_again_when_asked(situation):
+def test_a_failed_load_is_an_error_and_can_be_repeated(situation):
     async def run():
         folder = situation.write("m", 1)
         (folder / "model").unlink()
@@ -45,7 +45,7 @@ def test_a_version_that_fails_is_an_error_and_is_tried_again_when_asked(situatio
     asyncio.run(run())
 
 
-def test_a_reload_that_fails_leaves_what_is_served(situation):
+def test_a_failed_reload_keeps_the_served_version(situation):
     async def run():
         folder = situation.write("m", 1)
         await situation.management.load("m", 1)
@@ -61,7 +61,7 @@ def test_a_reload_that_fails_leaves_what_is_served(situation):
     asyncio.run(run())
 
 
-def test_what_was_unloaded_can_be_loaded_again_and_what_is_not_there_is_no_error(situation):
+def test_unload_is_idempotent_and_can_be_undone(situation):
     async def run():
         situation.write("m", 1)
         await situation.management.load("m", 1)
@@ -75,7 +75,7 @@ def test_what_was_unloaded_can_be_loaded_again_and_what_is_not_there_is_no_error
     asyncio.run(run())
 
 
-def test_what_has_sessions_is_not_unloaded_where_the_operator_has_it_so(situation):
+def test_a_version_with_sessions_is_not_unloaded_under_refuse(situation):
     async def run():
         situation.write("m", 1)
         situation.wait_for_sessions()
@@ -97,7 +97,7 @@ def test_what_has_sessions_is_not_unloaded_where_the_operator_has_it_so(situatio
     asyncio.run(run())
 
 
-def test_what_is_unloaded_or_replaced_is_left_to_its_sessions(situation):
+def test_an_unloaded_or_replaced_model_stays_for_its_sessions(situation):
     async def run():
         situation.write("m", 1)
         served = []
@@ -112,7 +112,7 @@ def test_what_is_unloaded_or_replaced_is_left_to_its_sessions(situation):
     asyncio.run(run())
 
 
-def test_what_cannot_be_called_is_unloaded_whatever_sessions_there_are(situation):
+def test_a_version_that_is_not_available_is_unloaded_despite_sessions(situation):
     async def run():
         (situation.write("m", 1) / "model").unlink()
         situation.wait_for_sessions()
@@ -125,7 +125,7 @@ def test_what_cannot_be_called_is_unloaded_whatever_sessions_there_are(situation
     asyncio.run(run())
 
 
-def test_a_label_is_loaded_as_its_file_says_and_unloaded_as_callers_know_it(situation):
+def test_load_reads_labels_from_the_file_and_unload_from_the_registry(situation):
     async def run():
         for version in (1, 2):
             situation.write("m", version)
@@ -135,7 +135,8 @@ def test_a_label_is_loaded_as_its_file_says_and_unloaded_as_callers_know_it(situ
         (situation.folder / "m" / "2" / "model").unlink()
         with pytest.raises(errors.ModelFailed, match="model m/2 failed to load"):
             await situation.management.load("m", 0, "canary")
-        # What is to stand there cannot be called: the label has not moved, and its version is what goes.
+        # The new version is not available, so the label has not moved: the version that it still stands for is
+        # unloaded.
         assert situation.registry.labelled("m", "canary") == 1
         await situation.management.unload("m", 0, "canary")
         assert situation.states() == {"m/2": State.FAILED}
@@ -145,7 +146,7 @@ def test_a_label_is_loaded_as_its_file_says_and_unloaded_as_callers_know_it(situ
     asyncio.run(run())
 
 
-def test_one_load_goes_on_behind_another_and_outlives_who_asked(situation):
+def test_loads_run_one_after_another_and_survive_cancellation(situation):
     async def run():
         for version in (1, 2):
             situation.write("m", version)
@@ -164,7 +165,7 @@ def test_one_load_goes_on_behind_another_and_outlives_who_asked(situation):
 
 
 @pytest.mark.parametrize("name", ["other", "../m", "m/1", ".", "a\0b", "/"])
-def test_what_is_no_model_of_the_repository_is_not_found(situation, name):
+def test_a_model_that_the_repository_lacks_is_not_found(situation, name):
     situation.write("m", 1)
     for method in (situation.management.load, situation.management.reload):
         with pytest.raises(errors.ModelNotFound, match="model: expected one of the model repository, got "):
@@ -174,7 +175,7 @@ def test_what_is_no_model_of_the_repository_is_not_found(situation, name):
     assert situation.changes == []
 
 
-def test_everything_that_is_served_or_could_be_is_described(situation):
+def test_loaded_and_loadable_versions_are_described(situation):
     async def run():
         for version in (1, 2):
             situation.write("m", version)

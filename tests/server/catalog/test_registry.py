@@ -1,4 +1,4 @@
-"""Which versions there are, and which one answers."""
+"""The registry: versions, states and errors."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SOURCES = [ModelSource("m", version, folder=pathlib.Path()) for version in (1, 2
 
 @pytest.fixture(scope="module", autouse=True)
 def model(repository):
-    """One real model, which stands for every version here."""
+    """One real model that is used for every version."""
     Loader.model = TensorFlowLoader("cpu").load(ModelSource("m", 1, folder=repository / "no_metrics" / "1"))
 
 
 class Loader:
-    """Returns the one model, with the version that is asked for; raises for those that it was told."""
+    """Returns the model with the requested version; raises for the versions that are to fail."""
 
     model: TensorFlowModel
 
@@ -52,7 +52,7 @@ def loaded(*versions: int, failing=()) -> Registry:
     "available, failing, version, found",
     [((1, 2, 3), (), 0, 3), ((1, 2, 3), (), 2, 2), ((1, 2), (3,), 0, 2), ((1,), (), 0, 1)],
 )
-def test_without_a_version_the_highest_that_is_available_answers(available, failing, version, found):
+def test_without_a_version_the_highest_available_one_is_used(available, failing, version, found):
     assert loaded(*available, failing=failing).get("m", version).identity.version == found
 
 
@@ -66,7 +66,7 @@ def test_without_a_version_the_highest_that_is_available_answers(available, fail
         ((1,), (), 7, errors.ModelVersionNotFound, "expected one of 1, 2, 3, got 7"),
     ],
 )
-def test_what_does_not_answer_says_why(available, failing, version, error, message):
+def test_a_version_that_is_not_available_raises_the_reason(available, failing, version, error, message):
     with pytest.raises(error, match=message):
         loaded(*available, failing=failing).get("m", version)
 
@@ -76,7 +76,7 @@ def test_an_empty_server_says_that_it_has_no_model():
         Registry([]).get("m", 0)
 
 
-def test_an_unknown_name_is_not_repeated_at_length():
+def test_a_long_unknown_name_is_cut_in_the_error():
     with pytest.raises(errors.ModelNotFound) as caught:
         loaded(1).get("x" * 10_000, 0)
     assert len(str(caught.value)) < 300
@@ -89,7 +89,7 @@ def test_states_are_counted():
     assert not registry.is_available("other")
 
 
-def test_a_factory_that_ends_the_program_ends_nothing_but_itself():
+def test_a_factory_that_raises_system_exit_fails_its_model_only():
     class Ending:
         def load(self, source):
             sys.exit(0)
@@ -99,7 +99,7 @@ def test_a_factory_that_ends_the_program_ends_nothing_but_itself():
     assert registry.entry(SOURCES[0]).state is State.FAILED
 
 
-def test_what_an_error_of_an_unknown_kind_says_is_for_the_log_alone():
+def test_the_message_of_an_unexpected_error_is_only_logged():
     class Broken:
         def load(self, source):
             raise KeyError("x")
@@ -109,7 +109,7 @@ def test_what_an_error_of_an_unknown_kind_says_is_for_the_log_alone():
     assert registry.entry(SOURCES[0]).error == "KeyError: the server's log has the traceback"
 
 
-def test_what_cannot_be_loaded_again_leaves_what_is_served():
+def test_a_failed_reload_keeps_the_loaded_version():
     registry = loaded(1)
     before = registry.get("m", 1)
     assert registry.load(SOURCES[0], Loader(failing=[1])).state is State.FAILED
@@ -118,7 +118,7 @@ def test_what_cannot_be_loaded_again_leaves_what_is_served():
     assert registry.get("m", 1) is not before
 
 
-def test_a_version_that_was_not_known_is_loaded_and_unloaded():
+def test_a_new_version_is_loaded_and_unloaded():
     registry = Registry([])
     registry.load(SOURCES[1], Loader())
     assert registry.get("m", 0).identity.version == 2

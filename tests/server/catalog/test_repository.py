@@ -10,7 +10,7 @@ from forwardpass_server.calls.model import ModelSource
 from forwardpass_server.catalog import repository
 
 
-def test_versions_are_found_in_the_order_of_numbers(tmp_path):
+def test_versions_are_found_in_numeric_order(tmp_path):
     for path in ("b/10", "b/9", "a/1"):
         (tmp_path / path).mkdir(parents=True)
     assert [str(source) for source in repository.scan(tmp_path)] == ["a/1", "b/9", "b/10"]
@@ -19,7 +19,7 @@ def test_versions_are_found_in_the_order_of_numbers(tmp_path):
 @pytest.mark.parametrize(
     "path", ["a/0", "a/01", "a/-1", "a/v1", "a/1.5", "a/9223372036854775808", "a b/1", "ü/1", "_a/1", "n" * 129 + "/1"]
 )
-def test_what_is_no_model_or_version_is_left_out_and_logged(tmp_path, path, caplog):
+def test_entries_that_are_no_model_or_version_are_skipped_and_logged(tmp_path, path, caplog):
     (tmp_path / path).mkdir(parents=True)
     (tmp_path / "good" / "1").mkdir(parents=True)
     with caplog.at_level(logging.WARNING):
@@ -27,7 +27,7 @@ def test_what_is_no_model_or_version_is_left_out_and_logged(tmp_path, path, capl
     assert path.split("/")[0] in caplog.text
 
 
-def test_files_and_hidden_folders_are_passed_over(tmp_path, caplog):
+def test_files_and_hidden_folders_are_ignored(tmp_path, caplog):
     (tmp_path / "a" / ".tmp-1").mkdir(parents=True)
     (tmp_path / ".git" / "1").mkdir(parents=True)
     (tmp_path / "README").write_text("")
@@ -36,7 +36,7 @@ def test_files_and_hidden_folders_are_passed_over(tmp_path, caplog):
     assert caplog.text == ""
 
 
-def test_what_is_no_folder_is_passed_over_with_one_warning_that_names_it(tmp_path, caplog):
+def test_entries_that_are_no_folder_are_skipped_with_a_warning(tmp_path, caplog):
     (tmp_path / "good" / "1").mkdir(parents=True)
     (tmp_path / "good" / "2").write_text("")
     (tmp_path / "good" / "3").symlink_to(tmp_path / "gone")
@@ -44,7 +44,7 @@ def test_what_is_no_folder_is_passed_over_with_one_warning_that_names_it(tmp_pat
     (tmp_path / "circle").symlink_to(tmp_path / "circle")
     with caplog.at_level(logging.WARNING):
         assert [str(source) for source in repository.scan(tmp_path)] == ["good/1"]
-    assert sorted(record.getMessage().split(" is passed over: ")[0].split()[-1] for record in caplog.records) == [
+    assert sorted(record.getMessage().split(" is skipped: ")[0].split()[-1] for record in caplog.records) == [
         "circle",
         "gone-model",
         "good/2",
@@ -52,7 +52,7 @@ def test_what_is_no_folder_is_passed_over_with_one_warning_that_names_it(tmp_pat
     ]
 
 
-def test_a_repository_without_its_contents_is_an_error(tmp_path):
+def test_a_missing_repository_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError):
         repository.scan(tmp_path / "gone")
 

@@ -1,4 +1,4 @@
-"""Which versions a policy serves, and which files are none."""
+"""Version policies: the versions that they serve, and invalid files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from forwardpass_server.errors import ModelLoadError
         (b'{"serve": {"latest": 1}, "labels": {"stable": 1}}', {1, 5}),
     ],
 )
-def test_a_policy_says_which_versions_are_served(text, served):
+def test_a_policy_selects_the_versions_to_serve(text, served):
     assert version_policy.parse(text).served([5, 1, 2]) == served
 
 
@@ -41,7 +41,7 @@ def test_a_policy_says_which_versions_are_served(text, served):
         (b'{"labels": {"stable": "1"}}', "labels: expected"),
     ],
 )
-def test_what_is_no_policy_is_refused_with_its_place(tmp_path, text, message):
+def test_an_invalid_policy_is_refused_with_its_place(tmp_path, text, message):
     with pytest.raises(ModelLoadError, match=re.escape("forwardpass-versions.json: ")) as caught:
         version_policy.parse(text)
     assert message in str(caught.value)
@@ -51,7 +51,7 @@ def test_what_is_no_policy_is_refused_with_its_place(tmp_path, text, message):
         VersionPolicies(tmp_path)
 
 
-def test_a_policy_that_cannot_be_read_is_refused_with_its_place_and_a_foreign_folder_is_not(tmp_path):
+def test_an_unreadable_policy_is_refused_and_an_unrelated_folder_is_ignored(tmp_path):
     (tmp_path / "lost+found").mkdir()
     (tmp_path / "circle").symlink_to("circle")
     VersionPolicies(tmp_path).refresh()

@@ -1,4 +1,4 @@
-"""What comes, changes and goes in a repository while its models are served."""
+"""Added, changed and removed versions of a repository while its models are served."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def situation(repository, tmp_path):
 
 
 async def watching(situation: Situation) -> RepositoryWatch:
-    """A watch over a repository of which everything is loaded."""
+    """A watch of a repository whose versions are all loaded."""
     situation.policies.refresh()
     known = situation.policies.served(repository.scan(situation.folder))
     for source in known:
@@ -35,7 +35,7 @@ async def look(watch: RepositoryWatch, times: int = 2) -> None:
         await watch.look()
 
 
-def test_what_stays_as_it_is_is_not_loaded_again(situation):
+def test_an_unchanged_version_is_not_loaded_again(situation):
     async def run():
         watch = await watching(situation)
         await look(watch, 4)
@@ -44,7 +44,7 @@ def test_what_stays_as_it_is_is_not_loaded_again(situation):
     asyncio.run(run())
 
 
-def test_a_version_that_comes_is_loaded_once_it_rests_and_the_one_before_stays(situation):
+def test_a_new_version_is_loaded_when_its_files_are_stable_and_the_former_one_stays(situation):
     async def run():
         watch = await watching(situation)
         folder = situation.write("m", 2)
@@ -59,7 +59,7 @@ def test_a_version_that_comes_is_loaded_once_it_rests_and_the_one_before_stays(s
     asyncio.run(run())
 
 
-def test_a_version_that_changed_is_loaded_anew_while_the_old_one_serves(situation):
+def test_a_changed_version_is_reloaded_while_the_old_one_serves(situation):
     async def run():
         watch = await watching(situation)
         served = situation.registry.get("m", 1)
@@ -78,7 +78,7 @@ def test_a_version_that_changed_is_loaded_anew_while_the_old_one_serves(situatio
     asyncio.run(run())
 
 
-def test_a_broken_change_leaves_what_is_served_is_said_and_is_tried_again_when_it_changes(situation):
+def test_a_broken_change_keeps_the_served_version_is_reported_and_is_loaded_after_the_next_change(situation):
     async def run():
         watch = await watching(situation)
         served = situation.registry.get("m", 1)
@@ -97,7 +97,7 @@ def test_a_broken_change_leaves_what_is_served_is_said_and_is_tried_again_when_i
     asyncio.run(run())
 
 
-def test_a_version_that_goes_is_unloaded_and_loaded_again_when_it_is_back(situation):
+def test_a_removed_version_is_unloaded_and_loaded_again_when_it_is_back(situation):
     async def run():
         situation.write("m", 2)
         watch = await watching(situation)
@@ -128,19 +128,19 @@ def test_what_an_operator_unloaded_stays_unloaded_until_it_changes(situation):
 
 
 @pytest.mark.parametrize("is_gone", [True, False], ids=["gone", "empty"])
-def test_a_repository_that_is_gone_or_empty_takes_no_model_away(situation, caplog, is_gone):
+def test_a_missing_or_empty_repository_unloads_no_model(situation, caplog, is_gone):
     async def run():
         watch = await watching(situation)
         shutil.rmtree(situation.folder if is_gone else situation.folder / "m")
         await look(watch, 3)
         assert situation.states() == {"m/1": State.AVAILABLE}
-        assert sum("served on as they are" in record.message for record in caplog.records) == 1
+        assert sum("stay in service" in record.message for record in caplog.records) == 1
         assert not watch.is_good
 
     asyncio.run(run())
 
 
-def test_the_latest_versions_replace_those_before_once_they_can_be_called(situation):
+def test_the_latest_versions_replace_former_ones_when_they_are_available(situation):
     async def run():
         situation.write("m", 2)
         situation.rule("m", serve={"latest": 1})
@@ -156,7 +156,7 @@ def test_the_latest_versions_replace_those_before_once_they_can_be_called(situat
     asyncio.run(run())
 
 
-def test_labels_move_when_the_version_that_they_shall_stand_for_is_available(situation):
+def test_labels_move_when_their_new_version_is_available(situation):
     async def run():
         situation.rule("m", serve=[1], labels={"stable": 1})
         watch = await watching(situation)
@@ -175,7 +175,7 @@ def test_labels_move_when_the_version_that_they_shall_stand_for_is_available(sit
     asyncio.run(run())
 
 
-def test_a_policy_that_cannot_be_read_changes_nothing_and_is_said_once(situation, caplog):
+def test_an_unreadable_policy_changes_nothing_and_is_logged_once(situation, caplog):
     async def run():
         situation.write("m", 2)
         situation.rule("m", serve=[1], labels={"stable": 1})
@@ -184,18 +184,18 @@ def test_a_policy_that_cannot_be_read_changes_nothing_and_is_said_once(situation
         await look(watch, 3)
         assert situation.states() == {"m/1": State.AVAILABLE}
         assert situation.registry.labelled("m", "stable") == 1
-        assert sum("stay as they were" in record.message for record in caplog.records) == 1
+        assert sum("stay in use" in record.message for record in caplog.records) == 1
 
     asyncio.run(run())
 
 
 def waiting(situation) -> dict[str, str]:
-    """Why versions are still served that are not to be."""
+    """Why versions that are to be unloaded are still served."""
     return {str(entry.source): entry.waiting for entry in situation.registry.entries()}
 
 
 @pytest.mark.parametrize("is_gone", [True, False], ids=["files gone", "against the policy"])
-def test_a_version_with_sessions_waits_for_them_and_is_unloaded_then(situation, caplog, is_gone):
+def test_a_version_with_sessions_is_unloaded_when_they_have_ended(situation, caplog, is_gone):
     async def run():
         situation.write("m", 2)
         situation.wait_for_sessions()
@@ -213,8 +213,7 @@ def test_a_version_with_sessions_waits_for_them_and_is_unloaded_then(situation, 
         await look(watch)
         assert situation.states() == {"m/1": State.AVAILABLE, "m/2": State.AVAILABLE}
         assert waiting(situation) == {
-            "m/1": "it is to be unloaded, and waits for its sessions: "
-            "model m/1: expected no open metric sessions, got 1",
+            "m/1": "to be unloaded; waits for its sessions: model m/1: expected no open metric sessions, got 1",
             "m/2": "",
         }
         situation.sessions["m/1"] = 0
@@ -227,7 +226,7 @@ def test_a_version_with_sessions_waits_for_them_and_is_unloaded_then(situation, 
     assert sum("waits for its sessions" in record.message for record in caplog.records) == 1
 
 
-def test_a_version_that_waits_and_is_wanted_again_waits_no_more(situation):
+def test_a_version_that_waits_for_its_sessions_and_is_wanted_again_stays(situation):
     async def run():
         situation.write("m", 2)
         situation.wait_for_sessions()
@@ -240,7 +239,7 @@ def test_a_version_that_waits_and_is_wanted_again_waits_no_more(situation):
         await look(watch)
         assert waiting(situation) == {"m/1": "", "m/2": ""}
         assert situation.loader.loads == ["m/1", "m/2"]
-        # An operator may take it away meanwhile.
+        # An operator may unload it in the meantime.
         situation.rule("m", serve=[2])
         await look(watch)
         situation.sessions["m/1"] = 0
@@ -252,7 +251,7 @@ def test_a_version_that_waits_and_is_wanted_again_waits_no_more(situation):
     asyncio.run(run())
 
 
-def test_what_an_operator_loads_against_the_policy_stays(situation):
+def test_a_version_that_an_operator_loads_against_the_policy_stays(situation):
     async def run():
         situation.write("m", 2)
         situation.rule("m", serve=[2])
@@ -264,7 +263,7 @@ def test_what_an_operator_loads_against_the_policy_stays(situation):
     asyncio.run(run())
 
 
-def test_what_comes_and_is_passed_over_is_logged_once(situation, caplog):
+def test_a_new_entry_that_is_skipped_is_logged_once(situation, caplog):
     (situation.folder / "before").symlink_to("gone")
 
     async def run():
@@ -277,18 +276,18 @@ def test_what_comes_and_is_passed_over_is_logged_once(situation, caplog):
         assert watch.is_good
 
     asyncio.run(run())
-    assert [record.getMessage() for record in caplog.records if "passed over" in record.getMessage()] == [
-        "model repository: after is passed over: it is a link to nothing"
+    assert [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()] == [
+        "model repository: after is skipped: it is a broken link"
     ]
 
 
-def test_a_model_whose_folder_cannot_be_read_for_now_is_served_on(situation):
+def test_a_model_with_a_temporarily_unreadable_folder_stays_in_service(situation):
     situation.write("other", 1)
 
     async def run():
         watch = await watching(situation)
         (situation.folder / "m").rename(situation.folder / ".m")
-        # What no user may read, root included.
+        # A folder that no user can read, not even root.
         (situation.folder / "m").symlink_to("m")
         await look(watch, 4)
         assert situation.states() == {"m/1": State.AVAILABLE, "other/1": State.AVAILABLE}

@@ -1,4 +1,4 @@
-"""What the memory of a server's process does."""
+"""The memory of a server process after a load."""
 
 from __future__ import annotations
 
@@ -53,5 +53,5 @@ def test_a_loaded_model_takes_little_more_than_its_weights():
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    # 256 MiB, and TensorFlow's own memory for the first graphs. The load itself takes more than a GiB.
+    # 256 MiB of weights, and TensorFlow's memory for the first graphs. The load itself takes more than 1 GiB.
     assert 256 < found["collected"] < 1.3 * 256, found

@@ -1,4 +1,4 @@
-"""Work beside the event loop, at low priority."""
+"""Background work at low priority."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def priority() -> int:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priority of their own")
-def test_work_gives_way_and_nothing_else_does():
+def test_only_the_thread_of_the_work_has_low_priority():
     before = priority()
     assert asyncio.run(background.run(priority, "work")) == min(before + 5, 19)
     assert priority() == before
@@ -39,7 +39,7 @@ def test_what_work_raises_is_raised():
         asyncio.run(background.run(lambda: {}["nothing"], "work"))
 
 
-def test_work_goes_on_when_nobody_waits_any_longer():
+def test_work_continues_after_cancellation():
     began, go_on, ended = threading.Event(), threading.Event(), threading.Event()
 
     def work() -> None:

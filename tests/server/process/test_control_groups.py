@@ -1,4 +1,4 @@
-"""How much memory and how many cores a process may take: on a machine of its own, in containers, and as a service."""
+"""Limits of memory and cores: without control groups, in containers, and in a service."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ POD_BYTES = 4 * 2**30
 
 CORES = len(os.sched_getaffinity(0))
 
-# What stands for no limit in version 1.
+# The value for no limit in version 1.
 NO_LIMIT = str(2**63 - 4096)
 
 
 def machine(root: pathlib.Path, groups: str, limits: dict[str, str]) -> pathlib.Path:
-    """A machine of 256 GiB. groups: of the process, as /proc says. limits: by their files below /sys/fs/cgroup."""
+    """A machine with 256 GiB. groups: the contents of /proc/self/cgroup. limits: by files below /sys/fs/cgroup."""
     (root / "proc" / "self").mkdir(parents=True)
     (root / "proc" / "meminfo").write_text(f"MemTotal:       {MACHINE_BYTES // 1024} kB\nMemFree:  1 kB\n")
     (root / "proc" / "self" / "cgroup").write_text(groups)
@@ -70,17 +70,17 @@ def machine(root: pathlib.Path, groups: str, limits: dict[str, str]) -> pathlib.
         pytest.param("4:memory:/\n", {"memory/memory.limit_in_bytes": NO_LIMIT}, MACHINE_BYTES, id="none, version 1"),
     ],
 )
-def test_a_process_may_take_what_the_least_of_its_groups_leaves_it(tmp_path, groups, limits, expected):
+def test_the_lowest_limit_of_the_control_groups_counts(tmp_path, groups, limits, expected):
     assert control_groups.memory_bytes(machine(tmp_path, groups, limits)) == expected
 
 
-def test_without_control_groups_it_is_the_machines_memory(tmp_path):
+def test_without_control_groups_the_memory_of_the_machine_counts(tmp_path):
     root = machine(tmp_path, "", {})
     (root / "proc" / "self" / "cgroup").unlink()
     assert control_groups.memory_bytes(root) == MACHINE_BYTES
 
 
-def test_this_process_has_some_and_no_more_than_the_machine():
+def test_the_limits_of_this_process_are_at_most_those_of_the_machine():
     total = next(line for line in pathlib.Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in line)
     assert 0 < control_groups.memory_bytes() <= int(total.split()[1]) * 1024
 

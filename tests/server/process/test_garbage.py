@@ -1,4 +1,4 @@
-"""What the garbage collector looks at, and when."""
+"""The tuning of the garbage collector."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ SCRIPT = """
 
 @garbage.young_only()
 def litter() -> None:
-    """Makes many objects, and fails."""
+    """Creates many objects, and fails."""
     _objects = [[[]] for _ in range(300_000)]
     raise KeyError("nothing in it")
 
 
-def test_code_that_makes_many_objects_and_fails_causes_no_full_pass():
+def test_full_collections_are_disabled_inside_the_block_and_restored_after_an_error():
     passes = []
 
     def note(phase: str, about: dict[str, int]) -> None:
@@ -66,7 +66,7 @@ def test_code_that_makes_many_objects_and_fails_causes_no_full_pass():
             passes.append(about["generation"])
 
     before = gc.get_threshold()
-    # How long it is since the last full one must not matter.
+    # Independent of the time since the last full collection.
     gc.collect()
     gc.callbacks.append(note)
     try:
@@ -78,7 +78,7 @@ def test_code_that_makes_many_objects_and_fails_causes_no_full_pass():
     assert gc.get_threshold() == before
 
 
-def test_what_was_imported_is_looked_at_no_more_and_what_loads_left_and_models_that_are_unloaded_go():
+def test_imports_are_not_scanned_again_and_garbage_of_loads_and_unloaded_models_is_freed():
     command = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
     found = json.loads(subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL))
     assert found["imported"] > 100_000

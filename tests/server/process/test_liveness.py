@@ -1,4 +1,4 @@
-"""Whether a device lives, as small operations on it tell."""
+"""Liveness of a device."""
 
 from __future__ import annotations
 
@@ -46,11 +46,14 @@ def test_a_device_that_works_is_alive(device, liveness):
     assert liveness.is_alive
 
 
-def test_a_device_that_hangs_is_dead_until_it_goes_on(device, liveness):
+def test_a_device_that_hangs_is_dead_until_it_continues(device, liveness):
     device.gate.clear()
     wait_until(lambda: not liveness.is_alive)
+    trials = device.trials
     device.gate.set()
     wait_until(lambda: liveness.is_alive)
+    wait_until(lambda: device.trials > trials)
+    assert liveness.is_alive
 
 
 def test_a_device_that_fails_is_dead_until_it_works_and_is_logged_once(device, liveness, caplog):
@@ -64,4 +67,15 @@ def test_a_device_that_fails_is_dead_until_it_works_and_is_logged_once(device, l
 
 
 def test_a_cpu_is_alive():
-    TensorFlowDevice(CPU).try_out()
+    cpu, tried = TensorFlowDevice(CPU), threading.Event()
+
+    class Cpu:
+        def try_out(self) -> None:
+            cpu.try_out()
+            tried.set()
+
+    liveness = Liveness(Cpu(), every_s=0.01, timeout_s=30)
+    liveness.start()
+    assert tried.wait(30)
+    assert liveness.is_alive
+    liveness.end()

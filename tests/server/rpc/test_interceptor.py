@@ -1,4 +1,4 @@
-"""What the interceptor knows of calls before their requests are there, over real connections."""
+"""The interceptor, over real connections: announced calls, refusals, unread responses."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
 from forwardpass_server.access.access import Access
 from forwardpass_server.calls.admission import Admission, Limits
 from forwardpass_server.calls.arrivals import Arrivals
-from forwardpass_server.rpc.departure import Departure
+from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.interceptor import Interceptor
 from forwardpass_server.telemetry.families import Families
 from forwardpass_server.telemetry.rpcs import RpcMetrics
@@ -26,13 +26,13 @@ from support.servers import wait_until
 
 UNARY, STREAM, LONG = "/test.Service/Unary", "/test.Service/Stream", "/test.Service/Long"
 
-# More than gRPC sends before its caller reads.
+# More than gRPC sends before the client reads.
 LONG_BYTES = 2**24
 
 
 @contextlib.asynccontextmanager
 async def serving(arrivals: Arrivals, registry: prometheus_client.CollectorRegistry | None = None):
-    """The address of a server whose unary method and stream answer with how many calls are known to come.
+    """The address of a server whose unary method and stream answer with the number of announced calls.
 
     Another method has a long answer.
     """
@@ -48,7 +48,7 @@ async def serving(arrivals: Arrivals, registry: prometheus_client.CollectorRegis
         return bytes(LONG_BYTES)
 
     families = Families("Calls", registry or prometheus_client.CollectorRegistry(), [])
-    interceptor = Interceptor(RpcMetrics(families), Access(), Departure(), arrivals, None)
+    interceptor = Interceptor(RpcMetrics(families), Access(), Drain(), arrivals, None)
     server = grpc.aio.server(interceptors=[interceptor])
     methods = {
         "Unary": grpc.unary_unary_rpc_method_handler(unary),
@@ -65,7 +65,7 @@ async def serving(arrivals: Arrivals, registry: prometheus_client.CollectorRegis
 
 
 def handled(registry: prometheus_client.CollectorRegistry, method: str) -> dict[str, float]:
-    """How many calls of a method have ended with which status."""
+    """The number of ended calls of a method, by status."""
     return {
         sample.labels["grpc_code"]: sample.value
         for family in registry.collect()
@@ -75,7 +75,7 @@ def handled(registry: prometheus_client.CollectorRegistry, method: str) -> dict[
 
 
 @pytest.mark.parametrize("goes", ["with its message", "reset", "with its connection"])
-def test_a_call_is_known_from_its_headers_until_its_message_comes_or_its_caller_leaves(goes):
+def test_a_call_is_announced_from_its_headers_until_its_message_arrives_or_it_is_cancelled(goes):
     async def main() -> None:
         arrivals = Arrivals()
         async with serving(arrivals) as address:
@@ -96,7 +96,7 @@ def test_a_call_is_known_from_its_headers_until_its_message_comes_or_its_caller_
     asyncio.run(main())
 
 
-def test_a_call_that_is_there_and_a_stream_are_not_on_their_way():
+def test_an_arrived_call_and_a_stream_are_not_announced():
     async def main() -> None:
         async with serving(Arrivals()) as address, grpc.aio.insecure_channel(address) as channel:
             stream = channel.stream_stream(STREAM)()
@@ -152,7 +152,7 @@ def test_calls_that_compute_are_refused_without_device_or_room_and_others_are_an
 
     async def main() -> None:
         interceptor = Interceptor(
-            rpc_metrics(), Access(), Departure(), Arrivals(), None, admission, device_works=works.is_set
+            rpc_metrics(), Access(), Drain(), Arrivals(), None, admission, device_works=works.is_set
         )
         async with model_service(interceptor) as address, grpc.aio.insecure_channel(address) as channel:
             for size_bytes in entered:
@@ -171,7 +171,7 @@ def test_a_call_without_room_is_refused_before_its_request_is_sent():
     admission = Admission(limits, limits)
 
     async def main() -> None:
-        interceptor = Interceptor(rpc_metrics(), Access(), Departure(), Arrivals(), None, admission)
+        interceptor = Interceptor(rpc_metrics(), Access(), Drain(), Arrivals(), None, admission)
         async with model_service(interceptor) as address:
             admission.enter("another", 1)
             with await asyncio.to_thread(RawConnection, address) as connection:
@@ -188,7 +188,7 @@ async def status_of(channel: grpc.aio.Channel, path: str) -> grpc.StatusCode:
     return await channel.unary_unary(path)(b"", timeout=30).code()
 
 
-def test_a_caller_that_leaves_an_answer_unread_is_counted_as_cancelled_and_is_one_line_of_the_log(caplog):
+def test_an_unread_response_counts_as_cancelled_and_is_logged_in_one_line(caplog):
     async def main() -> dict[str, float]:
         registry = prometheus_client.CollectorRegistry()
         async with serving(Arrivals(), registry) as address:
@@ -196,7 +196,7 @@ def test_a_caller_that_leaves_an_answer_unread_is_counted_as_cancelled_and_is_on
             with connection:
                 stream = connection.open(LONG)
                 connection.send(stream, b"x")
-                # All that fits into the window has come, and the rest of the answer waits.
+                # The window is full, and the rest of the response waits.
                 await asyncio.to_thread(connection.wait, lambda event: isinstance(event, h2.events.DataReceived))
                 connection.h2.reset_stream(stream)
                 connection.flush()
@@ -209,4 +209,4 @@ def test_a_caller_that_leaves_an_answer_unread_is_counted_as_cancelled_and_is_on
     caplog.set_level(logging.INFO)
     assert asyncio.run(main()) == {"Canceled": 1, "OK": 1}
     messages = [(record.levelname, record.getMessage()) for record in caplog.records if record.name != "asyncio"]
-    assert messages == [("INFO", f"call of {LONG}: the caller left before its answer was sent")]
+    assert messages == [("INFO", f"call of {LONG}: the client disconnected before the response was sent")]

@@ -1,4 +1,4 @@
-"""The last minute of metrics: rates, means and quantiles of what has become."""
+"""Rates, means and quantiles of the last minute."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def registry():
     return prometheus.CollectorRegistry()
 
 
-def test_only_what_has_become_since_counts(registry):
+def test_only_the_growth_since_the_first_snapshot_counts(registry):
     counter = prometheus.Counter("calls", "Calls.", ("model",), registry=registry)
     counter.labels("a").inc(100)
     recent = Recent(registry)
@@ -27,7 +27,7 @@ def test_only_what_has_become_since_counts(registry):
     assert window.growth("nothing_total") == 0
 
 
-def test_a_series_that_went_and_came_back_has_not_shrunk(registry):
+def test_a_series_that_was_removed_and_created_again_grows_from_zero(registry):
     counter = prometheus.Counter("calls", "Calls.", ("model",), registry=registry)
     counter.labels("a").inc(100)
     recent = Recent(registry)
@@ -36,7 +36,7 @@ def test_a_series_that_went_and_came_back_has_not_shrunk(registry):
     assert recent.window().growth("calls_total") == 3
 
 
-def test_quantiles_lie_within_their_buckets_and_nothing_has_none(registry):
+def test_quantiles_are_interpolated_and_none_without_observations(registry):
     seconds = prometheus.Histogram("seconds", "Seconds.", buckets=(1, 2, 4), registry=registry)
     recent = Recent(registry)
     both = [("seconds", {})]
@@ -51,11 +51,11 @@ def test_quantiles_lie_within_their_buckets_and_nothing_has_none(registry):
     assert window.mean("seconds") == 6.5 / 4
     for _ in range(100):
         seconds.observe(1000)
-    # No more is known of it than that it was beyond the last bound.
+    # The last bucket has no upper bound.
     assert recent.window().quantile(0.99, both) == 4
 
 
-def test_no_more_than_a_minute_is_remembered(registry):
+def test_snapshots_older_than_a_minute_are_dropped(registry):
     counter = prometheus.Counter("calls", "Calls.", registry=registry)
     recent = Recent(registry)
     for _ in range(30):

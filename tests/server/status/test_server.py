@@ -1,4 +1,4 @@
-"""The metrics port's answers."""
+"""The HTTP server of the metrics port."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from forwardpass_server.status.server import MonitoringServer
 from forwardpass_server.telemetry.metrics import Metrics
 
 
-def test_every_page_is_as_long_as_it_says():
+def test_the_content_length_of_every_page_is_right():
     pages = ["long" * 100, "short", "somewhat longer"]
     shown = iter(pages)
     server = MonitoringServer("127.0.0.1", 0, prometheus_client.CollectorRegistry(), lambda: next(shown))
@@ -54,7 +54,7 @@ def samples(text: str) -> dict[str, str]:
     return dict(lines)
 
 
-def test_every_name_that_is_scraped_can_be_asked_for_by_itself(metrics):
+def test_each_metric_can_be_requested_by_name(metrics):
     metrics, url = metrics
     _, whole, _ = ask(f"{url}/metrics")
     names = {name.partition("{")[0] for name in samples(whole)}
@@ -64,12 +64,12 @@ def test_every_name_that_is_scraped_can_be_asked_for_by_itself(metrics):
         _, text, _ = ask(f"{url}/metrics?name[]={name}")
         found = {sample.partition("{")[0] for sample in samples(text)}
         assert found, name
-        # Of a family, all of it: a histogram is its buckets, sum and count.
+        # A family is returned completely: a histogram with its buckets, sum and count.
         assert all(one == name or one.startswith(f"{name}_") for one in found)
         assert name in found or name in families
 
 
-def test_several_names_can_be_asked_for_and_an_unknown_one_has_nothing(metrics):
+def test_several_names_can_be_requested_and_an_unknown_one_is_empty(metrics):
     _, url = metrics
     _, text, _ = ask(f"{url}/metrics?name[]=forwardpass_live&name[]=forwardpass_ready&name[]=unknown")
     assert set(samples(text)) == {"forwardpass_live", "forwardpass_ready"}
@@ -85,7 +85,7 @@ def test_head_has_the_headers_of_get_and_no_body(metrics, path):
     assert head_status == status
     assert head_headers["Content-Type"] == headers["Content-Type"]
     assert headers["Content-Length"] == str(len(body.encode()))
-    # Of all metrics some are times, which have other digits a moment later.
+    # Some metrics are times, whose number of digits changes from scrape to scrape.
     assert path == "/metrics" or head_headers["Content-Length"] == headers["Content-Length"]
     assert int(head_headers["Content-Length"]) > 0
 

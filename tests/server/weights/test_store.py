@@ -1,4 +1,4 @@
-"""The weight store, as one contract: in memory alone, and with a folder behind it."""
+"""The weight store. Most tests run twice: in memory only, and with a folder."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Counts:
 
 
 class Set:
-    """Weights with numbers: two tensors of 1 KiB made of a seed, and one that every set shares."""
+    """A set of weights: two tensors of 1 KiB from a seed; with `shared` the second is the same in all sets."""
 
     def __init__(self, seed: int, *, shared: bool = False, kib: int = 1) -> None:
         rng = np.random.default_rng(seed)
@@ -64,7 +64,7 @@ class Set:
 
 @pytest.fixture(params=["memory", "disk"])
 def make(request, tmp_path):
-    """Makes a store; called again, one over the same folder, as after a restart."""
+    """Creates a store. Called again, it creates one with the same folder, as after a restart."""
 
     def make(
         budget_kib: float = 100, disk_kib: int = 1000, expiry_s: float = 60.0, share_kib: int | None = None
@@ -103,7 +103,7 @@ async def holds(store, one: Set, principal: str = "") -> bool:
     return True
 
 
-def test_what_was_uploaded_is_there_and_nothing_else_is(make):
+def test_uploaded_weights_are_found_and_no_others(make):
     async def run():
         store, counts = make()
         one, other = Set(1), Set(2)
@@ -140,11 +140,11 @@ def test_a_hash_is_not_a_permission(make):
         await upload(store, one, "alice")
         assert await holds(store, one, "alice")
         assert not await holds(store, one, "mallory")
-        # Nor does the store tell that somebody else has the tensors: they must be shown to be had.
+        # The store does not reveal that another principal has the tensors: this one must upload them too.
         assert len(await store.put("mallory", one.manifest)) == 2
         await upload(store, one, "mallory")
         assert await holds(store, one, "mallory")
-        # Stored once all the same.
+        # They are still stored once.
         assert store.used_bytes == 2 * KIB
         await store.delete("mallory", one.id)
         assert await holds(store, one, "alice")
@@ -154,14 +154,14 @@ def test_a_hash_is_not_a_permission(make):
     asyncio.run(run())
 
 
-def test_an_upload_goes_on_where_it_stopped(make):
+def test_an_upload_continues_where_it_stopped(make):
     async def run():
         store, _ = make()
         one = Set(1)
         ((digest, _), _) = await store.put("", one.manifest)
         await store.upload("", digest, 0, memoryview(one.data(digest)[:300]))
         assert dict(await store.put("", one.manifest))[digest] == 300
-        # A chunk that had come already, and one that overlaps, are passed over as far as they are known.
+        # Bytes of a repeated or overlapping chunk that were received before are skipped.
         await store.upload("", digest, 0, memoryview(one.data(digest)[:200]))
         await store.upload("", digest, 100, memoryview(one.data(digest)[100:500]))
         assert dict(await store.put("", one.manifest))[digest] == 500
@@ -171,7 +171,7 @@ def test_an_upload_goes_on_where_it_stopped(make):
     asyncio.run(run())
 
 
-def test_a_gap_is_refused_and_says_where_to_go_on(make):
+def test_a_gap_is_refused_with_the_expected_offset(make):
     async def run():
         store, _ = make()
         one = Set(1)
@@ -208,7 +208,7 @@ def test_a_broken_upload_leaves_nothing_behind(make, fault):
     asyncio.run(run())
 
 
-def test_a_tensor_without_elements_and_one_of_strings_are_kept(make):
+def test_an_empty_tensor_and_one_of_strings_are_stored(make):
     async def run():
         store, _ = make()
         structure = Structure.of(((np.zeros((0, 3), np.float32),), (np.array([b"ab", b""], object),)))
@@ -225,7 +225,7 @@ def test_a_tensor_without_elements_and_one_of_strings_are_kept(make):
     asyncio.run(run())
 
 
-def test_an_upload_that_stands_still_is_dropped(make):
+def test_an_upload_without_data_is_dropped(make):
     async def run():
         store, _ = make(expiry_s=0.05)
         one = Set(1)
@@ -244,7 +244,7 @@ def test_an_upload_that_stands_still_is_dropped(make):
     asyncio.run(run())
 
 
-def test_the_least_recently_used_go_first(make):
+def test_the_least_recently_used_sets_are_evicted_first(make):
     async def run():
         store, counts = make(budget_kib=6)
         sets = [Set(seed) for seed in range(3)]
@@ -259,7 +259,7 @@ def test_the_least_recently_used_go_first(make):
     asyncio.run(run())
 
 
-def test_what_is_in_use_or_under_a_lease_stays(make):
+def test_sets_in_use_or_under_a_lease_are_not_evicted(make):
     async def run():
         store, _ = make(budget_kib=4)
         first, second = Set(1), Set(2)
@@ -307,7 +307,7 @@ def test_weights_larger_than_the_store_are_refused_before_they_are_sent(make):
     asyncio.run(run())
 
 
-def test_deleting_drops_the_memory_and_is_no_error_twice(make):
+def test_delete_frees_the_memory_and_is_idempotent(make):
     async def run():
         store, _ = make()
         one = Set(1)
@@ -316,7 +316,7 @@ def test_deleting_drops_the_memory_and_is_no_error_twice(make):
             placed = weights.leaf(0)
             reference = weakref.ref(weights)
             await store.delete("", one.id)
-            # Whoever uses it goes on.
+            # A running use continues.
             assert np.array_equal(np.asarray(placed), one.structure.leaves[0])
         await store.delete("", one.id)
         assert store.used_bytes == 0
@@ -328,7 +328,7 @@ def test_deleting_drops_the_memory_and_is_no_error_twice(make):
     asyncio.run(run())
 
 
-def test_many_callers_may_send_the_same_weights_at_once(make):
+def test_many_clients_may_send_the_same_weights_at_once(make):
     async def run():
         store, _ = make()
         one = Set(1, kib=20)
@@ -339,7 +339,7 @@ def test_many_callers_may_send_the_same_weights_at_once(make):
     asyncio.run(run())
 
 
-def test_a_caller_that_leaves_in_mid_chunk_does_not_break_the_upload(make):
+def test_a_call_cancelled_in_the_middle_of_a_chunk_does_not_break_the_upload(make):
     async def run():
         store, _ = make()
         one = Set(1, kib=20)
@@ -368,7 +368,7 @@ def test_weights_are_put_into_a_models_order_and_refused_where_they_do_not_fit(m
             assert [np.asarray(found).tolist() for found in weights.leaves(b"a", fits)] == [
                 expected.tolist() for expected in one.structure.leaves
             ]
-            # The same object for the same model: calls are told apart by it.
+            # The same object for the same model: the batcher compares identities.
             assert weights.leaves(b"a", fits) is weights.leaves(b"a", fits)
             with pytest.raises(errors.ShapeMismatch, match=r"model_weights\[1\]\[0\]: expected float32\[5\]"):
                 weights.leaves(b"b", other)
@@ -378,7 +378,7 @@ def test_weights_are_put_into_a_models_order_and_refused_where_they_do_not_fit(m
     asyncio.run(run())
 
 
-def test_a_restart_keeps_what_is_on_disk_alone(make):
+def test_a_restart_keeps_only_weights_on_disk(make):
     async def run():
         store, _ = make()
         one, deleted = Set(1), Set(2)
@@ -395,7 +395,7 @@ def test_a_restart_keeps_what_is_on_disk_alone(make):
     asyncio.run(run())
 
 
-def test_what_was_dropped_for_room_comes_back_from_disk_alone(make):
+def test_evicted_weights_are_restored_only_from_disk(make):
     async def run():
         store, _ = make(budget_kib=2)
         first, second = Set(1), Set(2)
@@ -403,14 +403,14 @@ def test_what_was_dropped_for_room_comes_back_from_disk_alone(make):
         await upload(store, second)
         assert await holds(store, first) is make.is_durable
         assert store.used_bytes == 2 * KIB
-        # Any number of callers wait for one reading.
+        # Concurrent callers share one read.
         if make.is_durable:
             assert all(await asyncio.gather(*(holds(store, second) for _ in range(5))))
 
     asyncio.run(run())
 
 
-def test_reading_gives_every_byte_from_an_offset_on(make):
+def test_reading_gives_every_byte_after_an_offset(make):
     async def run():
         store, _ = make()
         one = Set(1)
@@ -425,7 +425,7 @@ def test_reading_gives_every_byte_from_an_offset_on(make):
     asyncio.run(run())
 
 
-def test_an_upload_of_many_tensors_may_take_longer_than_one_may_stand_still(make):
+def test_an_upload_of_many_tensors_may_take_longer_than_the_expiry(make):
     async def run():
         store, _ = make(expiry_s=0.3)
         one = Set(1)
@@ -442,7 +442,7 @@ def test_an_upload_of_many_tensors_may_take_longer_than_one_may_stand_still(make
     asyncio.run(run())
 
 
-def test_a_digest_that_is_held_cannot_be_claimed_for_another_shape(make):
+def test_a_stored_digest_cannot_be_announced_with_another_shape(make):
     async def run():
         store, _ = make()
         one = Set(1)
@@ -460,7 +460,7 @@ def test_a_digest_that_is_held_cannot_be_claimed_for_another_shape(make):
     asyncio.run(run())
 
 
-def test_a_wrong_announcement_does_not_stand_in_the_way_of_a_right_one(make):
+def test_a_wrong_announcement_does_not_block_a_right_one(make):
     async def run():
         store, _ = make()
         one = Set(1)
@@ -499,7 +499,7 @@ def test_leases_of_one_set_are_bounded(make):
     asyncio.run(run())
 
 
-def test_room_is_kept_for_a_set_while_it_is_being_saved(tmp_path):
+def test_room_is_reserved_for_a_set_while_it_is_written(tmp_path):
     class Slow(WeightFiles):
         def save(self, *arguments):
             import time
@@ -515,7 +515,7 @@ def test_room_is_kept_for_a_set_while_it_is_being_saved(tmp_path):
         await asyncio.sleep(0.2)
         store.sweep()
         assert store.used_bytes == 2 * KIB
-        # Whatever comes meanwhile waits, or finds no room.
+        # Other puts wait in the meantime, or find no room.
         again = asyncio.ensure_future(store.put("", one.manifest))
         deleting = asyncio.ensure_future(store.delete("", one.id))
         with pytest.raises(errors.WeightStoreFull):
@@ -536,7 +536,7 @@ def save(one: Set, target: WeightFiles, principal: str = "") -> None:
     target.save(principal, one.manifest, zip(one.manifest.tensors, one.structure.leaves, strict=True))
 
 
-def test_a_tensor_that_was_changed_on_disk_is_noticed_and_sent_again(tmp_path):
+def test_a_corrupt_tensor_on_disk_is_detected_and_sent_again(tmp_path):
     async def run():
         one = Set(1)
         save(one, files(tmp_path))
@@ -545,14 +545,14 @@ def test_a_tensor_that_was_changed_on_disk_is_noticed_and_sent_again(tmp_path):
         store, counts = over(files(tmp_path))
         assert not await holds(store, one)
         assert counts.disk_failures == [("read", "corrupt")]
-        # And with new numbers all is well.
+        # After a new upload the set is complete.
         await upload(store, one)
         assert await holds(store, one)
 
     asyncio.run(run())
 
 
-def test_a_tensor_that_the_disk_does_not_give_is_sent_again(tmp_path):
+def test_a_tensor_that_cannot_be_read_from_disk_is_sent_again(tmp_path):
     async def run():
         one = Set(1)
         save(one, files(tmp_path))
@@ -568,7 +568,7 @@ def test_a_tensor_that_the_disk_does_not_give_is_sent_again(tmp_path):
     asyncio.run(run())
 
 
-def test_a_save_that_fails_in_the_middle_leaves_no_file(tmp_path):
+def test_a_failed_save_leaves_no_file(tmp_path):
     target = files(tmp_path)
     one = Set(1)
 
@@ -582,7 +582,7 @@ def test_a_save_that_fails_in_the_middle_leaves_no_file(tmp_path):
     assert target.size_bytes == 0
 
 
-def test_a_file_that_a_power_cut_left_short_is_left_out_at_the_next_start(tmp_path):
+def test_a_truncated_file_is_skipped_at_the_next_start(tmp_path):
     one, other = Set(1, shared=True), Set(2, shared=True)
     before = files(tmp_path)
     save(one, before)
@@ -616,7 +616,7 @@ def over(target: WeightFiles) -> tuple[WeightStore, Counts]:
     return WeightStore(StoreOptions(budget_bytes=100 * KIB), TensorFlowDevice("/device:CPU:0"), counts, target), counts
 
 
-def test_a_set_that_is_larger_than_the_folder_may_be_is_served_from_memory(tmp_path):
+def test_a_set_over_the_limit_of_the_folder_is_served_from_memory(tmp_path):
     async def run():
         store, counts = over(files(tmp_path, kib=1))
         one = Set(1)
@@ -627,7 +627,7 @@ def test_a_set_that_is_larger_than_the_folder_may_be_is_served_from_memory(tmp_p
     asyncio.run(run())
 
 
-def test_a_full_disk_costs_the_copy_on_disk_and_nothing_else(tmp_path):
+def test_with_a_full_disk_weights_are_served_from_memory(tmp_path):
     async def run(folder):
         target = files(folder / "weights")
         store, counts = over(target)
@@ -642,7 +642,7 @@ def test_a_full_disk_costs_the_copy_on_disk_and_nothing_else(tmp_path):
         assert not target.has("", one.id)
         assert not list((folder / "weights" / "tensors").iterdir())
         assert not list((folder / "weights" / "new").iterdir())
-        # Putting it again asks for nothing, and once there is room others are kept.
+        # A second put needs no upload. When there is room again, other sets are written.
         assert await store.put("", one.manifest) == []
         filler.unlink()
         await upload(store, other)
@@ -653,7 +653,7 @@ def test_a_full_disk_costs_the_copy_on_disk_and_nothing_else(tmp_path):
         asyncio.run(run(folder))
 
 
-def test_a_disk_that_has_become_read_only_is_read_on_and_takes_no_more(tmp_path):
+def test_a_disk_that_became_read_only_is_still_read(tmp_path):
     kept, new = Set(1), Set(2)
 
     async def run(target):
@@ -662,12 +662,12 @@ def test_a_disk_that_has_become_read_only_is_read_on_and_takes_no_more(tmp_path)
         await upload(store, new)
         assert await holds(store, new)
         assert counts.disk_failures == [("write", "denied")]
-        # What cannot be deleted counts no more.
+        # A file that cannot be deleted does not count any more.
         assert (target.set_count, target.size_bytes) == (0, 0)
 
     with filesystems.mounted(tmp_path / "small", "-t", "tmpfs", "tmpfs") as folder:
         save(kept, files(folder))
-        # It has room for one of them.
+        # The limit has room for one of the sets.
         target = files(folder, kib=2)
         subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
         asyncio.run(run(target))
@@ -680,7 +680,7 @@ async def on_device(store, one: Set, principal: str) -> bool:
     return weights is not None
 
 
-def test_beyond_its_share_a_principal_loses_sets_of_its_own_and_no_others(make):
+def test_beyond_its_share_only_sets_of_the_same_principal_are_evicted(make):
     async def run():
         store, counts = make(budget_kib=10, share_kib=4)
         sets = [Set(seed) for seed in range(4)]
@@ -695,7 +695,7 @@ def test_beyond_its_share_a_principal_loses_sets_of_its_own_and_no_others(make):
     asyncio.run(run())
 
 
-def test_a_share_that_is_in_use_is_refused_by_its_name_and_nothing_is_dropped(make):
+def test_a_share_that_is_in_use_is_refused_and_nothing_is_evicted(make):
     async def run():
         store, counts = make(budget_kib=10, share_kib=4)
         one, other, third = Set(1), Set(2), Set(3)
@@ -716,7 +716,7 @@ def test_a_share_that_is_in_use_is_refused_by_its_name_and_nothing_is_dropped(ma
     asyncio.run(run())
 
 
-def test_tensors_that_others_have_too_count_in_a_share(make):
+def test_tensors_that_other_principals_hold_count_for_a_share(make):
     async def run():
         store, _ = make(budget_kib=10, share_kib=4)
         sets = [Set(seed) for seed in range(3)]
@@ -734,7 +734,7 @@ def test_tensors_that_others_have_too_count_in_a_share(make):
     asyncio.run(run())
 
 
-def test_uploads_count_in_a_share(make):
+def test_uploads_count_for_a_share(make):
     async def run():
         store, _ = make(budget_kib=10, share_kib=3)
         one, other = Set(1), Set(2)
@@ -775,11 +775,11 @@ class CountedDevice(TensorFlowDevice):
         return super().place(array)
 
 
-def test_weights_that_another_principal_has_take_the_same_work(tmp_path):
+def test_weights_that_another_principal_holds_cause_the_same_work(tmp_path):
     one = Set(1)
 
     def written() -> int:
-        """How many files of tensors were written since this was asked last."""
+        """The number of tensor files written since the last call."""
         paths = list((tmp_path / "weights" / "tensors").iterdir())
         count = sum(path.stat().st_mtime != 1 for path in paths)
         for path in paths:
@@ -794,7 +794,7 @@ def test_weights_that_another_principal_has_take_the_same_work(tmp_path):
         await upload(store, one, "bob")
         assert (device.placed, written()) == (4, 2)
         assert store.tensor_count == 2
-        # What a principal has itself need not be done again.
+        # Work on tensors that the principal itself holds need not be repeated.
         other = Set(2)
         other.structure.leaves[0] = one.structure.leaves[0]
         other.manifest = manifests.of_structure(other.structure, "w")
@@ -805,7 +805,7 @@ def test_weights_that_another_principal_has_take_the_same_work(tmp_path):
     asyncio.run(run())
 
 
-def test_a_full_store_tells_nobody_what_others_hold(tmp_path):
+def test_a_full_store_does_not_reveal_what_others_hold(tmp_path):
     async def run():
         store = WeightStore(
             StoreOptions(budget_bytes=3 * KIB, principal_bytes=2 * KIB), TensorFlowDevice("/device:CPU:0"), Counts()
@@ -815,7 +815,7 @@ def test_a_full_store_tells_nobody_what_others_hold(tmp_path):
             with pytest.raises(errors.WeightStoreFull) as raised:
                 await upload(store, Set(2), "bob")
         numbers = set(re.findall(r"\d+", str(raised.value)))
-        # What it asked for: none of the 2048 bytes that another has, nor the store's 3072.
+        # The size of the request: neither the 2048 bytes of the other principal nor the 3072 of the store.
         assert numbers == {"1024"}
 
     asyncio.run(run())
