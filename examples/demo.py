@@ -190,10 +190,12 @@ def run(console: Console, folder: pathlib.Path) -> list[Row]:
 
         progress.advance(task)
         task = progress.add_task("training on 1437 handwritten digits", total=digits.EPOCHS)
-        model = digits.train(lambda epoch: progress.update(task, completed=epoch))
-        local = digits.functional(model)
-        task = progress.add_task("exporting and serving", total=2)
-        save_functional_model(local, folder / "digits" / "1")
+        # TensorFlow prints further lines when it computes for the first time.
+        with quiet.native_stderr():
+            model = digits.train(lambda epoch: progress.update(task, completed=epoch))
+            local = digits.functional(model)
+            task = progress.add_task("exporting and serving", total=2)
+            save_functional_model(local, folder / "digits" / "1")
         progress.advance(task)
         process, address = start_server(folder)
         progress.advance(task)

@@ -77,5 +77,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train a small model of handwritten digits and export it.")
     parser.add_argument("repository", type=pathlib.Path, help="the model repository, a folder, for example models")
     folder = parser.parse_args().repository / "digits" / "1"
-    save_functional_model(functional(train()), folder)
+    # TensorFlow prints further lines when it computes for the first time. Errors are raised as usual.
+    with quiet.native_stderr():
+        save_functional_model(functional(train()), folder)
     print(f"wrote {folder}")

@@ -102,8 +102,10 @@ def test_the_weights_of_several_clients_are_evaluated_at_once(repository):
 
 
 def test_the_demo_compares_and_exits_with_0_and_leaves_no_files(tmp_path):
-    shown = run("examples/demo.py", TMPDIR=str(tmp_path))
+    done = execute("examples/demo.py", TMPDIR=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
     assert list(tmp_path.iterdir()) == []
+    shown = done.stdout
     assert "The numbers are equal." in shown
     for function in ("predict_on_batch, training", "forward_pass, inference", "loss", "update_metrics_state"):
         assert function in shown

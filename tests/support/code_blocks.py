@@ -44,8 +44,9 @@ class Block:
         return f"{self.page}:{self.line}"
 
     @property
-    def first_line(self) -> str:
-        return self.code.splitlines()[0].strip()
+    def title(self) -> str:
+        """The beginning of its first line."""
+        return self.code.strip().splitlines()[0][:60]
 
 
 def blocks_of(page: str, text: str) -> list[Block]:
@@ -182,7 +183,7 @@ class Reader:
             lines = []
             for line in process.stdout:
                 lines.append(line)
-                if is_serving and line.startswith("ready on "):
+                if is_serving and line.startswith(("ready on ", "not ready: ")):
                     process.send_signal(signal.SIGTERM)
             status = process.wait()
         finally:
