@@ -3,10 +3,10 @@
 #     docker build --tag forwardpass:0.1.0 .
 #     docker build --tag forwardpass:0.1.0-gpu --build-arg EXTRA=gpu .
 #
-# deploy/README.md says how to build behind an index or a certificate authority of your own.
+# deploy/README.md says how to build with a package index or a certificate authority of your own.
 
-# Any image with glibc whose python3 is 3.11 and can make a venv. CUDA comes with the Python packages, the driver from the
-# host: the GPU's image needs no other base. Name it by its digest where a tag may move under you.
+# Any image with glibc and a python3 of version 3.11 that can make a venv. CUDA is in the Python packages and the driver
+# is on the host, so the GPU image needs no other base. Use a digest if the tag may change.
 ARG BASE=python:3.11.14-slim-bookworm
 
 FROM ${BASE} AS environment
@@ -14,7 +14,7 @@ FROM ${BASE} AS environment
 ARG EXTRA=server
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /src
-# What is installed is pinned by version and hash, tools included. Changes of the sources leave this layer as it is.
+# All packages and tools are pinned by version and hash. Changes of the sources do not rebuild this layer.
 COPY deploy/image/ deploy/image/
 RUN --mount=type=cache,target=/root/.cache/pip \
     --mount=type=secret,id=pip.conf,target=/etc/pip.conf \
@@ -31,11 +31,11 @@ COPY server/ server/
 RUN /tools/bin/pip wheel --quiet --no-deps --no-index --no-build-isolation --wheel-dir /wheels . \
     && /tools/bin/pip --python /opt/forwardpass/bin/python install --quiet --no-deps --no-index /wheels/*.whl \
     && /tools/bin/pip --python /opt/forwardpass/bin/python check
-# A fifth of TensorFlow's size is what only compilers read. libclang is required by its metadata and used by nothing in it.
+# Headers, a fifth of TensorFlow's size, are for compilers only. TensorFlow requires libclang, but does not use it.
 RUN /tools/bin/pip --python /opt/forwardpass/bin/python uninstall --quiet --yes libclang \
     && rm -r /opt/forwardpass/lib/python3.*/site-packages/tensorflow/include \
     && rm -rf /opt/forwardpass/lib/python3.*/site-packages/nvidia/*/include
-# The bill of materials: what is left, as CycloneDX.
+# The bill of materials of what remains, in CycloneDX format.
 RUN PATH=/tools/bin:$PATH cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --mc-type application \
         --output-format JSON --output-file /opt/forwardpass/sbom.cdx.json /opt/forwardpass/bin/python
 
@@ -50,10 +50,10 @@ LABEL org.opencontainers.image.title="forwardpass" \
       org.opencontainers.image.revision="${REVISION}" \
       org.opencontainers.image.source="${SOURCE}"
 COPY --from=environment /opt/forwardpass /opt/forwardpass
-# Named volumes take over this folder's owner.
+# A named volume gets the owner of this folder.
 RUN install --directory --owner=65532 --group=65532 /data
-# A container's loopback is of no use: it listens on every address, and asks for TLS, tokens or --insecure. Nothing is
-# written outside of /tmp and /data, so that the root may be read-only.
+# Loopback cannot be reached from outside the container, so the server listens on all addresses and requires TLS, tokens
+# or --insecure. It writes to /tmp and /data only, so the root can be read-only.
 ENV PATH=/opt/forwardpass/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     HOME=/tmp \
@@ -62,7 +62,7 @@ ENV PATH=/opt/forwardpass/bin:$PATH \
     FORWARDPASS_METRICS_HOST=0.0.0.0 \
     FORWARDPASS_MODEL_REPOSITORY=/models \
     FORWARDPASS_SESSION_STORE=sqlite:///data/sessions.sqlite3
-# By number: Kubernetes can then see that it is not root. Has no name, owns nothing but /data.
+# A number, so that Kubernetes can check that it is not root. The user has no name and owns only /data.
 USER 65532:65532
 WORKDIR /data
 EXPOSE 8500 9464

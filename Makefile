@@ -1,4 +1,4 @@
-# Everything runs from one virtual environment, made on the first use and again when the dependencies change.
+# Everything runs in one virtual environment. It is made on first use, and again when the dependencies change.
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,22 +9,22 @@ COMPILE = UV_CUSTOM_COMPILE_COMMAND="make requirements" $(VENV)/bin/uv pip compi
 
 .PHONY: demo test tools test-image serve lint protos requirements benchmark clean
 
-demo: $(STAMP)  ## Train, export, serve, call and compare: the main job on real data.
+demo: $(STAMP)  ## Train, export, serve and call a model on real data, and compare the results.
 	$(VENV)/bin/python examples/demo.py
 
-test: $(STAMP) tools  ## All tests, a file at a time on each of two cores: most tests wait for a server of their own.
+test: $(STAMP) tools  ## Run all tests in two processes, because most tests wait for a server of their own.
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
-tools:  # Not Python's: a Redis, a Prometheus and the like, where they are missing.
+tools:  # Install what tests need and is not a Python package (Redis, Prometheus and others), if it is missing.
 	requirements/tools.sh
 
-test-image: $(STAMP)  ## Build the image from Debian's packages, run it, call it. Needs root and what .ci/image installs.
+test-image: $(STAMP)  ## Build the image, run it and call it. Needs root and the packages that .ci/image installs.
 	$(VENV)/bin/python -m pytest -m image
 
 serve: $(STAMP) $(REPOSITORY)/digits/1  ## Serve an example repository on localhost:8500 until Ctrl-C.
 	$(VENV)/bin/forwardpass-server serve --model-repository $(REPOSITORY)
 
-lint: $(STAMP) tools  ## Format, lint, types, layers, protocol.
+lint: $(STAMP) tools  ## Check format, lint, types, layers and protocol.
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
@@ -38,12 +38,12 @@ protos:  ## Generate the Python beside the .proto files.
 docs/metrics.md: $(STAMP) $(wildcard server/forwardpass_server/telemetry/*.py)  ## Write the catalogue of metrics.
 	$(VENV)/bin/python -m forwardpass_server.telemetry.catalogue > $@
 
-requirements: $(STAMP)  ## Pin what the image installs, by version and hash: the newest that fit pyproject.toml.
+requirements: $(STAMP)  ## Pin the packages of the image by version and hash: the newest that pyproject.toml allows.
 	$(COMPILE) deploy/image/build.in --output-file deploy/image/build.txt
 	$(COMPILE) pyproject.toml --extra server --extra redis --extra tracing --output-file deploy/image/server.txt
 	$(COMPILE) pyproject.toml --extra gpu --extra redis --extra tracing --output-file deploy/image/gpu.txt
 
-benchmark: $(STAMP)  ## Floors, peers and ours, side by side; the second part installs its peers.
+benchmark: $(STAMP)  ## Measure floors, other servers and ours. The second part installs the other servers.
 	$(VENV)/bin/python benchmarks/run.py
 	$(VENV)/bin/python benchmarks/targets.py
 
@@ -51,7 +51,7 @@ clean:
 	rm -rf $(VENV) .cache
 
 $(STAMP): pyproject.toml
-	@echo "installing into $(VENV): some minutes, the first time"
+	@echo "installing into $(VENV); the first time takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --editable ".[dev]"

@@ -1,11 +1,11 @@
-"""The whole of forwardpass in half a minute: train, export, serve, call, and compare with the local model."""
+"""Trains, exports, serves and calls a model, and compares each result with the local model. Takes half a minute."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import pathlib
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,8 +19,8 @@ from rich.table import Table
 
 from forwardpass_server.process import quiet
 
-# The server sums in one graph what the local model sums in several: float32's last bits may differ. As a share of the
-# largest number in a result.
+# Relative to the largest number of a result. The server adds numbers in one graph and the local model in several, so
+# the last bits of a float32 can differ.
 TOLERANCE = 1e-6
 BATCH = 32
 STEPS = 5
@@ -28,7 +28,7 @@ STEPS = 5
 
 @dataclasses.dataclass
 class Row:
-    """One function, run locally and over the wire."""
+    """The results and times of one function, run locally and remotely."""
 
     name: str
     local: Any
@@ -37,7 +37,7 @@ class Row:
     remote_ms: float
 
     def difference(self) -> float:
-        """The largest difference of any number, as a share of the largest number."""
+        """The largest difference of two numbers, relative to the largest number; infinite for other structures."""
         import numpy as np
 
         from forwardpass.wire import trees
@@ -58,7 +58,10 @@ class Row:
 
 
 def timed(call: Callable[[], Any], times: int = 20) -> tuple[Any, float]:
-    """A call's result and its median time in ms, after a first call that does not count unless it is the only one."""
+    """Returns a call's result and its median time in ms.
+
+    The first call is not timed, unless `times` is 0 and it is the only one.
+    """
     started = time.perf_counter()
     result = call()
     if not times:
@@ -72,7 +75,7 @@ def timed(call: Callable[[], Any], times: int = 20) -> tuple[Any, float]:
 
 
 def compare(local: Any, remote: Any, x: Any, y: Any, advance: Callable[[], None]) -> list[Row]:
-    """Every function of the model, over one batch; the metrics over the whole test set."""
+    """Compares each function of the model on one batch, and the metrics on the whole test set."""
     weights = local.initial_weights
     batch = x[:BATCH], y[:BATCH]
     predictions = local.predict_on_batch(weights, batch[0], training=False).numpy()
@@ -84,7 +87,7 @@ def compare(local: Any, remote: Any, x: Any, y: Any, advance: Callable[[], None]
         ("loss", lambda model: model.loss(predictions, batch[1])),
         ("loss, weighted", lambda model: model.loss(predictions, batch[1], [1.0, 0.5] * (BATCH // 2))),
     ]
-    # The remote model fetches them once.
+    # Timed once: the remote model fetches its weights once and keeps them.
     (here, here_ms), (there, there_ms) = (
         timed(lambda model=model: model.initial_weights, 0) for model in (local, remote)
     )
@@ -99,7 +102,7 @@ def compare(local: Any, remote: Any, x: Any, y: Any, advance: Callable[[], None]
 
 
 def metrics(local: Any, remote: Any, weights: Any, x: Any, y: Any) -> list[Row]:
-    """Initialise, update over the whole test set, finalise."""
+    """Compares the metrics functions on the whole test set."""
     results = []
     for model in (local, remote):
         state, initial_ms = timed(model.initialize_metrics_state)
@@ -121,7 +124,7 @@ def metrics(local: Any, remote: Any, weights: Any, x: Any, y: Any) -> list[Row]:
 
 
 def start_server(repository: pathlib.Path) -> tuple[subprocess.Popen[str], str]:
-    """A server as a process of its own, on a free loopback port: the process and its address, once it is ready."""
+    """Starts a server on a free loopback port, and returns its process and address when it is ready."""
     command = [sys.executable, "-m", "forwardpass_server.app.cli", "serve", "--port", "0", "--metrics-port", "-1"]
     process = subprocess.Popen(
         [*command, "--model-repository", str(repository), "--log-level", "error"],
@@ -138,16 +141,16 @@ def start_server(repository: pathlib.Path) -> tuple[subprocess.Popen[str], str]:
 
 
 def show(console: Console, rows: list[Row]) -> None:
-    table = Table(title="the digits model, here and over the wire", title_style="bold", header_style="bold")
+    table = Table(title="the digits model, local and remote", title_style="bold", header_style="bold")
     table.add_column("function", no_wrap=True)
-    for title in ("difference", "here, ms", "wire, ms"):
+    for title in ("difference", "local, ms", "remote, ms"):
         table.add_column(title, justify="right")
     for row in rows:
         colour = "green" if row.difference() <= TOLERANCE else "red"
         table.add_row(row.name, f"[{colour}]{row.difference():.1e}[/]", f"{row.local_ms:.2f}", f"{row.remote_ms:.2f}")
     console.print(table)
-    figures = Table(title="metrics of the 360 test images", title_style="bold", header_style="bold")
-    for title in ("metric", "here", "over the wire"):
+    figures = Table(title="metrics on 360 test images", title_style="bold", header_style="bold")
+    for title in ("metric", "local", "remote"):
         figures.add_column(title, justify="left" if title == "metric" else "right")
     for name, value in rows[-1].local.items():
         figures.add_row(name, f"{float(value):.7f}", f"{float(rows[-1].remote[name]):.7f}")
@@ -155,12 +158,30 @@ def show(console: Console, rows: list[Row]) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     console = Console()
-    folder = pathlib.Path(tempfile.mkdtemp(prefix="forwardpass-demo-"))
+    with tempfile.TemporaryDirectory(prefix="forwardpass-demo-") as folder:
+        rows = run(console, pathlib.Path(folder))
+    show(console, rows)
+    worst = max(row.difference() for row in rows)
+    if worst > TOLERANCE:
+        console.print(f"[red]local and remote differ by {worst:.1e}, more than float rounding ({TOLERANCE:.0e})[/]")
+        raise SystemExit(1)
+    console.print("The numbers are equal. To write this model, serve it and call it:\n", style="bold green")
+    print(f"  {sys.executable} {pathlib.Path(__file__).with_name('digits.py')} models")
+    print(f"  {pathlib.Path(sys.executable).parent}/forwardpass-server serve --model-repository models")
+    print(
+        f"  {sys.executable} -c \"import forwardpass_client; model = forwardpass_client.connect('localhost:8500')"
+        ".model('digits'); print(model.predict_on_batch(model.initial_weights, [[[[0.5]] * 8] * 8], training=False))\""
+    )
+
+
+def run(console: Console, folder: pathlib.Path) -> list[Row]:
+    """Trains the model, serves it from a repository in `folder`, and compares it with the local one."""
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("importing TensorFlow and Keras", total=1)
-        # Here, so that something is to be seen meanwhile.
+        # Imported here, so that the progress is visible meanwhile.
         with quiet.native_stderr():
             import digits
 
@@ -169,10 +190,12 @@ def main() -> None:
 
         progress.advance(task)
         task = progress.add_task("training on 1437 handwritten digits", total=digits.EPOCHS)
-        model = digits.train(lambda epoch: progress.update(task, completed=epoch))
-        local = digits.functional(model)
-        task = progress.add_task("exporting and serving", total=2)
-        save_functional_model(local, folder / "digits" / "1")
+        # TensorFlow prints further lines when it computes for the first time.
+        with quiet.native_stderr():
+            model = digits.train(lambda epoch: progress.update(task, completed=epoch))
+            local = digits.functional(model)
+            task = progress.add_task("exporting and serving", total=2)
+            save_functional_model(local, folder / "digits" / "1")
         progress.advance(task)
         process, address = start_server(folder)
         progress.advance(task)
@@ -181,22 +204,10 @@ def main() -> None:
                 remote = client.model("digits")
                 task = progress.add_task(f"calling {address}", total=8)
                 _, (x, y) = digits.data()
-                rows = compare(local, remote, x, y, lambda: progress.advance(task))
+                return compare(local, remote, x, y, lambda: progress.advance(task))
         finally:
             process.terminate()
             process.wait()
-    show(console, rows)
-    worst = max(row.difference() for row in rows)
-    if worst > TOLERANCE:
-        shutil.rmtree(folder)
-        console.print(f"[red]local and remote differ by {worst:.1e}, more than float rounding ({TOLERANCE:.0e})[/]")
-        raise SystemExit(1)
-    console.print("The same numbers. Now serve it yourself, and call it:\n", style="bold green")
-    print(f"  {pathlib.Path(sys.executable).parent}/forwardpass-server serve --model-repository {folder}")
-    print(
-        f"  {sys.executable} -c \"import forwardpass_client; model = forwardpass_client.connect('localhost:8500')"
-        ".model('digits'); print(model.predict_on_batch(model.initial_weights, [[[[0.5]] * 8] * 8], training=False))\""
-    )
 
 
 if __name__ == "__main__":

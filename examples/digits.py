@@ -1,32 +1,36 @@
-"""A small Keras 3 model of handwritten digits, trained and written into a model repository.
+"""Trains a small Keras 3 model of handwritten digits and writes it into a model repository.
 
-python examples/digits.py models          # trains for some seconds and writes models/digits/1
+python examples/digits.py models    # takes some seconds and writes models/digits/1
 forwardpass-server serve --model-repository models
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
+
+from forwardpass_server.process import quiet
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import keras
-import numpy as np
-import tensorflow as tf
-from sklearn.datasets import load_digits
+# TensorFlow prints lines about its build when it is imported.
+with quiet.native_stderr():
+    import keras
+    import numpy as np
+    import tensorflow as tf
+    from sklearn.datasets import load_digits
 
-from forwardpass_server import FunctionalModel, functional_model_from_keras, save_functional_model
+    from forwardpass_server import FunctionalModel, functional_model_from_keras, save_functional_model
 
 EPOCHS = 8
 
 
 def data() -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-    """(x, y) to train on and to test with: 1797 images [B, 8, 8, 1] of 0 to 1, and the digits they show [B]."""
+    """Pairs (x, y) for training and for testing. x: images [B, 8, 8, 1] of 0 to 1. y: the digits in them [B]."""
     images, digits = load_digits(return_X_y=True)
     x = (images.reshape(-1, 8, 8, 1) / 16).astype(np.float32)
     y = digits.astype(np.int64)
@@ -34,7 +38,10 @@ def data() -> tuple[tuple[Any, Any], tuple[Any, Any]]:
 
 
 def train(on_epoch: Callable[[int], None] = lambda epoch: None) -> keras.Model:
-    """A convolutional model with batch normalisation and dropout. on_epoch: told each epoch that has ended."""
+    """Trains a convolutional model with batch normalisation and dropout.
+
+    on_epoch: called after each epoch with the number of epochs so far.
+    """
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
         [
@@ -57,7 +64,7 @@ def train(on_epoch: Callable[[int], None] = lambda epoch: None) -> keras.Model:
 
 
 def functional(model: keras.Model) -> FunctionalModel:
-    """The model with its weights as an argument."""
+    """The functional model of a Keras model: its weights are an argument."""
     return functional_model_from_keras(
         model,
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -67,6 +74,10 @@ def functional(model: keras.Model) -> FunctionalModel:
 
 
 if __name__ == "__main__":
-    folder = pathlib.Path(sys.argv[1]) / "digits" / "1"
-    save_functional_model(functional(train()), folder)
+    parser = argparse.ArgumentParser(description="Train a small model of handwritten digits and export it.")
+    parser.add_argument("repository", type=pathlib.Path, help="the model repository, a folder, for example models")
+    folder = parser.parse_args().repository / "digits" / "1"
+    # TensorFlow prints further lines when it computes for the first time. Errors are raised as usual.
+    with quiet.native_stderr():
+        save_functional_model(functional(train()), folder)
     print(f"wrote {folder}")

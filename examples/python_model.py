@@ -1,4 +1,4 @@
-"""A functional model written in Python: logistic regression with metrics that know sample weights.
+"""A functional model written in Python: logistic regression, with metrics that take sample weights.
 
 forwardpass-server serve --factory logistic=examples.python_model:logistic_regression
 forwardpass-server export examples.python_model:logistic_regression models logistic

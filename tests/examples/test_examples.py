@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import os
 import pathlib
 import re
 import subprocess
 import sys
+import textwrap
 
 import numpy as np
 import pytest
@@ -18,19 +20,67 @@ ROOT = pathlib.Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 
 
-def run(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False
+# What a user's shell has not set. The tests set it, and TensorFlow prints less where it is set.
+QUIET = "TF_CPP_MIN_LOG_LEVEL"
+
+
+def execute(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    environment.pop(QUIET, None)
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=300,
+        check=False,
+        env=environment,
     )
+
+
+def run(*arguments: str, **variables: str) -> str:
+    done = execute(*arguments, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory):
+def written(tmp_path_factory):
+    """The folder that examples/digits.py has written a repository into, and what it printed."""
     folder = tmp_path_factory.mktemp("example")
-    assert run("examples/digits.py", str(folder)).strip() == f"wrote {folder}/digits/1"
+    return folder, execute("examples/digits.py", str(folder))
+
+
+@pytest.fixture(scope="module")
+def repository(written):
+    folder, done = written
+    assert done.returncode == 0, done.stderr
     return folder
+
+
+def test_the_digits_example_prints_its_folder_and_nothing_else(written):
+    folder, done = written
+    assert done.stdout == f"wrote {folder}/digits/1\n"
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "example, argument",
+    [("call_digits.py", "address"), ("evaluate_clients.py", "address"), ("digits.py", "repository")],
+)
+def test_an_example_without_its_argument_prints_its_usage(example, argument):
+    done = execute(f"examples/{example}")
+    assert done.returncode == 2
+    assert f"usage: {example} [-h] {argument}\n" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_every_example_that_is_a_program_is_run_without_arguments_here():
+    programs = {path.name for path in EXAMPLES.glob("*.py") if "argparse" in path.read_text()}
+    # The demo needs none. python_model.py is a module for `--factory` and `export`.
+    assert programs == {"call_digits.py", "evaluate_clients.py", "digits.py", "demo.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} - programs == {"python_model.py"}
+    assert "sys.argv" not in "".join(path.read_text() for path in EXAMPLES.glob("*.py"))
 
 
 def test_the_digits_model_is_trained_served_and_evaluated(repository):
@@ -46,20 +96,24 @@ def test_the_weights_of_several_clients_are_evaluated_at_once(repository):
         lines = run("examples/evaluate_clients.py", server.address).splitlines()
     accuracies = [float(re.search(r"sparse_categorical_accuracy (\S+)", line)[1]) for line in lines]
     assert [line.split("  ")[0] for line in lines] == [f"client {seed}" for seed in range(4)]
-    # The first has the model's own weights; the more noise, the less is known.
+    # The first has the model's own weights, and the last has the most noise.
     assert accuracies[0] == pytest.approx(one, abs=1e-4)
     assert accuracies[0] > accuracies[3]
 
 
-def test_the_demo_compares_and_exits_with_0():
-    shown = run("examples/demo.py")
-    assert "The same numbers." in shown
+def test_the_demo_compares_and_exits_with_0_and_leaves_no_files(tmp_path):
+    done = execute("examples/demo.py", TMPDIR=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(tmp_path.iterdir()) == []
+    shown = done.stdout
+    assert "The numbers are equal." in shown
     for function in ("predict_on_batch, training", "forward_pass, inference", "loss", "update_metrics_state"):
         assert function in shown
     commands = [line.strip() for line in shown.splitlines() if line.startswith("  /")]
-    assert len(commands) == 2
-    assert "serve --model-repository" in commands[0]
-    assert "forwardpass_client.connect" in commands[1]
+    assert len(commands) == 3
+    assert commands[0].split()[1:] == [str(EXAMPLES / "digits.py"), "models"]
+    assert commands[1].endswith("serve --model-repository models")
+    assert "forwardpass_client.connect" in commands[2]
 
 
 def test_the_demo_fails_where_the_numbers_differ(tmp_path):
@@ -76,9 +130,12 @@ def test_the_demo_fails_where_the_numbers_differ(tmp_path):
         "demo.compare = lambda local, remote, *rest: compare(local, Wrong(remote), *rest)\n"
         "demo.main()\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=ROOT, check=False)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    done = execute(str(script), TMPDIR=str(temporary))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "local and remote differ" in done.stdout
+    assert list(temporary.iterdir()) == []
 
 
 def test_the_python_model_is_served(monkeypatch):
@@ -101,6 +158,6 @@ def test_the_python_model_is_served(monkeypatch):
 def test_the_readmes_example_is_the_one_that_runs():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     code = (EXAMPLES / "call_digits.py").read_text()
-    start = code.index("with forwardpass_client.connect")
-    shown = code[start:].replace("sys.argv[1]", '"localhost:8500"')
-    assert any(shown.strip() in block for block in blocks)
+    data, calls = code[code.index("images, digits") :].split("with forwardpass_client.connect(address) as client:\n")
+    for part in (data, textwrap.dedent(calls)):
+        assert any(part.strip() in block for block in blocks), part

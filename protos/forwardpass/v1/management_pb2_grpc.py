@@ -6,10 +6,10 @@ from forwardpass.v1 import management_pb2 as forwardpass_dot_v1_dot_management__
 
 
 class ManagementServiceStub(object):
-    """Says which versions of which models a server serves. They are named, never located: what there is to load is what
-    the operator put into the model repository, or named as a factory, when the server was started.
+    """Sets which versions of which models a server serves. Requests name models and contain no paths: a server can load
+    what the operator put into the model repository, or named as a factory when the server was started.
 
-    Every method may be sent again: loading what is loaded and unloading what is not are no errors.
+    Every method may be retried: to load a loaded version, or to unload an unloaded one, is not an error.
     """
 
     def __init__(self, channel):
@@ -41,35 +41,35 @@ class ManagementServiceStub(object):
 
 
 class ManagementServiceServicer(object):
-    """Says which versions of which models a server serves. They are named, never located: what there is to load is what
-    the operator put into the model repository, or named as a factory, when the server was started.
+    """Sets which versions of which models a server serves. Requests name models and contain no paths: a server can load
+    what the operator put into the model repository, or named as a factory when the server was started.
 
-    Every method may be sent again: loading what is loaded and unloading what is not are no errors.
+    Every method may be retried: to load a loaded version, or to unload an unloaded one, is not an error.
     """
 
     def LoadModel(self, request, context):
-        """Loads a version beside those that are served. Answers once it can be called, or has failed.
+        """Loads a version while others are served. Answers when the version can be called or has failed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnloadModel(self, request, context):
-        """Serves a version no longer. Calls that use it go on.
+        """Stops serving a version. Running calls continue.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReloadModel(self, request, context):
-        """Loads a version anew, and lets it take the place of the one that is served. If that fails, the old one stays.
+        """Loads a version again and replaces the served one. If the load fails, the old one stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DescribeModels(self, request, context):
-        """Every version that is served, or could be.
+        """Lists every version that is served or can be loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -106,10 +106,10 @@ def add_ManagementServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ManagementService(object):
-    """Says which versions of which models a server serves. They are named, never located: what there is to load is what
-    the operator put into the model repository, or named as a factory, when the server was started.
+    """Sets which versions of which models a server serves. Requests name models and contain no paths: a server can load
+    what the operator put into the model repository, or named as a factory when the server was started.
 
-    Every method may be sent again: loading what is loaded and unloading what is not are no errors.
+    Every method may be retried: to load a loaded version, or to unload an unloaded one, is not an error.
     """
 
     @staticmethod

@@ -6,8 +6,8 @@ from forwardpass.v1 import service_pb2 as forwardpass_dot_v1_dot_service__pb2
 
 
 class FunctionalModelServiceStub(object):
-    """Runs functional models: models whose forward pass takes its weights as an argument. Every method is a pure
-    function of its request, so a call may be sent again.
+    """Runs functional models: models whose forward pass takes the weights as an argument. Every method is a pure function
+    of its request, so a call may be retried.
     """
 
     def __init__(self, channel):
@@ -69,76 +69,76 @@ class FunctionalModelServiceStub(object):
 
 
 class FunctionalModelServiceServicer(object):
-    """Runs functional models: models whose forward pass takes its weights as an argument. Every method is a pure
-    function of its request, so a call may be sent again.
+    """Runs functional models: models whose forward pass takes the weights as an argument. Every method is a pure function
+    of its request, so a call may be retried.
     """
 
     def ForwardPass(self, request, context):
-        """The batch output of one batch: loss, predictions and the number of examples.
+        """Returns the batch output of one batch: loss, predictions and the number of examples.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def PredictOnBatch(self, request, context):
-        """The predictions for one batch.
+        """Returns the predictions for one batch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Loss(self, request, context):
-        """The loss of predictions against labels.
+        """Returns the loss of predictions for given labels.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def InitializeMetricsState(self, request, context):
-        """The metrics state before the first batch.
+        """Returns the metrics state before the first batch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateMetricsState(self, request, context):
-        """The metrics state after one more batch.
+        """Returns the metrics state after one more batch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def FinalizeMetrics(self, request, context):
-        """The metrics of a state.
+        """Returns the metrics of a state.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetModel(self, request, context):
-        """One model: its specs, which functions it has, its content hash, its versions.
+        """Describes one model: its specs, functions, content hash and versions.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Every version of every model, those that failed to load included.
+        """Lists every version of every model, including versions that failed to load.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetInitialWeights(self, request, context):
-        """The weights that the model was saved with.
+        """Returns the weights that the model was saved with.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Pipeline(self, request_iterator, context):
-        """Any number of calls of the other methods, and of MetricsSessionService's, over one stream, answered in any order.
-        A long call is sent in pieces.
+        """Runs any number of calls of the other methods, and of MetricsSessionService, over one stream, and answers them in
+        any order. A long call is sent in pieces.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -205,8 +205,8 @@ def add_FunctionalModelServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class FunctionalModelService(object):
-    """Runs functional models: models whose forward pass takes its weights as an argument. Every method is a pure
-    function of its request, so a call may be sent again.
+    """Runs functional models: models whose forward pass takes the weights as an argument. Every method is a pure function
+    of its request, so a call may be retried.
     """
 
     @staticmethod

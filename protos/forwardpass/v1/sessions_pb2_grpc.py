@@ -6,10 +6,10 @@ from forwardpass.v1 import sessions_pb2 as forwardpass_dot_v1_dot_sessions__pb2
 
 
 class MetricsSessionServiceStub(object):
-    """Holds the state of a model's metrics, so that batches are counted where they are run.
+    """Holds metrics states on the server, so that batches are counted where they are run.
 
-    Every method but Evaluate may be sent again as it is: an update that was applied is answered and not applied twice.
-    What is acknowledged is stored.
+    Every method but Evaluate may be retried with the same request: an update that was applied is answered and not
+    applied again. An acknowledged update is stored.
     """
 
     def __init__(self, channel):
@@ -61,21 +61,21 @@ class MetricsSessionServiceStub(object):
 
 
 class MetricsSessionServiceServicer(object):
-    """Holds the state of a model's metrics, so that batches are counted where they are run.
+    """Holds metrics states on the server, so that batches are counted where they are run.
 
-    Every method but Evaluate may be sent again as it is: an update that was applied is answered and not applied twice.
-    What is acknowledged is stored.
+    Every method but Evaluate may be retried with the same request: an update that was applied is answered and not
+    applied again. An acknowledged update is stored.
     """
 
     def OpenSession(self, request, context):
-        """Opens a session, or finds one that is open.
+        """Opens a session, or returns one that is open.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UpdateSession(self, request, context):
-        """Counts one batch whose output the caller has.
+        """Counts one batch, with an output that the caller has.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -96,29 +96,29 @@ class MetricsSessionServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetSessionState(self, request, context):
-        """The state of a session, as the value it is.
+        """Returns the metrics state of a session.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSessionResult(self, request, context):
-        """The metrics of a session so far.
+        """Returns the metrics of a session so far.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CloseSession(self, request, context):
-        """Ends a session. That it is not there is no error.
+        """Ends a session. A session that does not exist is not an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Evaluate(self, request_iterator, context):
-        """Runs batches and counts each, in order, in one session for each set of weights. Batches are acknowledged once they
-        are stored; a stream that breaks is opened again and goes on behind the last that counted.
+        """Runs batches and counts each, in order, in one session for each set of weights. Batches are acknowledged when they
+        are stored. After a break, the client opens the stream again and continues after the last counted batch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -175,10 +175,10 @@ def add_MetricsSessionServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class MetricsSessionService(object):
-    """Holds the state of a model's metrics, so that batches are counted where they are run.
+    """Holds metrics states on the server, so that batches are counted where they are run.
 
-    Every method but Evaluate may be sent again as it is: an update that was applied is answered and not applied twice.
-    What is acknowledged is stored.
+    Every method but Evaluate may be retried with the same request: an update that was applied is answered and not
+    applied again. An acknowledged update is stored.
     """
 
     @staticmethod

@@ -6,10 +6,10 @@ from forwardpass.v1 import weights_pb2 as forwardpass_dot_v1_dot_weights__pb2
 
 
 class WeightsServiceStub(object):
-    """Keeps sets of weights under the hash of what they hold, so that a call can name them instead of carrying them.
+    """Keeps sets of weights under a hash of their contents, so that a call can name them instead of sending them.
 
-    To put a set: PutWeights with its manifest; UploadTensors with those tensors that the answer names; PutWeights again.
-    Every method but UploadTensors may be sent again as it is.
+    To put a set: PutWeights with its manifest, UploadTensors with the tensors that the answer names, and PutWeights
+    again. Every method but UploadTensors may be retried with the same request.
     """
 
     def __init__(self, channel):
@@ -51,10 +51,10 @@ class WeightsServiceStub(object):
 
 
 class WeightsServiceServicer(object):
-    """Keeps sets of weights under the hash of what they hold, so that a call can name them instead of carrying them.
+    """Keeps sets of weights under a hash of their contents, so that a call can name them instead of sending them.
 
-    To put a set: PutWeights with its manifest; UploadTensors with those tensors that the answer names; PutWeights again.
-    Every method but UploadTensors may be sent again as it is.
+    To put a set: PutWeights with its manifest, UploadTensors with the tensors that the answer names, and PutWeights
+    again. Every method but UploadTensors may be retried with the same request.
     """
 
     def PutWeights(self, request, context):
@@ -72,28 +72,28 @@ class WeightsServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def DescribeWeights(self, request, context):
-        """What a set is made of.
+        """Returns the manifest of a set.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DownloadTensor(self, request, context):
-        """One tensor of a set, in chunks.
+        """Returns one tensor of a set, in chunks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def LeaseWeights(self, request, context):
-        """Keeps a set from being dropped for a while.
+        """Protects a set from eviction for a while.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def DeleteWeights(self, request, context):
-        """Drops a set. Calls that use it go on; dropping what is not there is no error.
+        """Deletes a set. Calls that use it continue. A set that does not exist is not an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,10 +140,10 @@ def add_WeightsServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WeightsService(object):
-    """Keeps sets of weights under the hash of what they hold, so that a call can name them instead of carrying them.
+    """Keeps sets of weights under a hash of their contents, so that a call can name them instead of sending them.
 
-    To put a set: PutWeights with its manifest; UploadTensors with those tensors that the answer names; PutWeights again.
-    Every method but UploadTensors may be sent again as it is.
+    To put a set: PutWeights with its manifest, UploadTensors with the tensors that the answer names, and PutWeights
+    again. Every method but UploadTensors may be retried with the same request.
     """
 
     @staticmethod
