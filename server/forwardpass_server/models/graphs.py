@@ -22,15 +22,16 @@ def unused_arguments(concrete: Any) -> frozenset[int]:
 
 def has_loops(concrete: Any) -> bool:
     """Whether a concrete function, or one that it calls, has a loop whose end its values decide."""
-    return not _LOOPS.isdisjoint(_operations(concrete))
+    return not _LOOPS.isdisjoint(operations(concrete))
 
 
 def calls_python(concrete: Any) -> bool:
     """Whether a concrete function, or one that it calls, runs Python code of the process that traced it."""
-    return not _PYTHON.isdisjoint(_operations(concrete))
+    return not _PYTHON.isdisjoint(operations(concrete))
 
 
-def _operations(concrete: Any) -> set[str]:
+def operations(concrete: Any) -> set[str]:
+    """The types of operations of a concrete function and of all functions that it calls."""
     graph, library = _definition(concrete)
     return {node.op for node in itertools.chain(graph.node, *(function.node_def for function in library.values()))}
 

@@ -29,6 +29,7 @@ from forwardpass_server.models import (
     keras_names,
     keras_settings,
     mergeability,
+    onednn_faults,
     private_keras,
     private_tensorflow,
     separability,
@@ -128,6 +129,7 @@ class TensorFlowLoader:
                 model, format_name, config = from_factory(factory), FACTORY_FORMAT, ModelConfig()
                 traced = tracing.trace(model, self._on_trace)
             content_hash = hashing.of_traced(traced)
+        onednn_faults.check(traced.functions.values())
         weights = traced.initial_weights
         given = None
         if source.folder is not None and config.example_input is not None:

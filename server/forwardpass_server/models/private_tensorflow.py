@@ -10,6 +10,7 @@ slower public interface takes its place, which the log says, or the server does 
 | Context.clear_kernel_cache | frees the kernels of unloaded models | each unloaded model leaves 0.6 MiB or more |
 | StatefulPartitionedCall(f=an object with a name) | runs a function | no start |
 | _run_inline_graph_optimization | judges whether a model can be batched | no start, unless with --no-batching |
+| IsMklEnabled | whether TensorFlow uses oneDNN | what TF_ENABLE_ONEDNN_OPTS says |
 | Context.add_function_def, remove_function | copies functions to the child process | no start, unless with --no-trial |
 """
 
@@ -19,6 +20,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -112,6 +114,16 @@ def add_definition(serialized: bytes) -> str:
 def remove_definition(name: str) -> None:
     """Removes a function that was added by `add_definition`."""
     _context().remove_function(name)
+
+
+def uses_onednn() -> bool:
+    """Whether TensorFlow's kernels use oneDNN on this CPU. Without the interface: whether the environment allows it."""
+    try:
+        from tensorflow.python.util import _pywrap_util_port
+
+        return bool(_pywrap_util_port.IsMklEnabled())
+    except (AttributeError, ImportError):
+        return os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
 
 
 def _context() -> Any:
