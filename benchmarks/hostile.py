@@ -3,8 +3,8 @@
     python benchmarks/hostile.py [--seconds 5] [--senders 5]
 
 One server serves a small model. A process of its own calls it again and again, one example each. Meanwhile several
-senders send one kind of message, all of which are within the limits of a message's length. They are not compressed: the
-server refuses compressed messages by default.
+senders send one kind of message, each within the limits of its length: `--max-unary-mib` for one message, and
+`--max-message-mib` for a request in pieces. They are not compressed: the server refuses compressed messages by default.
 The exit status is 1 where an honest call took more than 0.2 s longer than the longest while nobody sent anything.
 """
 
@@ -71,16 +71,16 @@ def put_weights() -> bytes:
     return v1.PutWeightsRequest(manifest=manifest).SerializeToString()
 
 
-def in_pieces(request: bytes) -> Iterator[bytes]:
+def in_pieces(request: bytes, calls: int = 1) -> Iterator[bytes]:
     outbox = Outbox(answers=False)
-    for call in range(1, 6):
+    for call in range(1, calls + 1):
         outbox.put(call, frames.encode_call("ForwardPass", None, len(request)), request)
     while outbox:
         yield outbox.next_message()
 
 
 def attacks() -> dict[str, Callable[[grpc.Channel], object]]:
-    sixty, within = strings(60), strings(1)
+    three, sixty, within = strings(3), strings(60), strings(1)
     structures = forward_pass(Structure(flat(LEAVES), [np.empty(0, np.float32)] * LEAVES), *EVERYWHERE)
     one = forward_pass(Structure(flat(LEAVES), [np.empty(0, np.float32)] * LEAVES), "batch_input.x")
     manifest = put_weights()
@@ -89,12 +89,16 @@ def attacks() -> dict[str, Callable[[grpc.Channel], object]]:
         call = METHODS[method].path
         return lambda channel: channel.unary_unary(call)(request, timeout=60)
 
+    def pipelined(request: bytes, calls: int) -> Callable[[grpc.Channel], object]:
+        return lambda channel: list(channel.stream_stream(PIPELINE)(in_pieces(request, calls), timeout=60))
+
     return {
-        "60 tensors of 2^20 empty strings": unary("ForwardPass", sixty),
+        "3 tensors of 2^20 empty strings": unary("ForwardPass", three),
+        "60 of these tensors in pieces": pipelined(sixty, 1),
         "2^20 empty strings": unary("ForwardPass", within),
         "4 structures of 65,536 leaves": unary("ForwardPass", structures),
         "a structure of 65,536 leaves": unary("ForwardPass", one),
-        "5 of these on a pipeline": lambda channel: list(channel.stream_stream(PIPELINE)(in_pieces(one), timeout=60)),
+        "5 of these on a pipeline": pipelined(one, 5),
         "a manifest of 65,536 tensors": unary("PutWeights", manifest),
     }
 

@@ -49,17 +49,23 @@ def server_process(command: list[str]) -> Iterator[tuple[str, int]]:
         stderr=subprocess.DEVNULL,
         text=True,
     )
-    assert process.stdout is not None
     try:
-        address = process.stdout.readline().removeprefix("listening on ").strip()
+        address = _line(process, "listening on ").strip()
         if "serve" in command:
-            while not (line := process.stdout.readline()).startswith("ready"):
-                if not line:
-                    raise SystemExit(f"the server ended: {' '.join(command)}")
+            _line(process, "ready")
         yield address, process.pid
     finally:
         process.kill()
         process.wait()
+
+
+def _line(process: subprocess.Popen[str], start: str) -> str:
+    """What follows the start of the first line that begins so."""
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith(start):
+            return line.removeprefix(start)
+    raise SystemExit(f"the server ended: {process.args}")
 
 
 def measure(kind: str, workload: str, address: str, callers: int, seconds: float) -> dict[str, float]:

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 # Before anything imports TensorFlow, here and in the processes that tests start.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# As a server does by default. Where TensorFlow uses oneDNN of its own accord depends on the CPU.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(pathlib.Path(__file__).parent), os.environ.get("PYTHONPATH")])
 )

@@ -29,7 +29,7 @@ WEIGHTS_MIB = 64
 REQUEST_BYTES = 64 * MIB
 CALLERS = 12
 
-SLOW = ("--factory", "slow=support.zoo:slow", "--weights-mib", str(WEIGHTS_MIB))
+SLOW = ("--factory", "slow=support.zoo:slow", "--weights-mib", str(WEIGHTS_MIB), "--max-unary-mib", "8")
 USED, LIMIT = "forwardpass_messages_bytes", "forwardpass_messages_limit_bytes"
 
 
@@ -93,6 +93,18 @@ def test_a_request_without_room_is_told_when_to_come_back_and_taken_once_there_i
     wait_until(lambda: small.metrics()[USED] == 0)
     with forwardpass_client.connect(small.address) as client:
         assert client.model("slow").predict_on_batch(((), ()), [0]).tolist() == [0]
+
+
+def test_a_unary_request_beyond_its_limit_is_refused_and_the_sdk_sends_it_in_pieces(small):
+    x = np.zeros(9 * MIB // 4, np.int32)
+    with forwardpass_client.connect(small.address) as client:
+        model = client.model("slow")
+        request = model._calls.predict_on_batch(((), ()), x, False).request.join()
+        with grpc.insecure_channel(small.address) as channel, pytest.raises(grpc.RpcError) as raised:
+            channel.unary_unary(METHODS["PredictOnBatch"].path)(request, timeout=60)
+        assert raised.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "larger than max" in raised.value.details()
+        assert model.predict_on_batch(((), ()), x).shape == x.shape
 
 
 def test_a_response_counts_until_its_caller_has_read_it(small):

@@ -26,6 +26,11 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = 30) -> None:
         time.sleep(0.02)
 
 
+def _inherited() -> dict[str, str]:
+    """The environment of the tests, without what `conftest` sets for TensorFlow in their own process."""
+    return {name: value for name, value in os.environ.items() if name != "TF_ENABLE_ONEDNN_OPTS"}
+
+
 def read_metrics(url: str) -> dict[str, float]:
     """Every sample that Prometheus would scrape, by name and labels as they are written."""
     with urllib.request.urlopen(url) as response:
@@ -68,7 +73,7 @@ class ServerProcess:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, "FORWARDPASS_TRIAL": "false", **(environment or {})},
+            env={**_inherited(), "FORWARDPASS_TRIAL": "false", **(environment or {})},
         )
         self.lines: list[str] = []
         self.log: list[str] = []

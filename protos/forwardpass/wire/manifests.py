@@ -111,12 +111,15 @@ def decode(message: v1.WeightsManifest, limits: Limits = DEFAULT) -> WeightsMani
         raise errors.StructureMismatch(
             place="manifest.tensors", expected=f"{tree.num_leaves}", found=f"{len(message.tensors)}"
         )
+    # Of 65,536 tensors few differ in their specs.
+    known: dict[tuple[bytes, int], TensorSpec] = {}
     manifest = WeightsManifest(
         tree,
-        tuple(_tensor(tensor, f"manifest.tensors[{index}]", limits) for index, tensor in enumerate(message.tensors)),
+        tuple(_tensor(tensor, index, known, limits) for index, tensor in enumerate(message.tensors)),
     )
     for index, tensor in enumerate(manifest.tensors):
-        if manifest.distinct[tensor.digest] != tensor:
+        first = manifest.distinct[tensor.digest]
+        if first is not tensor and first != tensor:
             raise errors.InvalidRequest(
                 place=f"manifest.tensors[{index}]",
                 expected=str(manifest.distinct[tensor.digest].spec),
@@ -125,8 +128,22 @@ def decode(message: v1.WeightsManifest, limits: Limits = DEFAULT) -> WeightsMani
     return manifest
 
 
-def _tensor(message: v1.TensorManifest, place: str, limits: Limits) -> TensorManifest:
-    check_digest(message.digest, f"{place}.digest")
+def _tensor(
+    message: v1.TensorManifest, index: int, known: dict[tuple[bytes, int], TensorSpec], limits: Limits
+) -> TensorManifest:
+    """known: specs that were found to be sound, by their message and the size of the elements."""
+    digest, size_bytes = message.digest, message.size_bytes
+    if len(digest) != DIGEST_BYTES:
+        check_digest(digest, f"manifest.tensors[{index}].digest")
+    key = message.spec.SerializeToString(), size_bytes
+    spec = known.get(key)
+    if spec is None:
+        spec = known[key] = _spec(message, f"manifest.tensors[{index}]", limits)
+    return TensorManifest(digest, spec, size_bytes)
+
+
+def _spec(message: v1.TensorManifest, place: str, limits: Limits) -> TensorSpec:
+    """The spec of a tensor, which agrees with the size of its elements."""
     spec = specs.decode_tensor(message.spec, place)
     if spec.shape is None or None in spec.shape or len(spec.shape) > limits.max_rank:
         raise errors.ShapeMismatch(
@@ -139,7 +156,7 @@ def _tensor(message: v1.TensorManifest, place: str, limits: Limits) -> TensorMan
         is_sound = message.size_bytes == count * spec.data_type.itemsize
     if not is_sound:
         raise errors.ShapeMismatch(place=place, expected=f"the bytes of {spec}", found=f"{message.size_bytes}")
-    return TensorManifest(message.digest, spec, message.size_bytes)
+    return spec
 
 
 def check_digest(digest: bytes, place: str) -> None:

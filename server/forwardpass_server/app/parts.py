@@ -154,6 +154,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
             host=settings.host,
             port=settings.port,
             max_message_bytes=settings.max_message_bytes,
+            max_unary_bytes=settings.max_unary_bytes,
             connection_idle_s=settings.connection_idle_s,
             accept_compressed=settings.accept_compressed,
             drain_delay_s=settings.drain_delay_s,
@@ -275,6 +276,7 @@ def _management_server(
             host=settings.management_host,
             port=settings.management_port,
             max_message_bytes=_MAX_MANAGEMENT_BYTES,
+            max_unary_bytes=_MAX_MANAGEMENT_BYTES,
             connection_idle_s=settings.connection_idle_s,
             accept_compressed=settings.accept_compressed,
             # No client is sent elsewhere, and a load that runs is given up.

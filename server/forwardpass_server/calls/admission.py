@@ -56,6 +56,21 @@ class Admission:
         """What there may be at once, for everybody. On any thread."""
         return self._in_all.size_bytes
 
+    @property
+    def is_full(self) -> bool:
+        """Whether no further call can enter, however short its request is."""
+        return self._use.calls >= self._in_all.calls or self._use.size_bytes >= self._in_all.size_bytes
+
+    def overloaded(self) -> errors.ServerOverloaded:
+        """The error for a call that is refused before its request is read."""
+        calls, size_bytes = self._in_all.calls, self._in_all.size_bytes
+        return errors.ServerOverloaded(
+            place="the server's calls",
+            expected=f"at most {calls} calls and {size_bytes} bytes at once",
+            found="more",
+            retry_after_s=_RETRY_AFTER_S,
+        )
+
     def limit(self, in_all: Limits, each: Limits) -> None:
         """From now on, other limits. What was taken before stays."""
         self._in_all, self._each = in_all, each

@@ -43,13 +43,15 @@ _COMPUTING = {
 class _Method(NamedTuple):
     """A method's handlers: for calls that are admitted, and for others. is_open: all are admitted.
 
-    without_device: answers calls while the device does not work; None for a method that needs no device.
+    without_device, without_room: answer calls while the device does not work, or while no further call can enter; None
+    for a method that computes nothing.
     is_unary: its calls come with one request, and may share a batch with others.
     """
 
     handler: Any
     refusing: Any
     without_device: Any
+    without_room: Any
     is_open: bool
     is_unary: bool
 
@@ -76,9 +78,11 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._departure = departure
         self._device_works = device_works
         self._methods: dict[str, _Method] = {}
+        # Of the streams' long messages: see `_received`.
+        self._turn = asyncio.Lock()
         unsent_answers.expect()
         # gRPC answers UNIMPLEMENTED where there is no handler.
-        self._unknown = _Method(None, self._refusing(_UNKNOWN, "unary"), None, access.is_open, False)
+        self._unknown = _Method(None, self._refusing(_UNKNOWN, "unary"), None, None, access.is_open, False)
 
     async def intercept_service(self, continuation: Continuation, details: grpc.HandlerCallDetails) -> Any:
         # Before any of the request is read.
@@ -87,6 +91,8 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return method.refusing
         if method.without_device is not None and not self._device_works():
             return method.without_device
+        if method.without_room is not None and self._is_full():
+            return method.without_room
         if method.is_unary:
             # The call's own, which gRPC made for it.
             self._arrivals.announce(asyncio.current_task())  # type: ignore[arg-type]
@@ -98,12 +104,27 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
             return self._unknown
         kind = _KINDS[handler.request_streaming, handler.response_streaming]
         is_open = self._access.is_open or path.split("/")[1] in self._access.open_services
-        without_device = self._raising(_no_device, path, kind) if path in _COMPUTING else None
+        without_device = without_room = None
+        if path in _COMPUTING:
+            without_device = self._raising(_no_device, path, kind)
+            without_room = self._raising(self._no_room, path, kind)
         method = _Method(
-            self._wrap(handler, path, is_open), self._refusing(path, kind), without_device, is_open, kind == "unary"
+            self._wrap(handler, path, is_open),
+            self._refusing(path, kind),
+            without_device,
+            without_room,
+            is_open,
+            kind == "unary",
         )
         self._methods[path] = method
         return method
+
+    def _is_full(self) -> bool:
+        return self._admission is not None and self._admission.is_full
+
+    def _no_room(self, context: Any) -> Exception:
+        assert self._admission is not None
+        return self._admission.overloaded()
 
     def _refusing(self, path: str, kind: str) -> Any:
         """What answers calls that are not admitted, of any kind."""
@@ -129,7 +150,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         is_ours = _names(path)[0] in SERVICES
         # Those of health and reflection are no bytes yet, and too few to matter.
         if handler.response_serializer is None:
-            method = _measured(method, metrics, *streams)
+            method = _measured(method, metrics, self._turn, *streams)
         if not any(streams) and is_ours and self._admission is not None:
             method = _held(method, self._admission)
         answer = _writing(method) if handler.response_streaming else method
@@ -275,22 +296,26 @@ def _reading(
 
 
 def _measured(
-    method: Callable[[Any, Any], Any], metrics: MethodMetrics, streams_requests: bool, streams_responses: bool
+    method: Callable[[Any, Any], Any],
+    metrics: MethodMetrics,
+    turn: asyncio.Lock,
+    streams_requests: bool,
+    streams_responses: bool,
 ) -> Callable[[Any, Any], Any]:
-    """The method, with the bytes of its requests and responses counted."""
+    """The method, with the bytes of its requests and responses counted. turn: see `_received`."""
     received, sent = metrics.received_bytes.inc, metrics.sent_bytes.inc
 
     async def answer(request: Any, context: Any) -> Any:
         if not streams_requests:
             received(len(request))
-        response = await method(_counted(request, received) if streams_requests else request, context)
+        response = await method(_received(request, received, turn) if streams_requests else request, context)
         sent(len(response))
         return response
 
     def respond(request: Any, context: Any) -> AsyncIterator[bytes]:
         if not streams_requests:
             received(len(request))
-        return _counted(method(_counted(request, received) if streams_requests else request, context), sent)
+        return _counted(method(_received(request, received, turn) if streams_requests else request, context), sent)
 
     return respond if streams_responses else answer
 
@@ -312,6 +337,27 @@ def _held(method: Callable[[Any, Any], Any], admission: Admission) -> Callable[[
         return response
 
     return answer
+
+
+# gRPC copies a message twice on the event loop, and the server once more: some milliseconds for a piece of 2 MiB.
+_TURN_BYTES = 2**18
+
+
+async def _received(
+    messages: AsyncIterator[bytes], count: Callable[[int], None], turn: asyncio.Lock
+) -> AsyncIterator[bytes]:
+    """The requests of a stream. After a long one, the next is read in the stream's turn.
+
+    turn: of all streams. One long message is asked for in each turn of the event loop, so that calls proceed beside any
+    number of uploads.
+    """
+    async for message in messages:
+        size_bytes = len(message)
+        count(size_bytes)
+        yield message
+        if size_bytes >= _TURN_BYTES:
+            async with turn:
+                await asyncio.sleep(0)
 
 
 async def _counted(messages: Any, count: Callable[[int], None]) -> AsyncIterator[bytes]:

@@ -53,6 +53,7 @@ class ServerOptions:
     host: str
     port: int
     max_message_bytes: int
+    max_unary_bytes: int
     connection_idle_s: float
     accept_compressed: bool
     drain_delay_s: float
@@ -101,7 +102,7 @@ class Server:
                 )
             ],
             options=[
-                ("grpc.max_receive_message_length", options.max_message_bytes),
+                ("grpc.max_receive_message_length", min(options.max_unary_bytes, options.max_message_bytes)),
                 ("grpc.max_send_message_length", options.max_message_bytes),
                 *(
                     []

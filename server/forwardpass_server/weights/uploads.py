@@ -7,6 +7,7 @@ import collections
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,9 @@ from forwardpass.wire.manifests import TensorManifest
 
 # An announcement without a byte of data takes some hundred bytes itself. Half of them for one principal.
 _MAX_ANNOUNCED = 2**18
+
+# One takes 3 us: 2^18 would hold up every caller for most of a second.
+_SWEPT_AT_ONCE = 2**12
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -36,7 +40,7 @@ class _Group:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Upload:
-    """One tensor on its way. hasher, buffer: made with the first chunk. placed: once it is whole and verified."""
+    """One tensor on its way. hasher, buffer, lock: made with the first chunk. placed: once it is whole and verified."""
 
     manifest: TensorManifest
     group: _Group
@@ -45,7 +49,7 @@ class _Upload:
     received: int = 0
     placed: Any = None
     is_finished: bool = False
-    lock: asyncio.Lock = dataclasses.field(default_factory=asyncio.Lock)
+    lock: asyncio.Lock | None = None
 
 
 class Uploads:
@@ -119,6 +123,9 @@ class Uploads:
         upload = self._uploads.get((principal, digest))
         if upload is None:
             raise errors.UploadOutOfStep(f"tensor {digest.hex()} was not announced, or too long ago")
+        if upload.lock is None:
+            # Not made with the announcement: there may be 2^18 of these, and the garbage collector visits each object.
+            upload.lock = asyncio.Lock()
         async with upload.lock:
             if upload.is_finished:
                 return
@@ -190,9 +197,10 @@ class Uploads:
                 self._count(principal, -upload.manifest.size_bytes)
 
     def sweep(self) -> None:
-        """Drops the uploads of sets of which nothing has come for too long."""
+        """Drops uploads of sets of which nothing has come for too long: at most `_SWEPT_AT_ONCE` in one call."""
         limit = time.monotonic() - self._expiry_s
-        for principal, digest in [key for key, upload in self._uploads.items() if upload.group.touched < limit]:
+        expired = (key for key, upload in self._uploads.items() if upload.group.touched < limit)
+        for principal, digest in list(itertools.islice(expired, _SWEPT_AT_ONCE)):
             self.drop(principal, [digest])
 
     @contextlib.contextmanager

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+from collections.abc import AsyncIterator
 
 import grpc
 import h2.events
@@ -14,6 +15,7 @@ import pytest
 
 from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
 from forwardpass_server.access.access import Access
+from forwardpass_server.calls.admission import Admission, Limits
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.rpc.departure import Departure
 from forwardpass_server.rpc.interceptor import Interceptor
@@ -107,34 +109,77 @@ def test_a_call_that_is_there_and_a_stream_are_not_on_their_way():
     asyncio.run(main())
 
 
-def test_calls_that_compute_are_refused_while_the_device_does_not_work_and_others_are_answered():
-    works = threading.Event()
+@contextlib.asynccontextmanager
+async def model_service(interceptor: Interceptor) -> AsyncIterator[str]:
+    """The address of a server that answers each unary method of the model service."""
 
     async def answer(request: bytes, context: object) -> bytes:
         return b"answered"
 
+    server = grpc.aio.server(interceptors=[interceptor])
+    handlers = {name: grpc.unary_unary_rpc_method_handler(answer) for name in UNARY_OF_MODELS}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(MODEL_SERVICE, handlers)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        await server.stop(None)
+
+
+UNARY_OF_MODELS = {name: method.path for name, method in SERVICES[MODEL_SERVICE].items() if method.is_unary}
+DESCRIBING = {"GetModel", "ListModels"}
+
+
+def rpc_metrics() -> RpcMetrics:
+    return RpcMetrics(Families("Calls", prometheus_client.CollectorRegistry(), []))
+
+
+@pytest.mark.parametrize("missing", ["device", "room for a call", "room for bytes"])
+def test_calls_that_compute_are_refused_without_device_or_room_and_others_are_answered(missing):
+    works = threading.Event()
+    limits = Limits(calls=2, size_bytes=100)
+    admission = Admission(limits, limits)
+    entered = {"device": [], "room for a call": [1, 1], "room for bytes": [100]}[missing]
+    if missing != "device":
+        works.set()
+    status = grpc.StatusCode.UNAVAILABLE if missing == "device" else grpc.StatusCode.RESOURCE_EXHAUSTED
+
+    async def refused(channel: grpc.aio.Channel) -> set[str]:
+        found = {name: await status_of(channel, path) for name, path in UNARY_OF_MODELS.items()}
+        assert {name for name, one in found.items() if one is grpc.StatusCode.OK} >= DESCRIBING
+        return {name for name, one in found.items() if one is status}
+
     async def main() -> None:
-        families = Families("Calls", prometheus_client.CollectorRegistry(), [])
         interceptor = Interceptor(
-            RpcMetrics(families), Access(), Departure(), Arrivals(), None, device_works=works.is_set
+            rpc_metrics(), Access(), Departure(), Arrivals(), None, admission, device_works=works.is_set
         )
-        server = grpc.aio.server(interceptors=[interceptor])
-        unary = [method for method in SERVICES[MODEL_SERVICE].values() if method.is_unary]
-        handlers = {method.name: grpc.unary_unary_rpc_method_handler(answer) for method in unary}
-        server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(MODEL_SERVICE, handlers)])
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-                for _ in range(2):
-                    found = {method.name: await status_of(channel, method.path) for method in unary}
-                    refused = {name for name, status in found.items() if status is grpc.StatusCode.UNAVAILABLE}
-                    describing = {"GetModel", "ListModels"}
-                    assert refused == (set() if works.is_set() else set(found) - describing)
-                    assert {name for name, status in found.items() if status is grpc.StatusCode.OK} >= describing
-                    works.set()
-        finally:
-            await server.stop(None)
+        async with model_service(interceptor) as address, grpc.aio.insecure_channel(address) as channel:
+            for size_bytes in entered:
+                admission.enter("", size_bytes)
+            assert await refused(channel) == UNARY_OF_MODELS.keys() - DESCRIBING
+            for size_bytes in entered:
+                admission.leave("", size_bytes)
+            works.set()
+            assert await refused(channel) == set()
+
+    asyncio.run(main())
+
+
+def test_a_call_without_room_is_refused_before_its_request_is_sent():
+    limits = Limits(calls=1, size_bytes=100)
+    admission = Admission(limits, limits)
+
+    async def main() -> None:
+        interceptor = Interceptor(rpc_metrics(), Access(), Departure(), Arrivals(), None, admission)
+        async with model_service(interceptor) as address:
+            admission.enter("another", 1)
+            with await asyncio.to_thread(RawConnection, address) as connection:
+                stream = connection.open(UNARY_OF_MODELS["PredictOnBatch"])
+                connection.flush()
+                code, message = await asyncio.to_thread(connection.status, stream)
+        assert code == str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+        assert "the server's calls: expected at most 1 calls and 100 bytes at once, got more" in message
 
     asyncio.run(main())
 
