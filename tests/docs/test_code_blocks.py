@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from support import manifests
 from support.certificates import Signer
 from support.code_blocks import Reader, blocks_of, commands_of, path_with
 from support.environments import ROOT
@@ -106,11 +107,17 @@ def write_keras_model(path: pathlib.Path) -> None:
     keras.Sequential(layers).save(path)
 
 
+def programs(page: str) -> list[pathlib.Path]:
+    """The folders of the programs that a page runs and that are not the system's."""
+    environment = pathlib.Path(sys.executable).parent
+    return [environment, manifests.kubectl().parent] if page == "deploy/README.md" else [environment]
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if any("not run" not in b.marks for b in BLOCKS[page])])
 def test_the_blocks_of_a_page_run_in_order(page, folder, server):
     environment = {
         **os.environ,
-        "PATH": path_with(pathlib.Path(sys.executable).parent),
+        "PATH": path_with(*programs(page)),
         # Free ports, so that a page may name the default ones.
         "FORWARDPASS_PORT": "0",
         "FORWARDPASS_METRICS_PORT": "0",

