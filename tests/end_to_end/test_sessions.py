@@ -415,5 +415,5 @@ def test_a_deadline_that_passes_while_the_store_fails_says_that_it_fails(full_di
             await session.update(labels, BatchOutput(), timeout_s=timeout_s)
 
     run = update if kind == "sync" else lambda: asyncio.run(update_async())
-    with pytest.raises((errors.DeadlineExceeded, errors.SessionStoreUnavailable), match="the session store cannot"):
+    with pytest.raises((errors.DeadlineExceeded, errors.SessionStoreUnavailable), match="the session store failed"):
         run()
