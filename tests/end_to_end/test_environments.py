@@ -99,7 +99,7 @@ def test_a_start_without_a_place_for_sessions_ends_with_a_sentence_that_names_th
 def test_a_start_without_a_temporary_folder_says_so(models):
     finished = serve(confinement.with_read_only_root(), "--model-repository", str(models), TMPDIR="/proc")
     assert finished.returncode == 1
-    assert finished.stderr.startswith("Error: TensorFlow needs a folder for temporary files")
+    assert finished.stderr.startswith("Error: TensorFlow needs a writable folder for temporary files")
     assert "TMPDIR" in finished.stderr
     assert len(finished.stderr.splitlines()) == 1
 

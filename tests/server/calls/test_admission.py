@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 
 from forwardpass.wire import errors
@@ -60,13 +63,24 @@ def test_bytes_that_arrive_count_and_are_no_calls():
 
 
 def test_nothing_is_kept_of_principals_that_have_left():
+    class Name(str):
+        """A name that can be referred to weakly."""
+
     admission = Admission(Limits(calls=1, size_bytes=10), MANY)
-    for name in range(100):
-        admission.enter(f"{name}", 1)
+    kept: weakref.WeakSet[Name] = weakref.WeakSet()
+
+    def call(principal: Name, refused: Name) -> None:
+        kept.update((principal, refused))
+        admission.enter(principal, 1)
         with pytest.raises(errors.ServerOverloaded):
-            admission.enter(f"other {name}", 1)
-        admission.leave(f"{name}", 1)
-    assert not admission._by_principal
+            admission.enter(refused, 1)
+        assert principal in kept
+        admission.leave(principal, 1)
+
+    for number in range(100):
+        call(Name(f"{number}"), Name(f"other {number}"))
+    gc.collect()
+    assert len(kept) == 0
 
 
 def test_what_is_held_is_never_refused_and_leaves_less_room():
