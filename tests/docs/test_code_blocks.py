@@ -128,7 +128,6 @@ def test_the_blocks_of_a_page_run_in_order(page, folder, server):
     }
     # The commands have to find modules of the working directory by themselves.
     environment.pop("PYTHONPATH", None)
-    environment["PYTHONPATH"] = str(folder)  # Until forwardpass-server does so.
     replacements = {
         "localhost:8500": server.address,
         "localhost:9464/metrics": server.metrics_url.removeprefix("http://"),
