@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Generic, TypeAlias, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 
 from forwardpass import v1
 from forwardpass.wire import conform, description, errors, fields, messages
-from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.description import MASKS_OF, BatchOutput, Function, ModelDescription, ModelSpec
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.specs import StructureSpec
 from forwardpass.wire.structures import Structure
 from forwardpass_client import long_calls, masks
+from forwardpass_client.call import Call
+from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.reuse import Reuse
-from forwardpass_client.weights import HeldWeights, WeightsHandleApi
+from forwardpass_client.weights import WeightsHandleApi
 
 ResultT = TypeVar("ResultT")
 
@@ -27,24 +28,6 @@ ModelWeights: TypeAlias = tuple[Any, Any]
 
 Metrics: TypeAlias = Mapping[str, Array]
 """Metrics by name, as TFF and Keras have them. A model of another origin may have other containers."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Call(Generic[ResultT]):
-    """One call: the path of its method, its request, and the function that reads its answer.
-
-    request: in pieces where it is long; the pieces share the memory of the caller's arrays.
-    held: weights that the request names by id, instead of carrying them.
-    """
-
-    path: str
-    request: bytes | Pieces
-    read: Callable[[bytes], ResultT]
-    held: HeldWeights | None = None
-
-    def joined(self) -> Call[ResultT]:
-        """The same call with its request in one piece: the caller may change the arrays from now on."""
-        return dataclasses.replace(self, request=self.request.join()) if isinstance(self.request, Pieces) else self
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

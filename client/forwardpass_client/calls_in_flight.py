@@ -11,10 +11,10 @@ from typing import Any
 from forwardpass.wire import errors, frames
 from forwardpass.wire.frames import Inbox, Outbox
 from forwardpass_client.backoff import RETRYABLE, Backoff
-from forwardpass_client.calls import Call
+from forwardpass_client.call import Call
 from forwardpass_client.deadlines import Deadline
+from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.streams import Completed, Future
-from forwardpass_client.weights import HeldWeights
 
 MAX_CALLS = 256
 """In flight at once."""

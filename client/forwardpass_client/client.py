@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from forwardpass.wire import errors
 from forwardpass_client import calls, replicas, targets
-from forwardpass_client.calls import Call, FoundModel, ModelVersion
+from forwardpass_client.call import Call
+from forwardpass_client.calls import FoundModel, ModelVersion
 from forwardpass_client.credentials import Credentials, Tls, Token
 from forwardpass_client.deadlines import Deadline, check_timeout
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel

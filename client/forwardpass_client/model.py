@@ -23,8 +23,8 @@ from forwardpass.wire import errors
 from forwardpass.wire.description import BatchOutput, ModelDescription
 from forwardpass.wire.manifests import DIGEST_BYTES
 from forwardpass_client import evaluation, ids, transfers
+from forwardpass_client.call import Call
 from forwardpass_client.calls import (
-    Call,
     FoundModel,
     Metrics,
     ModelVersion,
@@ -36,6 +36,7 @@ from forwardpass_client.calls import (
 from forwardpass_client.calls_in_flight import MAX_CALLS
 from forwardpass_client.deadlines import Deadline, locked
 from forwardpass_client.evaluation import BatchesInFlight, BatchProgress
+from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.openings import Opening
 from forwardpass_client.options import Options
 from forwardpass_client.pipeline import AsyncPipeline, Pipeline
@@ -46,7 +47,7 @@ from forwardpass_client.sessions import ID_BYTES, AsyncMetricsSession, MetricsSe
 from forwardpass_client.streams import AsyncStream, Stream
 from forwardpass_client.transfers import Progress, Steps
 from forwardpass_client.transport import AsyncTransport, Transport
-from forwardpass_client.weights import AsyncWeightsHandle, HeldWeights, WeightsHandle, WeightsHandleApi
+from forwardpass_client.weights import AsyncWeightsHandle, WeightsHandle, WeightsHandleApi
 
 # For closing the sessions of an evaluation, together: where the server is away, they expire there.
 _CLOSE_S = 2.0

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from forwardpass.wire.description import BatchOutput
 from forwardpass.wire.methods import METHODS
-from forwardpass_client.calls import Call, ModelCalls
+from forwardpass_client.call import Call
+from forwardpass_client.calls import ModelCalls
 from forwardpass_client.calls_in_flight import CallsInFlight
 from forwardpass_client.deadlines import Deadline
+from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.processes import Connected
 from forwardpass_client.streams import AsyncStream, Stream
 from forwardpass_client.transport import AsyncTransport, Transport
-from forwardpass_client.weights import HeldWeights, WeightsHandleApi
+from forwardpass_client.weights import WeightsHandleApi
 
 _PATH = METHODS["Pipeline"].path
 _TITLE = "pipeline"

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
 from forwardpass_client import retries
 from forwardpass_client.backoff import RETRYABLE, Backoff
+from forwardpass_client.call import Call
 from forwardpass_client.deadlines import Deadline
 from forwardpass_client.transfers import Pause, Steps, Unary
-
-if TYPE_CHECKING:
-    from forwardpass_client.calls import Call
 
 # During a rollout some replicas have a version, or another content of it, and others do not. An answer of other content
 # is never used: ModelChanged is raised instead.

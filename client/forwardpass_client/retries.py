@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
 from forwardpass_client import long_calls
 from forwardpass_client.backoff import BRIEF_S, RETRYABLE, Backoff
 from forwardpass_client.deadlines import Deadline
+from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.transfers import Pause, Steps, Unary
-
-if TYPE_CHECKING:
-    from forwardpass_client.weights import HeldWeights
 
 
 def is_retryable(error: Exception, request: bytes | Pieces) -> bool:

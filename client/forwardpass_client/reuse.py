@@ -12,7 +12,7 @@ from forwardpass.wire import manifests
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.manifests import WeightsManifest
 from forwardpass.wire.structures import Structure
-from forwardpass_client.weights import HeldWeights
+from forwardpass_client.held_weights import HeldWeights
 
 # Measured: hashing takes 0.6 ms per MiB, sending and reading at least 1.4 ms. Below 1 MiB the gain is small beside the
 # cost of a call.

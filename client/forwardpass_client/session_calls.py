@@ -11,7 +11,8 @@ from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.description import BatchOutput, Function
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
-from forwardpass_client.calls import Call, ModelCalls, ResultT, batch_output_values, check_training, nested, x_and_y
+from forwardpass_client.call import Call
+from forwardpass_client.calls import ModelCalls, ResultT, batch_output_values, check_training, nested, x_and_y
 
 
 class SessionCalls(ModelCalls):

@@ -20,7 +20,8 @@ from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.description import BatchOutput
 from forwardpass_client import retries, session_calls
 from forwardpass_client.backoff import RESTART_S
-from forwardpass_client.calls import Call, Metrics
+from forwardpass_client.call import Call
+from forwardpass_client.calls import Metrics
 from forwardpass_client.deadlines import Deadline, locked
 from forwardpass_client.processes import Connected
 from forwardpass_client.session_calls import SessionCalls

@@ -8,21 +8,19 @@ import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import grpc
 
 from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
 from forwardpass_client import channel_policy, long_calls, replicas, retries, targets
+from forwardpass_client.call import Call
 from forwardpass_client.credentials import Credentials
 from forwardpass_client.deadlines import Deadline
 from forwardpass_client.options import Options
 from forwardpass_client.processes import OneLoop, asyncio_use
 from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, Unary
-
-if TYPE_CHECKING:
-    from forwardpass_client.calls import Call
 
 ResultT = TypeVar("ResultT")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from forwardpass_client import errors, replicas
-from forwardpass_client.calls import Call
+from forwardpass_client.call import Call
 from forwardpass_client.deadlines import Deadline
 from forwardpass_client.transfers import Pause, Unary
 

@@ -7,7 +7,7 @@ import pytest
 from forwardpass import v1
 from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
-from forwardpass_client.calls import Call
+from forwardpass_client.call import Call
 from forwardpass_client.deadlines import Deadline
 from forwardpass_client.sessions import _Writer, attempts
 from forwardpass_client.transfers import Pause, Unary

@@ -1,0 +1,57 @@
+"""Weights by their id, with the steps that put them on a server."""
+
+from __future__ import annotations
+
+from forwardpass.wire import errors, manifests
+from forwardpass.wire.manifests import WeightsManifest
+from forwardpass.wire.structures import Structure
+from forwardpass_client import transfers
+from forwardpass_client.deadlines import Deadline
+from forwardpass_client.transfers import Progress, Steps
+
+_ATTEMPTS = 4
+
+
+class HeldWeights:
+    """Weights by their id, with their arrays where this client has them.
+
+    structure: the arrays themselves, not a copy: once they are changed, they cannot be put again.
+    """
+
+    def __init__(
+        self, weights_id: bytes, manifest: WeightsManifest | None = None, structure: Structure | None = None
+    ) -> None:
+        self.weights_id = weights_id
+        self._manifest = manifest
+        self._structure = structure
+
+    @classmethod
+    def of(cls, structure: Structure) -> HeldWeights:
+        """Weights whose arrays the caller has."""
+        manifest = manifests.of_structure(structure, "model_weights")
+        return cls(manifest.weights_id, manifest, structure)
+
+    def put(self, deadline: Deadline, progress: Progress | None = None) -> Steps:
+        """Puts the tensors that the server lacks. Raises WeightsNotFound where this client has no arrays to send."""
+        if self._manifest is None or self._structure is None:
+            raise errors.WeightsNotFound(
+                f"the server does not hold weights {self.weights_id.hex()}, and this handle has no numbers to send"
+            )
+        for attempts_left in reversed(range(_ATTEMPTS)):
+            try:
+                yield from transfers.put(self._manifest, self._structure, deadline, progress)
+            except errors.TensorCorrupted as error:
+                if manifests.of_structure(self._structure, "model_weights") != self._manifest:
+                    raise errors.WeightsNotFound(
+                        f"weights {self.weights_id.hex()} cannot be sent: their arrays were changed since"
+                    ) from error
+                # Another client had begun the same tensor with other bytes; the server has dropped these.
+                if not attempts_left:
+                    raise
+            else:
+                return
+
+    @property
+    def size_bytes(self) -> int | None:
+        """The size of the distinct tensors; None without the arrays."""
+        return None if self._manifest is None else self._manifest.size_bytes
