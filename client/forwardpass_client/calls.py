@@ -58,7 +58,11 @@ class FoundModel:
 
 
 def get_model(name: str, version: int | None, label: str | None) -> Call[FoundModel]:
-    """version, label: at most one of them; without both, the highest version that is available."""
+    """version, label: at most one of them; without both, the highest version that is available.
+
+    Raises, before anything is sent: TypeError and ValueError for arguments that are no name, version or label;
+    ModelNotFound for a name that no model can have; ModelVersionNotFound for such a version or label.
+    """
     if not isinstance(name, str):
         raise TypeError(f"name: expected a str, got {type(name).__name__}")
     if label is not None and not isinstance(label, str):
@@ -85,6 +89,8 @@ def get_model(name: str, version: int | None, label: str | None) -> Call[FoundMo
 
 
 def list_models() -> Call[list[ModelVersion]]:
+    """The versions of every model, by name and version, those that failed to load included."""
+
     def read(data: bytes) -> list[ModelVersion]:
         response, _ = messages.decode(v1.ListModelsResponse, data)
         return [_version(model) for model in response.models]
@@ -93,6 +99,8 @@ def list_models() -> Call[list[ModelVersion]]:
 
 
 def unready_reasons() -> Call[list[str]]:
+    """Why the server is not ready, one sentence each; empty when it is ready."""
+
     def read(data: bytes) -> list[str]:
         response, _ = messages.decode(v1.ListModelsResponse, data)
         return list(response.unready_reasons)
@@ -165,6 +173,7 @@ class ModelCalls:
         self._arguments = {function: _Arguments.of(self._spec, function) for function in Function}
 
     def initial_weights(self) -> Call[ModelWeights]:
+        """(trainable, non_trainable) that the model was saved with: read-only arrays. `read` raises ModelChanged."""
         request = v1.GetInitialWeightsRequest(model=self._selector)
 
         def read(data: bytes) -> ModelWeights:
@@ -176,6 +185,12 @@ class ModelCalls:
         return Call(METHODS["GetInitialWeights"].path, request.SerializeToString(), read)
 
     def predict_on_batch(self, model_weights: Any, x: Any, training: bool) -> Call[Any]:
+        """Predictions for one batch: leaves of shape [B, ...], which carry their Keras mask if the model has one.
+
+        x: leaves of shape [B, ...] as in the spec.
+        Raises StructureMismatch, DTypeMismatch, ShapeMismatch, FunctionNotAvailable, MessageTooLarge, and TypeError
+        for a `training` that is no bool. `read` raises ModelChanged.
+        """
         request = v1.PredictOnBatchRequest(model=self._selector, training=check_training(training))
         return self._call_with_weights(
             Function.PREDICT_ON_BATCH,
@@ -187,6 +202,12 @@ class ModelCalls:
         )
 
     def forward_pass(self, model_weights: Any, batch_input: Any, training: bool) -> Call[BatchOutput]:
+        """The BatchOutput of one batch: a loss of shape [], predictions of shape [B, ...], num_examples as int32[].
+
+        batch_input: a pair (x, y), or a mapping with keys x and y; leaves of shape [B, ...].
+        Raises StructureMismatch, DTypeMismatch, ShapeMismatch, FunctionNotAvailable, MessageTooLarge, and TypeError
+        for a `training` that is no bool. `read` raises ModelChanged.
+        """
         request = v1.ForwardPassRequest(model=self._selector, training=check_training(training))
         x, y = x_and_y(batch_input)
         values = {"batch_input.x": x, "batch_input.y": y}
@@ -197,6 +218,15 @@ class ModelCalls:
         return self._call_with_weights(Function.FORWARD_PASS, "ForwardPass", request, model_weights, values, read)
 
     def loss(self, output: Any, label: Any, sample_weight: Any, mask: Any = None) -> Call[Any]:
+        """The loss of predictions against labels: shape [] for most models. With weights, the weighted loss.
+
+        output, label: leaves of shape [B, ...].
+        sample_weight: float32[B] unless the model says otherwise; None for no weights.
+        mask: bool[B, ...] as in `prediction_mask` of the spec; None for the mask that `output` carries. Warns
+          MaskMissing where it carries none and the model has masks.
+        Raises StructureMismatch (also for a mask that the model does not take), DTypeMismatch, ShapeMismatch,
+        FunctionNotAvailable, MessageTooLarge. `read` raises ModelChanged.
+        """
         function = Function.LOSS if sample_weight is None else Function.WEIGHTED_LOSS
         values = {
             "output": output,
@@ -212,6 +242,10 @@ class ModelCalls:
         )
 
     def initialize_metrics_state(self) -> Call[Any]:
+        """The metrics state before the first batch.
+
+        Raises FunctionNotAvailable for a model without metrics. `read` raises ModelChanged.
+        """
         return self._call(
             "InitializeMetricsState",
             v1.InitializeMetricsStateRequest(model=self._selector),
@@ -222,6 +256,15 @@ class ModelCalls:
     def update_metrics_state(
         self, state: Any, labels: Any, batch_output: Any, sample_weight: Any, mask: Any = None
     ) -> Call[Any]:
+        """The metrics state after one more batch; `state` stays as it is.
+
+        state: leaves of the shapes in `metrics_state` of the spec.
+        labels: leaves of shape [B, ...].
+        batch_output: any object with the fields of `BatchOutput`; a field that the metrics do not read may be None.
+        sample_weight, mask: as of `loss`.
+        Raises StructureMismatch, DTypeMismatch, ShapeMismatch, FunctionNotAvailable, MessageTooLarge. `read` raises
+        ModelChanged.
+        """
         function = Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
         values = {"state": state, "labels": labels, "sample_weight": sample_weight, **batch_output_values(batch_output)}
         place = "batch_output.prediction_mask"
@@ -234,6 +277,12 @@ class ModelCalls:
         )
 
     def finalize_metrics(self, state: Any) -> Call[Any]:
+        """The metrics of a state, by name, in the model's order.
+
+        state: leaves of the shapes in `metrics_state` of the spec.
+        Raises StructureMismatch, DTypeMismatch, ShapeMismatch, FunctionNotAvailable, MessageTooLarge. `read` raises
+        ModelChanged.
+        """
         return self._call(
             "FinalizeMetrics",
             v1.FinalizeMetricsRequest(model=self._selector),
@@ -409,7 +458,7 @@ def check_training(training: Any) -> bool:
 
 
 def check_handle(handle: Any, place: str) -> WeightsHandleApi:
-    """The handle. Raises TypeError for what is none."""
+    """The handle. Raises StructureMismatch for an id of weights, and TypeError for anything else that is no handle."""
     if not isinstance(handle, WeightsHandleApi):
         _refuse_id(handle, place)
         raise TypeError(f"{place}: expected a handle of put_weights or weights_handle, got {conform.kind_of(handle)}")
@@ -426,6 +475,7 @@ def _refuse_id(value: Any, place: str) -> None:
 
 
 def x_and_y(batch_input: Any) -> tuple[Any, Any]:
+    """The two items of a batch: of a pair, or of a mapping with the keys x and y only. Raises StructureMismatch."""
     if isinstance(batch_input, Mapping):
         if set(batch_input) != {"x", "y"}:
             raise errors.StructureMismatch(
@@ -440,7 +490,10 @@ def x_and_y(batch_input: Any) -> tuple[Any, Any]:
 
 
 def batch_output_values(value: Any) -> dict[str, Any]:
-    """The fields of a batch output, of whatever class it is."""
+    """The fields of a batch output, of whatever class it is, under their places in a request.
+
+    Raises StructureMismatch where a field of `BatchOutput` is missing.
+    """
     if not all(hasattr(value, name) for name in BatchOutput._fields):
         raise errors.StructureMismatch(
             place="batch_output", expected=f"a BatchOutput{BatchOutput._fields}", found=conform.kind_of(value)

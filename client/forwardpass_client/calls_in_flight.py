@@ -72,9 +72,11 @@ class CallsInFlight:
         self._send(number)
 
     def has_message(self) -> bool:
+        """Whether a call, or a part of one, is still to be sent."""
         return bool(self._outbox)
 
     def next_message(self) -> bytes:
+        """The next PipelineRequest: parts of several calls in turn. There must be one."""
         return self._outbox.next_message()
 
     def _send(self, number: int) -> None:
@@ -152,6 +154,7 @@ class CallsInFlight:
         self._completed.append(Completed(one.future, result, error))
 
     def completed(self) -> list[Completed]:
+        """The futures of the calls that have ended since the last time, each with its result or error."""
         completed, self._completed = self._completed, []
         return completed
 

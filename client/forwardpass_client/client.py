@@ -229,7 +229,8 @@ class Client(ClientApi):
     def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Waits until the server is ready, such as one that is still starting.
 
-        timeout_s: seconds until DeadlineExceeded, which names the last reason.
+        timeout_s: seconds until DeadlineExceeded.
+        Raises DeadlineExceeded, which names the last reason, and CallCancelled once the client is closed.
         """
         polling = _Polling(self._deadline(timeout_s), timeout_s)
         while not self._is_ready(polling):
@@ -312,7 +313,8 @@ class AsyncClient(ClientApi):
     async def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
         """Waits until the server is ready, such as one that is still starting.
 
-        timeout_s: seconds until DeadlineExceeded, which names the last reason.
+        timeout_s: seconds until DeadlineExceeded.
+        Raises DeadlineExceeded, which names the last reason, and CallCancelled once the client is closed.
         """
         polling = _Polling(self._deadline(timeout_s), timeout_s)
         while True:

@@ -97,9 +97,11 @@ class BatchesInFlight:
         self._outbox.put(number, frames.encode_call("", None, len(request)), request)
 
     def has_message(self) -> bool:
+        """Whether the start of the evaluation, or a part of a batch, is still to be sent."""
         return not self._has_started or bool(self._outbox)
 
     def next_message(self) -> bytes:
+        """The next EvaluateRequest. The first one of each stream names the sessions and their weights."""
         if self._has_started:
             return self._outbox.next_message()
         self._has_started = True
@@ -127,6 +129,7 @@ class BatchesInFlight:
             self._progress(self._last - len(self._uncounted))
 
     def completed(self) -> list[Completed]:
+        """The futures of the batches that have counted or failed since the last time. Their results are None."""
         completed, self._completed = self._completed, []
         return completed
 
@@ -161,6 +164,7 @@ class BatchesInFlight:
         self._has_put = True
 
     def fail_all(self, error: Exception) -> None:
+        """Fails every batch that has not counted."""
         self._outbox.clear()
         for uncounted in self._uncounted.values():
             self._completed.append(Completed(uncounted.future, None, error))

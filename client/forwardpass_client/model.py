@@ -229,7 +229,8 @@ class FunctionalModelApi(Connected, abc.ABC):
 
         Sends only the tensors that the server lacks. An upload that breaks goes on where it stopped. Weights may have
         any size: the limit of messages does not apply.
-        model_weights: (trainable, non_trainable) like `initial_weights`. The handle keeps the arrays, not a copy.
+        model_weights: (trainable, non_trainable) in the containers and shapes of `initial_weights`. The handle keeps
+          the arrays, not a copy.
         progress: called with (bytes done, bytes in all), from another thread.
         timeout_s: seconds until DeadlineExceeded for the whole transfer; None for the client's own without progress,
           plus a second for each MiB that is to be sent.
@@ -254,7 +255,8 @@ class FunctionalModelApi(Connected, abc.ABC):
 
         progress: called with (bytes done, bytes in all).
         timeout_s: as of `put_weights`.
-        Raises TypeError for what is no handle, WeightsNotFound, ServerUnavailable, DeadlineExceeded.
+        Raises TypeError for what is no handle (StructureMismatch for an id), WeightsNotFound, ServerUnavailable,
+        DeadlineExceeded.
         """
         deadline = self._deadline(timeout_s, is_renewable=True)
         weights_id = check_handle(handle, "handle").held.weights_id
@@ -266,9 +268,10 @@ class FunctionalModelApi(Connected, abc.ABC):
         """Opens a metrics session: a state on the server to which each update is applied exactly once.
 
         session_id: `id` of an open session, to go on with it; None for a new one.
-        initial_state: of a new session, as `session.state()` or `update_metrics_state` returns it; None for the state
-          before the first batch.
+        initial_state: of a new session, as `session.state()` or `update_metrics_state` returns it, in the shapes of
+          `description.spec.metrics_state`; None for the state before the first batch.
         timeout_s: seconds until DeadlineExceeded for opening it; None for the client's own.
+        Returns the open session. For asyncio: `async with model.metrics_session() as session`, or await it.
         Raises FunctionNotAvailable for a model without metrics, SessionNotFound, SessionExpired,
         SessionLimitExceeded, InvalidRequest for a session of another model, ValueError for what is no id or for an
         initial state of an open session, ServerUnavailable, DeadlineExceeded.
@@ -427,7 +430,8 @@ class RemoteFunctionalModel(FunctionalModelApi):
     def pipeline(self, model_weights: Any) -> Pipeline:
         """Calls with these weights over one stream: each returns a future, and many are in flight at once.
 
-        model_weights: a handle of `put_weights`, or (trainable, non_trainable), which is put first.
+        model_weights: a handle of `put_weights`, or (trainable, non_trainable) in the shapes of `initial_weights`,
+          which is put first.
         Returns a context manager: leaving it waits for every answer.
         Raises what `put_weights` raises.
         """
@@ -635,7 +639,8 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
     def pipeline(self, model_weights: Any) -> Opening[AsyncPipeline]:
         """Calls with these weights over one stream: each returns a future, and many are in flight at once.
 
-        model_weights: a handle of `put_weights`, or (trainable, non_trainable), which is put first.
+        model_weights: a handle of `put_weights`, or (trainable, non_trainable) in the shapes of `initial_weights`,
+          which is put first.
         Returns an asynchronous context manager, `async with model.pipeline(weights) as pipeline`: leaving it waits for
         every answer. It may be awaited, too, for the pipeline itself.
         Raises what `put_weights` raises.

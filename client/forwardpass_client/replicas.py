@@ -97,6 +97,7 @@ class Transports(Generic[TransportT]):
 
     @property
     def all(self) -> list[TransportT]:
+        """The transport of the client, then those that `keep` added: all that the client has to close."""
         return [self.own, *self._others]
 
     @property

@@ -22,7 +22,14 @@ class SessionCalls(ModelCalls):
     """
 
     def open_session(self, session_id: bytes, resume: bool, initial_state: Any) -> Call[int]:
-        """How many updates the session has counted. initial_state: None for the state before the first batch."""
+        """How many updates the session has counted.
+
+        resume: whether the session must exist already.
+        initial_state: of a new session, leaves of the shapes in `metrics_state` of the spec; None for the state before
+          the first batch.
+        Raises FunctionNotAvailable for a model without metrics, StructureMismatch, DTypeMismatch, ShapeMismatch,
+        MessageTooLarge. `read` raises ModelChanged.
+        """
         request = v1.OpenSessionRequest(model=self._selector, session_id=session_id, resume=resume)
         # Raises FunctionNotAvailable for a model without metrics.
         self._conform(Function.INITIALIZE_METRICS_STATE, {})
@@ -38,6 +45,10 @@ class SessionCalls(ModelCalls):
         return self._call("OpenSession", request, parts, read)
 
     def update_session(self, labels: Any, batch_output: Any, sample_weight: Any, mask: Any = None) -> Call[None]:
+        """Counts one batch. The arguments and their errors are those of `update_metrics_state`, without `state`.
+
+        `read` raises ModelChanged.
+        """
         function = Function.UPDATE_METRICS_STATE if sample_weight is None else Function.WEIGHTED_UPDATE_METRICS_STATE
         values = {"labels": labels, "sample_weight": sample_weight, **batch_output_values(batch_output)}
         place = "batch_output.prediction_mask"
@@ -60,7 +71,13 @@ class SessionCalls(ModelCalls):
         *,
         names_weights: bool = False,
     ) -> Call[BatchOutput]:
-        """names_weights: always by id, so that two calls with equal weights are equal requests."""
+        """The forward pass of one batch, which also counts it: its BatchOutput.
+
+        sample_weight: float32[B] unless the model says otherwise; None for no weights.
+        with_predictions: False to get None as the predictions.
+        names_weights: always by id, so that two calls with equal weights are equal requests.
+        The other arguments and the errors are those of `forward_pass`.
+        """
         request = v1.ForwardPassInSessionRequest(
             training=check_training(training), without_predictions=not with_predictions
         )
@@ -80,7 +97,11 @@ class SessionCalls(ModelCalls):
         )
 
     def merge_into_session(self, other_session_id: bytes, state: Any) -> Call[None]:
-        """state: None for the state of the other session."""
+        """Adds a state to a session. state: None for the state of the other session.
+
+        Raises FunctionNotAvailable for a model whose states cannot be added, StructureMismatch, DTypeMismatch,
+        ShapeMismatch, MessageTooLarge. `read` raises ModelChanged.
+        """
         if self.model.unmergeable_reason:
             raise errors.FunctionNotAvailable(
                 f"model {self.model.identity}: merging metrics states is not available: {self.model.unmergeable_reason}"
@@ -94,6 +115,7 @@ class SessionCalls(ModelCalls):
         )
 
     def session_state(self, session_id: bytes) -> Call[Any]:
+        """The metrics state so far, in the model's containers. `read` raises ModelChanged."""
         return self._call(
             "GetSessionState",
             v1.GetSessionStateRequest(session_id=session_id),
@@ -102,6 +124,7 @@ class SessionCalls(ModelCalls):
         )
 
     def session_result(self, session_id: bytes) -> Call[Any]:
+        """The metrics so far, by name, in the model's order. `read` raises ModelChanged."""
         return self._call(
             "GetSessionResult",
             v1.GetSessionResultRequest(session_id=session_id),
@@ -110,7 +133,12 @@ class SessionCalls(ModelCalls):
         )
 
     def evaluation_batch(self, batch_input: Any, sample_weight: Any, update_id: bytes) -> bytes:
-        """One batch of an evaluation."""
+        """One batch of an evaluation: a serialized EvaluationBatch.
+
+        batch_input: as of `forward_pass`.
+        sample_weight: float32[B] unless the model says otherwise; None for no weights.
+        Raises StructureMismatch, DTypeMismatch, ShapeMismatch, FunctionNotAvailable, MessageTooLarge.
+        """
         parts = {
             **self._conform(Function.FORWARD_PASS, self._batch_values(batch_input)),
             **self._sample_weight(sample_weight),
@@ -148,5 +176,6 @@ def identified(call: Call[ResultT], update: v1.UpdateIdentity) -> Call[ResultT]:
 
 
 def close_session(session_id: bytes) -> Call[None]:
+    """Ends a session. A session that does not exist is no error."""
     request = v1.CloseSessionRequest(session_id=session_id)
     return Call(METHODS["CloseSession"].path, request.SerializeToString(), lambda data: None)

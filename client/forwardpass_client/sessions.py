@@ -302,7 +302,11 @@ class MetricsSession(MetricsSessionApi):
         def close(self, *, timeout_s: float | None = None) -> None: ...
 
     def open(self, resume: bool, initial_state: Any, deadline: Deadline) -> MetricsSession:
-        """Opens the session on the server; `RemoteFunctionalModel.metrics_session` calls it."""
+        """Opens the session on the server; `RemoteFunctionalModel.metrics_session` calls it.
+
+        initial_state: leaves of the shapes in `description.spec.metrics_state`; None for the state before the first
+          batch.
+        """
         self._writer.updates = self._run(self._open(resume, initial_state), deadline)
         return self
 
@@ -371,7 +375,11 @@ class AsyncMetricsSession(MetricsSessionApi):
         def close(self, *, timeout_s: float | None = None) -> Coroutine[Any, Any, None]: ...
 
     async def open(self, resume: bool, initial_state: Any, deadline: Deadline) -> AsyncMetricsSession:
-        """Opens the session on the server; `AsyncRemoteFunctionalModel.metrics_session` calls it."""
+        """Opens the session on the server; `AsyncRemoteFunctionalModel.metrics_session` calls it.
+
+        initial_state: leaves of the shapes in `description.spec.metrics_state`; None for the state before the first
+          batch.
+        """
         self._writer.updates = await self._run(self._open(resume, initial_state), deadline)
         return self
 

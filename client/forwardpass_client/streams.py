@@ -29,11 +29,14 @@ ResultT = TypeVar("ResultT")
 class Future(Protocol):
     """concurrent.futures.Future or asyncio.Future."""
 
-    def done(self) -> bool: ...
+    def done(self) -> bool:
+        """Whether it has a result or an error, or was cancelled."""
 
-    def set_result(self, result: Any, /) -> None: ...
+    def set_result(self, result: Any, /) -> None:
+        """Completes it. Raises InvalidStateError of asyncio or concurrent.futures where it is done already."""
 
-    def set_exception(self, error: BaseException, /) -> None: ...
+    def set_exception(self, error: BaseException, /) -> None:
+        """Fails it. Raises InvalidStateError of asyncio or concurrent.futures where it is done already."""
 
 
 class Completed(NamedTuple):
@@ -159,7 +162,11 @@ class Stream:
             raise RuntimeError(forked(self._title))
 
     def submit(self, item: Any, deadline: Deadline) -> concurrent.futures.Future[Any]:
-        """Sends an item: a future of its answer. Waits until there is room in flight, or until the deadline."""
+        """Sends an item: a future of its answer. Waits until there is room in flight, or until the deadline.
+
+        Raises CallCancelled on a closed stream, DeadlineExceeded where no room came in time, the error that ended the
+        stream, and RuntimeError in a forked child.
+        """
         self._check_process()
         future: concurrent.futures.Future[Any] = CallFuture()
         # A callback of a future runs on a thread of the stream: if it waited for room, no answer could make room.
@@ -340,7 +347,11 @@ class AsyncStream:
         self._receiving = asyncio.ensure_future(self._receive())
 
     def submit(self, item: Any, deadline: Deadline) -> asyncio.Future[Any]:
-        """Sends an item: a future of its answer. Where there is no room in flight, the item is sent later."""
+        """Sends an item: a future of its answer. Where there is no room in flight, the item is sent later.
+
+        Raises CallCancelled on a closed stream, the error that ended the stream, and RuntimeError on another event loop
+        than that of the client.
+        """
         self._transport.check_loop()
         if self._error is not None:
             raise self._error

@@ -90,7 +90,7 @@ def put(manifest: WeightsManifest, structure: Structure, deadline: Deadline, pro
     An upload that breaks goes on where it stopped. deadline: a renewable one is renewed whenever fewer bytes are
     missing than before, for as long as these bytes take at 1 MiB/s.
     Raises WeightStoreFull, TensorCorrupted where the numbers are no longer those of the manifest, ServerUnavailable,
-    DeadlineExceeded.
+    UploadOutOfStep where for half a minute the server drops what it received, DeadlineExceeded.
     """
     request = v1.PutWeightsRequest(manifest=manifests.encode(manifest)).SerializeToString()
     leaves = {tensor.digest: index for index, tensor in enumerate(manifest.tensors)}

@@ -131,6 +131,7 @@ class Transport:
 
     @property
     def is_closed(self) -> bool:
+        """Whether `close` was called."""
         return self._errors.is_closed
 
     @property
@@ -139,6 +140,7 @@ class Transport:
         return self._channels.are_two
 
     def close(self) -> None:
+        """Closes the channels. Calls in flight, and later ones, raise CallCancelled."""
         self._errors.is_closed = True
         for channel in self._channels.all:
             channel.close()
@@ -256,6 +258,7 @@ class AsyncTransport:
 
     @property
     def is_closed(self) -> bool:
+        """Whether `close` was called."""
         return self._errors.is_closed
 
     @property
@@ -264,6 +267,7 @@ class AsyncTransport:
         return self._channels.are_two
 
     async def close(self) -> None:
+        """Closes the channels, if any were made. Calls in flight, and later ones, raise CallCancelled."""
         channels = [] if self._made is None else self._channels.all
         self._errors.is_closed = True
         for channel in channels:

@@ -45,6 +45,7 @@ class Evaluation:
 
     @property
     def is_complete(self) -> bool:
+        """Whether every slice has counted in every session."""
         return self.counted == len(self._slices)
 
     def run(self, progress: Callable[[int], None]) -> None:

@@ -58,10 +58,12 @@ class ModelSpec:
 
     @functools.cached_property
     def x(self) -> StructureSpec:
+        """The spec of x: of the key x, or of the first item of a pair."""
         return self._input_item("x", 0)
 
     @functools.cached_property
     def y(self) -> StructureSpec:
+        """The spec of y: of the key y, or of the second item of a pair."""
         return self._input_item("y", 1)
 
     def _input_item(self, name: str, index: int) -> StructureSpec:
@@ -145,6 +147,7 @@ class ModelIdentity:
     content_hash: bytes
 
     def message(self) -> v1.ModelIdentity:
+        """The identity as its message, a new one for each call."""
         return v1.ModelIdentity(name=self.name, version=self.version, content_hash=self.content_hash)
 
     def __str__(self) -> str:

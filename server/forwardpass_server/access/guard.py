@@ -17,11 +17,14 @@ from forwardpass_server.errors import SettingsError
 class FileObserver(Protocol):
     """Shows the state of the files."""
 
-    def watched(self, files: str, are_good: Callable[[], bool]) -> None: ...
+    def watched(self, files: str, are_good: Callable[[], bool]) -> None:
+        """Shows whether the last reading of some files succeeded. files: "certificates" or "tokens"."""
 
-    def certificates(self, expire_s: Callable[[], Mapping[str, float]]) -> None: ...
+    def certificates(self, expire_s: Callable[[], Mapping[str, float]]) -> None:
+        """Shows when certificates expire, in seconds since 1970: the first of each file, "server" and "client_ca"."""
 
-    def tokens(self, role: str, expire_s: Callable[[], float]) -> None: ...
+    def tokens(self, role: str, expire_s: Callable[[], float]) -> None:
+        """Shows when the first principal loses its last token with a role, in seconds since 1970; inf for never."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -31,6 +31,7 @@ class JsonFormatter(logging.Formatter):
     """One event, one line: time (UTC), level, logger, message, the event's fields, and where an exception came from."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """A JSON object without a newline. A field whose type JSON does not have becomes a string."""
         event: dict[str, Any] = {
             "time": datetime.datetime.fromtimestamp(record.created, datetime.timezone.utc).isoformat(
                 timespec="milliseconds"

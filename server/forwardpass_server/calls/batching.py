@@ -37,7 +37,8 @@ _QUIET_TURNS = 12
 class BatchObserver(Protocol):
     """Receives measurements of each batch."""
 
-    def batched_calls(self, calls: int) -> None: ...
+    def batched_calls(self, calls: int) -> None:
+        """A batch of so many calls begins; 1 for a call that shares it with no other."""
 
     def batch_wait(self, seconds: float) -> None:
         """One call waited for so long before its batch ran."""

@@ -22,7 +22,11 @@ from forwardpass_server.weights.store import WeightStore
 class CallObserver(Protocol):
     """Receives measurements of each call."""
 
-    def batch(self, model: str, function: Function, examples: int) -> None: ...
+    def batch(self, model: str, function: Function, examples: int) -> None:
+        """A call is about to run. examples: the rows of the first leaf of x.
+
+        Not called for functions without x, or where that leaf has no dimension.
+        """
 
     def call_ran(self, model: str, function: Function, arrived: float, began: float, ended: float) -> None:
         """A call has ended, failed, or was cancelled: see `CallTimes`. Called in the context of the call."""

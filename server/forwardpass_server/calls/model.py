@@ -19,7 +19,8 @@ class LoadedModel(Protocol):
     """A model that is traced and warmed. Any number of threads may run it at once."""
 
     @property
-    def description(self) -> ModelDescription: ...
+    def description(self) -> ModelDescription:
+        """Its identity, its specs and the functions that it has. It does not change."""
 
     @property
     def initial_weights(self) -> Sequence[Array]:

@@ -32,7 +32,8 @@ _OTHER_SIZES: Sequence[Callable[[int], int]] = (lambda size: size + 1, lambda si
 class Runs(Protocol):
     """Runs functions of a model, as `execution.Execution` does."""
 
-    def run(self, function: Function, training: bool, leaves: Sequence[Array]) -> list[Array]: ...
+    def run(self, function: Function, training: bool, leaves: Sequence[Array]) -> list[Array]:
+        """See `calls.model.LoadedModel.run`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,6 +26,7 @@ class ValueMustNotBeTFError(TypeError):
 
 @tf.function
 def empty_metrics_state() -> collections.OrderedDict[str, Any]:
+    """TFF's default: a state without values."""
     return collections.OrderedDict()
 
 
@@ -33,11 +34,13 @@ def empty_metrics_state() -> collections.OrderedDict[str, Any]:
 def noop_update_metrics(
     state: Any, labels: Any, batch_output: Any, sample_weight: Any = None, prediction_mask: Any = None
 ) -> Any:
+    """TFF's default: a state without values, whatever the batch is."""
     return collections.OrderedDict()
 
 
 @tf.function
 def noop_finalize_metrics(state: Any) -> collections.OrderedDict[str, Any]:
+    """TFF's default: no metrics."""
     return collections.OrderedDict()
 
 
@@ -106,14 +109,17 @@ class FunctionalModel:
 
     @property
     def initial_weights(self) -> Any:
+        """The pair (trainable, non_trainable), the object that was given and not a copy."""
         return self._initial_weights
 
     @property
     def input_spec(self) -> Any:
+        """The pair or mapping (x, y) of structures of tf.TensorSpec that was given."""
         return self._input_spec
 
     @property
     def sample_weight_spec(self) -> Any:
+        """The tf.TensorSpec that was given, or float32[None]."""
         return self._sample_weight_spec
 
     @property

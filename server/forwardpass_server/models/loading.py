@@ -64,9 +64,11 @@ class TensorFlowModel:
     execution: Execution
 
     def has_loops(self, function: Function, training: bool) -> bool:
+        """See `calls.model.LoadedModel.has_loops`."""
         return self.execution.has_loops(function, training)
 
     def run(self, function: Function, training: bool, leaves: Sequence[Array]) -> list[Array]:
+        """See `calls.model.LoadedModel.run`."""
         return self.execution.run(function, training, leaves)
 
 
@@ -110,6 +112,12 @@ class TensorFlowLoader:
 
     @garbage.young_only()
     def load(self, source: ModelSource) -> TensorFlowModel:
+        """Reads, traces, tries and warms a model.
+
+        Raises ModelLoadError for files, code or a configuration that cannot be served, OSError for files that cannot be
+        read, InvalidRequest or a subclass for specs that do not fit together, and OutOfMemory where the device has too
+        little memory for the first calls.
+        """
         KERNELS.clear_when_stale()
         if self._trial is not None:
             self._trial.start()

@@ -36,14 +36,20 @@ class TensorFlowDevice:
         self._name = name
 
     def place(self, array: Array) -> Any:
+        """An eager tensor. On a CPU it shares the memory of an array whose data is aligned to 64 bytes.
+
+        So nobody may change the array. Strings are kept on the CPU, whatever the device is.
+        """
         dtype = tf.dtypes.as_dtype(array.dtype)
         make = private_tensorflow.tensor_maker()
         return make(array, device_of(dtype, self._name), dtype.as_datatype_enum)
 
     def fetch(self, placed: Any) -> Array:
+        """A placed array in the memory of the host, read-only. On a CPU it shares the memory of the tensor."""
         return np.asarray(placed)
 
     def try_out(self) -> None:
+        """Adds two vectors and waits for the sum. Raises what TensorFlow raises, unless memory is full."""
         # One that is full of weights and batches works as it should.
         with contextlib.suppress(tf.errors.ResourceExhaustedError), tf.device(self._name):
             # The result is waited for where it is copied to the host.

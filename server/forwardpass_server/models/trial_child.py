@@ -23,6 +23,10 @@ _REPEAT_S = 0.02
 
 
 def main() -> None:
+    """Answers messages over the connection whose file descriptor is the first argument, until the server closes it.
+
+    Ends the process after IDLE_S without a message.
+    """
     connection = Connection(int(sys.argv[1]))
     _be_the_first_to_go()
     _give_way()

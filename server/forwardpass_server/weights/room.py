@@ -21,9 +21,15 @@ class WeightsObserver(StoreObserver, Protocol):
         budget_bytes: int,
         set_count: Callable[[], int],
         tensor_count: Callable[[], int],
-    ) -> None: ...
+    ) -> None:
+        """Shows the weights on the device. The functions give the current values, on any thread.
 
-    def files(self, size_bytes: Callable[[], int], max_bytes: int, set_count: Callable[[], int]) -> None: ...
+        used_bytes: of tensors and unfinished uploads.
+        tensor_count: a tensor that several sets share counts once.
+        """
+
+    def files(self, size_bytes: Callable[[], int], max_bytes: int, set_count: Callable[[], int]) -> None:
+        """Shows the weights in the folder. size_bytes: of all tensors; max_bytes: their limit."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ from forwardpass_server.sessions.store import SessionKey, SessionLimits
 
 
 def not_found(key: SessionKey) -> errors.SessionNotFound:
+    """The error for a session that the store does not know, not even as one that has ended."""
     return errors.SessionNotFound(
         f"there is no metrics session {key.session_id.hex()}: it was never opened, was closed, or expired long ago"
     )

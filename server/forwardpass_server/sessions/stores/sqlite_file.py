@@ -123,6 +123,7 @@ class SqliteFile:
         return StoredSession(1, record), True
 
     def load(self, key: SessionKey) -> StoredSession:
+        """The record of a session, with its version. Raises SessionNotFound or SessionExpired."""
         found = self._find("version, record", key)
         if found is None:
             self._refuse_ended(key)
@@ -130,6 +131,10 @@ class SqliteFile:
         return StoredSession(*found)
 
     def replace(self, key: SessionKey, version: int, record: bytes) -> bool:
+        """Replaces the record if it has this version: whether it had. See SessionStore.replace.
+
+        Raises SessionNotFound or SessionExpired, and SessionLimitExceeded for a longer record over the limit of bytes.
+        """
         found = self._find("rowid, version, length(record)", key)
         if found is None:
             self._refuse_ended(key)
