@@ -174,6 +174,12 @@ WITHOUT_RAISES = {
 }
 
 
+def compare(gaps: set[str], listed: set[str]) -> None:
+    """Fails for gaps that are not listed, and for listed ones that are closed."""
+    assert sorted(gaps - listed) == [], "new gaps: close them"
+    assert sorted(listed - gaps) == [], "these gaps are closed: take them off the list"
+
+
 def modules(package: str) -> Iterator[tuple[str, ast.Module]]:
     """The modules of a package, by their full names."""
     root = ROOT / PACKAGES[package]
@@ -197,7 +203,7 @@ def test_every_public_class_and_function_has_a_docstring(package):
     found = {name for name, node in public if not ast.get_docstring(node)}
     assert len(public) > 100
     missing = {name for name in found if name.rpartition(".")[0] not in EXCUSED}
-    assert missing == {name for name in WITHOUT_DOCSTRING if name.startswith(package + ".")}
+    compare(missing, {name for name in WITHOUT_DOCSTRING if name.startswith(package + ".")})
 
 
 def test_each_excused_class_exists_and_has_methods_without_docstrings():
@@ -219,9 +225,8 @@ ARRAYS = {
 
 SHAPE = re.compile(r"\bshapes?\b|\[B\b")
 
-REFERENCE = re.compile(
-    r"(?:[Ss]ee|as of|[Aa]s|of the model's|Otherwise as|Arguments as of the model's) `(?:\w+\.)?(\w+)`"
-)
+REFERENCE = re.compile(r"(?:[Ss]ee|[Aa]s|[Aa]s of|of the model's) `(?:\w+\.)?(\w+)`")
+"""A docstring that refers to another function for its arguments."""
 
 
 CLASSES = [
@@ -265,7 +270,7 @@ def test_every_function_of_the_sdk_that_takes_arrays_gives_their_shapes():
         if ARRAYS & set(inspect.signature(one).parameters) and not name.startswith(("Client.", "AsyncClient."))
     }
     assert len(functions) > 20
-    assert {name for name, one in functions.items() if not SHAPE.search(shown(one))} == WITHOUT_SHAPES
+    compare({name for name, one in functions.items() if not SHAPE.search(shown(one))}, WITHOUT_SHAPES)
 
 
 def raised(function: ast.AST, helpers: dict[str, ast.AST], visited: frozenset[str] = frozenset()) -> set[str]:
@@ -301,7 +306,7 @@ def test_every_function_that_raises_an_error_of_the_catalogue_names_it(package):
             if isinstance(node, FUNCTIONS):
                 text = ast.get_docstring(node) or ""
                 found |= {f"{name}: {error}" for error in raised(node, helpers) - named(text)}
-    assert found == {one for one in WITHOUT_ERRORS if one.startswith(package + ".")}
+    compare(found, {one for one in WITHOUT_ERRORS if one.startswith(package + ".")})
 
 
 def class_help(name: str) -> str:
@@ -313,5 +318,4 @@ def class_help(name: str) -> str:
 def test_every_function_of_the_sdk_says_what_it_raises_or_its_class_does():
     helps = {name: shown(one) + class_help(name) for name, one in sdk().items()}
     assert len(helps) > 60
-    silent = {name for name, text in helps.items() if not re.search(r"\b([Rr]aises?|may raise)\b", text)}
-    assert silent == WITHOUT_RAISES
+    compare({name for name, text in helps.items() if not re.search(r"\b[Rr]aises?\b", text)}, WITHOUT_RAISES)
