@@ -407,7 +407,7 @@ def test_a_factory_for_a_model_that_the_repository_has_is_refused(repository):
         ),
         ((*SLOW, "--tokens", "/none"), "--tokens: [Errno 2] No such file or directory: '/none'"),
         ((*SLOW, "--tokens", __file__), "--tokens: test_lifecycle.py: line 1: expected sha256:HEX PRINCIPAL"),
-        ((*SLOW, "--open", "health"), "--open: expected --tokens or --tls-client-ca beside"),
+        ((*SLOW, "--open", "health"), "--open: requires --tokens or --tls-client-ca"),
         (
             (*SLOW, "--max-concurrent-calls-per-principal", "0"),
             "--max-concurrent-calls-per-principal: expected at least",
