@@ -226,10 +226,10 @@ class Client(ClientApi):
     def _servers(self) -> int:
         return self._transports.servers
 
-    def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def wait_until_ready(self, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
         """Waits until the server is ready, such as one that is still starting.
 
-        timeout_s: seconds until DeadlineExceeded.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
         Raises DeadlineExceeded, which names the last reason, and CallCancelled once the client is closed.
         """
         polling = _Polling(self._deadline(timeout_s), timeout_s)
@@ -237,8 +237,9 @@ class Client(ClientApi):
             time.sleep(polling.pause_s())
 
     def _is_ready(self, polling: _Polling) -> bool:
+        remaining_s = polling.remaining_s()
         try:
-            return self.is_ready(timeout_s=polling.remaining_s())
+            return self.is_ready(timeout_s=remaining_s)
         except _NOT_YET as error:
             polling.reason = error
             return False
@@ -310,10 +311,10 @@ class AsyncClient(ClientApi):
     def _servers(self) -> int:
         return self._transports.servers
 
-    async def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    async def wait_until_ready(self, timeout_s: float | None = DEFAULT_TIMEOUT_S) -> None:
         """Waits until the server is ready, such as one that is still starting.
 
-        timeout_s: seconds until DeadlineExceeded.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
         Raises DeadlineExceeded, which names the last reason, and CallCancelled once the client is closed.
         """
         polling = _Polling(self._deadline(timeout_s), timeout_s)
@@ -323,8 +324,9 @@ class AsyncClient(ClientApi):
             await asyncio.sleep(polling.pause_s())
 
     async def _is_ready(self, polling: _Polling) -> bool:
+        remaining_s = polling.remaining_s()
         try:
-            return await self.is_ready(timeout_s=polling.remaining_s())
+            return await self.is_ready(timeout_s=remaining_s)
         except _NOT_YET as error:
             polling.reason = error
             return False
@@ -379,9 +381,9 @@ _NOT_YET = (errors.ServerUnavailable, errors.DeadlineExceeded)
 class _Polling:
     """The time that is left to wait for a server, and why it was not ready the last time."""
 
-    def __init__(self, deadline: Deadline, timeout_s: float) -> None:
+    def __init__(self, deadline: Deadline, timeout_s: float | None) -> None:
         self._deadline = deadline
-        self._timeout_s = timeout_s
+        self._limit = "in time" if timeout_s is None else f"within {timeout_s:g} s"
         self.reason: Exception | None = None
 
     def remaining_s(self) -> float | None:
@@ -389,7 +391,7 @@ class _Polling:
         wait_s = self._deadline.wait_s()
         if wait_s == 0:
             reason = "" if self.reason is None else f"; its last answer was {type(self.reason).__name__}: {self.reason}"
-            raise errors.DeadlineExceeded(f"the server was not ready within {self._timeout_s:g} s{reason}")
+            raise errors.DeadlineExceeded(f"the server was not ready {self._limit}{reason}")
         return wait_s
 
     def pause_s(self) -> float:

@@ -74,8 +74,14 @@ def test_a_server_that_is_not_there_is_unavailable():
     with forwardpass_client.connect("127.0.0.1:1") as client:
         with pytest.raises(errors.ServerUnavailable, match=r"127\.0\.0\.1:1"):
             client.models()
-        with pytest.raises(errors.DeadlineExceeded, match=r"not ready within 0\.1 s"):
+        with pytest.raises(
+            errors.DeadlineExceeded, match=r"not ready within 0\.1 s; its last answer was Server"
+        ) as caught:
             client.wait_until_ready(0.1)
+        assert str(caught.value).count("not ready") == 1
+    with forwardpass_client.connect("127.0.0.1:1", timeout_s=0.1) as client:
+        with pytest.raises(errors.DeadlineExceeded, match="not ready in time"):
+            client.wait_until_ready(None)
 
     async def run() -> None:
         async with forwardpass_client.connect_async("127.0.0.1:1") as client:
