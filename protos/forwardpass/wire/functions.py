@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 
 from forwardpass import v1
 
@@ -125,12 +126,12 @@ class Function(enum.IntEnum):
         """Whether sample weights are an argument."""
         return SAMPLE_WEIGHT in self.signature.arguments
 
-    @property
+    @functools.cached_property
     def variants(self) -> tuple[Function, ...]:
         """The functions of the same RPC: without sample weights, and with them where the RPC takes some."""
         return tuple(function for function in Function if function.signature.method == self.signature.method)
 
-    @property
+    @functools.cached_property
     def with_sample_weight(self) -> Function:
         """The function of the same RPC that takes sample weights. Raises LookupError where there is none."""
         for function in self.variants:

@@ -1,4 +1,4 @@
-"""The device that runs the models."""
+"""Chooses the device that runs the models, and the cores that TensorFlow uses."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def choose(wanted: str) -> str:
     """The TensorFlow name of a device, with memory growth on for GPUs.
 
     wanted: "auto" for the first GPU, or else the CPU; "cpu", "gpu", or one of several as "gpu:1".
-    Raises DeviceNotFound, naming the devices that there are. Call it before TensorFlow runs anything: memory growth
+    Raises DeviceNotFound, which names the available devices. Call it before TensorFlow runs anything: memory growth
     cannot be set later.
     """
     match = re.fullmatch(r"(auto|cpu|gpu)(?::(\d+))?", wanted.lower())
     if match is None:
         raise DeviceNotFound(f"device: expected auto, cpu, gpu or gpu:N, got {wanted!r}")
     for gpu in tf.config.list_physical_devices("GPU"):
-        # Without it TensorFlow takes all of the GPU's memory at the first call.
+        # Without memory growth TensorFlow takes all memory of the GPU at the first call.
         tf.config.experimental.set_memory_growth(gpu, True)
     kind, index = match.groups()
     if kind == "auto":
@@ -33,10 +33,11 @@ def choose(wanted: str) -> str:
 
 
 def use_cores(count: int) -> None:
-    """Has TensorFlow spread its work over so many cores. Call it before TensorFlow runs anything.
+    """Limits TensorFlow to so many cores. Call it before TensorFlow runs anything.
 
-    By itself it counts those that the process may run on, and knows nothing of a container's quota: more threads than
-    that use up its time sooner, and then all of them are stopped. What TensorFlow's own variables say stays.
+    By default TensorFlow uses all cores of the process's affinity, and ignores the CPU quota of a container: more
+    threads than the quota allows use it up sooner, and then the kernel stops all of them. TensorFlow's own environment
+    variables take precedence.
     """
     if "TF_NUM_INTRAOP_THREADS" not in os.environ:
         tf.config.threading.set_intra_op_parallelism_threads(count)

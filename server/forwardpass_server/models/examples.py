@@ -1,6 +1,6 @@
-"""Example batches of a model: every trial of a load takes its inputs from here.
+"""Example batches of a model, which all probes of a load use.
 
-An operator may give some; otherwise they are zeros or random numbers, of sizes that the model accepts.
+The operator may give a batch. Otherwise the examples are zeros or random numbers, of sizes that the model accepts.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from forwardpass_server.models import probing
 
 ROWS = 3
 
-# Sizes of free dimensions beside the first, in the order in which they are tried. Small sizes come first and are fast.
-# Deep networks need large ones, networks that halve an image need powers of two, and a reshape needs multiples.
+# Sizes of free dimensions other than the first, in the order in which they are tried. Small sizes are fast. Deep
+# networks need large sizes, networks that halve an image need powers of two, and a reshape needs multiples.
 SIZES = (3, 8, 12, 32, 60, 64, 128, 240)
 
-# What else a model that accepts a size may accept: most accept the next size, the others a multiple.
+# Another size for a model that accepts a size: most models accept the next size, the others a multiple.
 _OTHER_SIZES: Sequence[Callable[[int], int]] = (lambda size: size + 1, lambda size: 2 * size)
 
 
@@ -58,7 +58,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Given:
-    """A batch that an operator gave: the leaves of x, and those of y or None."""
+    """A batch of the operator: the leaves of x, and those of y or None."""
 
     x: Sequence[Array]
     y: Sequence[Array] | None = None

@@ -1,7 +1,7 @@
-"""Runs a traced model: numpy arrays in, numpy arrays out, by the shortest way through TensorFlow.
+"""Runs a traced model on NumPy arrays, by TensorFlow's call operation.
 
-Measured for a small model, one call: 300 us through tf.function, 150 us through its concrete function, 16 us through
-the call operation itself.
+One call of a small model takes 16 us by the call operation, 150 us by the concrete function, and 300 us by tf.function
+(measured).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Execution:
         except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError) as error:
             raise errors.ModelRefusedInput(_without_values(error.message)) from None
         except UnicodeDecodeError:
-            # TensorFlow's message quotes a string of the caller's that is no text.
+            # TensorFlow's message quotes a string of the caller that is not UTF-8.
             raise errors.ModelRefusedInput() from None
         except tf.errors.ResourceExhaustedError:
             raise errors.OutOfMemory() from None
@@ -62,7 +62,7 @@ def _runner(concrete: Any, device: str) -> Callable[[Sequence[Leaf]], list[Array
     result_types = [tensor.dtype for tensor in concrete.outputs]
     readers = [_array if data_type == tf.bfloat16 else np.asarray for data_type in result_types]
 
-    # TensorFlow's own choice needs no telling, which costs as much as a small kernel.
+    # No device scope for TensorFlow's default device: the scope costs as much as a small kernel.
     is_default = device == placement.CPU and not tf.config.list_logical_devices("GPU")
     on_device = contextlib.nullcontext if is_default else functools.partial(tf.device, device)
 
@@ -79,11 +79,11 @@ def _runner(concrete: Any, device: str) -> Callable[[Sequence[Leaf]], list[Array
 
 
 def _array(tensor: Any) -> Array:
-    # Of a bfloat16 without dimensions TensorFlow makes a number where numpy asks for an array.
+    # np.asarray of a bfloat16 tensor without dimensions returns a number instead of an array.
     return np.asarray(tensor if tensor.shape.rank else tensor.numpy())
 
 
-# The text may hold what the caller sent: each pattern takes time in proportion to it, and no more of it is read.
+# The text may quote the request. It is cut to this length, and each pattern takes linear time.
 _MAX_CHARS = 4096
 _NODE = re.compile(r"\[\[(?:\{\{function_node [^{}]+\}\})?\{\{node ([^{}]+)\}\}\]\]")
 _CALLER = re.compile(r"^\{\{function_node .*?\}\}")
@@ -92,13 +92,13 @@ _NUMBER = re.compile(r"(?<![\w/.:])-?\d+(\.\d+)?(e[+-]?\d+)?(?![\w/])")
 
 
 def _without_values(message: str) -> str:
-    """What TensorFlow says is wrong, in one line, and where; without numbers that may be the caller's data.
+    """TensorFlow's message in one line, with the node, and without numbers that may be the caller's data.
 
-    Numbers in brackets are shapes and ranges and stay, but for those of a failed assertion, which prints values.
+    Numbers in brackets are shapes and ranges, and stay, except in a failed assertion, which prints values.
     """
     message = message[:_MAX_CHARS]
     node = _NODE.search(message)
-    # Above the last paragraph stands a traceback of the model's code; behind the node, how it was called.
+    # A traceback of the model's code may precede the last paragraph, and the name of the call follows the node.
     text = _NODE.split(message)[0].strip().split("\n\n")[-1].split(" [Op:")[0]
     text = _CALLER.sub("", text)
     asserts = "assertion failed" in text

@@ -1,4 +1,4 @@
-"""Questions asked of a traced graph."""
+"""Analyses of a traced graph: unused arguments, loops, Python calls, and a fingerprint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 
 
 def unused_arguments(concrete: Any) -> frozenset[int]:
-    """The positions of a concrete function's arguments that nothing in it reads, calls of functions looked into."""
+    """The positions of a concrete function's arguments that neither it nor a function that it calls reads."""
     graph, library = _definition(concrete)
     names = [tensor.op.name for tensor in concrete.inputs]
     outputs = [tensor.op.name for tensor in concrete.outputs]
@@ -21,7 +21,7 @@ def unused_arguments(concrete: Any) -> frozenset[int]:
 
 
 def has_loops(concrete: Any) -> bool:
-    """Whether a concrete function, or one that it calls, has a loop whose end its values decide."""
+    """Whether a concrete function, or one that it calls, has a loop whose length its values decide."""
     return not _LOOPS.isdisjoint(operations(concrete))
 
 
@@ -37,9 +37,10 @@ def operations(concrete: Any) -> set[str]:
 
 
 def fingerprint(concrete: Any) -> bytes:
-    """SHA-256 over what a concrete function computes: operations, attributes and edges, but no names.
+    """SHA-256 over the operations, attributes and edges of a concrete function, but no names.
 
-    Names of nodes and functions count what a process made before; without them the hash is the same in every process.
+    Names of nodes and functions depend on what the process traced before. Without them the hash is the same in every
+    process.
     """
     graph, library = _definition(concrete)
     return _Fingerprints(library).of(
@@ -53,7 +54,7 @@ def _definition(concrete: Any) -> tuple[Any, dict[str, Any]]:
 
 
 class _Fingerprints:
-    """Hashes functions that call each other; each once."""
+    """Hashes functions that call each other, each once."""
 
     def __init__(self, library: Mapping[str, Any]) -> None:
         self._library = library
@@ -73,7 +74,7 @@ class _Fingerprints:
         digest = hashlib.sha256()
         for node in nodes:
             digest.update(f"{node.op}({','.join(map(reference, node.input))})".encode())
-            # Those with an underscore are notes of TensorFlow's to itself.
+            # Attributes that begin with an underscore are internal to TensorFlow.
             for key in sorted(key for key in node.attr if not key.startswith("_")):
                 digest.update(key.encode() + b"=" + self._attribute(node.attr[key]))
         digest.update(",".join(map(reference, outputs)).encode())
@@ -98,7 +99,7 @@ class _Fingerprints:
 
 
 class _Usage:
-    """Finds unused arguments of functions that call each other; each function is looked at once."""
+    """Finds unused arguments of functions that call each other, each function once."""
 
     def __init__(self, library: Mapping[str, Any]) -> None:
         self._library = library

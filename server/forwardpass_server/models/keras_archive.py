@@ -1,4 +1,4 @@
-"""A .keras file: the model in it, and what `Model.compile` was given when it was saved."""
+"""Reads a .keras file: its model, and the arguments of `Model.compile` that it was saved with."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from forwardpass_server.models import private_keras
 from forwardpass_server.models.keras_losses import InvalidCompileArgument, first_sentence
 from forwardpass_server.models.model_config import FILE_NAME, ModelConfig
 
-# What Keras says of custom objects in files, and of those in short configurations.
+# Keras's messages for unknown custom objects in files, and in short configurations.
 _UNKNOWN_OBJECTS = (
     re.compile(
         r"Could not locate (?P<kind>\w+) '(?P<name>[^']*)'.*?(?:config: \{'module': '(?P<module>[^']*)'|$)", re.S
@@ -29,7 +29,7 @@ _UNKNOWN_OBJECTS = (
 
 
 class KerasArchive:
-    """A .keras file. Nothing in it is run but what Keras loads in safe mode. Raises ModelLoadError for another file."""
+    """A .keras file. It is loaded in Keras's safe mode only. Raises ModelLoadError for another file."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
@@ -48,7 +48,7 @@ class KerasArchive:
         return self._path.name
 
     def model(self) -> keras.Model:
-        """The model, with its weights, without an optimizer. Seeds that the file does not hold follow from its content.
+        """The model with its weights and without an optimizer. Seeds that the file lacks are derived from its content.
 
         Raises ModelLoadError for custom objects that are not registered, and what Keras raises.
         """
@@ -63,14 +63,14 @@ class KerasArchive:
         return model
 
     def _seed(self, model: keras.Model) -> None:
-        """Gives the generators of random numbers that were made without a seed one of the content and their place.
+        """Seeds the random number generators that were made without a seed, by the file's content and their index.
 
-        Keras draws another one at each load, and no file keeps their state.
+        Keras would draw other seeds at each load, since files do not hold the state of generators.
         """
         for index, generator in enumerate(private_keras.seed_generators(model)):
             if generator.get_config()["seed"] is None:
                 digest = hashlib.sha256(self._text + b"\0%d" % index).digest()
-                # Of the range from which Keras draws.
+                # In the range of Keras's own seeds.
                 generator.state.assign([int.from_bytes(digest[:8], "big") % 10**9 + 1, 0])
 
     def with_defaults(self, config: ModelConfig, model: keras.Model) -> ModelConfig:
@@ -110,7 +110,7 @@ class KerasArchive:
 
 
 def unknown_object(error: BaseException | None) -> str | None:
-    """Which custom object Keras did not find, and what to do; None where the error or its causes say nothing of one."""
+    """The custom object that Keras did not find, and what to do; None if the error has another cause."""
     while error is not None:
         for found in filter(None, (pattern.search(str(error)) for pattern in _UNKNOWN_OBJECTS)):
             named = found.groupdict()

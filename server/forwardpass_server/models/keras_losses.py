@@ -1,4 +1,4 @@
-"""What `keras.Model.compile` takes as losses, as one function of labels and predictions."""
+"""Keras losses, in the forms that `keras.Model.compile` takes, as one function of labels and predictions."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from forwardpass_server.models.private_keras import CompileLoss, compute_output_
 LossFn = Callable[..., Any]
 """(y_true, y_pred, sample_weight) -> loss."""
 
-# What TensorFlow admits as a name at the root of a graph.
+# The names that TensorFlow accepts at the root of a graph.
 _SCOPE_NAME = re.compile(r"[A-Za-z0-9.][A-Za-z0-9_.\\/>-]*")
 
 
 class InvalidCompileArgument(ValueError):
-    """A loss or a metric that Keras does not accept for this model; the message begins with the argument's name."""
+    """Keras refuses a loss or a metric for this model. The message begins with the argument's name."""
 
 
 def loss_function(loss: Any, loss_weights: Any, output_names: Any, y_spec: Any, predictions_spec: Any) -> LossFn:
@@ -51,7 +51,7 @@ def loss_function(loss: Any, loss_weights: Any, output_names: Any, y_spec: Any, 
 
 
 def _traced(loss: Any, loss_weights: Any, output_names: Any, y_spec: Any, predictions_spec: Any) -> LossFn:
-    """Keras's own sum of losses, after Keras has built it for these specs."""
+    """Keras's own container of losses, built for these specs."""
     compiled = CompileLoss(loss, loss_weights, output_names=output_names)
     if compute_output_spec(compiled, as_keras_tensors(y_spec), as_keras_tensors(predictions_spec)) is None:
         raise ValueError("expected a loss for at least one output, got None for all of them")
@@ -78,7 +78,7 @@ def _resolved(loss: Any, label_dtype: tf.DType | None) -> Any:
         return _function(found, label_dtype)
     if _SCOPE_NAME.fullmatch(found.name):
         return found
-    # A copy, as the object is the caller's. copy.copy would serialize it, which takes a registered class.
+    # A copy: the object is the caller's. copy.copy would serialize it, which works for registered classes only.
     renamed = object.__new__(type(found))
     renamed.__dict__.update(found.__dict__, name=_scope_name(found.name))
     return renamed
@@ -102,7 +102,7 @@ def as_keras_tensors(spec: Any) -> Any:
 
 
 def first_sentence(error: BaseException) -> str:
-    """What an error of Keras or TensorFlow says, without the traceback and the help that they add."""
+    """The message of an error of Keras or TensorFlow, without the traceback and the help that they add."""
     text = str(error.args[0] if isinstance(error, KeyError) and error.args else error)
     if text.startswith("in user code:"):
         # TensorFlow repeats the traceback; the error itself is the last line.

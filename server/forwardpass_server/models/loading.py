@@ -1,4 +1,4 @@
-"""Loads a version of a model: reads, traces, places and warms it."""
+"""Loads a version of a model: reads, traces, tries and warms it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ JudgementT = TypeVar("JudgementT")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TensorFlowModel:
-    """A model on a device, ready to run: see `calls.model.LoadedModel`."""
+    """A model on a device: see `calls.model.LoadedModel`."""
 
     description: ModelDescription
     initial_weights: Sequence[Array]
@@ -75,11 +75,11 @@ class TensorFlowModel:
 class TensorFlowLoader:
     """Loads models onto one device: see `calls.model.ModelLoader`.
 
-    device: as `device.choose` takes it. on_trace: called for each graph that Python builds.
-    batching: whether models may be batched where they show that they can.
-    trial_process: the child process in which models are tried; None where they are not.
+    device: see `device.choose`. on_trace: is called for each graph that Python builds.
+    batching: whether to batch calls of batch-separable models.
+    trial_process: the child process in which models are tried; None for no trials.
     imports: modules that register custom Keras objects, which every .keras file may use. They are imported first, and
-      then the modules of `factories` (`module:function`): what a model is must not depend on the order of loads.
+      then the modules of `factories` (`module:function`), so that a model does not depend on the order of loads.
 
     Raises ModelLoadError where a module of `imports` cannot be imported, DeviceNotFound, and UnsupportedLibrary for a
     TensorFlow or Keras without an interface that the server needs.
@@ -106,7 +106,7 @@ class TensorFlowLoader:
         custom_objects.import_modules(imports, "--import")
         self._objects = custom_objects.registered()
         for factory in sorted(factories):
-            # One that cannot be imported says so when its model is loaded.
+            # A module that cannot be imported fails the load of its model.
             with contextlib.suppress(ModelLoadError):
                 custom_objects.import_modules([factory.partition(":")[0]], "factory")
 
@@ -143,7 +143,7 @@ class TensorFlowLoader:
         if source.folder is not None and config.example_input is not None:
             given = example_file.read(source.folder / config.example_input, traced.spec)
         execution = Execution(traced.functions, self.device)
-        # Before anything of the model runs in this process.
+        # The trial comes before any graph of the model runs in this process.
         verdict = trial.not_wanted() if self._trial is None else self._trial.judge(str(source), traced, given)
         found = verdict.found or examples.find(execution, traced.spec, weights, given)
         with failures.of_code(f"the first call of {source}"):
@@ -160,7 +160,7 @@ class TensorFlowLoader:
             verdict.guard,
             tuple(warnings),
         )
-        # A client must be able to read it: what it could not, fails here.
+        # Fails here if a client could not decode it.
         description.decode(description.encode(described))
         return TensorFlowModel(described, traced.initial_weights, execution)
 
@@ -177,10 +177,10 @@ class TensorFlowLoader:
 
 
 def _judged(judge: Callable[[], JudgementT], otherwise: Callable[[Exception], JudgementT]) -> JudgementT:
-    """What a probe finds, or `otherwise` where it fails: a probe that cannot judge fails no load."""
+    """The result of a probe, or `otherwise` if the probe fails: a failed probe must not fail the load."""
     try:
         return judge()
-    except Exception as error:  # The model's code, or TensorFlow's machinery.
+    except Exception as error:  # The model's code, or TensorFlow.
         _LOGGER.warning("a probe of the model failed", exc_info=True)
         return otherwise(error)
 

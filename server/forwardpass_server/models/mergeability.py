@@ -1,4 +1,4 @@
-"""Whether a model's metrics states are sums, so that states of other batches may be added to them."""
+"""Decides whether metrics states of a model are sums over batches, so that they can be added to each other."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _ROWS = 4
 
 
 def reason_against(execution: Runs, spec: ModelSpec, found: Examples | None = None) -> str:
-    """Why metrics states cannot be added to each other; "" where they can.
+    """Why metrics states cannot be added to each other; "" if they can.
 
-    found: examples of the model's batches; None for made-up ones.
+    found: examples of the model's batches; None for random ones.
 
-    They can where counting one batch after another gives the sum of the states of each alone: tried on random batches,
-    with sample weights and without.
+    They can if the state after two batches is the sum of the states after each of them. This is tried on random
+    batches, with sample weights and without.
     """
     if Function.INITIALIZE_METRICS_STATE in spec.unavailable:
         return "the model has no metrics"
@@ -42,17 +42,17 @@ def reason_against(execution: Runs, spec: ModelSpec, found: Examples | None = No
             ),
             "",
         )
-    except Exception as error:  # The model may want other batches than random ones.
+    except Exception as error:  # The model may refuse random batches.
         return f"the model refused the batches of the probe: {type(error).__name__}"
 
 
 def _difference(execution: Runs, spec: ModelSpec, function: Function, found: Examples, rng: np.random.Generator) -> str:
-    """What tells the state after two batches from the sum of the states after each; "" where nothing does."""
+    """How the state after two batches differs from the sum of the states after each; "" if it does not."""
     arguments = {place: part for place, part in spec.arguments[function].items() if place != "state"}
 
     def batch() -> list[Array]:
-        # Labels that an operator gave are of the predictions' shapes. Between 0 and 1: predictions may have to be
-        # probabilities.
+        # Labels of the operator have the shapes of the predictions. Other values are between 0 and 1: a metric may
+        # need probabilities.
         return [
             leaf
             for place, part in arguments.items()

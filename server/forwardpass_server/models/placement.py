@@ -1,4 +1,4 @@
-"""Arrays as tensors on a device."""
+"""Places arrays on a device, as tensors."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ _LOGGER = logging.getLogger(__name__)
 
 CPU = "/device:CPU:0"
 
-# Of the host's memory that this process may take, which models, messages and everybody else in its control group need
-# too; a GPU is the server's own.
+# The default share of weights. Models, messages and other processes of the control group need the host's memory too; no
+# other process uses the GPU.
 _HOST_SHARE = 0.25
 _GPU_SHARE = 0.5
 _UNKNOWN_GPU_BYTES = 8 * 2**30
 
 
 def device_of(dtype: tf.DType, device: str) -> str:
-    """Where tensors of a type are kept: no device but the CPU holds strings."""
+    """The device for tensors of a type: only the CPU can hold strings."""
     return CPU if dtype == tf.string else device
 
 
 class TensorFlowDevice:
-    """A device that tensors are kept on: see `weights.store.Device`, and `process.liveness.TriedDevice`."""
+    """A device that holds tensors: see `weights.store.Device`, and `process.liveness.TriedDevice`."""
 
     def __init__(self, name: str) -> None:
         self._name = name
@@ -50,20 +50,20 @@ class TensorFlowDevice:
 
     def try_out(self) -> None:
         """Adds two vectors and waits for the sum. Raises what TensorFlow raises, unless memory is full."""
-        # One that is full of weights and batches works as it should.
+        # A full device still works.
         with contextlib.suppress(tf.errors.ResourceExhaustedError), tf.device(self._name):
-            # The result is waited for where it is copied to the host.
+            # Copying the result to the host waits for it.
             np.asarray(tf.raw_ops.Add(x=self.place(np.ones(8, np.float32)), y=self.place(np.ones(8, np.float32))))
 
     def default_budget_bytes(self) -> int:
-        """The share of the device's memory that weights may take unless somebody says otherwise."""
+        """The default budget of the weight store: a share of the device's memory."""
         if self._name.startswith("/device:GPU"):
             return int(_gpu_memory_bytes() * _GPU_SHARE)
         return int(control_groups.memory_bytes() * _HOST_SHARE)
 
 
 def _gpu_memory_bytes() -> int:
-    """The memory of the smallest GPU. TensorFlow knows it, and does not tell."""
+    """The memory of the smallest GPU. TensorFlow has no public way to ask for it."""
     try:
         import pynvml
     except ImportError:

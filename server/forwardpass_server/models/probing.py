@@ -1,4 +1,4 @@
-"""Random arrays that fit specs, and whether two results agree but for rounding: what a model is tried with."""
+"""Random arrays for probes of a model, and the comparison of two results up to rounding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from forwardpass.wire import dtypes, specs
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.specs import TensorSpec
 
-# Kernels sum in another order for another number of rows. As a share of the largest number.
+# Relative to the largest number: kernels sum in another order for another number of rows.
 _TOLERANCE = {
     "float16": 2e-2,
     "bfloat16": 1e-1,
@@ -37,13 +37,13 @@ def random(
     if spec.data_type is dtypes.STRING:
         return rng.choice(np.array([b"", b"a", b"bc"], object), shape)
     if spec.dtype.kind in "biu":
-        # Small: they may be indices.
+        # Small numbers: they may be indices.
         return rng.integers(0, 2, shape).astype(spec.dtype)
     return np.asarray((draw or rng.standard_normal)(shape)).astype(spec.dtype)
 
 
 def agree(one: Array, other: Array, spec: TensorSpec) -> bool:
-    """Whether two arrays of a spec are equal but for rounding; exactly, where they hold no floating-point numbers."""
+    """Whether two arrays of a spec are equal up to rounding. Arrays without floating-point numbers must be equal."""
     if one.shape != other.shape:
         return False
     tolerance = _TOLERANCE.get(spec.data_type.name)
@@ -51,6 +51,6 @@ def agree(one: Array, other: Array, spec: TensorSpec) -> bool:
         return bool(np.array_equal(one, other))
     wide = np.complex128 if one.dtype.kind == "c" else np.float64
     one, other = one.astype(wide), other.astype(wide)
-    # Random inputs may well give NaN or infinity, the logarithm of a negative number for one.
+    # Random inputs may give NaN or infinity, as the logarithm of a negative number does.
     scale = max(float(np.abs(one[np.isfinite(one)]).max(initial=0)), 1e-6)
     return bool(np.allclose(one, other, rtol=0, atol=tolerance * scale, equal_nan=True))

@@ -1,4 +1,4 @@
-"""Checks that results have the shapes that their graph describes, and mends the results of empty batches."""
+"""Checks that results have the shapes that their graph describes, and corrects those of empty batches."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _Shape = tuple[int | None, ...] | None
 
 
 def checked(run: Run, concrete: Any) -> Run:
-    """Runs a concrete function as `run` does, and returns results whose shapes fit those that it describes.
+    """Wraps `run` of a concrete function: its results then have the shapes that the function describes.
 
-    TensorFlow with oneDNN returns a convolution of zero rows in the shape of its input: (0, 8, 3) where [None, 6, 4] is
-    described. Such a result gets the described shape. A free dimension besides the batch gets the size that it has in
-    the results of one and of two rows of zeros; where these differ it counts rows, and stays.
+    TensorFlow with oneDNN returns a convolution of zero rows in the shape of its input, such as (0, 8, 3) instead of
+    [None, 6, 4]. Such a result gets the described shape. A free dimension other than the batch gets the size that it
+    has in the results of one and of two rows of zeros. If these differ, the dimension depends on the rows and stays.
 
-    Raises ModelRefusedInput where a result does not fit.
+    The wrapped function raises ModelRefusedInput for a result that does not fit.
     """
     shapes = [_static_shape(tensor) for tensor in concrete.outputs]
     are_right = [_check(shape) for shape in shapes]
@@ -42,7 +42,7 @@ def _static_shape(tensor: Any) -> _Shape:
 
 
 def _check(shape: _Shape) -> Callable[[tuple[int, ...]], bool]:
-    """Whether a result may be returned as it is. Each call pays for it: the common cases compare two tuples."""
+    """The check whether a result has the shape. Each call makes it, so the common cases compare two tuples only."""
     if shape is None:
         return lambda found: True
     if None not in shape:
@@ -50,7 +50,7 @@ def _check(shape: _Shape) -> Callable[[tuple[int, ...]], bool]:
     rank, tail = len(shape), shape[1:]
     if None not in tail:
         return lambda found: found[1:] == tail and len(found) == rank
-    # An empty batch shows nothing of its free dimensions that could be compared.
+    # The free dimensions of an empty result cannot be checked.
     return lambda found: _fits(shape, found) and bool(found[0] or shape[0])
 
 
@@ -63,7 +63,7 @@ def _same(size: int | None, found: int) -> bool:
 
 
 def _mended(results: Sequence[Array], shapes: Sequence[_Shape], run_zeros: Callable[[int], list[Array]]) -> list[Array]:
-    """The results, those without rows in the shape that is described.
+    """The results; those without rows get the described shape.
 
     run_zeros: returns the results of a number of rows of zeros.
     """
@@ -73,7 +73,7 @@ def _mended(results: Sequence[Array], shapes: Sequence[_Shape], run_zeros: Calla
         if shape and shape[0] is None and result.shape[:1] == (0,):
             row: Sequence[int | None] = shape[1:]
             if None in row:
-                # A model that refuses zeros refuses a batch of no rows too: nobody knows the shape of its results.
+                # If the model refuses zeros, the shape is unknown, and the call fails.
                 samples = samples or [run_zeros(1), run_zeros(2)]
                 row = _common_row([sample[index].shape for sample in samples], result.shape)
             mended[index] = result.reshape((0, *row))
@@ -86,14 +86,14 @@ def _mended(results: Sequence[Array], shapes: Sequence[_Shape], run_zeros: Calla
 
 
 def _common_row(samples: Sequence[Sequence[int]], found: Sequence[int]) -> Sequence[int]:
-    """The sizes behind the batch in which the samples agree, and those that were found where they do not."""
+    """The sizes after the batch dimension: those in which the samples agree, else those that were found."""
     if any(len(sample) != len(found) for sample in samples):
         return found[1:]
     return [one if one == two else size for one, two, size in zip(*samples, found, strict=True)][1:]
 
 
 def _with_rows(leaves: Sequence[Leaf], rows: int) -> list[Leaf]:
-    """The arguments, with rows of zeros or of empty strings in each that has no rows."""
+    """The arguments, with rows of zeros or empty strings in those without rows."""
     return [
         np.full((rows, *leaf.shape[1:]), b"" if leaf.dtype.kind == "O" else 0, leaf.dtype)
         if isinstance(leaf, np.ndarray) and leaf.shape[:1] == (0,)

@@ -1,8 +1,8 @@
-"""Which values of a graph rounding may change, and whether one of them is used as an index.
+"""Finds values of a graph that rounding may change, and operations that use such a value as an index.
 
-Kernels choose their order of summing by the number of rows, so that a row's floating-point numbers may differ in the
-last bits between a batch of one call and a batch of several. That is harmless, as long as no such number is made an
-integer that picks an entry: then the last bit decides which entry the caller gets.
+Kernels choose the order of summation by the number of rows, so that a row's floating-point numbers may differ in the
+last bits between a batch of one call and a batch of several. This is harmless unless such a number becomes an integer
+that selects an entry: then the last bit decides which entry the client gets.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 from forwardpass_server.models.row_rules import Inseparable
 
-# Of the operations that `row_rules` knows: those whose floating-point results are the same, bit for bit, at any place
-# in a batch of any size. They move numbers, or compute each by one operation that IEEE 754 rounds correctly.
+# The operations of `row_rules` whose floating-point results do not depend, bit for bit, on the row's place and the size
+# of the batch. They move numbers, or compute each number by one operation that IEEE 754 rounds correctly.
 _EXACT = (
     "Abs Add AddV2 BroadcastTo Cast Ceil CheckNumerics ClipByValue ConcatV2 Conj Div EnsureShape ExpandDims Fill Floor "
     "GatherV2 Identity IdentityN Imag Max MaxPool MaxPool3D Maximum Min Minimum MirrorPad Mul Neg OneHot OnesLike Pack "
@@ -22,7 +22,7 @@ _EXACT = (
 )
 _EXACT_TYPES = frozenset(_EXACT.split())
 
-# The argument that picks entries, by operation.
+# The argument that selects entries, by operation.
 _INDEX = {"GatherV2": 1, "OneHot": 0}
 
 
@@ -30,14 +30,14 @@ class Rounding:
     """Follows a graph, operation by operation, and remembers which tensors rounding may change."""
 
     def __init__(self) -> None:
-        # By tensor: the operation that rounded first.
+        # The first operation that rounded, by tensor.
         self._origins: dict[str, Any] = {}
 
     def follow(self, operation: Any, rows: list[Any]) -> None:
-        """Takes the next operation.
+        """Adds the next operation of the graph.
 
-        rows: those of its results that hold rows; others are the same for each batch.
-        Raises Inseparable where it picks entries by numbers that rounding may change.
+        rows: its results that hold rows; the others are the same for each batch.
+        Raises Inseparable if it selects entries by numbers that rounding may change.
         """
         origins = [self._origins.get(tensor.name) for tensor in operation.inputs]
         index = _INDEX.get(operation.type)

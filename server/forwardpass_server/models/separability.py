@@ -1,9 +1,9 @@
-"""Whether a model computes each row of a batch from that row alone, so that calls may share a batch.
+"""Decides whether a model is batch-separable: it computes each row of a batch from that row only.
 
-Three checks must pass. Each operation of the graph keeps rows apart by its rule (`row_rules`), whatever the inputs are.
-No index is made of numbers that rounding may change (`rounding`). And a probe runs the model: random rows have the same
-predictions in small batches, in one large batch, and in another order. The probe proves nothing by itself; it guards
-against an error in the rules.
+Three checks must pass. Each operation of the graph keeps rows apart by its rule (`row_rules`), for all inputs. No index
+is computed from numbers that rounding may change (`rounding`). And a probe runs the model: random rows must have the
+same predictions in small batches, in one large batch, and in another order. The probe is no proof; it guards against an
+error in the rules.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _LOGGER = logging.getLogger(__name__)
 def reason_against(
     execution: Runs, concrete: Any, spec: ModelSpec, weights: Sequence[Array], found: Examples | None = None
 ) -> str:
-    """Why concurrent calls of predict_on_batch cannot share a batch; "" where they can.
+    """Why concurrent calls of predict_on_batch cannot share a batch; "" if they can.
 
-    concrete: predict_on_batch for inference. weights: those that the probe runs the model with.
-    found: examples for the probe; None for made-up ones.
+    concrete: predict_on_batch for inference. weights: for the probe. found: examples for the probe; None for random
+    ones.
     """
     for leaf, path in zip(spec.x.leaves, spec.x.tree.paths("x"), strict=True):
         if not leaf.shape or leaf.shape[0] is not None:
@@ -54,14 +54,14 @@ def reason_against(
         return f"the graph cannot be judged: {type(error).__name__}"
     try:
         return _probe_sizes(execution, found or Examples(spec=spec), weights)
-    except Exception as error:  # A probe that cannot judge is no reason to fail a load.
+    except Exception as error:  # The model's own code. A probe that fails must not fail the load.
         return f"the probe failed: {type(error).__name__}"
 
 
 def _check_graph(concrete: Any, weights: int, inputs: int) -> None:
     definition = private_tensorflow.inlined(concrete)
     for node in definition.node:
-        # What a file or `set_shape` says of a shape may be wrong. TensorFlow infers shapes again without it.
+        # A shape from a file or from `set_shape` may be wrong. Without it TensorFlow infers the shape again.
         node.attr.pop("_output_shapes", None)
     graph = tf.Graph()
     with graph.as_default():
@@ -89,17 +89,17 @@ def _check_graph(concrete: Any, weights: int, inputs: int) -> None:
 
 _REFUSED = "the model refused the inputs of the probe"
 
-# Of the dimensions that are free besides the batch. Models that halve an image take a power of two.
+# The sizes of free dimensions other than the batch. Powers of two, for models that halve an image.
 _FREE_SIZES = (8, 16)
 
-# A batch as long as another dimension shows a graph that takes the one for the other.
+# A batch of the same size as another dimension reveals a graph that confuses the two.
 _ROWS = (1, 2, 3)
 _MOST_ROWS = 16
 _MOST_BATCHES = 6
 
 
 def _probe_sizes(execution: Runs, found: Examples, weights: Sequence[Array]) -> str:
-    """Probes a model with each size of its free dimensions: those that its examples have, and others."""
+    """Probes a model with several sizes of its free dimensions."""
     spec = found.spec
     rng = np.random.default_rng(0)
     varied = [_varied(leaf, rng) for leaf in weights]
@@ -108,18 +108,18 @@ def _probe_sizes(execution: Runs, found: Examples, weights: Sequence[Array]) -> 
         _probe(execution, spec, varied, _examples(found, size, rng))
         for size in ((*_FREE_SIZES, *_larger(found)) if has_free_size else _FREE_SIZES[:1])
     ]
-    # A model may refuse one size and take another. One size must have been probed.
+    # A model may refuse one size and accept another. At least one must have been probed.
     judged = [reason for reason in reasons if not reason.startswith(_REFUSED)]
     return next(filter(None, judged), "") if judged else reasons[0]
 
 
 def _larger(found: Examples) -> list[int]:
-    """The sizes that a model accepts which refuses small ones."""
+    """The larger sizes, for a model that refuses small ones."""
     return [shape.other for shape in found.shapes if shape.other > max(_FREE_SIZES)]
 
 
 def _examples(found: Examples, size: int, rng: np.random.Generator) -> list[list[Array]]:
-    """Batches of x of several lengths, with free dimensions of one size; random unless an operator gave examples."""
+    """Batches of x of several lengths, with free dimensions of this size; random unless the operator gave examples."""
     spec = found.spec
     sizes = {dim for leaf in (*spec.x.leaves, *spec.predictions.leaves) for dim in (leaf.shape or ())[1:]}
     sizes = {size if dim is None else dim for dim in sizes}
@@ -128,15 +128,15 @@ def _examples(found: Examples, size: int, rng: np.random.Generator) -> list[list
 
 
 def _varied(weights: Array, rng: np.random.Generator) -> Array:
-    """Weights that are not all equal: a layer whose weights are all zeros would hide what its inputs are."""
+    """Random weights instead of equal ones: a layer whose weights are all zeros would hide its inputs."""
     if weights.dtype.kind not in "fV" or not weights.size or (weights != weights.flat[0]).any():
         return weights
-    # Upwards only: the variance of a batch normalisation stays positive.
+    # Adds positive numbers only: the variance of a batch normalisation must stay positive.
     return np.asarray(weights + rng.random(weights.shape, np.float32).astype(weights.dtype))
 
 
 def _probe(execution: Runs, spec: ModelSpec, weights: Sequence[Array], examples: Sequence[Sequence[Array]]) -> str:
-    """Runs rows in small batches, in one large batch, and in another order; "" where their predictions are the same.
+    """Runs rows in small batches, in one large batch, and in another order; "" if their predictions are the same.
 
     examples: the leaves of x of each small batch.
     """
@@ -151,7 +151,7 @@ def _probe(execution: Runs, spec: ModelSpec, weights: Sequence[Array], examples:
         alone = [predict(x) for x in examples]
         together = predict(joined)
         shuffled = predict([leaf[order] for leaf in joined])
-    except Exception as error:  # The model may want other inputs than random ones.
+    except Exception as error:  # The model may refuse random inputs.
         return f"{_REFUSED}: {type(error).__name__}"
     for index, leaf in enumerate((*spec.predictions.leaves, *spec.prediction_mask.leaves)):
         apart = [results[index] for results in alone]

@@ -1,4 +1,4 @@
-"""Functional models as graphs: each function traced once for its fixed signature, flat tensors in and out."""
+"""Traces functional models: each function becomes one graph with a fixed signature of flat tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from forwardpass_server.models.functional import FunctionalModel, x_and_y
 _LOGGER = logging.getLogger(__name__)
 
 Key = tuple[Function, bool]
-"""A function, and whether it is for training; False for those that make no difference."""
+"""A function, and whether it is for training; False for functions without `has_training`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,13 +47,13 @@ def trace(model: FunctionalModel, on_trace: Callable[[], None] = lambda: None) -
 
 
 class _Tracer:
-    """Traces the functions in the order in which each needs the results of those before."""
+    """Traces the functions in an order in which each one's arguments are known."""
 
     def __init__(self, model: FunctionalModel, on_trace: Callable[[], None]) -> None:
         self._model = model
         self._on_trace = on_trace
         self._functions: dict[Key, Any] = {}
-        # Of the predictions, by the function that returns them.
+        # The specs of the prediction masks, by the function that returns them.
         self._masks: dict[Key, StructureSpec] = {}
         self._unavailable = dict(model.unavailable)
         self._weights, self._initial_weights = _weights(model.initial_weights)
@@ -88,7 +88,7 @@ class _Tracer:
         )
 
     def _forward_pass(self, model_weights: Any, x: Any, y: Any, training: bool) -> Any:
-        """The model's forward pass, with the batch in the container that the model was written for."""
+        """The model's forward pass, with the batch in the container of its input spec."""
         names = self._input.tree.names or ("x", "y")
         pair = trees.TreeDef(self._input.tree.kind, (trees.LEAF, trees.LEAF), self._input.tree.names)
         batch_input = pair.unflatten([{"x": x, "y": y}[name] for name in names])
@@ -127,7 +127,7 @@ class _Tracer:
             common = _common_spec(state, updated, Function.UPDATE_METRICS_STATE.title)
             if common == state:
                 break
-            # A state may grow, or lose what TensorFlow knows of its shape: each round frees at least one dimension.
+            # An update may change the shape of the state, or make it unknown: each round frees at least one dimension.
             state = common
         arguments_weighted = [*arguments, sample_weight]
         self._trace_weighted(Function.WEIGHTED_UPDATE_METRICS_STATE, self._update, arguments_weighted, state.tree)
@@ -135,7 +135,7 @@ class _Tracer:
         return state, metrics, self._unused_batch_output_fields(arguments)
 
     def _unused_batch_output_fields(self, arguments: Sequence[StructureSpec]) -> frozenset[str]:
-        """The fields none of whose leaves an update reads, weighted or not."""
+        """The fields that no update reads, with sample weights or without."""
         unused = [
             graphs.unused_arguments(self._functions[function, False])
             for function in Function.UPDATE_METRICS_STATE.variants
@@ -175,7 +175,7 @@ class _Tracer:
         try:
             self._trace((function, False), method, arguments, result_tree)
         except Exception as error:  # The model's own code: anything may come out of it.
-            # A loss or a metric that knows no weights is nothing wrong, as long as nobody calls it with some.
+            # A loss or a metric may take no sample weights. Only calls with sample weights fail.
             _LOGGER.info("no %s", function.title, exc_info=True)
             self._unavailable[function] = (
                 f"the model's own code raised {type(error).__name__}; the server's log says more"
@@ -195,7 +195,7 @@ class _Tracer:
         name = key[0].title
         found: list[StructureSpec] = []
 
-        # The model's code keeps its own autograph; ours needs none, and cannot stand it.
+        # No AutoGraph for our own code, which it cannot convert. The model's functions have their own.
         @tf.function(autograph=False)
         def flat(*leaves: Any) -> list[tf.Tensor]:
             self._on_trace()
@@ -231,7 +231,7 @@ def _to_tensor(value: Any, place: str) -> tf.Tensor:
 
 
 def _check_captures(concrete: Any, name: str) -> None:
-    """A variable that a function holds on to would be weights that no caller can give."""
+    """Raises StructureMismatch for a captured variable: it would hold weights that no caller can give."""
     variables = [variable.name for variable in concrete.graph.variables]
     if variables:
         raise errors.StructureMismatch(
@@ -240,7 +240,7 @@ def _check_captures(concrete: Any, name: str) -> None:
 
 
 def _common_spec(first: StructureSpec, second: StructureSpec, place: str) -> StructureSpec:
-    """The narrowest spec that admits whatever either admits."""
+    """The narrowest spec that both specs fit."""
     if first.tree != second.tree:
         raise errors.StructureMismatch(place=place, expected=first.tree.describe(), found=second.tree.describe())
     leaves = []

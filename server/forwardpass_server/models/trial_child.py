@@ -1,4 +1,4 @@
-"""The child process in which graphs are run before they are served: see `trial_process`."""
+"""The program of the child process that runs graphs before they are served: see `trial_process`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
-# A process that only waits holds 240 MB of its own, and starting another one takes seconds.
+# An idle process takes 240 MB, and starting another one takes seconds.
 IDLE_S = 120.0
 
 _NICENESS = 5
 
-# A kernel that corrupts memory may need several calls to end the process. Small models get them.
+# A kernel that corrupts memory may crash the process only after several calls. Quick graphs are called several times.
 _REPEATS = 5
 _REPEAT_S = 0.02
 
@@ -28,10 +28,10 @@ def main() -> None:
     Ends the process after IDLE_S without a message.
     """
     connection = Connection(int(sys.argv[1]))
-    _be_the_first_to_go()
-    _give_way()
+    _prefer_as_oom_victim()
+    _lower_priority()
     messages: queue.Queue[Any] = queue.Queue()
-    # A thread of its own sees the server's end while a graph runs or hangs.
+    # This thread notices that the server has ended, even while a graph runs or hangs.
     threading.Thread(target=_receive, args=(connection, messages), daemon=True).start()
     graphs = _Graphs()
     while True:
@@ -49,13 +49,13 @@ def _receive(connection: Connection, messages: queue.Queue[Any]) -> None:
     os._exit(0)
 
 
-def _be_the_first_to_go() -> None:
-    """Has the kernel end this process, and not the server, where memory runs out. Best effort."""
+def _prefer_as_oom_victim() -> None:
+    """Makes the kernel kill this process instead of the server when memory runs out. Best effort."""
     with contextlib.suppress(OSError):
         pathlib.Path("/proc/self/oom_score_adj").write_text("1000")
 
 
-def _give_way() -> None:
+def _lower_priority() -> None:
     """Lowers the priority to that of loads (`process.background`). Best effort."""
     with contextlib.suppress(OSError):
         os.nice(max(_NICENESS - os.nice(0), 0))
@@ -90,7 +90,7 @@ class _Graphs:
             key: (name, [*map(as_dtype, arguments)], [*map(as_dtype, results)], captured)
             for key, (name, arguments, results, captured) in functions.items()
         }
-        # Zeros: what ends a process is shapes, hardly ever values, and weights may be as large as memory.
+        # Zeros: shapes cause crashes, values hardly ever do, and sending the weights would double their memory.
         self._weights = [self._tf.zeros(shape, dtype) for shape, dtype in weights]
 
     def run(self, key: Any, has_weights: bool, leaves: list[Any]) -> tuple[str, Any]:

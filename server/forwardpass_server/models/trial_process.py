@@ -1,4 +1,4 @@
-"""A child process that runs what may end a process. Imports no TensorFlow: the child does."""
+"""Runs graphs that may crash a process in a child process. Only the child imports TensorFlow."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from typing import Any
 
 _LOGGER = logging.getLogger(__name__)
 
-# Importing TensorFlow takes 5 s, and many times that on a machine that is busy with other things.
+# Importing TensorFlow takes 5 s, and many times that on a busy machine.
 _START_S = 120.0
 
-# What a defect of a kernel ends a process with. SIGKILL is not among them: it comes from whoever has no memory left.
+# The signals of a crash. SIGKILL is none of them: the kernel sends it when memory runs out.
 _FATAL = frozenset({signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGTRAP})
 
 
 class TrialEnded(BaseException):
-    """No answer will come from the child process.
+    """The child process will not answer.
 
-    No Exception, since code that forgives whatever a model raises must not forgive this.
+    A BaseException, so that code which catches all exceptions of a model does not catch this.
     """
 
 
 class Killed(TrialEnded):
-    """What the child process ran ended it; `signal_name` says how."""
+    """A graph crashed the child process with the signal `signal_name`."""
 
     def __init__(self, signal_name: str) -> None:
         super().__init__(signal_name)
@@ -37,17 +37,17 @@ class Killed(TrialEnded):
 
 
 class TimedOut(TrialEnded):
-    """What the child process ran took too long."""
+    """A graph took too long in the child process."""
 
 
 class Unusable(TrialEnded):
-    """The child process cannot be started, or ended for a reason that is not what it ran."""
+    """The child process cannot be started, or ended for another reason than a crash."""
 
 
 class TrialProcess:
-    """One child process, started when it is needed; it ends by itself when it is idle, and when this process ends.
+    """One child process. It is started on demand, and ends by itself when it is idle, and when this process ends.
 
-    cores: over how many TensorFlow spreads its work there, unless its own variables say otherwise. For one thread at a
+    cores: how many TensorFlow uses in the child; its own environment variables take precedence. Used by one thread at a
     time.
     """
 
@@ -58,19 +58,19 @@ class TrialProcess:
             **os.environ,
             "PYTHONSAFEPATH": "1",
             "TF_CPP_MIN_LOG_LEVEL": "3",
-            # For the CPU alone: on a GPU the process would take hundreds of MB of the GPU's memory.
+            # CPU only: the child would take hundreds of MB of a GPU's memory.
             "CUDA_VISIBLE_DEVICES": "-1",
         }
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
 
     def start(self) -> None:
-        """Starts the process unless it runs, without waiting for it. A failure shows in `ask`."""
+        """Starts the process if it is not running, and does not wait for it. `ask` raises if the start failed."""
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
         ours, theirs = multiprocessing.Pipe()
-        # A new program, never a fork: this process has threads.
+        # Not a fork: this process has threads.
         command = [sys.executable, "-m", "forwardpass_server.models.trial_child", str(theirs.fileno())]
         try:
             self._process = subprocess.Popen(
@@ -90,9 +90,9 @@ class TrialProcess:
             theirs.close()
 
     def ask(self, timeout_s: float, *message: Any, may_restart: bool = False) -> Any:
-        """The answer to a message. may_restart: an idle process may just have ended, so one more is tried.
+        """Sends a message and returns the answer.
 
-        Raises TrialEnded.
+        may_restart: starts another process if this one has just ended because it was idle. Raises TrialEnded.
         """
         self.start()
         if self._connection is None or self._process is None:
@@ -114,7 +114,7 @@ class TrialProcess:
             raise Unusable(f"it ended with {name}") from None
 
     def define(self, *arguments: Any) -> None:
-        """Says what `run` runs. Waits until the process has started. Raises TrialEnded."""
+        """Sends the functions for `run`. Waits until the process has started. Raises TrialEnded."""
         self.ask(_START_S, "define", *arguments, may_restart=True)
 
     def _status(self) -> int:
@@ -125,7 +125,7 @@ class TrialProcess:
             return 1
 
     def close(self) -> None:
-        """Ends the process, whatever it does."""
+        """Kills the process."""
         if self._connection is not None:
             with contextlib.suppress(OSError):
                 self._connection.close()

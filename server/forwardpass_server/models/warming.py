@@ -1,4 +1,4 @@
-"""A model's first calls, on its examples: warms it, and finds which inputs share the batch dimension."""
+"""The first calls of a model, on its examples: they warm it, and find which inputs share the batch dimension."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from forwardpass_server.models.tracing import Key
 
 _LOGGER = logging.getLogger(__name__)
 
-# Each subset of the leaves may cost two calls; a model of more inputs than this is not asked.
+# Each subset of the leaves may cost two calls: models with more leaves are not probed.
 _MAX_PROBED_LEAVES = 8
 
-# Where a result of one function is an argument of another.
+# Results that are arguments of other functions under another place.
 _PASSED_ON = {"predictions": "output", "prediction_mask": "output_mask"}
 
 
@@ -29,7 +29,7 @@ def warm(model: Runs, functions: Iterable[Key], examples: Examples, weights: Seq
     """Runs every function once. Raises what a function raises, unless it refuses the examples."""
     for (function, training), result in calls(model, functions, examples, weights, examples.shape):
         if isinstance(result, errors.ModelRefusedInput):
-            # Such a model may be sound: it may want other values.
+            # The model may be correct, and only accept other values.
             _LOGGER.log(
                 # Keras takes sample weights only where the loss has one number for each example: this is no fault.
                 logging.INFO if function.takes_sample_weight else logging.WARNING,
@@ -49,8 +49,8 @@ def calls(
 ) -> Iterator[tuple[Key, list[Array] | Exception]]:
     """Runs functions, in this order, on a batch of this shape, and yields what each returned or raised.
 
-    What a function returns is an argument of those after it: predictions of the loss, a batch output of the metrics.
-    What none has returned is made up.
+    Results are arguments of later functions: predictions of the loss, and a batch output of the metrics. Other
+    arguments are zeros.
     """
     rng = np.random.default_rng(0) if examples.is_random else None
     x = examples.x(rng, shape)
@@ -89,10 +89,10 @@ def _made_up(spec: specs.TensorSpec, shape: Shape) -> Array:
 def with_batched_leaves(model: Runs, examples: Examples, weights: Sequence[Array]) -> ModelSpec:
     """The spec with `batched` set on each leaf of x and y whose first dimension must equal the others'.
 
-    Nothing in TFF's files tells a batch dimension from another unknown one, so the model is asked: a leaf is batched
-    if a forward pass refuses it with 2 and with 1 examples where the rest have 3. (Broadcasting takes 1 silently.)
-    Where some of those leaves may change their size together while the others keep theirs, as the nodes and edges of
-    a graph do, there is no one batch dimension, and none is marked.
+    TFF's files do not distinguish the batch dimension from other unknown dimensions, so the model is probed: a leaf is
+    batched if a forward pass refuses it with 2 and with 1 examples while the other leaves have 3. (Broadcasting accepts
+    1.) If some of those leaves may change their size together while the others keep theirs, as the nodes and edges of a
+    graph do, there is no single batch dimension, and no leaf is marked.
     """
     spec = examples.spec
     leaves = (*spec.x.leaves, *spec.y.leaves)
@@ -108,7 +108,7 @@ def with_batched_leaves(model: Runs, examples: Examples, weights: Sequence[Array
             inputs[index] = inputs[index][:size]
         try:
             model.run(Function.FORWARD_PASS, False, [*weights, *inputs])
-        except Exception:  # TensorFlow has many words for no.
+        except Exception:  # A refusal may be any exception.
             return False
         return True
 
@@ -119,7 +119,7 @@ def with_batched_leaves(model: Runs, examples: Examples, weights: Sequence[Array
     if not accepts({}):
         return spec
     batched = {index for index in candidates if not may_differ([index])}
-    # Of two halves one is at most half as large, and the one may differ from the other if the other may from it.
+    # Subsets up to half the size are enough: a subset may differ from the rest if the rest may differ from it.
     subsets = (
         subset for count in range(2, len(batched) // 2 + 1) for subset in itertools.combinations(sorted(batched), count)
     )
