@@ -8,13 +8,15 @@ from typing import Any
 from forwardpass_client.options import Options
 
 
-def sticky(options: Options) -> list[tuple[str, Any]]:
-    """For a channel that keeps one server, taken at random of several, until the connection ends.
+def sticky(options: Options, *, in_order: bool = False) -> list[tuple[str, Any]]:
+    """For a channel that keeps one server of several until the connection ends.
+
+    in_order: it takes the first server of the target that can be reached, and otherwise any at random.
 
     Without a retry policy: `retries` makes further attempts, by the one backoff of the client and until the deadline
     of the call. gRPC's retries would nest in it, and end at a deadline without the reason of the last failure.
     """
-    return _options({"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": True}}]}, options)
+    return _options({"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": not in_order}}]}, options)
 
 
 def spread(options: Options) -> list[tuple[str, Any]]:

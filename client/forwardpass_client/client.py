@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import asyncio
+import functools
 import time
 from collections.abc import Coroutine, Sequence
 from types import TracebackType
@@ -206,7 +207,9 @@ class Client(ClientApi):
         check_gevent(is_async=False)
         check_fork()
         super().__init__(options)
-        self._transports = Transports(lambda: Transport(credentials, options))
+        self._transports = Transports(
+            functools.partial(Transport, credentials, options), targets.listed(credentials.target)
+        )
 
     if TYPE_CHECKING:
 
@@ -291,7 +294,9 @@ class AsyncClient(ClientApi):
         check_gevent(is_async=True)
         check_fork()
         super().__init__(options)
-        self._transports = Transports(lambda: AsyncTransport(credentials, options))
+        self._transports = Transports(
+            functools.partial(AsyncTransport, credentials, options), targets.listed(credentials.target)
+        )
 
     if TYPE_CHECKING:
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import random
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from forwardpass.wire import errors
@@ -90,9 +91,11 @@ class Transports(Generic[TransportT]):
     that has it: its calls by id, sessions and streams go there, and those of other models go where they went before.
     """
 
-    def __init__(self, connect: Callable[[], TransportT]) -> None:
+    def __init__(self, connect: Callable[[str | None], TransportT], addresses: Sequence[str]) -> None:
+        """connect: makes a transport that prefers an address; None for any. addresses: of a target that lists them."""
         self._connect = connect
-        self.own = connect()
+        self._addresses = addresses
+        self.own = connect(None)
         self._others: list[TransportT] = []
 
     @property
@@ -103,14 +106,21 @@ class Transports(Generic[TransportT]):
     @property
     def servers(self) -> int:
         """How many attempts it takes to ask every server."""
-        return TURNS if self.own.has_several_servers else 1
+        return max(TURNS, len(self._addresses)) if self.own.has_several_servers else 1
 
     def candidates(self) -> Iterator[TransportT]:
-        """Transports to look a model up with: those that are open, then new ones, to servers taken at random."""
+        """Transports to look a model up with: those that are open, then new ones.
+
+        The new ones go to each address that the target lists. A name does not tell its servers: then they go to as many
+        servers taken at random.
+        """
         known = self.all
         yield from known
-        for _ in range(self.servers - len(known)):
-            yield self._connect()
+        if self._addresses:
+            yield from map(self._connect, random.sample(self._addresses, len(self._addresses)))
+        else:
+            for _ in range(self.servers - len(known)):
+                yield self._connect(None)
 
     def next_failure(
         self, error: errors.ForwardPassError, former: errors.ForwardPassError | None, deadline: Deadline

@@ -94,6 +94,16 @@ def are_several(target: str) -> bool:
     return target.startswith("dns:") or (target.startswith(("ipv4:", "ipv6:")) and "," in target)
 
 
+def listed(target: str) -> list[str]:
+    """The addresses of a target that lists several; [] for any other."""
+    return target[len("ipv4:") :].split(",") if are_several(target) and not target.startswith("dns:") else []
+
+
+def beginning_with(target: str, address: str) -> str:
+    """A target that lists several addresses, with one of them in front."""
+    return target[: len("ipv4:")] + ",".join([address, *(one for one in listed(target) if one != address)])
+
+
 def hosts(target: str) -> list[str]:
     """The host names or addresses in a gRPC target; "" for a part that is no address."""
     scheme = _ADDRESS_SCHEMES.match(target)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator
@@ -36,8 +37,9 @@ class Transport:
     sticky: of a call that needs what other calls left on the server. Streams are sticky.
     """
 
-    def __init__(self, credentials: Credentials, options: Options) -> None:
-        self._channels = _Channels(grpc, credentials, options)
+    def __init__(self, credentials: Credentials, options: Options, first: str | None = None) -> None:
+        """first: the address that sticky calls prefer, of a target that lists several; None for any."""
+        self._channels = _Channels(grpc, credentials, options, first)
         self._metadata = credentials.metadata
         self._max_message_bytes = options.max_message_bytes
         self._errors = _Errors(credentials.proxy, is_tls=credentials.tls is not None)
@@ -149,8 +151,9 @@ class Transport:
 class AsyncTransport:
     """`Transport` on the event loop of its first call."""
 
-    def __init__(self, credentials: Credentials, options: Options) -> None:
-        self._make_channels = functools.partial(_Channels, grpc.aio, credentials, options)
+    def __init__(self, credentials: Credentials, options: Options, first: str | None = None) -> None:
+        """first: see `Transport`."""
+        self._make_channels = functools.partial(_Channels, grpc.aio, credentials, options, first)
         self._made: _Channels | None = None
         self._loop = OneLoop()
         self._metadata = credentials.metadata
@@ -294,11 +297,13 @@ def _read(call: Call[Any], steps: Steps) -> Steps:
 class _Channels:
     """The channel of sticky calls, and the channel of calls that any replica may answer.
 
-    They are one where the target is one server. api: `grpc` or `grpc.aio`.
+    They are one where the target is one server. api: `grpc` or `grpc.aio`. first: see `Transport`.
     """
 
-    def __init__(self, api: Any, credentials: Credentials, options: Options) -> None:
-        self.sticky = credentials.channel(api, channel_policy.sticky(options))
+    def __init__(self, api: Any, credentials: Credentials, options: Options, first: str | None) -> None:
+        policy = channel_policy.sticky(options, in_order=first is not None)
+        target = credentials.target if first is None else targets.beginning_with(credentials.target, first)
+        self.sticky = dataclasses.replace(credentials, target=target).channel(api, policy)
         self.all = [self.sticky]
         self._spread = self.sticky
         self.are_two = targets.are_several(credentials.target)

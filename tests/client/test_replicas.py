@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from forwardpass_client import errors, replicas
+from forwardpass_client import errors, replicas, targets
 from forwardpass_client.call import Call
 from forwardpass_client.deadlines import Deadline
 from forwardpass_client.transfers import Pause, Unary
@@ -105,3 +105,35 @@ def test_no_answer_about_health_is_an_error_and_a_negative_answer_is_none(answer
         steps.throw(errors.ServerUnavailable())
         with pytest.raises(errors.ServerUnavailable):
             steps.throw(errors.ServerUnavailable())
+
+
+class Preferring:
+    """A transport to several servers, which prefers one."""
+
+    has_several_servers = True
+    is_closed = False
+
+    def __init__(self, first: str | None) -> None:
+        self.first = first
+
+
+def test_a_look_up_asks_each_address_of_a_list_and_as_many_servers_of_a_name_as_turns():
+    addresses = [f"10.0.0.{number}:8500" for number in range(1, 21)]
+    listed = replicas.Transports(Preferring, addresses)
+    first, *others = listed.candidates()
+    assert first is listed.own
+    assert sorted(one.first for one in others) == sorted(addresses)
+    assert listed.servers == len(addresses)
+
+    named = replicas.Transports(Preferring, [])
+    assert [one.first for one in named.candidates()] == [None] * replicas.TURNS
+
+
+@pytest.mark.parametrize(
+    "scheme, addresses", [("ipv4", ["10.0.0.1:1", "10.0.0.2:1"]), ("ipv6", ["[::1]:1", "[::2]:1"])]
+)
+def test_a_target_begins_with_the_address_that_is_preferred(scheme, addresses):
+    target = targets.joined(addresses)
+    assert targets.listed(target) == addresses
+    assert targets.beginning_with(target, addresses[1]) == f"{scheme}:{addresses[1]},{addresses[0]}"
+    assert targets.listed("dns:///servers:8500") == targets.listed(addresses[0]) == []

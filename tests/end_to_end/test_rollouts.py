@@ -75,8 +75,8 @@ def test_a_version_that_only_some_replicas_have_is_called_where_it_was_looked_up
                 call_in_every_way(model)
                 # The server of the client may lack it: then the model stays with one that has it.
                 call_in_every_way(client.model("times", 2))
-                # One to the server of the client, and one to the server of the model.
-                wait_until(lambda: connections(addresses) <= 2)
+                # One to each server for calls by value, and one to the server of the model.
+                wait_until(lambda: connections(addresses) <= 3)
         assert versions == {1, 2}
         with forwardpass_client.connect(addresses) as client:
             with pytest.raises(errors.ModelVersionNotFound, match="3"):
