@@ -1,9 +1,11 @@
-"""Functional models on another machine, called as if they were local.
+"""Functional models on a server, called as if they were local.
 
 with forwardpass_client.connect("localhost:8500") as client:
     model = client.model("digits")
     output = model.forward_pass(model.initial_weights, (x, y), training=False)
 """
+
+from typing import TYPE_CHECKING
 
 from forwardpass.wire import errors
 from forwardpass.wire.description import BatchOutput
@@ -15,6 +17,19 @@ from forwardpass_client.masks import MaskedPredictions, MaskMissing
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
 from forwardpass_client.sessions import AsyncMetricsSession, MetricsSession
 from forwardpass_client.weights import AsyncWeightsHandle, WeightsHandle
+
+if TYPE_CHECKING:
+    __version__: str
+else:
+
+    def __getattr__(name: str) -> str:
+        # Read on request: reading the package's metadata takes a fifth of the import's time.
+        if name != "__version__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        import importlib.metadata
+
+        return importlib.metadata.version("forwardpass")
+
 
 __all__ = [
     "AsyncClient",

@@ -1,10 +1,12 @@
-"""What the sync and the async client share: requests from arguments, results from responses."""
+"""Calls of a model: requests from arguments, results from responses."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeAlias, TypeVar, cast
+
+import numpy as np
 
 from forwardpass import v1
 from forwardpass.wire import conform, description, errors, fields, messages
@@ -20,13 +22,19 @@ from forwardpass_client.weights import HeldWeights, WeightsHandleApi
 
 ResultT = TypeVar("ResultT")
 
+ModelWeights: TypeAlias = tuple[Any, Any]
+"""(trainable, non_trainable) in the model's containers."""
+
+Metrics: TypeAlias = Mapping[str, Array]
+"""Metrics by name, as TFF and Keras have them. A model of another origin may have other containers."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Call(Generic[ResultT]):
-    """One call: where it goes, what is sent, and how the answer is read.
+    """One call: the path of its method, its request, and the function that reads its answer.
 
-    request: in pieces where it is long and its caller waits for the answer, so that its arrays stay as they are.
-    held: weights that the request names, in place of carrying them.
+    request: in pieces where it is long; the pieces share the memory of the caller's arrays.
+    held: weights that the request names by id, instead of carrying them.
     """
 
     path: str
@@ -35,7 +43,7 @@ class Call(Generic[ResultT]):
     held: HeldWeights | None = None
 
     def joined(self) -> Call[ResultT]:
-        """The same call with its request put together: its arrays may be changed from here on."""
+        """The same call with its request in one piece: the caller may change the arrays from now on."""
         return dataclasses.replace(self, request=self.request.join()) if isinstance(self.request, Pieces) else self
 
 
@@ -43,9 +51,10 @@ class Call(Generic[ResultT]):
 class ModelVersion:
     """One version of a model on the server.
 
-    state: "available", "loading" or "failed". error: why it failed to load, or to load anew, or why it is
-    served though it is to be unloaded; "" otherwise.
-    content_hash: SHA-256 of what it was loaded from, in hex; "" until it is available. labels: what it is called.
+    state: "available", "loading" or "failed".
+    error: why it failed to load or reload, or why it is served although it is to be unloaded; "" otherwise.
+    content_hash: SHA-256 of the files that it was loaded from, in hex; "" until it is available.
+    labels: the names that the operator gave it.
     """
 
     name: str
@@ -58,7 +67,7 @@ class ModelVersion:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FoundModel:
-    """A model as the server describes it, and the longest request that the server takes."""
+    """A model as the server describes it, with the longest request that the server accepts."""
 
     description: ModelDescription
     versions: tuple[ModelVersion, ...]
@@ -66,9 +75,13 @@ class FoundModel:
 
 
 def get_model(name: str, version: int | None, label: str | None) -> Call[FoundModel]:
-    """version, label: at most one of them; without both it is the highest version that is available."""
+    """version, label: at most one of them; without both, the highest version that is available."""
     if not isinstance(name, str):
         raise TypeError(f"name: expected a str, got {type(name).__name__}")
+    if label is not None and not isinstance(label, str):
+        raise TypeError(f"label: expected a str such as 'stable', got {type(label).__name__}")
+    if version is not None and (isinstance(version, bool) or not isinstance(version, (int, np.integer))):
+        raise TypeError(f"version: expected an int such as 1, or None for the highest version, got {version!r}")
     if version is not None and label is not None:
         raise ValueError("model: expected a version or a label, got both")
     if version is not None and not 1 <= version < 2**63:
@@ -105,7 +118,7 @@ def unready_reasons() -> Call[list[str]]:
 
 
 def check_health(service: str = "") -> Call[bool]:
-    """Whether the server says SERVING for a service; "" is the server as a whole.
+    """Whether the server answers SERVING for a service; "" stands for the server as a whole.
 
     Source: grpc.health.v1.Health.Check, whose request is one string in field 1 and whose answer one enum in field 1.
     """
@@ -129,7 +142,7 @@ def _version(message: v1.ModelVersionStatus) -> ModelVersion:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Arguments:
-    """What a function takes beside weights.
+    """The arguments of a function, without the weights.
 
     unavailable: why the model lacks the function; None where it has it.
     specs: place, spec, and whether it may be None. shares_batch: several leaves must agree in the batch dimension.
@@ -156,7 +169,7 @@ class ModelCalls:
     Every method checks its arguments against the model's spec and raises before anything is sent: StructureMismatch,
     DTypeMismatch or ShapeMismatch, naming the leaf; FunctionNotAvailable; MessageTooLarge.
     max_request_bytes: the longest request that both ends take.
-    reuse: recognises weights that are passed again; None for sending them each time.
+    reuse: recognises weights that are passed again; None where each call sends its weights.
     """
 
     def __init__(self, model: ModelDescription, max_request_bytes: int, reuse: Reuse | None) -> None:
@@ -168,18 +181,19 @@ class ModelCalls:
         self._identity = model.identity.message()
         self._arguments = {function: _Arguments.of(self._spec, function) for function in Function}
 
-    def initial_weights(self) -> Call[Any]:
+    def initial_weights(self) -> Call[ModelWeights]:
         request = v1.GetInitialWeightsRequest(model=self._selector)
 
-        def read(data: bytes) -> Any:
+        def read(data: bytes) -> ModelWeights:
             parts = self._read(v1.GetInitialWeightsResponse, data)
             trainable, non_trainable = parts["model_weights.trainable"], parts["model_weights.non_trainable"]
-            return self._spec.weights.tree.unflatten([*_aligned(trainable), *_aligned(non_trainable)])
+            leaves = [*_aligned(trainable), *_aligned(non_trainable)]
+            return cast(ModelWeights, self._spec.weights.tree.unflatten(leaves))
 
         return Call(METHODS["GetInitialWeights"].path, request.SerializeToString(), read)
 
     def predict_on_batch(self, model_weights: Any, x: Any, training: bool) -> Call[Any]:
-        request = v1.PredictOnBatchRequest(model=self._selector, training=bool(training))
+        request = v1.PredictOnBatchRequest(model=self._selector, training=check_training(training))
         return self._call_with_weights(
             Function.PREDICT_ON_BATCH,
             "PredictOnBatch",
@@ -190,7 +204,7 @@ class ModelCalls:
         )
 
     def forward_pass(self, model_weights: Any, batch_input: Any, training: bool) -> Call[BatchOutput]:
-        request = v1.ForwardPassRequest(model=self._selector, training=bool(training))
+        request = v1.ForwardPassRequest(model=self._selector, training=check_training(training))
         x, y = x_and_y(batch_input)
         values = {"batch_input.x": x, "batch_input.y": y}
 
@@ -245,11 +259,19 @@ class ModelCalls:
         )
 
     def hold(self, model_weights: Any) -> HeldWeights:
-        """Weights for `put_weights`. Raises as `conform.conform` does."""
+        """Weights for `put_weights`. Raises what `conform.conform` raises."""
         return HeldWeights.of(self._weights(model_weights))
 
     def _weights(self, model_weights: Any) -> Structure:
         """Weights as the structure that the model takes."""
+        if not isinstance(model_weights, (tuple, list)):
+            _refuse_id(model_weights, "model_weights")
+        elif any(isinstance(item, WeightsHandleApi) for item in model_weights):
+            raise errors.StructureMismatch(
+                place="model_weights",
+                expected="(trainable, non_trainable), or one handle of put_weights",
+                found="several handles: evaluate_many takes a list of weights",
+            )
         leaves: list[Array] = []
         items = conform.items(model_weights, self._spec.weights.tree, "model_weights")
         for item, (place, spec) in zip(items, self._spec.weights_places.items(), strict=True):
@@ -270,7 +292,8 @@ class ModelCalls:
     ) -> Call[ResultT]:
         """A call with the weights by value or by id.
 
-        others: structures that the function does not take. names_weights: by id, whatever they take.
+        others: structures that are no arguments of the function.
+        names_weights: whether the weights go by id, whatever their size.
         """
         parts = {**self._conform(function, values), **(others or {})}
         if isinstance(model_weights, WeightsHandleApi):
@@ -297,7 +320,7 @@ class ModelCalls:
     def _conform(
         self, function: Function, values: Mapping[str, Any], held: Collection[str] = ()
     ) -> dict[str, Structure]:
-        """The values as the structures that the function takes, weights apart, and what the server holds."""
+        """The values as the structures that the function takes, without the weights and those in `held`."""
         self._check_available(function)
         arguments = self._arguments[function]
         parts: dict[str, Structure] = {}
@@ -315,10 +338,9 @@ class ModelCalls:
         return parts
 
     def _mask(self, function: Function, place: str, predictions: Any, mask: Any) -> Any:
-        """The argument that is the mask of predictions: the mask that was given, or else the one that they carry.
+        """The mask of predictions: the caller's, or else the mask that the predictions carry.
 
-        Its caller is a method of this class that a method of the API calls, so that a warning names the line of the
-        user's code.
+        Called by a method of this class that a public method calls, so that a warning names the user's line.
         """
         if mask is not None:
             if not self._spec.prediction_mask.leaves:
@@ -364,7 +386,7 @@ class ModelCalls:
         return Call(METHODS[method].path, request, read, held)
 
     def _read(self, response_type: Any, data: bytes) -> dict[str, Structure]:
-        """The structures of a response, which must be from the model that was looked up."""
+        """The structures of a response. Raises ModelChanged where another model has answered."""
         header, parts = messages.decode(response_type, data)
         self._check_identity(header.model)
         return parts
@@ -385,13 +407,39 @@ def nested(parts: Mapping[str, Structure], place: str) -> Any:
 
 
 def _aligned(structure: Structure) -> list[Array]:
-    """The leaves, copied where they lie askew in the message: much code outside numpy takes no such array."""
+    """The leaves, copied where they are not aligned in the message: much code outside numpy needs aligned arrays."""
     leaves = list(structure.leaves)
     for index, leaf in enumerate(leaves):
         if not leaf.flags.aligned:
             leaves[index] = leaf.copy()
             leaves[index].flags.writeable = False
     return leaves
+
+
+def check_training(training: Any) -> bool:
+    """The argument as a bool. Raises TypeError for anything else: the text "False" would count as true."""
+    if training is True or training is False:
+        return training
+    if isinstance(training, (np.bool_, int)) and training in (0, 1):
+        return bool(training)
+    raise TypeError(f"training: expected True or False, got {training!r}")
+
+
+def check_handle(handle: Any, place: str) -> WeightsHandleApi:
+    """The handle. Raises TypeError for what is none."""
+    if not isinstance(handle, WeightsHandleApi):
+        _refuse_id(handle, place)
+        raise TypeError(f"{place}: expected a handle of put_weights or weights_handle, got {conform.kind_of(handle)}")
+    return handle
+
+
+def _refuse_id(value: Any, place: str) -> None:
+    if isinstance(value, (str, bytes)):
+        raise errors.StructureMismatch(
+            place=place,
+            expected="(trainable, non_trainable) or a handle",
+            found=f"{type(value).__name__}: for the id of weights, pass model.weights_handle(id)",
+        )
 
 
 def x_and_y(batch_input: Any) -> tuple[Any, Any]:

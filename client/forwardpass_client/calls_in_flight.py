@@ -1,4 +1,4 @@
-"""Calls on a stream, apart from the stream: what is to be sent, what is unanswered, what an answer means."""
+"""The calls of a pipeline, without I/O: which frames to send, which calls are unanswered, what an answer means."""
 
 from __future__ import annotations
 
@@ -10,15 +10,11 @@ from typing import Any
 
 from forwardpass.wire import errors, frames
 from forwardpass.wire.frames import Inbox, Outbox
+from forwardpass_client.backoff import RETRYABLE, Backoff
 from forwardpass_client.calls import Call
-from forwardpass_client.patience import deadline_exceeded
+from forwardpass_client.deadlines import Deadline
 from forwardpass_client.streams import Completed, Future
 from forwardpass_client.weights import HeldWeights
-
-# As for unary calls: a server that is loading the model, or stopping, is worth another try.
-_RETRYABLE = ("UNAVAILABLE", "CANCELLED")
-_PAUSES_S = (0.2, 0.4, 0.8, 1.6, 2.0, 2.0, 2.0)
-
 
 MAX_CALLS = 256
 """In flight at once."""
@@ -31,18 +27,17 @@ MAX_BYTES = 64 * 2**20
 class _Unanswered:
     call: Call[Any]
     future: Future
-    deadline: float | None
-    # Weights were sent again for it: once is enough.
+    deadline: Deadline
+    # Whether its weights were put again: once is enough.
     has_put: bool = False
-    # How often it was sent again because a server was not there for it, and why the last time.
-    retries: int = 0
-    reason: Exception | None = None
+    # Of its further attempts; None before the first attempt fails.
+    backoff: Backoff | None = None
 
 
 class CallsInFlight:
     """The calls of one pipeline: see `streams.InFlight`.
 
-    put_weights: begins to send weights that the server lacks; `weights_put` is to be told what came of it.
+    put_weights: begins to put weights that the server lacks, and calls `weights_put` at the end.
     """
 
     def __init__(self, max_message_bytes: int, put_weights: Callable[[HeldWeights], None]) -> None:
@@ -66,12 +61,12 @@ class CallsInFlight:
             len(self._unanswered) < MAX_CALLS and self.size_bytes + len(call.request) <= MAX_BYTES
         )
 
-    def add(self, call: Call[Any], future: Future, deadline: float | None) -> None:
-        """Puts a call in the outbox. deadline: by time.monotonic."""
+    def add(self, call: Call[Any], future: Future, deadline: Deadline) -> None:
+        """Puts a call in the outbox."""
         self._last += 1
         number = self._last
-        if deadline is not None:
-            heapq.heappush(self._deadlines, (deadline, number))
+        if deadline.at is not None:
+            heapq.heappush(self._deadlines, (deadline.at, number))
         self._unanswered[number] = _Unanswered(call, future, deadline)
         self.size_bytes += len(call.request)
         self._send(number)
@@ -84,7 +79,7 @@ class CallsInFlight:
 
     def _send(self, number: int) -> None:
         one = self._unanswered[number]
-        timeout_s = None if one.deadline is None else max(one.deadline - time.monotonic(), 1e-3)
+        timeout_s = None if one.deadline.at is None else max(one.deadline.at - time.monotonic(), 1e-3)
         method = one.call.path.rpartition("/")[2]
         request = one.call.request
         self._outbox.put(number, frames.encode_call(method, timeout_s, len(request)), request)
@@ -93,7 +88,7 @@ class CallsInFlight:
         """Takes a response of the stream: completes the futures of the calls that it answers."""
         for frame in frames.decode_answers(message):
             if frame.call not in self._unanswered:
-                # Given up, or expired here first.
+                # The call has expired or was cancelled here.
                 self._inbox.drop(frame.call)
                 continue
             try:
@@ -120,10 +115,15 @@ class CallsInFlight:
     def _fail(self, number: int, error: errors.ForwardPassError) -> None:
         one = self._unanswered[number]
         held = one.call.held
-        if error.status in _RETRYABLE and one.retries < len(_PAUSES_S):
-            heapq.heappush(self._resends, (time.monotonic() + _PAUSES_S[one.retries], number))
-            one.retries += 1
-            one.reason = error
+        if isinstance(error, RETRYABLE):
+            if one.backoff is None:
+                one.backoff = Backoff(one.deadline)
+            try:
+                pause_s = one.backoff.pause_s(error)
+            except errors.ForwardPassError as last:
+                self._complete(number, error=last)
+            else:
+                heapq.heappush(self._resends, (time.monotonic() + pause_s, number))
             return
         if not isinstance(error, errors.WeightsNotFound) or held is None or one.has_put:
             self._complete(number, error=error)
@@ -137,7 +137,7 @@ class CallsInFlight:
         self._put_weights(held)
 
     def weights_put(self, held: HeldWeights, error: Exception | None) -> None:
-        """Sends the calls again that wait for weights, or fails them."""
+        """Sends the calls again that wait for weights; with an error of the put, fails them."""
         for number in self._waiting.pop(held.weights_id, ()):
             if number not in self._unanswered:
                 continue
@@ -166,16 +166,16 @@ class CallsInFlight:
         return queue[0] if queue else None
 
     def advance(self) -> None:
-        """Fails the calls whose time is over, and sends those again whose pause is."""
+        """Fails the calls whose deadline has passed, and sends the calls again whose pause is over."""
         now = time.monotonic()
         while (due := self._next(self._deadlines)) is not None and due[0] <= now:
-            self._complete(due[1], error=deadline_exceeded(self._unanswered[due[1]].reason))
+            self._complete(due[1], error=self._unanswered[due[1]].deadline.exceeded())
         while (due := self._next(self._resends)) is not None and due[0] <= now:
             heapq.heappop(self._resends)
             self._send(due[1])
 
     def resend(self) -> None:
-        """Puts every unanswered call in the outbox again, for another stream: they are pure."""
+        """Puts every unanswered call in the outbox again, for another stream. A call is pure, so it may run twice."""
         self._outbox.clear()
         self._inbox.clear()
         self._resends.clear()
@@ -185,15 +185,15 @@ class CallsInFlight:
                 self._send(number)
 
     def broke(self, error: Exception) -> None:
-        """The stream has ended with an error, for which deadlines may pass."""
+        """Notes the error that ended the stream: a call whose deadline passes names it."""
         for one in self._unanswered.values():
-            one.reason = error
+            one.deadline.last_error = error
 
     def recovery(self, error: Exception) -> None:
-        """None: what is wrong with a call is answered, what is wrong with the stream comes again."""
+        """None: an error of a call is an answer, and an error of the stream cannot be helped."""
 
     def fail_all(self, error: Exception) -> None:
-        """Gives up every unanswered call."""
+        """Fails every unanswered call."""
         self._outbox.clear()
         self._inbox.clear()
         self._waiting.clear()

@@ -1,21 +1,22 @@
-"""Connections to a server."""
+"""Clients: connections to a server, and the models that it has."""
 
 from __future__ import annotations
 
 import abc
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from forwardpass.wire import errors
 from forwardpass_client import calls, replicas, targets
 from forwardpass_client.calls import Call, FoundModel, ModelVersion
 from forwardpass_client.credentials import Credentials, Tls, Token
+from forwardpass_client.deadlines import Deadline, check_timeout
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
 from forwardpass_client.options import Options
-from forwardpass_client.processes import OfOneProcess, check_gevent
+from forwardpass_client.processes import Connected, check_gevent
 from forwardpass_client.replicas import Transports
 from forwardpass_client.transfers import Steps
 from forwardpass_client.transport import AsyncTransport, Transport
@@ -38,28 +39,30 @@ def connect(
     allow_insecure_token: bool = False,
     channel_options: Sequence[tuple[str, Any]] = (),
 ) -> Client:
-    """A client of the server at `target`, "host:port" or any other gRPC target. Nothing is sent yet.
+    """A client of the server at `target`. Nothing is sent yet.
 
-    target: several servers that stand for each other are "dns:///NAME:PORT", a name of them all such as that of a
-      headless Service of Kubernetes, or a list of their addresses. Calls by value go to each in turn; where one cannot
-      answer (it stops, loads its models, or lacks the version), another is asked. What other calls left on a server
-      (weights by id), sessions and streams stay with one, taken at random, and move on when it goes.
-    timeout_s: seconds that each call may take, retries included; None for no limit.
+    target: "host:port", such as "localhost:8500", or any other gRPC target. Replicas are "dns:///NAME:PORT", where NAME
+      stands for all of them as the name of a headless Service of Kubernetes does, or a list of their addresses. Calls
+      by value go to each replica in turn; where one cannot answer (it stops, loads its models, or lacks the version),
+      another is asked. Calls that need what other calls left on a server (weights by id), sessions and streams are
+      sticky: they go to one replica, taken at random, until its connection ends.
+    timeout_s: seconds until a call raises DeadlineExceeded, with all its attempts; None for no limit. In transfers of
+      weights and in evaluations it limits the time without progress.
     max_message_bytes: the longest request and response. The server has a limit of its own. Weights are put and fetched
-      in messages of 2 MiB, whatever they take.
+      in messages of 2 MiB, whatever their size.
     reuse_weights: weights of 1 MiB and more that are passed as the same arrays again are put on the server and named
       from then on. They may be changed in place: each call hashes them.
-    tls: True, or a `Tls`, for a server that is reached through TLS.
-    token: the bearer token of each call, or a function that is asked for it each time: let it return at once.
-    allow_insecure_token: send the token without TLS to another machine too, because something else encrypts.
-    channel_options: of gRPC, for both channels, in place of those of the same name that are set here:
-      "grpc.service_config" (retries, balancing), "grpc.keepalive_time_ms" (10,000),
+    tls: True, or a `Tls`, for a server that uses TLS.
+    token: the bearer token of each call, or a function that returns it, called for each attempt: it must not block.
+    allow_insecure_token: whether the token may be sent without TLS to another machine, because something else encrypts.
+    channel_options: options of gRPC for both channels. They replace the values that are set here:
+      "grpc.service_config" (load balancing), "grpc.keepalive_time_ms" (10,000),
       "grpc.dns_min_time_between_resolutions_ms" (1000), "grpc.max_reconnect_backoff_ms" (2000) and so on.
-    Calls that meet a server that is gone or stopping (UNAVAILABLE, CANCELLED) are sent again: up to four times within
-    some seconds, and calls that any of several servers may answer for half a minute. Updates of sessions count once
-    however often they are sent.
-    Raises ValueError for a list of what are no addresses, and RuntimeError where gevent has patched Python's threads
-    and gRPC was not told.
+    Calls that find the server away (UNAVAILABLE, CANCELLED) are made again until their deadline: for some 3 s at most,
+    or for half a minute where replicas, sessions, streams or transfers allow it. An update of a session counts once,
+    however often it is sent.
+    Raises TypeError or ValueError for what is no target, timeout, token or Tls, and RuntimeError where gevent has
+    patched Python's threads and gRPC was not told.
     """
     credentials = _credentials(target, tls, token, allow_insecure_token)
     return Client(credentials, _options(timeout_s, max_message_bytes, reuse_weights, channel_options))
@@ -76,9 +79,10 @@ def connect_async(
     allow_insecure_token: bool = False,
     channel_options: Sequence[tuple[str, Any]] = (),
 ) -> AsyncClient:
-    """`connect` for asyncio.
+    """A client for asyncio of the server at `target`. Nothing is sent yet.
 
-    The client belongs to the event loop on which it is first used; methods raise RuntimeError on another.
+    The arguments are those of `connect`, and so are the errors. The client belongs to the event loop on which it is
+    first used; on another loop its methods raise RuntimeError.
     """
     credentials = _credentials(target, tls, token, allow_insecure_token)
     return AsyncClient(credentials, _options(timeout_s, max_message_bytes, reuse_weights, channel_options))
@@ -87,8 +91,12 @@ def connect_async(
 def _options(
     timeout_s: float | None, max_message_bytes: int, reuse_weights: bool, channel_options: Sequence[tuple[str, Any]]
 ) -> Options:
+    if isinstance(max_message_bytes, bool) or not isinstance(max_message_bytes, int):
+        raise TypeError(f"max_message_bytes: expected an int, got {max_message_bytes!r}")
+    if not 0 < max_message_bytes < 2**31:
+        raise ValueError(f"max_message_bytes: expected 1 to {2**31 - 1}, got {max_message_bytes}")
     return Options(
-        timeout_s=timeout_s,
+        timeout_s=check_timeout(timeout_s),
         max_message_bytes=max_message_bytes,
         reuse_weights=reuse_weights,
         channel_options=tuple(channel_options),
@@ -98,146 +106,170 @@ def _options(
 def _credentials(
     target: str | Sequence[str], tls: Tls | bool, token: Token | None, allow_insecure_token: bool
 ) -> Credentials:
+    if not isinstance(tls, (bool, Tls)):
+        raise TypeError(f"tls: expected True, False or a forwardpass_client.Tls, got {type(tls).__name__}")
     found = tls if isinstance(tls, Tls) else Tls() if tls else None
     return Credentials(target=targets.joined(target), tls=found, token=token, allow_insecure_token=allow_insecure_token)
 
 
-class ClientApi(OfOneProcess, abc.ABC):
-    """What can be asked of a server, for whoever makes the call.
+class ClientApi(Connected, abc.ABC):
+    """The methods of a client, for threads and for asyncio.
 
-    timeout_s: seconds that one call may take; None for the client's own.
+    timeout_s: seconds until DeadlineExceeded; None for the client's own.
     """
 
     def __init__(self, options: Options) -> None:
+        super().__init__(options.timeout_s)
         self._options = options
 
     @property
     @abc.abstractmethod
     def _servers(self) -> int:
-        """How many servers may have to be asked until each was."""
+        """How many attempts it takes to ask every server."""
 
     def model(
         self, name: str, version: int | None = None, *, label: str | None = None, timeout_s: float | None = None
     ) -> Any:
-        """A model of the server; without a version, the highest that is available now, and that one from then on.
+        """Looks up a model of the server.
 
-        label: in place of a version, what the operator calls it, such as "stable" or "canary": the version that it
-          stands for now, and that one from then on. Specs, weights and sessions are of one version: to follow a label
-          that moves, ask for the model again.
-
-        Of several servers one is asked, with which the model then stays; where it lacks the version, or is not ready,
-        others are asked.
-
-        Raises ModelNotFound, ModelVersionNotFound, ModelFailed, or ModelLoading.
+        version: None for the highest version that is available now. Specs, weights and sessions belong to the version
+          that was found, and the model keeps it.
+        label: instead of a version, the name that the operator gave it, such as "stable" or "canary". To follow a label
+          that moves, look the model up again.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Of several replicas one is asked, and the model's sticky calls go there; where it lacks the version, or is not
+        ready, others are asked.
+        Raises ModelNotFound, ModelVersionNotFound, ModelFailed, ModelLoading, ServerUnavailable, DeadlineExceeded;
+        TypeError and ValueError for what is no name, version or label.
         """
-        return self._look_up(calls.get_model(name, version, label), timeout_s)
+        deadline = self._deadline(timeout_s)
+        return self._look_up(calls.get_model(name, version, label), deadline)
 
     def models(self, *, timeout_s: float | None = None) -> Any:
-        """Every version of every model, by name and version, those that failed to load included.
+        """A list of every version of every model, by name and version, with those that failed to load.
 
-        Of several servers one answers, ready or not: the one of calls by id.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Of several replicas the sticky one answers, ready or not.
+        Raises ServerUnavailable, DeadlineExceeded.
         """
-        return self._run(calls.list_models(), timeout_s)
+        deadline = self._deadline(timeout_s)
+        return self._run(calls.list_models(), deadline)
 
     def is_ready(self, *, timeout_s: float | None = None) -> Any:
         """Whether the server takes calls: its required models can be called, its device works, and it does not drain.
 
-        Of several servers, whether one is ready. Where none is, `unready_reasons` says why. Raises ServerUnavailable.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Of several replicas, whether one is ready. Where none is, `unready_reasons` says why.
+        Raises ServerUnavailable, DeadlineExceeded.
         """
         return self.is_serving("", timeout_s=timeout_s)
 
     def unready_reasons(self, *, timeout_s: float | None = None) -> Any:
-        """Why the server is not ready, such as a required model that cannot be called; an empty list when it is."""
-        return self._run(calls.unready_reasons(), timeout_s)
+        """Why the server is not ready, such as a required model that cannot be called: a list, empty when it is ready.
+
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Raises ServerUnavailable, DeadlineExceeded.
+        """
+        deadline = self._deadline(timeout_s)
+        return self._run(calls.unready_reasons(), deadline)
 
     def is_serving(self, service: str, *, timeout_s: float | None = None) -> Any:
-        """Whether grpc.health.v1 answers SERVING for a service, such as `model/NAME`; "" is the server as a whole.
+        """Whether grpc.health.v1 answers SERVING for a service.
 
-        Of several servers up to 8 are asked, one after another, until one answers SERVING.
+        service: such as `model/NAME`; "" for the server as a whole.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Of several replicas up to 8 are asked, one after another, until one answers SERVING.
         Raises ServerUnavailable, DeadlineExceeded, ForwardPassError for a service that the server does not know.
         """
-        until = replicas.deadline(self._deadline(timeout_s))
-        steps = replicas.is_any_serving(calls.check_health(service), self._servers, until)
-        return self._run_steps(steps, timeout_s)
+        deadline = self._deadline(timeout_s)
+        steps = replicas.is_any_serving(calls.check_health(service), self._servers, deadline)
+        return self._run_steps(steps, deadline)
 
     @abc.abstractmethod
-    def _look_up(self, call: Call[FoundModel], timeout_s: float | None) -> Any:
-        """The model that was looked up, or what to await for it."""
+    def _look_up(self, call: Call[FoundModel], deadline: Deadline) -> Any:
+        """The model that was looked up, or an awaitable of it."""
 
     @abc.abstractmethod
-    def _run(self, call: Call[Any], timeout_s: float | None) -> Any:
-        """Makes the call: returns its result, or what to await for it."""
+    def _run(self, call: Call[Any], deadline: Deadline) -> Any:
+        """Makes a sticky call: returns its result, or an awaitable of it."""
 
     @abc.abstractmethod
-    def _run_steps(self, steps: Steps, timeout_s: float | None) -> Any:
-        """Makes the calls: returns their result, or what to await for it."""
-
-    def _deadline(self, timeout_s: float | None) -> float | None:
-        return self._options.timeout_s if timeout_s is None else timeout_s
+    def _run_steps(self, steps: Steps, deadline: Deadline) -> Any:
+        """Carries out the steps: returns their result, or an awaitable of it."""
 
 
 class Client(ClientApi):
-    """One connection, for any number of threads. A context manager: leaving it closes the connection."""
+    """A connection for any number of threads. A context manager: leaving it closes the connection."""
 
     def __init__(self, credentials: Credentials, options: Options) -> None:
         check_gevent(is_async=False)
         super().__init__(options)
         self._transports = Transports(lambda: Transport(credentials, options))
 
+    if TYPE_CHECKING:
+
+        def model(
+            self, name: str, version: int | None = None, *, label: str | None = None, timeout_s: float | None = None
+        ) -> RemoteFunctionalModel: ...
+
+        def models(self, *, timeout_s: float | None = None) -> list[ModelVersion]: ...
+
+        def is_ready(self, *, timeout_s: float | None = None) -> bool: ...
+
+        def unready_reasons(self, *, timeout_s: float | None = None) -> list[str]: ...
+
+        def is_serving(self, service: str, *, timeout_s: float | None = None) -> bool: ...
+
     @property
     def _servers(self) -> int:
         return self._transports.servers
 
-    def model(
-        self, name: str, version: int | None = None, *, label: str | None = None, timeout_s: float | None = None
-    ) -> RemoteFunctionalModel:
-        model: RemoteFunctionalModel = super().model(name, version, label=label, timeout_s=timeout_s)
-        return model
-
-    def models(self, *, timeout_s: float | None = None) -> list[ModelVersion]:
-        found: list[ModelVersion] = super().models(timeout_s=timeout_s)
-        return found
-
     def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """Waits for a server that is still starting. Raises DeadlineExceeded."""
-        polling = _Polling(timeout_s)
-        while not self._is_ready(polling.remaining_s()):
-            time.sleep(_POLL_S)
+        """Waits until the server is ready, such as one that is still starting.
 
-    def _is_ready(self, timeout_s: float) -> bool:
+        timeout_s: seconds until DeadlineExceeded, which names the last reason.
+        """
+        polling = _Polling(self._deadline(timeout_s), timeout_s)
+        while not self._is_ready(polling):
+            time.sleep(polling.pause_s())
+
+    def _is_ready(self, polling: _Polling) -> bool:
         try:
-            return bool(self.is_ready(timeout_s=timeout_s))
-        except _NOT_YET:
+            return self.is_ready(timeout_s=polling.remaining_s())
+        except _NOT_YET as error:
+            polling.reason = error
             return False
 
     def close(self) -> None:
-        """Ends the connection. Calls in flight, and later ones, raise CallCancelled."""
+        """Ends the connection. Calls in flight, and later ones, raise CallCancelled.
+
+        In a forked child it does nothing: the connection belongs to the parent.
+        """
+        if self._is_in_forked_child:
+            return
         for transport in self._transports.all:
             transport.close()
 
-    def _look_up(self, call: Call[FoundModel], timeout_s: float | None) -> RemoteFunctionalModel:
-        until = replicas.deadline(self._deadline(timeout_s))
+    def _look_up(self, call: Call[FoundModel], deadline: Deadline) -> RemoteFunctionalModel:
         failure: errors.ForwardPassError | None = None
         for transport in self._transports.candidates():
             try:
-                remaining_s = replicas.remaining_s(until, failure)
-                found = call.read(transport.call(call.path, call.request, remaining_s, stays=True))
+                found = transport.ask(call, deadline, sticky=True)
             except errors.ForwardPassError as error:
                 if not self._transports.is_kept(transport):
                     transport.close()
-                failure = self._transports.next_failure(error, failure)
+                failure = self._transports.next_failure(error, failure, deadline)
             else:
                 self._transports.keep(transport)
                 return RemoteFunctionalModel(transport, found, self._options)
         assert failure is not None
         raise failure
 
-    def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
-        deadline = self._deadline(timeout_s)
-        return call.read(self._transports.own.call(call.path, call.request, deadline, stays=True))
+    def _run(self, call: Call[ResultT], deadline: Deadline) -> ResultT:
+        return self._transports.own.ask(call, deadline, sticky=True)
 
-    def _run_steps(self, steps: Steps, timeout_s: float | None) -> Any:
-        return self._transports.own.run(steps, self._deadline(timeout_s))
+    def _run_steps(self, steps: Steps, deadline: Deadline) -> Any:
+        return self._transports.own.run(steps, deadline)
 
     def __enter__(self) -> Client:
         return self
@@ -256,62 +288,75 @@ class AsyncClient(ClientApi):
         super().__init__(options)
         self._transports = Transports(lambda: AsyncTransport(credentials, options))
 
+    if TYPE_CHECKING:
+
+        def model(
+            self, name: str, version: int | None = None, *, label: str | None = None, timeout_s: float | None = None
+        ) -> Coroutine[Any, Any, AsyncRemoteFunctionalModel]: ...
+
+        def models(self, *, timeout_s: float | None = None) -> Coroutine[Any, Any, list[ModelVersion]]: ...
+
+        def is_ready(self, *, timeout_s: float | None = None) -> Coroutine[Any, Any, bool]: ...
+
+        def unready_reasons(self, *, timeout_s: float | None = None) -> Coroutine[Any, Any, list[str]]: ...
+
+        def is_serving(self, service: str, *, timeout_s: float | None = None) -> Coroutine[Any, Any, bool]: ...
+
     @property
     def _servers(self) -> int:
         return self._transports.servers
 
-    async def model(
-        self, name: str, version: int | None = None, *, label: str | None = None, timeout_s: float | None = None
-    ) -> AsyncRemoteFunctionalModel:
-        model: AsyncRemoteFunctionalModel = await super().model(name, version, label=label, timeout_s=timeout_s)
-        return model
-
-    async def models(self, *, timeout_s: float | None = None) -> list[ModelVersion]:
-        found: list[ModelVersion] = await super().models(timeout_s=timeout_s)
-        return found
-
     async def wait_until_ready(self, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
-        """See `Client.wait_until_ready`."""
-        polling = _Polling(timeout_s)
-        while True:
-            if await self._is_ready(polling.remaining_s()):
-                return
-            await asyncio.sleep(_POLL_S)
+        """Waits until the server is ready, such as one that is still starting.
 
-    async def _is_ready(self, timeout_s: float) -> bool:
+        timeout_s: seconds until DeadlineExceeded, which names the last reason.
+        """
+        polling = _Polling(self._deadline(timeout_s), timeout_s)
+        while True:
+            if await self._is_ready(polling):
+                return
+            await asyncio.sleep(polling.pause_s())
+
+    async def _is_ready(self, polling: _Polling) -> bool:
         try:
-            return bool(await self.is_ready(timeout_s=timeout_s))
-        except _NOT_YET:
+            return await self.is_ready(timeout_s=polling.remaining_s())
+        except _NOT_YET as error:
+            polling.reason = error
             return False
 
     async def close(self) -> None:
-        """See `Client.close`."""
+        """Ends the connection. Calls in flight, and later ones, raise CallCancelled.
+
+        In a forked child it does nothing: the connection belongs to the parent.
+        """
+        if self._is_in_forked_child:
+            return
         for transport in self._transports.all:
             await transport.close()
 
-    async def _look_up(self, call: Call[FoundModel], timeout_s: float | None) -> AsyncRemoteFunctionalModel:
-        until = replicas.deadline(self._deadline(timeout_s))
+    async def _look_up(self, call: Call[FoundModel], deadline: Deadline) -> AsyncRemoteFunctionalModel:
+        deadline.restart()
         failure: errors.ForwardPassError | None = None
         for transport in self._transports.candidates():
             try:
-                remaining_s = replicas.remaining_s(until, failure)
-                found = call.read(await transport.call(call.path, call.request, remaining_s, stays=True))
+                found = await transport.ask(call, deadline, sticky=True)
             except errors.ForwardPassError as error:
                 if not self._transports.is_kept(transport):
                     await transport.close()
-                failure = self._transports.next_failure(error, failure)
+                failure = self._transports.next_failure(error, failure, deadline)
             else:
                 self._transports.keep(transport)
                 return AsyncRemoteFunctionalModel(transport, found, self._options)
         assert failure is not None
         raise failure
 
-    async def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
-        deadline = self._deadline(timeout_s)
-        return call.read(await self._transports.own.call(call.path, call.request, deadline, stays=True))
+    async def _run(self, call: Call[ResultT], deadline: Deadline) -> ResultT:
+        deadline.restart()
+        return await self._transports.own.ask(call, deadline, sticky=True)
 
-    async def _run_steps(self, steps: Steps, timeout_s: float | None) -> Any:
-        return await self._transports.own.run(steps, self._deadline(timeout_s))
+    async def _run_steps(self, steps: Steps, deadline: Deadline) -> Any:
+        deadline.restart()
+        return await self._transports.own.run(steps, deadline)
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -327,15 +372,22 @@ _NOT_YET = (errors.ServerUnavailable, errors.DeadlineExceeded)
 
 
 class _Polling:
-    """The time that is left to wait for a server."""
+    """The time that is left to wait for a server, and why it was not ready the last time."""
 
-    def __init__(self, timeout_s: float) -> None:
+    def __init__(self, deadline: Deadline, timeout_s: float) -> None:
+        self._deadline = deadline
         self._timeout_s = timeout_s
-        self._deadline = time.monotonic() + timeout_s
+        self.reason: Exception | None = None
 
-    def remaining_s(self) -> float:
-        """Raises DeadlineExceeded where none is left."""
-        remaining_s = self._deadline - time.monotonic()
-        if remaining_s <= 0:
-            raise errors.DeadlineExceeded(f"the server was not ready within {self._timeout_s:g} s")
-        return remaining_s
+    def remaining_s(self) -> float | None:
+        """Seconds for the next question. Raises DeadlineExceeded where none are left."""
+        wait_s = self._deadline.wait_s()
+        if wait_s == 0:
+            reason = "" if self.reason is None else f"; its last answer was {type(self.reason).__name__}: {self.reason}"
+            raise errors.DeadlineExceeded(f"the server was not ready within {self._timeout_s:g} s{reason}")
+        return wait_s
+
+    def pause_s(self) -> float:
+        """Seconds until the next question."""
+        remaining_s = self.remaining_s()
+        return _POLL_S if remaining_s is None else min(_POLL_S, remaining_s)

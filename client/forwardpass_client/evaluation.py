@@ -1,4 +1,4 @@
-"""Batches on their way to sessions, apart from the stream: what is to be sent, and what has not counted yet."""
+"""The batches of an evaluation, without I/O: which to send, and which have not counted yet."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from forwardpass import v1
 from forwardpass.wire import errors, fields, frames
 from forwardpass.wire.frames import Outbox
 from forwardpass.wire.methods import METHODS
+from forwardpass_client.deadlines import Deadline
 from forwardpass_client.session_calls import SessionCalls
 from forwardpass_client.sessions import ID_BYTES, MetricsSessionApi
 from forwardpass_client.streams import Completed, Future
@@ -27,7 +28,7 @@ MAX_BATCHES = 32
 _MAX_BYTES = 64 * 2**20
 
 BatchProgress = Callable[[int], None]
-"""Is told how many batches have counted, possibly from another thread."""
+"""Is called with the number of batches that have counted, possibly from another thread."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -39,7 +40,8 @@ class _Uncounted:
 class BatchesInFlight:
     """The batches of one evaluation: see `streams.InFlight`. The future of one is done when it has counted.
 
-    pairs: sessions, and the weights whose batches each counts.
+    pairs: sessions, each with the weights whose metrics it counts.
+    deadline: of the evaluation. A renewable one is renewed when a batch has counted, and while no batch is in flight.
     """
 
     def __init__(
@@ -48,18 +50,23 @@ class BatchesInFlight:
         pairs: Sequence[tuple[MetricsSessionApi, WeightsHandleApi]],
         training: bool,
         progress: BatchProgress | None,
+        deadline: Deadline,
     ) -> None:
         self._calls = calls
         self._pairs = pairs
+        self._deadline = deadline
         self._progress = progress
         targets = [
             v1.EvaluationTarget(session_id=bytes.fromhex(session.id), weights_id=handle.held.weights_id)
             for session, handle in pairs
         ]
-        start = v1.EvaluationStart(writer_id=secrets.token_bytes(ID_BYTES), training=bool(training), targets=targets)
+        start = v1.EvaluationStart(writer_id=secrets.token_bytes(ID_BYTES), training=training, targets=targets)
         self._start = v1.EvaluateRequest(start=start).SerializeToString()
         self._has_started = False
-        # The server takes batches in the order of their numbers alone.
+        # Whether weights were put again since the last batch counted: a server that drops them each time makes no
+        # progress, so only the first put renews the deadline.
+        self._has_put = False
+        # The server takes batches only in the order of their numbers.
         self._outbox = Outbox(answers=False, in_order=True)
         # In the order of their numbers.
         self._uncounted: collections.OrderedDict[int, _Uncounted] = collections.OrderedDict()
@@ -71,13 +78,15 @@ class BatchesInFlight:
         return len(self._uncounted)
 
     def has_room(self, request: bytes) -> bool:
-        """Whether another batch may be on its way: one alone always may."""
+        """Whether another batch may be in flight: a single batch always may, whatever its size."""
         return not self._uncounted or (
             len(self._uncounted) < MAX_BATCHES and self._size_bytes + len(request) <= _MAX_BYTES
         )
 
-    def add(self, request: bytes, future: Future, deadline: float | None) -> None:
-        """Takes an encoded EvaluationBatch. deadline: has no meaning; a batch counts, or the evaluation fails."""
+    def add(self, request: bytes, future: Future, deadline: Deadline) -> None:
+        """Takes an encoded EvaluationBatch. deadline: that of the evaluation."""
+        if not self._uncounted:
+            self._deadline.renew()
         self._last += 1
         self._uncounted[self._last] = _Uncounted(request, future)
         self._size_bytes += len(request)
@@ -96,7 +105,7 @@ class BatchesInFlight:
         return self._start
 
     def take(self, message: bytes) -> None:
-        """Takes a response of the stream: all batches up to a number have counted."""
+        """Takes a response of the stream, which says up to which number all batches have counted."""
         response = fields.parse(v1.EvaluateResponse, message)
         if response.HasField("position"):
             self._calls.check_position(response.position)
@@ -111,6 +120,8 @@ class BatchesInFlight:
             self._completed.append(Completed(counted.future, None, None))
             for session, _ in self._pairs:
                 session.note_counted()
+            self._deadline.renew()
+            self._has_put = False
         if self._progress is not None:
             self._progress(self._last - len(self._uncounted))
 
@@ -118,30 +129,35 @@ class BatchesInFlight:
         completed, self._completed = self._completed, []
         return completed
 
-    def next_event(self) -> None:
-        """None: batches have no deadlines."""
+    def next_event(self) -> float | None:
+        """The deadline, while a batch is in flight."""
+        return self._deadline.at if self._uncounted else None
 
     def advance(self) -> None:
-        """Nothing is ever due."""
+        """Raises DeadlineExceeded once the deadline has passed while a batch is in flight."""
+        if self._uncounted:
+            self._deadline.remaining_s()
 
     def resend(self) -> None:
-        """For another stream: those that have counted there are passed over by the server."""
+        """Puts every uncounted batch in the outbox again, for another stream: the server skips those that counted."""
         self._has_started = False
         self._outbox.clear()
         for number, uncounted in self._uncounted.items():
             self._send(number, uncounted.request)
 
     def broke(self, error: Exception) -> None:
-        """Batches have no deadlines that could be exceeded for this reason."""
+        """Notes the error that ended the stream: DeadlineExceeded names it."""
+        self._deadline.last_error = error
 
     def recovery(self, error: Exception) -> Steps | None:
-        """Puts weights that the server has dropped, where this side has them."""
+        """The steps that put weights again which the server has dropped; None for another error."""
         return self._put_all() if isinstance(error, errors.WeightsNotFound) else None
 
     def _put_all(self) -> Steps:
         held: Mapping[bytes, HeldWeights] = {handle.held.weights_id: handle.held for _, handle in self._pairs}
         for one in held.values():
-            yield from one.put()
+            yield from one.put(self._deadline.fixed() if self._has_put else self._deadline)
+        self._has_put = True
 
     def fail_all(self, error: Exception) -> None:
         self._outbox.clear()

@@ -1,4 +1,4 @@
-"""A functional model that runs on a server, with the face of the local one."""
+"""Functional models that run on a server, with the methods of a local one."""
 
 from __future__ import annotations
 
@@ -9,52 +9,67 @@ import concurrent.futures
 import contextlib
 import secrets
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Coroutine, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Sequence,
+)
+from typing import TYPE_CHECKING, Any
 
 from forwardpass.wire import errors
-from forwardpass.wire.description import ModelDescription
+from forwardpass.wire.description import BatchOutput, ModelDescription
 from forwardpass.wire.manifests import DIGEST_BYTES
 from forwardpass_client import evaluation, ids, transfers
-from forwardpass_client.calls import Call, FoundModel, ModelVersion, ResultT
+from forwardpass_client.calls import (
+    Call,
+    FoundModel,
+    Metrics,
+    ModelVersion,
+    ModelWeights,
+    ResultT,
+    check_handle,
+    check_training,
+)
 from forwardpass_client.calls_in_flight import MAX_CALLS
+from forwardpass_client.deadlines import Deadline, locked
 from forwardpass_client.evaluation import BatchesInFlight, BatchProgress
+from forwardpass_client.openings import Opening
 from forwardpass_client.options import Options
 from forwardpass_client.pipeline import AsyncPipeline, Pipeline
-from forwardpass_client.processes import OfOneProcess
+from forwardpass_client.processes import Connected
 from forwardpass_client.reuse import Reuse
 from forwardpass_client.session_calls import SessionCalls
 from forwardpass_client.sessions import ID_BYTES, AsyncMetricsSession, MetricsSession, MetricsSessionApi
 from forwardpass_client.streams import AsyncStream, Stream
-from forwardpass_client.transfers import Progress, Steps, Unary
+from forwardpass_client.transfers import Progress, Steps
 from forwardpass_client.transport import AsyncTransport, Transport
-from forwardpass_client.weights import (
-    AsyncWeightsHandle,
-    HeldWeights,
-    WeightsHandle,
-    WeightsHandleApi,
-    after_put,
-)
+from forwardpass_client.weights import AsyncWeightsHandle, HeldWeights, WeightsHandle, WeightsHandleApi
 
-# Of each session that an evaluation had for itself, when it is over.
+# For closing the sessions of an evaluation, together: where the server is away, they expire there.
 _CLOSE_S = 2.0
 
 
-class FunctionalModelApi(OfOneProcess, abc.ABC):
-    """The methods of a functional model on a server, for whoever makes the call.
+class FunctionalModelApi(Connected, abc.ABC):
+    """The methods of a functional model on a server, for threads and for asyncio.
 
     Arguments: nested tuples, lists, dicts and named tuples as the model was written for, with numpy arrays, Python
-    numbers and lists, or whatever has `__array__` as leaves; dtypes are cast where numpy calls that "same kind" and
+    numbers and lists, or anything with `__array__` as leaves; dtypes are cast where numpy calls that "same kind" and
     every integer fits. Results: the model's own containers with read-only numpy arrays.
 
     Every method may raise, before anything is sent, StructureMismatch, DTypeMismatch or ShapeMismatch (naming the
-    leaf), FunctionNotAvailable or MessageTooLarge; and afterwards ModelRefusedInput, DeadlineExceeded,
-    ServerUnavailable, or another error of `forwardpass_client.errors`.
-    timeout_s: seconds until DeadlineExceeded; None for the client's own.
+    leaf), FunctionNotAvailable, MessageTooLarge, or RuntimeError in a forked child; and afterwards ModelRefusedInput,
+    DeadlineExceeded, ServerUnavailable, or another error of `forwardpass_client.errors`.
+    timeout_s: seconds until DeadlineExceeded; None for the client's own. Every attempt, pause and transfer of the call
+    ends then. In transfers and evaluations without a timeout of their own, the client's limits the time without
+    progress.
     Source: tff.learning.models.FunctionalModel.
     """
 
     def __init__(self, found: FoundModel, options: Options) -> None:
+        super().__init__(options.timeout_s)
         self._found = found
         self._calls = SessionCalls(
             found.description,
@@ -62,29 +77,29 @@ class FunctionalModelApi(OfOneProcess, abc.ABC):
             Reuse() if options.reuse_weights else None,
         )
         self._options = options
-        self._timeout_s = options.timeout_s
         self._input_spec = found.description.spec.input.nested()
 
     @property
     def name(self) -> str:
+        """The name that the model was looked up by."""
         return self._found.description.identity.name
 
     @property
     def version(self) -> int:
-        """The version that answers: the one asked for; or the highest, or what the label stood for, at the look-up.
+        """The version that answers: the one asked for, or the highest or labelled one at the time of the look-up.
 
-        It stays the same, and with it specs and weights, when a label moves or a higher version comes.
+        Version, specs and weights do not change when a label moves or a higher version is loaded.
         """
         return self._found.description.identity.version
 
     @property
     def content_hash(self) -> str:
-        """SHA-256 of what the model was loaded from, in hex. An answer of another content raises ModelChanged."""
+        """SHA-256 of the model's files, in hex. An answer of a model with other content raises ModelChanged."""
         return self._found.description.identity.content_hash.hex()
 
     @property
     def versions(self) -> tuple[ModelVersion, ...]:
-        """Every version of the model that the server had when it was looked up, the highest last."""
+        """Every version of the model that the server had at the time of the look-up, the highest last."""
         return self._found.versions
 
     @property
@@ -103,28 +118,37 @@ class FunctionalModelApi(OfOneProcess, abc.ABC):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.description.identity} {self.content_hash[:12]}>"
 
-    @property
-    def initial_weights(self) -> Any:
-        """(trainable, non_trainable) that the model was saved with: fetched once."""
-        return self._run(self._calls.initial_weights(), None)
-
     def forward_pass(
         self, model_weights: Any, batch_input: Any, training: bool = True, *, timeout_s: float | None = None
     ) -> Any:
-        """BatchOutput: loss, predictions and number of examples of one batch under these weights.
+        """Runs the forward pass of one batch: its BatchOutput (loss, predictions, num_examples).
 
         model_weights: (trainable, non_trainable) like `initial_weights`, or a handle of `put_weights`.
         batch_input: (x, y), or a mapping with keys x and y, like `input_spec`, leaves of shape [B, ...]; B may differ
           from call to call.
         training: whether layers such as dropout and batch normalisation act as in training.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Returns a loss of shape [], predictions of shape [B, ...] and num_examples, an int32 of shape [].
+        Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf, before anything is sent; then
+        ModelRefusedInput, WeightsNotFound, ModelChanged, ServerUnavailable or DeadlineExceeded.
         """
-        return self._run(self._calls.forward_pass(model_weights, batch_input, training), timeout_s)
+        deadline = self._deadline(timeout_s)
+        return self._run(self._calls.forward_pass(model_weights, batch_input, training), deadline)
 
     def predict_on_batch(
         self, model_weights: Any, x: Any, training: bool = True, *, timeout_s: float | None = None
     ) -> Any:
-        """Predictions for one batch under these weights, leaves of shape [B, ...]. Arguments as of `forward_pass`."""
-        return self._run(self._calls.predict_on_batch(model_weights, x, training), timeout_s)
+        """Predictions for one batch: leaves of shape [B, ...].
+
+        model_weights: (trainable, non_trainable) like `initial_weights`, or a handle of `put_weights`.
+        x: like x of `input_spec`, leaves of shape [B, ...]; B may differ from call to call.
+        training: whether layers such as dropout and batch normalisation act as in training.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf, before anything is sent; then
+        ModelRefusedInput, WeightsNotFound, ModelChanged, ServerUnavailable or DeadlineExceeded.
+        """
+        deadline = self._deadline(timeout_s)
+        return self._run(self._calls.predict_on_batch(model_weights, x, training), deadline)
 
     def loss(
         self,
@@ -135,19 +159,30 @@ class FunctionalModelApi(OfOneProcess, abc.ABC):
         mask: Any = None,
         timeout_s: float | None = None,
     ) -> Any:
-        """The loss of predictions against labels.
+        """The loss of predictions against labels: an array of shape [], or what the model's loss returns.
 
-        output: what `predict_on_batch` returns. label: like y of `input_spec`.
-        sample_weight: one weight for each example, float32[B] unless the model says otherwise.
-        mask: for a model whose predictions have a Keras mask (`description.spec.prediction_mask`), which positions
-          count, like that spec. None for the mask that `output` carries, which it does as long as it is the array that
-          the model returned: see `MaskedPredictions`. Without any, every position counts, and MaskMissing is warned of.
+        output: predictions of `predict_on_batch`, leaves of shape [B, ...].
+        label: like y of `input_spec`, leaves of shape [B, ...].
+        sample_weight: one weight for each example, float32[B] unless the model says otherwise; None for no weights.
+        mask: for a model whose predictions have a Keras mask (`description.spec.prediction_mask`): bool[B, ...] like
+          that spec, False for a position that does not count. None for the mask that `output` carries as long as it is
+          the array that the model returned (see `MaskedPredictions`). Without a mask every position counts, with the
+          warning MaskMissing.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf, and FunctionNotAvailable before
+        anything is sent; then ModelRefusedInput, ModelChanged, ServerUnavailable or DeadlineExceeded.
         """
-        return self._run(self._calls.loss(output, label, sample_weight, mask), timeout_s)
+        deadline = self._deadline(timeout_s)
+        return self._run(self._calls.loss(output, label, sample_weight, mask), deadline)
 
     def initialize_metrics_state(self, *, timeout_s: float | None = None) -> Any:
-        """The metrics state before the first batch: a value, to be passed to `update_metrics_state`."""
-        return self._run(self._calls.initialize_metrics_state(), timeout_s)
+        """The metrics state before the first batch: a value for `update_metrics_state`.
+
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Raises FunctionNotAvailable for a model without metrics, ModelChanged, ServerUnavailable, DeadlineExceeded.
+        """
+        deadline = self._deadline(timeout_s)
+        return self._run(self._calls.initialize_metrics_state(), deadline)
 
     def update_metrics_state(
         self,
@@ -159,56 +194,90 @@ class FunctionalModelApi(OfOneProcess, abc.ABC):
         mask: Any = None,
         timeout_s: float | None = None,
     ) -> Any:
-        """The metrics state after one more batch; `state` itself stays as it is.
+        """The metrics state after one more batch. `state` itself does not change.
 
-        labels: like y of `input_spec`. batch_output: what `forward_pass` returned, or any object with the fields
-        loss, predictions and num_examples; those that the model's metrics do not read may be None.
-        mask: of the batch output's predictions, as of `loss`.
+        state: of `initialize_metrics_state` or of this method.
+        labels: like y of `input_spec`, leaves of shape [B, ...].
+        batch_output: a `BatchOutput` of `forward_pass`, or any object with its fields: predictions of shape [B, ...];
+          fields that the model's metrics do not read may be None.
+        sample_weight: one weight for each example, float32[B] unless the model says otherwise; None for no weights.
+        mask: of the predictions, as of `loss`.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf, and FunctionNotAvailable before
+        anything is sent; then ModelRefusedInput, ModelChanged, ServerUnavailable or DeadlineExceeded.
         """
+        deadline = self._deadline(timeout_s)
         call = self._calls.update_metrics_state(state, labels, batch_output, sample_weight, mask)
-        return self._run(call, timeout_s)
+        return self._run(call, deadline)
 
     def finalize_metrics(self, state: Any, *, timeout_s: float | None = None) -> Any:
-        """The metrics of a state, in the model's order."""
-        return self._run(self._calls.finalize_metrics(state), timeout_s)
+        """The metrics of a state, by name, in the model's order: arrays of shape [] for most metrics.
 
-    def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> Any:
-        """Sends weights once: a handle that can be passed wherever `model_weights` is.
-
-        Only the tensors that the server lacks are sent, and what had arrived before a connection broke is not sent
-        again. Weights of any size: there is no limit as for messages.
-        progress: called with (bytes done, bytes in all), from another thread.
-        Raises StructureMismatch, DTypeMismatch, ShapeMismatch, WeightStoreFull, ServerUnavailable.
+        state: of `initialize_metrics_state`, `update_metrics_state`, or a session's `state()`.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf, and FunctionNotAvailable before
+        anything is sent; then ModelChanged, ServerUnavailable or DeadlineExceeded.
         """
-        held = self._calls.hold(model_weights)
-        return self._handle_after(held, held.put(progress))
+        deadline = self._deadline(timeout_s)
+        return self._run(self._calls.finalize_metrics(state), deadline)
+
+    def put_weights(
+        self, model_weights: Any, *, progress: Progress | None = None, timeout_s: float | None = None
+    ) -> Any:
+        """Puts weights on the server once: a handle that is accepted wherever `model_weights` is.
+
+        Sends only the tensors that the server lacks. An upload that breaks goes on where it stopped. Weights may have
+        any size: the limit of messages does not apply.
+        model_weights: (trainable, non_trainable) like `initial_weights`. The handle keeps the arrays, not a copy.
+        progress: called with (bytes done, bytes in all), from another thread.
+        timeout_s: seconds until DeadlineExceeded for the whole transfer; None for the client's own without progress,
+          plus a second for each MiB that is to be sent.
+        Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf, before anything is sent; then
+        WeightStoreFull, ServerUnavailable or DeadlineExceeded.
+        """
+        deadline = self._deadline(timeout_s, is_renewable=True)
+        return self._put(self._calls.hold(model_weights), progress, deadline)
 
     def weights_handle(self, weights_id: str) -> Any:
-        """A handle of weights that somebody has put, by their id. Nothing is sent. Raises ValueError for no id."""
+        """A handle of weights that were put before, perhaps by another client. Nothing is sent.
+
+        weights_id: `id` of their handle, 64 hexadecimal digits. Raises ValueError or TypeError for anything else.
+        """
+        self._deadline()
         return self._handle(HeldWeights(ids.parse(weights_id, DIGEST_BYTES, "weights_id")))
 
-    def get_weights(self, handle: WeightsHandleApi, *, progress: Progress | None = None) -> Any:
-        """The weights that the server holds: (trainable, non_trainable) of read-only arrays, in the containers they
-        were put in.
+    def get_weights(
+        self, handle: WeightsHandleApi, *, progress: Progress | None = None, timeout_s: float | None = None
+    ) -> Any:
+        """The weights of a handle: (trainable, non_trainable) of read-only arrays, in the containers of the put.
 
-        progress: called with (bytes done, bytes in all). Raises WeightsNotFound, ServerUnavailable.
+        progress: called with (bytes done, bytes in all).
+        timeout_s: as of `put_weights`.
+        Raises TypeError for what is no handle, WeightsNotFound, ServerUnavailable, DeadlineExceeded.
         """
-        return self._run_steps(transfers.get(handle.held.weights_id, progress))
+        deadline = self._deadline(timeout_s, is_renewable=True)
+        weights_id = check_handle(handle, "handle").held.weights_id
+        return self._run_steps(transfers.get(weights_id, deadline, progress), deadline)
 
-    def metrics_session(self, session_id: str | None = None, *, initial_state: Any = None) -> Any:
-        """A metrics state that the server holds, and to which each update is applied exactly once.
+    def metrics_session(
+        self, session_id: str | None = None, *, initial_state: Any = None, timeout_s: float | None = None
+    ) -> Any:
+        """Opens a metrics session: a state on the server to which each update is applied exactly once.
 
-        session_id: `id` of a session that is open, to go on with it; None for a new one.
-        initial_state: of a new session: a state of `session.state()` or `update_metrics_state`; None for the state
+        session_id: `id` of an open session, to go on with it; None for a new one.
+        initial_state: of a new session, as `session.state()` or `update_metrics_state` returns it; None for the state
           before the first batch.
+        timeout_s: seconds until DeadlineExceeded for opening it; None for the client's own.
         Raises FunctionNotAvailable for a model without metrics, SessionNotFound, SessionExpired,
-        SessionLimitExceeded, InvalidRequest for a session of another model.
+        SessionLimitExceeded, InvalidRequest for a session of another model, ValueError for what is no id or for an
+        initial state of an open session, ServerUnavailable, DeadlineExceeded.
         """
+        deadline = self._deadline(timeout_s)
         if session_id is None:
-            return self._session(secrets.token_bytes(ID_BYTES)).open(False, initial_state)
+            return self._session(secrets.token_bytes(ID_BYTES)).open(False, initial_state, deadline)
         if initial_state is not None:
-            raise ValueError("initial_state: a session that is open has a state already")
-        return self._session(ids.parse(session_id, ID_BYTES, "session_id")).open(True, None)
+            raise ValueError("initial_state: an open session has a state already")
+        return self._session(ids.parse(session_id, ID_BYTES, "session_id")).open(True, None, deadline)
 
     @abc.abstractmethod
     def evaluate(
@@ -219,16 +288,24 @@ class FunctionalModelApi(OfOneProcess, abc.ABC):
         training: bool = False,
         session: MetricsSessionApi | None = None,
         progress: BatchProgress | None = None,
+        timeout_s: float | None = None,
     ) -> Any:
-        """The metrics of weights over batches: these go to the server, and only the metrics come back.
+        """The metrics of weights over batches. The batches go to the server, and only the metrics come back.
 
-        model_weights: a handle of `put_weights`, or weights, which are put first.
-        batches: an iterable of (x, y), (x, y, sample_weight), or mappings with these keys.
-        session: where the batches are counted, which goes on afterwards; None for one of their own.
+        model_weights: a handle of `put_weights`, or (trainable, non_trainable), which is put first.
+        batches: an iterable of (x, y), (x, y, sample_weight), or mappings with these keys: x and y like `input_spec`,
+          leaves of shape [B, ...]; sample_weight float32[B] unless the model says otherwise. An asynchronous iterable
+          too, for asyncio.
+        training: whether layers such as dropout act as in training.
+        session: the session that counts the batches, and stays open; None for one that is closed at the end.
         progress: called with the number of batches that have counted, from another thread.
-        A connection that breaks is made again, for half a minute at most; no batch counts twice.
-        Raises what `forward_pass` and a session's `update` raise, naming the batch where the server refused it. Those
-        before it have counted in `session`, and of those behind it some.
+        timeout_s: seconds until DeadlineExceeded for the whole evaluation; None for the client's own while a batch is
+          in flight and none counts.
+        Returns the metrics by name, in the model's order: arrays of shape [] for most metrics.
+        When the connection breaks, the evaluation reconnects, for half a minute at most; no batch counts twice.
+        Raises StructureMismatch, DTypeMismatch or ShapeMismatch (naming the leaf), ModelRefusedInput (naming the
+        batch), FunctionNotAvailable, WeightsNotFound, SessionNotFound, ServerUnavailable, DeadlineExceeded. The batches
+        before a refused one have counted in `session`, and perhaps some of those after it.
         """
 
     @abc.abstractmethod
@@ -240,35 +317,60 @@ class FunctionalModelApi(OfOneProcess, abc.ABC):
         training: bool = False,
         sessions: Sequence[MetricsSessionApi] | None = None,
         progress: BatchProgress | None = None,
+        timeout_s: float | None = None,
     ) -> Any:
-        """The metrics of each of several weights over the same batches, each of which is sent once.
+        """The metrics of each of several weights over the same batches. Each batch is sent once.
 
-        sessions: where the batches are counted, one for each weights; they go on afterwards. None for their own.
-        Returns a list, in the order of `model_weights`. Otherwise as `evaluate`.
+        model_weights: handles of `put_weights`, or (trainable, non_trainable) each.
+        batches, training, progress, timeout_s, errors: as of `evaluate`; leaves of shape [B, ...].
+        sessions: the sessions that count the batches, one for each weights, which stay open; None for sessions that are
+          closed at the end.
+        Returns a list of metrics, in the order of `model_weights`.
+        Raises ValueError where the numbers of sessions and weights differ, and what `evaluate` raises.
         """
+
+    def _check_many(self, model_weights: Any, sessions: Any, training: Any) -> bool:
+        """Checks the arguments of an evaluation: whether it is to be in training mode."""
+        if isinstance(model_weights, (WeightsHandleApi, str, bytes)) or not isinstance(model_weights, Sequence):
+            raise TypeError(
+                f"model_weights: expected a list with one entry for each weights, got {type(model_weights).__name__}: "
+                "for one set of weights call evaluate"
+            )
+        if sessions is not None:
+            for session in sessions:
+                if not isinstance(session, self._session_type):
+                    raise TypeError(
+                        f"session: expected a {self._session_type.__name__} of metrics_session, got "
+                        f"{type(session).__name__}"
+                    )
+            if len(sessions) != len(model_weights):
+                raise ValueError(f"sessions: expected {len(model_weights)}, one for each weights, got {len(sessions)}")
+        return check_training(training)
+
+    @property
+    @abc.abstractmethod
+    def _session_type(self) -> type[MetricsSessionApi]:
+        """The class of this model's sessions."""
 
     @abc.abstractmethod
     def _session(self, session_id: bytes) -> Any:
         """A session, before it is opened."""
 
     @abc.abstractmethod
-    def _run(self, call: Call[Any], timeout_s: float | None) -> Any:
-        """Makes the call: returns its result, or what to await for it."""
+    def _run(self, call: Call[Any], deadline: Deadline) -> Any:
+        """Makes the call: returns its result, or an awaitable of it."""
 
     @abc.abstractmethod
-    def _run_steps(self, steps: Steps) -> Any:
-        """Makes the calls: returns their result, or what to await for it."""
+    def _run_steps(self, steps: Steps, deadline: Deadline) -> Any:
+        """Carries out the steps: returns their result, or an awaitable of it."""
+
+    @abc.abstractmethod
+    def _put(self, held: HeldWeights, progress: Progress | None, deadline: Deadline) -> Any:
+        """Puts weights: returns their handle, or an awaitable of it."""
 
     @abc.abstractmethod
     def _handle(self, held: HeldWeights) -> Any:
         """A handle of weights."""
-
-    @abc.abstractmethod
-    def _handle_after(self, held: HeldWeights, steps: Steps) -> Any:
-        """A handle of weights once the calls are made, or what to await for it."""
-
-    def _deadline(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s
 
 
 class RemoteFunctionalModel(FunctionalModelApi):
@@ -277,60 +379,87 @@ class RemoteFunctionalModel(FunctionalModelApi):
     def __init__(self, transport: Transport, found: FoundModel, options: Options) -> None:
         super().__init__(found, options)
         self._transport = transport
-        self._initial_weights: Any = None
+        self._initial_weights: ModelWeights | None = None
         self._fetching = threading.Lock()
 
+    if TYPE_CHECKING:
+
+        def forward_pass(
+            self, model_weights: Any, batch_input: Any, training: bool = True, *, timeout_s: float | None = None
+        ) -> BatchOutput: ...
+
+        def put_weights(
+            self, model_weights: Any, *, progress: Progress | None = None, timeout_s: float | None = None
+        ) -> WeightsHandle: ...
+
+        def weights_handle(self, weights_id: str) -> WeightsHandle: ...
+
+        def get_weights(
+            self, handle: WeightsHandleApi, *, progress: Progress | None = None, timeout_s: float | None = None
+        ) -> ModelWeights: ...
+
+        def finalize_metrics(self, state: Any, *, timeout_s: float | None = None) -> Metrics: ...
+
+        def metrics_session(
+            self, session_id: str | None = None, *, initial_state: Any = None, timeout_s: float | None = None
+        ) -> MetricsSession: ...
+
     @property
-    def initial_weights(self) -> Any:
-        with self._fetching:
-            if self._initial_weights is None:
-                self._initial_weights = super().initial_weights
-            return self._initial_weights
+    def initial_weights(self) -> ModelWeights:
+        """(trainable, non_trainable) that the model was saved with: read-only arrays, fetched once.
 
-    def _run(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
-        deadline = self._deadline(timeout_s)
-        if call.held is None:
-            return self._transport.ask(call, deadline)
-        try:
-            return call.read(self._transport.call(call.path, call.request, deadline, stays=True))
-        except errors.WeightsNotFound:
-            pass
-        return call.read(self._transport.run(after_put(call.held, Unary(call.path, call.request)), deadline))
+        Raises ModelChanged, ServerUnavailable, DeadlineExceeded after the client's timeout.
+        """
+        weights = self._initial_weights
+        if weights is None:
+            deadline = self._deadline()
+            with locked(self._fetching, deadline):
+                weights = self._initial_weights
+                if weights is None:
+                    weights = self._run(self._calls.initial_weights(), deadline)
+                self._initial_weights = weights
+        return weights
 
-    def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> WeightsHandle:
-        handle: WeightsHandle = super().put_weights(model_weights, progress=progress)
-        return handle
-
-    def weights_handle(self, weights_id: str) -> WeightsHandle:
-        handle: WeightsHandle = super().weights_handle(weights_id)
-        return handle
+    def _run(self, call: Call[ResultT], deadline: Deadline) -> ResultT:
+        return self._transport.ask(call, deadline)
 
     def pipeline(self, model_weights: Any) -> Pipeline:
-        """Calls with these weights over one stream, each a future, many in flight at once. A context manager.
+        """Calls with these weights over one stream: each returns a future, and many are in flight at once.
 
-        model_weights: a handle of `put_weights`, or weights, which are put first.
+        model_weights: a handle of `put_weights`, or (trainable, non_trainable), which is put first.
+        Returns a context manager: leaving it waits for every answer.
+        Raises what `put_weights` raises.
         """
+        self._deadline()
         if not isinstance(model_weights, WeightsHandleApi):
             model_weights = self.put_weights(model_weights)
         return Pipeline(self._transport, self._calls, model_weights, self._timeout_s, self._options.max_message_bytes)
 
-    def predict_many(self, model_weights: Any, batches: Iterable[Any], training: bool = True) -> Iterator[Any]:
-        """The predictions for each batch, in order, with many in flight at once. Arguments as of `predict_on_batch`."""
+    def predict_many(
+        self,
+        model_weights: Any,
+        batches: Iterable[Any],
+        training: bool = True,
+        *,
+        timeout_s: float | None = None,
+    ) -> Iterator[Any]:
+        """Yields the predictions for each batch, in order, with many batches in flight at once.
+
+        model_weights: a handle of `put_weights`, or (trainable, non_trainable), which is put first.
+        batches: an iterable of x like x of `input_spec` (no labels), leaves of shape [B, ...]. It is read as answers
+          come.
+        training: whether layers such as dropout act as in training.
+        timeout_s: seconds until DeadlineExceeded for each batch; None for the client's own.
+        Yields predictions, leaves of shape [B, ...]. Raises what `put_weights` and `predict_on_batch` raise.
+        """
         with self.pipeline(model_weights) as pipeline:
             futures: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
             for x in batches:
-                futures.append(pipeline.predict_on_batch(x, training))
+                futures.append(pipeline.predict_on_batch(x, training, timeout_s=timeout_s))
                 while len(futures) >= MAX_CALLS or (futures and futures[0].done()):
                     yield futures.popleft().result()
             while futures:
                 yield futures.popleft().result()
-
-    def metrics_session(self, session_id: str | None = None, *, initial_state: Any = None) -> MetricsSession:
-        session: MetricsSession = super().metrics_session(session_id, initial_state=initial_state)
-        return session
-
-    def _session(self, session_id: bytes) -> MetricsSession:
-        return MetricsSession(self._calls, session_id, self._timeout_s, self._transport)
 
     def evaluate(
         self,
@@ -340,11 +469,11 @@ class RemoteFunctionalModel(FunctionalModelApi):
         training: bool = False,
         session: MetricsSessionApi | None = None,
         progress: BatchProgress | None = None,
-    ) -> Any:
-        """See `FunctionalModelApi.evaluate`."""
+        timeout_s: float | None = None,
+    ) -> Metrics:
         sessions = None if session is None else [session]
         (metrics,) = self.evaluate_many(
-            [model_weights], batches, training=training, sessions=sessions, progress=progress
+            [model_weights], batches, training=training, sessions=sessions, progress=progress, timeout_s=timeout_s
         )
         return metrics
 
@@ -356,99 +485,164 @@ class RemoteFunctionalModel(FunctionalModelApi):
         training: bool = False,
         sessions: Sequence[MetricsSessionApi] | None = None,
         progress: BatchProgress | None = None,
-    ) -> list[Any]:
-        """See `FunctionalModelApi.evaluate_many`."""
+        timeout_s: float | None = None,
+    ) -> list[Metrics]:
+        deadline = self._deadline(timeout_s, is_renewable=True)
+        training = self._check_many(model_weights, sessions, training)
         if sessions is not None:
-            self._count(sessions, model_weights, batches, training, progress)
-            return [session.result() for session in sessions]
+            return self._evaluate(sessions, model_weights, batches, training, progress, deadline)
         own: list[MetricsSession] = []
+        failure: BaseException | None = None
         try:
             for _ in model_weights:
                 # One by one: those that were opened before one is refused are closed.
-                own.append(self.metrics_session())  # noqa: PERF401
-            return self.evaluate_many(model_weights, batches, training=training, sessions=own, progress=progress)
+                own.append(self.metrics_session(timeout_s=deadline.part_s()))  # noqa: PERF401
+            return self._evaluate(own, model_weights, batches, training, progress, deadline)
+        except BaseException as error:
+            failure = error
+            raise
         finally:
-            # Where the server is away they end by themselves.
             with contextlib.suppress(errors.ForwardPassError):
+                closing = _closing(deadline, failure)
                 for session in own:
-                    session.close(timeout_s=_CLOSE_S)
+                    session.close(timeout_s=closing.remaining_s())
 
-    def _count(
+    def _evaluate(
         self,
         sessions: Sequence[MetricsSessionApi],
         model_weights: Sequence[Any],
         batches: Iterable[Any],
         training: bool,
         progress: BatchProgress | None,
-    ) -> None:
-        """Counts batches in sessions, one for each of several weights."""
-        if len(sessions) != len(model_weights):
-            raise ValueError(f"sessions: expected {len(model_weights)}, one for each weights, got {len(sessions)}")
-        handles = [one if isinstance(one, WeightsHandleApi) else self.put_weights(one) for one in model_weights]
+        deadline: Deadline,
+    ) -> list[Metrics]:
+        """Counts batches in sessions, one for each of several weights: the metrics of each."""
+        handles = [
+            one if isinstance(one, WeightsHandleApi) else self.put_weights(one, timeout_s=deadline.part_s())
+            for one in model_weights
+        ]
         pairs = list(zip(sessions, handles, strict=True))
         if not pairs:
-            return
-        flying = BatchesInFlight(self._calls, pairs, training, progress)
-        with Stream(self._transport, evaluation.PATH, flying, evaluation.TITLE) as stream:
+            return []
+        deadline.renew()
+        flying = BatchesInFlight(self._calls, pairs, training, progress, deadline)
+        with Stream(self._transport, evaluation.PATH, flying, evaluation.TITLE, deadline) as stream:
             futures: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
             for batch in batches:
-                futures.append(stream.submit(evaluation.encode(self._calls, batch), None))
+                futures.append(stream.submit(evaluation.encode(self._calls, batch), deadline))
                 while futures and futures[0].done():
                     futures.popleft().result()
             while futures:
                 futures.popleft().result()
+        return [session.result(timeout_s=deadline.part_s()) for session in sessions]
 
-    def _run_steps(self, steps: Steps) -> Any:
-        return self._transport.run(steps, self._timeout_s)
+    @property
+    def _session_type(self) -> type[MetricsSession]:
+        return MetricsSession
+
+    def _session(self, session_id: bytes) -> MetricsSession:
+        return MetricsSession(self._calls, session_id, self._timeout_s, self._transport)
+
+    def _run_steps(self, steps: Steps, deadline: Deadline) -> Any:
+        return self._transport.run(steps, deadline)
 
     def _handle(self, held: HeldWeights) -> WeightsHandle:
         return WeightsHandle(held, self._transport, self._timeout_s)
 
-    def _handle_after(self, held: HeldWeights, steps: Steps) -> WeightsHandle:
-        self._run_steps(steps)
+    def _put(self, held: HeldWeights, progress: Progress | None, deadline: Deadline) -> WeightsHandle:
+        self._transport.run(held.put(deadline, progress), deadline)
         return self._handle(held)
 
 
 class AsyncRemoteFunctionalModel(FunctionalModelApi):
     """`RemoteFunctionalModel` for asyncio: the same methods, whose results are to be awaited.
 
-    Errors about arguments are raised by the call itself, before anything is awaited. `weights_handle` needs no await.
+    Errors about arguments are raised by the call itself, before anything is awaited. The timeout of a call counts from
+    the moment at which it is awaited. `weights_handle` needs no await.
     """
 
     def __init__(self, transport: AsyncTransport, found: FoundModel, options: Options) -> None:
         super().__init__(found, options)
         self._transport = transport
-        self._initial_weights: Any = None
+        self._initial_weights: ModelWeights | None = None
+
+    if TYPE_CHECKING:
+
+        def forward_pass(
+            self, model_weights: Any, batch_input: Any, training: bool = True, *, timeout_s: float | None = None
+        ) -> Coroutine[Any, Any, BatchOutput]: ...
+
+        def predict_on_batch(
+            self, model_weights: Any, x: Any, training: bool = True, *, timeout_s: float | None = None
+        ) -> Coroutine[Any, Any, Any]: ...
+
+        def loss(
+            self,
+            output: Any,
+            label: Any,
+            sample_weight: Any = None,
+            *,
+            mask: Any = None,
+            timeout_s: float | None = None,
+        ) -> Coroutine[Any, Any, Any]: ...
+
+        def initialize_metrics_state(self, *, timeout_s: float | None = None) -> Coroutine[Any, Any, Any]: ...
+
+        def update_metrics_state(
+            self,
+            state: Any,
+            labels: Any,
+            batch_output: Any,
+            sample_weight: Any = None,
+            *,
+            mask: Any = None,
+            timeout_s: float | None = None,
+        ) -> Coroutine[Any, Any, Any]: ...
+
+        def finalize_metrics(self, state: Any, *, timeout_s: float | None = None) -> Coroutine[Any, Any, Metrics]: ...
+
+        def put_weights(
+            self, model_weights: Any, *, progress: Progress | None = None, timeout_s: float | None = None
+        ) -> Coroutine[Any, Any, AsyncWeightsHandle]: ...
+
+        def weights_handle(self, weights_id: str) -> AsyncWeightsHandle: ...
+
+        def get_weights(
+            self, handle: WeightsHandleApi, *, progress: Progress | None = None, timeout_s: float | None = None
+        ) -> Coroutine[Any, Any, ModelWeights]: ...
 
     @property
-    async def initial_weights(self) -> Any:
-        if self._initial_weights is None:
-            self._initial_weights = await super().initial_weights
-        return self._initial_weights
+    async def initial_weights(self) -> ModelWeights:
+        """(trainable, non_trainable) that the model was saved with: read-only arrays, fetched once.
 
-    def _run(self, call: Call[ResultT], timeout_s: float | None) -> Coroutine[Any, Any, ResultT]:
-        # Now: until it is awaited, its arrays may be changed.
-        return self._run_joined(call.joined(), self._deadline(timeout_s))
+        Raises ModelChanged, ServerUnavailable, DeadlineExceeded after the client's timeout.
+        """
+        weights = self._initial_weights
+        if weights is None:
+            weights = await self._run(self._calls.initial_weights(), self._deadline())
+            self._initial_weights = weights
+        return weights
 
-    async def _run_joined(self, call: Call[ResultT], deadline: float | None) -> ResultT:
-        if call.held is None:
-            return await self._transport.ask(call, deadline)
-        try:
-            return call.read(await self._transport.call(call.path, call.request, deadline, stays=True))
-        except errors.WeightsNotFound:
-            pass
-        return call.read(await self._transport.run(after_put(call.held, Unary(call.path, call.request)), deadline))
+    def _run(self, call: Call[ResultT], deadline: Deadline) -> Coroutine[Any, Any, ResultT]:
+        # Joined now: its arrays may be changed before it is awaited.
+        return self._run_joined(call.joined(), deadline)
 
-    async def put_weights(self, model_weights: Any, *, progress: Progress | None = None) -> AsyncWeightsHandle:
-        handle: AsyncWeightsHandle = await super().put_weights(model_weights, progress=progress)
-        return handle
+    async def _run_joined(self, call: Call[ResultT], deadline: Deadline) -> ResultT:
+        deadline.restart()
+        return await self._transport.ask(call, deadline)
 
-    def weights_handle(self, weights_id: str) -> AsyncWeightsHandle:
-        handle: AsyncWeightsHandle = super().weights_handle(weights_id)
-        return handle
+    def pipeline(self, model_weights: Any) -> Opening[AsyncPipeline]:
+        """Calls with these weights over one stream: each returns a future, and many are in flight at once.
 
-    async def pipeline(self, model_weights: Any) -> AsyncPipeline:
-        """See `RemoteFunctionalModel.pipeline`: `async with await model.pipeline(weights) as pipeline`."""
+        model_weights: a handle of `put_weights`, or (trainable, non_trainable), which is put first.
+        Returns an asynchronous context manager, `async with model.pipeline(weights) as pipeline`: leaving it waits for
+        every answer. It may be awaited, too, for the pipeline itself.
+        Raises what `put_weights` raises.
+        """
+        self._deadline()
+        return Opening(self._open_pipeline(model_weights))
+
+    async def _open_pipeline(self, model_weights: Any) -> AsyncPipeline:
         if not isinstance(model_weights, WeightsHandleApi):
             model_weights = await self.put_weights(model_weights)
         return AsyncPipeline(
@@ -456,22 +650,40 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         )
 
     async def predict_many(
-        self, model_weights: Any, batches: Iterable[Any], training: bool = True
+        self,
+        model_weights: Any,
+        batches: Iterable[Any],
+        training: bool = True,
+        *,
+        timeout_s: float | None = None,
     ) -> AsyncIterator[Any]:
-        """See `RemoteFunctionalModel.predict_many`."""
-        async with await self.pipeline(model_weights) as pipeline:
-            futures: collections.deque[asyncio.Future[Any]] = collections.deque()
-            for x in batches:
-                futures.append(pipeline.predict_on_batch(x, training))
-                while len(futures) >= MAX_CALLS or (futures and futures[0].done()):
-                    yield await futures.popleft()
-            while futures:
-                yield await futures.popleft()
+        """Yields the predictions for each batch, in order, with many batches in flight at once.
 
-    async def metrics_session(self, session_id: str | None = None, *, initial_state: Any = None) -> AsyncMetricsSession:
-        """See `RemoteFunctionalModel.metrics_session`: `async with await model.metrics_session() as session`."""
-        session: AsyncMetricsSession = await super().metrics_session(session_id, initial_state=initial_state)
-        return session
+        model_weights: a handle of `put_weights`, or (trainable, non_trainable), which is put first.
+        batches: an iterable of x like x of `input_spec` (no labels), leaves of shape [B, ...]. It is read as answers
+          come.
+        training: whether layers such as dropout act as in training.
+        timeout_s: seconds until DeadlineExceeded for each batch; None for the client's own.
+        Yields predictions, leaves of shape [B, ...]. Raises what `put_weights` and `predict_on_batch` raise.
+        """
+        async with self.pipeline(model_weights) as pipeline:
+            futures: collections.deque[asyncio.Future[Any]] = collections.deque()
+            with _abandoning(futures):
+                for x in batches:
+                    futures.append(pipeline.predict_on_batch(x, training, timeout_s=timeout_s))
+                    while len(futures) >= MAX_CALLS or (futures and futures[0].done()):
+                        yield await futures.popleft()
+                while futures:
+                    yield await futures.popleft()
+
+    def metrics_session(
+        self, session_id: str | None = None, *, initial_state: Any = None, timeout_s: float | None = None
+    ) -> Opening[AsyncMetricsSession]:
+        return Opening(super().metrics_session(session_id, initial_state=initial_state, timeout_s=timeout_s))
+
+    @property
+    def _session_type(self) -> type[AsyncMetricsSession]:
+        return AsyncMetricsSession
 
     def _session(self, session_id: bytes) -> AsyncMetricsSession:
         return AsyncMetricsSession(self._calls, session_id, self._timeout_s, self._transport)
@@ -484,11 +696,11 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         training: bool = False,
         session: MetricsSessionApi | None = None,
         progress: BatchProgress | None = None,
-    ) -> Any:
-        """See `FunctionalModelApi.evaluate`. batches: may be asynchronous too."""
+        timeout_s: float | None = None,
+    ) -> Metrics:
         sessions = None if session is None else [session]
         (metrics,) = await self.evaluate_many(
-            [model_weights], batches, training=training, sessions=sessions, progress=progress
+            [model_weights], batches, training=training, sessions=sessions, progress=progress, timeout_s=timeout_s
         )
         return metrics
 
@@ -500,56 +712,91 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         training: bool = False,
         sessions: Sequence[MetricsSessionApi] | None = None,
         progress: BatchProgress | None = None,
-    ) -> list[Any]:
-        """See `FunctionalModelApi.evaluate_many`. batches: may be asynchronous too."""
+        timeout_s: float | None = None,
+    ) -> list[Metrics]:
+        deadline = self._deadline(timeout_s, is_renewable=True)
+        training = self._check_many(model_weights, sessions, training)
         if sessions is not None:
-            await self._count(sessions, model_weights, batches, training, progress)
-            return [await session.result() for session in sessions]
+            return await self._evaluate(sessions, model_weights, batches, training, progress, deadline)
         own: list[AsyncMetricsSession] = []
+        failure: BaseException | None = None
         try:
             for _ in model_weights:
                 # One by one: those that were opened before one is refused are closed.
-                own.append(await self.metrics_session())  # noqa: PERF401
-            return await self.evaluate_many(model_weights, batches, training=training, sessions=own, progress=progress)
+                own.append(await self.metrics_session(timeout_s=deadline.part_s()))  # noqa: PERF401
+            return await self._evaluate(own, model_weights, batches, training, progress, deadline)
+        except BaseException as error:
+            failure = error
+            raise
         finally:
             with contextlib.suppress(errors.ForwardPassError):
+                closing = _closing(deadline, failure)
                 for session in own:
-                    await session.close(timeout_s=_CLOSE_S)
+                    await session.close(timeout_s=closing.remaining_s())
 
-    async def _count(
+    async def _evaluate(
         self,
         sessions: Sequence[MetricsSessionApi],
         model_weights: Sequence[Any],
         batches: Iterable[Any] | AsyncIterable[Any],
         training: bool,
         progress: BatchProgress | None,
-    ) -> None:
-        """See `RemoteFunctionalModel._count`."""
-        if len(sessions) != len(model_weights):
-            raise ValueError(f"sessions: expected {len(model_weights)}, one for each weights, got {len(sessions)}")
-        handles = [one if isinstance(one, WeightsHandleApi) else await self.put_weights(one) for one in model_weights]
+        deadline: Deadline,
+    ) -> list[Metrics]:
+        """See `RemoteFunctionalModel._evaluate`."""
+        handles = [
+            one if isinstance(one, WeightsHandleApi) else await self.put_weights(one, timeout_s=deadline.part_s())
+            for one in model_weights
+        ]
         pairs = list(zip(sessions, handles, strict=True))
         if not pairs:
-            return
-        flying = BatchesInFlight(self._calls, pairs, training, progress)
-        async with AsyncStream(self._transport, evaluation.PATH, flying, evaluation.TITLE) as stream:
+            return []
+        deadline.renew()
+        flying = BatchesInFlight(self._calls, pairs, training, progress, deadline)
+        async with AsyncStream(self._transport, evaluation.PATH, flying, evaluation.TITLE, deadline) as stream:
             futures: collections.deque[asyncio.Future[Any]] = collections.deque()
-            async for batch in _each(batches):
-                futures.append(stream.submit(evaluation.encode(self._calls, batch), None))
-                while len(futures) >= evaluation.MAX_BATCHES or (futures and futures[0].done()):
+            with _abandoning(futures):
+                async for batch in _each(batches):
+                    futures.append(stream.submit(evaluation.encode(self._calls, batch), deadline))
+                    while len(futures) >= evaluation.MAX_BATCHES or (futures and futures[0].done()):
+                        await futures.popleft()
+                while futures:
                     await futures.popleft()
-            while futures:
-                await futures.popleft()
+        return [await session.result(timeout_s=deadline.part_s()) for session in sessions]
 
-    async def _run_steps(self, steps: Steps) -> Any:
-        return await self._transport.run(steps, self._timeout_s)
+    async def _run_steps(self, steps: Steps, deadline: Deadline) -> Any:
+        deadline.restart()
+        return await self._transport.run(steps, deadline)
 
     def _handle(self, held: HeldWeights) -> AsyncWeightsHandle:
         return AsyncWeightsHandle(held, self._transport, self._timeout_s)
 
-    async def _handle_after(self, held: HeldWeights, steps: Steps) -> AsyncWeightsHandle:
-        await self._run_steps(steps)
+    async def _put(self, held: HeldWeights, progress: Progress | None, deadline: Deadline) -> AsyncWeightsHandle:
+        deadline.restart()
+        await self._transport.run(held.put(deadline, progress), deadline)
         return self._handle(held)
+
+
+@contextlib.contextmanager
+def _abandoning(futures: Iterable[asyncio.Future[Any]]) -> Iterator[None]:
+    """At the end, futures that are left have no reader: asyncio must not log their errors."""
+    try:
+        yield
+    finally:
+        for future in futures:
+            if not future.cancel() and not future.cancelled():
+                future.exception()
+
+
+def _closing(deadline: Deadline, failure: BaseException | None) -> Deadline:
+    """For closing the sessions of an evaluation at its end.
+
+    Within the deadline of the evaluation, but for a renewable one that no call to the server has used up.
+    """
+    wait_s = deadline.wait_s()
+    if wait_s is None or (deadline.is_renewable and not isinstance(failure, errors.ForwardPassError)):
+        return Deadline(_CLOSE_S)
+    return Deadline(min(_CLOSE_S, wait_s))
 
 
 async def _each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:

@@ -7,77 +7,100 @@ import asyncio
 import concurrent.futures
 import threading
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from forwardpass.wire.description import BatchOutput
 from forwardpass.wire.methods import METHODS
 from forwardpass_client.calls import Call, ModelCalls
 from forwardpass_client.calls_in_flight import CallsInFlight
+from forwardpass_client.deadlines import Deadline
+from forwardpass_client.processes import Connected
 from forwardpass_client.streams import AsyncStream, Stream
 from forwardpass_client.transport import AsyncTransport, Transport
-from forwardpass_client.weights import HeldWeights
+from forwardpass_client.weights import HeldWeights, WeightsHandleApi
 
 _PATH = METHODS["Pipeline"].path
 _TITLE = "pipeline"
 
 
-class PipelineApi(abc.ABC):
+class PipelineApi(Connected, abc.ABC):
     """Calls with the same weights over one stream, answered as they finish, in any order.
 
     Each method takes what the model's method of the same name takes but for the weights, and returns a future.
-    Errors about arguments are raised at once. On a broken stream it connects again, for half a minute at most, and
-    sends what is unanswered.
+    Errors about arguments are raised at once. When the stream breaks, the pipeline reconnects and sends every
+    unanswered call again, for half a minute at most.
     """
 
-    def __init__(self, calls: ModelCalls, model_weights: Any, timeout_s: float | None) -> None:
+    def __init__(self, calls: ModelCalls, model_weights: WeightsHandleApi, timeout_s: float | None) -> None:
+        super().__init__(timeout_s)
         self._calls = calls
         self._weights = model_weights
-        self._timeout_s = timeout_s
 
     def predict_on_batch(self, x: Any, training: bool = True, *, timeout_s: float | None = None) -> Any:
-        """A future of the predictions for one batch."""
-        call = self._calls.predict_on_batch(self._weights, x, training)
-        return self._submit(call.joined(), self._deadline(timeout_s))
+        """A future of the predictions for one batch: leaves of shape [B, ...].
+
+        x: like x of the model's `input_spec`, leaves of shape [B, ...]; B may differ from call to call.
+        training: whether layers such as dropout act as in training.
+        timeout_s: seconds until the future raises DeadlineExceeded; None for the client's own.
+        Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf, and CallCancelled on a closed
+        pipeline. The future raises ModelRefusedInput, WeightsNotFound, ServerUnavailable, DeadlineExceeded.
+        """
+        deadline = self._deadline(timeout_s)
+        return self._submit(self._calls.predict_on_batch(self._weights, x, training).joined(), deadline)
 
     def forward_pass(self, batch_input: Any, training: bool = True, *, timeout_s: float | None = None) -> Any:
-        """A future of the BatchOutput of one batch."""
-        call = self._calls.forward_pass(self._weights, batch_input, training)
-        return self._submit(call.joined(), self._deadline(timeout_s))
+        """A future of the BatchOutput of one batch.
 
-    def _deadline(self, timeout_s: float | None) -> float | None:
-        return self._timeout_s if timeout_s is None else timeout_s
+        batch_input: (x, y), or a mapping with keys x and y, like the model's `input_spec`, leaves of shape [B, ...].
+        training, timeout_s, errors: as of `predict_on_batch`.
+        """
+        deadline = self._deadline(timeout_s)
+        return self._submit(self._calls.forward_pass(self._weights, batch_input, training).joined(), deadline)
 
     @abc.abstractmethod
-    def _submit(self, call: Call[Any], timeout_s: float | None) -> Any:
+    def _submit(self, call: Call[Any], deadline: Deadline) -> Any:
         """Sends a call: returns its future."""
 
 
 class Pipeline(PipelineApi):
-    """See PipelineApi. A context manager: leaving it waits for every answer. Any number of threads may call at once.
+    """Calls over one stream, each a `concurrent.futures.Future`: see `PipelineApi`.
 
-    Its futures are concurrent.futures.Future. Where as many calls are in flight as may be, a call waits.
+    A context manager: leaving it waits for every answer. Any number of threads may call at once. A call waits for room
+    where 256 calls, or 64 MiB of them, are in flight.
     """
 
     def __init__(
         self,
         transport: Transport,
         calls: ModelCalls,
-        model_weights: Any,
+        model_weights: WeightsHandleApi,
         timeout_s: float | None,
         max_message_bytes: int,
     ) -> None:
         super().__init__(calls, model_weights, timeout_s)
         self._transport = transport
         self._flying = CallsInFlight(max_message_bytes, self._put_weights)
-        self._stream = Stream(transport, _PATH, self._flying, _TITLE)
+        self._stream = Stream(transport, _PATH, self._flying, _TITLE, Deadline(None))
 
-    def _submit(self, call: Call[Any], timeout_s: float | None) -> concurrent.futures.Future[Any]:
-        return self._stream.submit(call, timeout_s)
+    if TYPE_CHECKING:
+
+        def predict_on_batch(
+            self, x: Any, training: bool = True, *, timeout_s: float | None = None
+        ) -> concurrent.futures.Future[Any]: ...
+
+        def forward_pass(
+            self, batch_input: Any, training: bool = True, *, timeout_s: float | None = None
+        ) -> concurrent.futures.Future[BatchOutput]: ...
+
+    def _submit(self, call: Call[Any], deadline: Deadline) -> concurrent.futures.Future[Any]:
+        return self._stream.submit(call, deadline)
 
     def _put_weights(self, held: HeldWeights) -> None:
         def put() -> None:
             error: Exception | None = None
             try:
-                self._transport.run(held.put(), self._timeout_s)
+                deadline = Deadline(self._timeout_s, is_renewable=True)
+                self._transport.run(held.put(deadline), deadline)
             except Exception as failure:
                 error = failure
             with self._stream.changing():
@@ -85,8 +108,12 @@ class Pipeline(PipelineApi):
 
         threading.Thread(target=put, name="forwardpass-pipeline-put", daemon=True).start()
 
+    def check_process(self) -> None:
+        """Raises RuntimeError in a forked child, where no call is ever answered."""
+        self._stream.check_process()
+
     def close(self) -> None:
-        """Waits for every answer, and ends the stream."""
+        """Waits for every answer, and ends the stream. Raises RuntimeError in a forked child."""
         self._stream.close()
 
     def __enter__(self) -> Pipeline:
@@ -99,33 +126,44 @@ class Pipeline(PipelineApi):
 
 
 class AsyncPipeline(PipelineApi):
-    """`Pipeline` for asyncio, as an asynchronous context manager. Its futures are asyncio's.
+    """`Pipeline` for asyncio: an asynchronous context manager whose futures are `asyncio.Future`.
 
-    A call that finds as many in flight as may be is sent later: its future is there at once.
+    A call that finds no room in flight is sent later; its future is returned at once.
     """
 
     def __init__(
         self,
         transport: AsyncTransport,
         calls: ModelCalls,
-        model_weights: Any,
+        model_weights: WeightsHandleApi,
         timeout_s: float | None,
         max_message_bytes: int,
     ) -> None:
         super().__init__(calls, model_weights, timeout_s)
         self._transport = transport
         self._flying = CallsInFlight(max_message_bytes, self._put_weights)
-        self._stream = AsyncStream(transport, _PATH, self._flying, _TITLE)
+        self._stream = AsyncStream(transport, _PATH, self._flying, _TITLE, Deadline(None))
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def _submit(self, call: Call[Any], timeout_s: float | None) -> asyncio.Future[Any]:
-        return self._stream.submit(call, timeout_s)
+    if TYPE_CHECKING:
+
+        def predict_on_batch(
+            self, x: Any, training: bool = True, *, timeout_s: float | None = None
+        ) -> asyncio.Future[Any]: ...
+
+        def forward_pass(
+            self, batch_input: Any, training: bool = True, *, timeout_s: float | None = None
+        ) -> asyncio.Future[BatchOutput]: ...
+
+    def _submit(self, call: Call[Any], deadline: Deadline) -> asyncio.Future[Any]:
+        return self._stream.submit(call, deadline)
 
     def _put_weights(self, held: HeldWeights) -> None:
         async def put() -> None:
             error: Exception | None = None
             try:
-                await self._transport.run(held.put(), self._timeout_s)
+                deadline = Deadline(self._timeout_s, is_renewable=True)
+                await self._transport.run(held.put(deadline), deadline)
             except Exception as failure:
                 error = failure
             self._flying.weights_put(held, error)
@@ -136,7 +174,7 @@ class AsyncPipeline(PipelineApi):
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Waits for every answer, and ends the stream. Cancelled, it gives up what is unanswered."""
+        """Waits for every answer, and ends the stream. Cancelled, it fails every unanswered call."""
         await self._stream.close()
 
     async def __aenter__(self) -> AsyncPipeline:

@@ -1,18 +1,48 @@
-"""Where a client may be used: the process and the event loop that made it, and what gevent needs."""
+"""Where a client may be used: in the process that made it, on one event loop, with gevent only as gRPC knows it."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 from typing import Any, NoReturn
 
 from grpc._cython import cygrpc
 
+from forwardpass_client.deadlines import Deadline, check_timeout
+
 _PAGE = "see docs/processes.md"
 
 
-class OfOneProcess:
-    """Base of what holds a connection: it cannot be copied or pickled, and the error says so."""
+class Connected:
+    """Base of what holds a connection: it works in one process, and each of its calls gets a deadline.
+
+    timeout_s: of calls without a timeout of their own; None for no limit.
+    """
+
+    def __init__(self, timeout_s: float | None) -> None:
+        self._timeout_s = timeout_s
+        self._process_id = os.getpid()
+
+    def _deadline(self, timeout_s: float | None = None, *, is_renewable: bool = False) -> Deadline:
+        """The deadline of a public call, which begins now. is_renewable: where the call has no timeout of its own.
+
+        Raises RuntimeError in a forked child, and TypeError or ValueError for what is no timeout.
+        """
+        # 60 ns.
+        if os.getpid() != self._process_id:
+            self._refuse_process()
+        if timeout_s is None:
+            return Deadline(self._timeout_s, is_renewable=is_renewable)
+        return Deadline(check_timeout(timeout_s))
+
+    @property
+    def _is_in_forked_child(self) -> bool:
+        """Whether the process that made this has forked, and this is the child."""
+        return os.getpid() != self._process_id
+
+    def _refuse_process(self) -> NoReturn:
+        raise RuntimeError(forked(type(self).__name__))
 
     def __reduce__(self) -> NoReturn:
         raise TypeError(
@@ -21,8 +51,16 @@ class OfOneProcess:
         )
 
 
+def forked(name: str) -> str:
+    """The message of an error in a forked child. name: of the class that was made before the fork."""
+    return (
+        f"this {name} was made before the process forked, and its connection works only in the parent process: call "
+        f"connect() in the child ({_PAGE})"
+    )
+
+
 class OneLoop:
-    """Remembers the event loop of gRPC's channels: used on another loop, they fail or wait forever."""
+    """Remembers the event loop of gRPC's channels: on another loop they fail or wait forever."""
 
     def __init__(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -1,76 +1,62 @@
-"""A call that any of several servers may answer: which server is asked next when one cannot."""
+"""Calls that any of several replicas may answer: which replica is asked next where one cannot answer."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from forwardpass.wire import errors
-from forwardpass_client.patience import AWAY, Patience, deadline_exceeded
+from forwardpass.wire.chunks import Pieces
+from forwardpass_client import retries
+from forwardpass_client.backoff import RETRYABLE, Backoff
+from forwardpass_client.deadlines import Deadline
 from forwardpass_client.transfers import Pause, Steps, Unary
 
 if TYPE_CHECKING:
     from forwardpass_client.calls import Call
 
-# During a rollout some servers have a version, or another content of it, and others do not. An answer of other content
-# is never used: ModelChanged is raised in its place.
+# During a rollout some replicas have a version, or another content of it, and others do not. An answer of other content
+# is never used: ModelChanged is raised instead.
 _LACKING = (errors.ModelNotFound, errors.ModelFailed, errors.ModelChanged)
 
 TransportT = TypeVar("TransportT", bound="_Transport")
 
-TRY_ANOTHER = (*AWAY, *_LACKING)
-"""Errors after which another server may answer the same call."""
-
 TURNS = 8
 """How many servers are asked where their number is unknown: as many replicas as the autoscaling component allows."""
 
-# A round asks two servers, so the first pause is short. Pauses double up to 2 s.
-_FIRST_PAUSE_S = 0.1
-
-# Rounds for an error of _LACKING, with pauses of 1.5 s together: a version that is gone everywhere is reported soon.
+# Rounds for an error of _LACKING, with pauses of some 1.5 s together: a version that no replica has is reported soon.
 _LACKING_ROUNDS = 5
 
 
-def deadline(timeout_s: float | None) -> float | None:
-    """When a call that begins now must have ended, by time.monotonic; None for never."""
-    return None if timeout_s is None else time.monotonic() + timeout_s
+def is_for_another(error: Exception, request: bytes | Pieces = b"") -> bool:
+    """Whether another replica may answer the same call."""
+    return retries.is_retryable(error, request) or isinstance(error, _LACKING)
 
 
-def remaining_s(until: float | None, last: Exception | None) -> float | None:
-    """Seconds until a deadline. last: why the last server did not answer. Raises DeadlineExceeded, which names it."""
-    if until is None:
-        return None
-    seconds = until - time.monotonic()
-    if seconds <= 0:
-        raise deadline_exceeded(last)
-    return seconds
+def ask_others(call: Call[Any], error: errors.ForwardPassError, deadline: Deadline) -> Steps:
+    """The steps of a call after the next replica in turn failed with `error`: the result in the end.
 
-
-def ask_others(call: Call[Any], error: errors.ForwardPassError, until: float | None) -> Steps:
-    """The steps of a call after the next server in turn failed with `error`: the result in the end.
-
-    Each round asks the sticky server, where the model was looked up, and then the next in turn. until: the deadline.
-    Raises the last error after half a minute, and an error of a version that is missing after some seconds.
+    Each round asks the sticky server, where the model was looked up, and then the next in turn.
+    Raises the last error after half a minute, an error of a version that is missing after some seconds, and
+    DeadlineExceeded, which names the last error.
     """
-    patience, lacking_rounds = Patience(_FIRST_PAUSE_S), _LACKING_ROUNDS
+    backoff, lacking_rounds = Backoff(deadline), _LACKING_ROUNDS
     while True:
-        for stays in (True, False):
+        for sticky in (True, False):
+            deadline.last_error = error
             try:
-                return call.read((yield Unary(call.path, call.request, remaining_s(until, error), stays)))
-            except TRY_ANOTHER as failure:
+                return call.read((yield Unary(call.path, call.request, sticky)))
+            except errors.ForwardPassError as failure:
+                if not is_for_another(failure, call.request):
+                    raise
                 error = failure
-            except errors.DeadlineExceeded:
-                raise deadline_exceeded(error) from None
         lacking_rounds -= isinstance(error, _LACKING)
-        pause_s = patience.pause_s()
-        if pause_s is None or not lacking_rounds:
+        if not lacking_rounds:
             raise error
-        left_s = remaining_s(until, error)
-        yield Pause(pause_s if left_s is None else min(pause_s, left_s))
+        yield Pause(backoff.pause_s(error))
 
 
-def is_any_serving(call: Call[bool], servers: int, until: float | None) -> Steps:
+def is_any_serving(call: Call[bool], servers: int, deadline: Deadline) -> Steps:
     """The steps that ask up to so many servers in turn for their health: whether one answers SERVING.
 
     Raises the last error where no server answers.
@@ -79,9 +65,9 @@ def is_any_serving(call: Call[bool], servers: int, until: float | None) -> Steps
     has_answer = False
     for _ in range(servers):
         try:
-            answer = yield Unary(call.path, call.request, remaining_s(until, failure), stays=False)
-        except AWAY as error:
-            failure = error
+            answer = yield Unary(call.path, call.request, sticky=False)
+        except RETRYABLE as error:
+            failure = deadline.last_error = error
             continue
         if call.read(answer):
             return True
@@ -102,8 +88,8 @@ class _Transport(Protocol):
 class Transports(Generic[TransportT]):
     """The transports of a client: the first, and one for each server to which a look-up of a model had to go.
 
-    A transport stays with one server. Where that server lacks a version, a model of it gets the transport of a server
-    that has it: so its calls by id, sessions and streams go there, and those of other models remain where they are.
+    A transport keeps one sticky server. Where that server lacks a version, a model of it gets the transport of a server
+    that has it: its calls by id, sessions and streams go there, and those of other models go where they went before.
     """
 
     def __init__(self, connect: Callable[[], TransportT]) -> None:
@@ -117,7 +103,7 @@ class Transports(Generic[TransportT]):
 
     @property
     def servers(self) -> int:
-        """How many servers may have to be asked until each was."""
+        """How many attempts it takes to ask every server."""
         return TURNS if self.own.has_several_servers else 1
 
     def candidates(self) -> Iterator[TransportT]:
@@ -128,13 +114,12 @@ class Transports(Generic[TransportT]):
             yield self._connect()
 
     def next_failure(
-        self, error: errors.ForwardPassError, former: errors.ForwardPassError | None
+        self, error: errors.ForwardPassError, former: errors.ForwardPassError | None, deadline: Deadline
     ) -> errors.ForwardPassError:
-        """What a look-up raises in the end, after another error. Raises it where no other server is to be asked."""
-        if isinstance(error, errors.DeadlineExceeded) and former is not None:
-            raise deadline_exceeded(former) from None
-        if not isinstance(error, TRY_ANOTHER) or self.own.is_closed or not self.own.has_several_servers:
-            raise error
+        """The error that a look-up raises in the end, after another one. Raises it where no other server is asked."""
+        deadline.last_error = former
+        if not is_for_another(error) or self.own.is_closed or not self.own.has_several_servers:
+            raise deadline.explained(error)
         return former or error
 
     def is_kept(self, transport: TransportT) -> bool:
@@ -142,6 +127,6 @@ class Transports(Generic[TransportT]):
         return any(transport is kept for kept in self.all)
 
     def keep(self, transport: TransportT) -> None:
-        """Keeps a transport open: a model uses it."""
+        """Keeps a transport open until the client is closed, because a model uses it."""
         if not self.is_kept(transport):
             self._others.append(transport)

@@ -1,4 +1,4 @@
-"""The calls of metric sessions: requests from arguments, results from responses."""
+"""Calls of metric sessions: requests from arguments, results from responses."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from forwardpass.wire.chunks import Pieces
 from forwardpass.wire.description import BatchOutput, Function
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
-from forwardpass_client.calls import Call, ModelCalls, ResultT, batch_output_values, nested, x_and_y
+from forwardpass_client.calls import Call, ModelCalls, ResultT, batch_output_values, check_training, nested, x_and_y
 
 
 class SessionCalls(ModelCalls):
     """The calls of one version of a model, those of its metric sessions included.
 
-    An update does not say yet which it is: see `identified`.
+    An update has no identity yet: see `identified`.
     """
 
     def open_session(self, session_id: bytes, resume: bool, initial_state: Any) -> Call[int]:
         """How many updates the session has counted. initial_state: None for the state before the first batch."""
         request = v1.OpenSessionRequest(model=self._selector, session_id=session_id, resume=resume)
-        # Says so where the model has no metrics.
+        # Raises FunctionNotAvailable for a model without metrics.
         self._conform(Function.INITIALIZE_METRICS_STATE, {})
         parts = {}
         if initial_state is not None:
@@ -59,8 +59,10 @@ class SessionCalls(ModelCalls):
         *,
         names_weights: bool = False,
     ) -> Call[BatchOutput]:
-        """names_weights: also where they had better be sent: two calls with the same weights are equal then."""
-        request = v1.ForwardPassInSessionRequest(training=bool(training), without_predictions=not with_predictions)
+        """names_weights: always by id, so that two calls with equal weights are equal requests."""
+        request = v1.ForwardPassInSessionRequest(
+            training=check_training(training), without_predictions=not with_predictions
+        )
 
         def read(data: bytes) -> BatchOutput:
             return self._batch_output(self._read(v1.ForwardPassInSessionResponse, data))
@@ -77,7 +79,7 @@ class SessionCalls(ModelCalls):
         )
 
     def merge_into_session(self, other_session_id: bytes, state: Any) -> Call[None]:
-        """state: None for that of the other session."""
+        """state: None for the state of the other session."""
         if self.model.unmergeable_reason:
             raise errors.FunctionNotAvailable(
                 f"model {self.model.identity}: merging metrics states is not available: {self.model.unmergeable_reason}"
@@ -115,7 +117,7 @@ class SessionCalls(ModelCalls):
         return messages.encode(v1.EvaluationBatch(update_id=update_id), parts, self._max_request_bytes)
 
     def check_position(self, position: v1.EvaluationPosition) -> None:
-        """Raises ModelChanged where an evaluation runs on another model than the one that was looked up."""
+        """Raises ModelChanged where the evaluation runs on another model than the one that was looked up."""
         self._check_identity(position.model)
 
     def _batch_values(self, batch_input: Any) -> dict[str, Any]:
@@ -132,12 +134,12 @@ class SessionCalls(ModelCalls):
         self._read(response_type, data)
 
 
-# The same in every request that is an update, and its first field.
+# The first field of every request that is an update.
 _UPDATE = v1.UpdateSessionRequest.DESCRIPTOR.fields_by_name["update"].number
 
 
 def identified(call: Call[ResultT], update: v1.UpdateIdentity) -> Call[ResultT]:
-    """An update that says which update of which session it is."""
+    """An update with its identity: which update of which session it is."""
     identity = update.SerializeToString()
     start = fields.prefix(_UPDATE, len(identity)) + identity
     request = call.request.after(start) if isinstance(call.request, Pieces) else start + call.request

@@ -1,4 +1,4 @@
-"""A stream that is opened again when it breaks, for threads and for asyncio; others say what travels over it."""
+"""Streams that reconnect when they break, for threads and for asyncio."""
 
 from __future__ import annotations
 
@@ -6,19 +6,25 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
+import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from forwardpass.wire import errors
-from forwardpass_client.patience import AWAY, Patience
+from forwardpass_client.backoff import RETRYABLE, Backoff
+from forwardpass_client.deadlines import Deadline
+from forwardpass_client.processes import forked
 from forwardpass_client.transfers import Steps
 from forwardpass_client.transport import AsyncTransport, Transport
 
-# Each item's own deadline holds while the stream is being opened again.
-_FIRST_PAUSE_S = 0.1
+# How long a stream with nothing unanswered may take to end before it is cancelled: a server that stalls never ends it.
+_END_S = 0.3
+
+
+ResultT = TypeVar("ResultT")
 
 
 class Future(Protocol):
@@ -32,7 +38,7 @@ class Future(Protocol):
 
 
 class Completed(NamedTuple):
-    """A future, and what it is to be completed with."""
+    """A future, and its result or error."""
 
     future: Future
     result: Any
@@ -40,15 +46,15 @@ class Completed(NamedTuple):
 
 
 class InFlight(Protocol):
-    """What is on its way over a stream, apart from the stream: sent, and not answered yet. For one thread at a time."""
+    """The items of a stream that are sent and not answered yet, without I/O. For one thread at a time."""
 
     def __len__(self) -> int: ...
 
     def has_room(self, item: Any) -> bool:
-        """Whether another item may be on its way."""
+        """Whether another item may be in flight."""
 
-    def add(self, item: Any, future: Future, deadline: float | None) -> None:
-        """Takes an item to be sent. deadline: by time.monotonic."""
+    def add(self, item: Any, future: Future, deadline: Deadline) -> None:
+        """Takes an item to be sent."""
 
     def has_message(self) -> bool:
         """Whether there is something to send."""
@@ -57,28 +63,28 @@ class InFlight(Protocol):
         """The next message of the stream; there must be one."""
 
     def take(self, message: bytes) -> None:
-        """Takes a response of the stream. Raises what is wrong with the stream."""
+        """Takes a response of the stream. Raises an error of the stream as a whole."""
 
     def completed(self) -> list[Completed]:
-        """What `complete` is to be told of, outside of any lock: a future's callbacks may do anything."""
+        """The futures that are to be completed, without a lock: their callbacks may call anything."""
 
     def next_event(self) -> float | None:
-        """When `advance` has something to do next, by time.monotonic; None where it never will."""
+        """When `advance` is to be called next, by time.monotonic; None for never."""
 
     def advance(self) -> None:
-        """Does what is due."""
+        """Does what is due. Raises DeadlineExceeded where the deadline of the stream as a whole has passed."""
 
     def resend(self) -> None:
-        """Another stream has taken the place of one that broke: what is unanswered is to be sent again."""
+        """Sends every unanswered item again, because another stream has replaced one that broke."""
 
     def broke(self, error: Exception) -> None:
         """The stream has ended with an error."""
 
     def recovery(self, error: Exception) -> Steps | None:
-        """What to do after an error of the stream before it is opened again; None where it cannot be helped."""
+        """The steps to take after an error of the stream before it reconnects; None where the error is final."""
 
     def fail_all(self, error: Exception) -> None:
-        """Gives up all that is unanswered."""
+        """Fails every unanswered item."""
 
 
 def complete(completed: Iterable[Completed]) -> None:
@@ -92,13 +98,40 @@ def complete(completed: Iterable[Completed]) -> None:
             else:
                 future.set_exception(error)
         except (concurrent.futures.InvalidStateError, asyncio.InvalidStateError):
-            continue  # Cancelled between the question and the answer.
+            continue  # Cancelled between done() and set_result().
+
+
+class CallFuture(concurrent.futures.Future[ResultT]):
+    """A future that raises RuntimeError in a forked child, where the thread that would complete it is missing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._process_id = os.getpid()
+
+    def result(self, timeout: float | None = None) -> ResultT:
+        """The answer; see `concurrent.futures.Future`."""
+        self._check_process()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """The error; see `concurrent.futures.Future`."""
+        self._check_process()
+        return super().exception(timeout)
+
+    def _check_process(self) -> None:
+        if self._process_id != os.getpid() and not self.done():
+            raise RuntimeError(forked("future"))
 
 
 class Stream:
-    """For threads, any number of which may call at once. title: what it is to its user, for messages."""
+    """A stream for any number of threads.
 
-    def __init__(self, transport: Transport, path: str, flying: InFlight, title: str) -> None:
+    title: the user's word for it, in messages. deadline: of the stream as a whole; each item has a deadline of its own.
+    """
+
+    def __init__(self, transport: Transport, path: str, flying: InFlight, title: str, deadline: Deadline) -> None:
+        self._process_id = os.getpid()
+        self._deadline = deadline
         self._transport = transport
         self._path = path
         self._flying = flying
@@ -109,7 +142,7 @@ class Stream:
         self._stream = 0
         self._cancel: Callable[[], None] = lambda: None
         self._threads = [
-            # In the context of whoever opens it: a trace is one.
+            # In the context of the caller, which holds the current trace.
             threading.Thread(
                 target=contextvars.copy_context().run,
                 args=(target,),
@@ -121,28 +154,37 @@ class Stream:
         for thread in self._threads:
             thread.start()
 
-    def submit(self, item: Any, timeout_s: float | None) -> concurrent.futures.Future[Any]:
-        """Sends an item: a future of its answer. Where as much is on its way as may be, it waits."""
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        # A callback of a future must not wait for what its own thread alone can bring about.
+    def check_process(self) -> None:
+        """Raises RuntimeError in a forked child, where the threads of the stream are missing."""
+        if os.getpid() != self._process_id:
+            raise RuntimeError(forked(self._title))
+
+    def submit(self, item: Any, deadline: Deadline) -> concurrent.futures.Future[Any]:
+        """Sends an item: a future of its answer. Waits until there is room in flight, or until the deadline."""
+        self.check_process()
+        future: concurrent.futures.Future[Any] = CallFuture()
+        # A callback of a future runs on a thread of the stream: if it waited for room, no answer could make room.
         is_ours = threading.current_thread() in self._threads
         with self.changing():
             has_room = is_ours or self._changed.wait_for(
-                lambda: self._error is not None or self._is_closing or self._flying.has_room(item), timeout_s
+                lambda: self._error is not None or self._is_closing or self._flying.has_room(item),
+                # The deadline of the stream as a whole may move on: `_keep_time` ends the stream.
+                None if deadline is self._deadline else deadline.wait_s(),
             )
             if self._error is not None:
                 raise self._error
             if self._is_closing:
                 raise errors.CallCancelled(f"the {self._title} is closed")
             if not has_room:
-                raise errors.DeadlineExceeded("no other call ended in time to make room for this one")
+                raise errors.DeadlineExceeded(
+                    f"the {self._title} had no room for another call before the deadline: none in flight was answered"
+                )
             self._flying.add(item, future, deadline)
         return future
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
-        """Holds the lock; tells every thread of the change; completes futures afterwards, without the lock."""
+        """Holds the lock, then wakes every thread, then completes futures without the lock."""
         with self._changed:
             try:
                 yield
@@ -152,7 +194,7 @@ class Stream:
         complete(completed)
 
     def _requests(self, stream: int) -> Iterator[bytes]:
-        """The messages of one stream, until all is answered or another stream has taken its place."""
+        """The messages of one stream, until every item is answered or another stream has replaced it."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._flying.has_message() or self._stream != stream or self._is_over())
@@ -165,12 +207,12 @@ class Stream:
         return self._error is not None or (self._is_closing and not len(self._flying))
 
     def _receive(self) -> None:
-        patience = Patience(_FIRST_PAUSE_S)
+        backoff = Backoff(self._deadline)
         while True:
             with self._changed:
-                # No stream before there is something to send. While nobody waits, no time is lost.
+                # No stream before there is something to send. While no item waits, the backoff does not count.
                 if not len(self._flying):
-                    patience.renew()
+                    backoff.reset()
                 self._changed.wait_for(lambda: len(self._flying) or self._is_over())
                 if self._is_over():
                     return
@@ -179,41 +221,39 @@ class Stream:
                 self._flying.resend()
             try:
                 for message in self._transport.stream(self._path, self._requests(stream), opened=self._opened):
-                    patience.renew()
+                    backoff.reset()
                     with self.changing():
                         self._flying.take(message)
-                with self._changed:
-                    if self._is_over():
-                        return
                 error: Exception = errors.ServerUnavailable("the server ended the stream")
             except Exception as failure:
                 error = failure
+            with self._changed:
+                self._stream += 1
+                if self._is_over():
+                    return
             try:
-                pause_s = self._recover(error, patience)
+                pause_s = self._recover(error, backoff)
             except Exception as failure:
                 self._give_up(failure)
                 return
             with self._changed:
-                self._stream += 1
-                if self._error is not None:
-                    return
-            time.sleep(pause_s)
+                self._changed.wait_for(self._is_over, pause_s)
 
-    def _recover(self, error: Exception, patience: Patience) -> float:
-        """Does what helps against an error of the stream: the pause before the next. Raises what cannot be helped."""
-        if self._transport.is_closed:
+    def _recover(self, error: Exception, backoff: Backoff) -> float:
+        """Takes the steps that help against an error of the stream: the pause before it reconnects.
+
+        Raises an error that is final.
+        """
+        if self._transport.is_closed or not isinstance(error, errors.ForwardPassError):
             raise error
         with self._changed:
             self._flying.broke(error)
-        if not isinstance(error, AWAY):
+        if not isinstance(error, RETRYABLE):
             steps = self._flying.recovery(error)
             if steps is None:
                 raise error
-            self._transport.run(steps, None)
-        pause_s = patience.pause_s()
-        if pause_s is None:
-            raise error
-        return pause_s
+            self._transport.run(steps, self._deadline)
+        return backoff.pause_s(error)
 
     def _give_up(self, error: Exception) -> None:
         with self.changing():
@@ -231,27 +271,40 @@ class Stream:
 
     def _keep_time(self) -> None:
         while True:
+            expired: Exception | None = None
             with self._changed:
                 if self._is_over():
                     return
                 event = self._flying.next_event()
                 self._changed.wait(None if event is None else max(event - time.monotonic(), 0))
-                self._flying.advance()
+                try:
+                    self._flying.advance()
+                except errors.DeadlineExceeded as error:
+                    expired = error
                 completed = self._flying.completed()
                 if completed or self._flying.has_message():
                     self._changed.notify_all()
             complete(completed)
+            if expired is not None:
+                self._give_up(expired)
+                self._cancel()
 
     def close(self) -> None:
         """Waits for every answer, and ends the stream."""
+        self.check_process()
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()
+            self._changed.wait_for(self._is_over)
+        self._threads[0].join(_END_S)
+        self._cancel()
         for thread in self._threads:
             thread.join()
 
     def leave(self) -> None:
-        """Gives up what is unanswered, and ends the stream."""
+        """Fails every unanswered item, and ends the stream. In a forked child it does nothing."""
+        if os.getpid() != self._process_id:
+            return
         self._give_up(_left(self._title))
         self._cancel()
         self.close()
@@ -271,22 +324,24 @@ class Stream:
 class AsyncStream:
     """`Stream` for asyncio."""
 
-    def __init__(self, transport: AsyncTransport, path: str, flying: InFlight, title: str) -> None:
+    def __init__(self, transport: AsyncTransport, path: str, flying: InFlight, title: str, deadline: Deadline) -> None:
+        self._deadline = deadline
         self._transport = transport
         self._path = path
         self._flying = flying
         self._title = title
-        self._held_back: list[tuple[Any, asyncio.Future[Any], float | None]] = []
+        self._held_back: list[tuple[Any, asyncio.Future[Any], Deadline]] = []
         self._changed = asyncio.Event()
         self._error: Exception | None = None
         self._is_closing = False
         self._stream = 0
         self._timer: asyncio.TimerHandle | None = None
         self._timed = 0.0
+        self._ending: asyncio.TimerHandle | None = None
         self._receiving = asyncio.ensure_future(self._receive())
 
-    def submit(self, item: Any, timeout_s: float | None) -> asyncio.Future[Any]:
-        """Sends an item: a future of its answer. Where as much is on its way as may be, it is sent later."""
+    def submit(self, item: Any, deadline: Deadline) -> asyncio.Future[Any]:
+        """Sends an item: a future of its answer. Where there is no room in flight, the item is sent later."""
         self._transport.check_loop()
         if self._error is not None:
             raise self._error
@@ -294,22 +349,27 @@ class AsyncStream:
             raise errors.CallCancelled(f"the {self._title} is closed")
         loop = asyncio.get_running_loop()
         future = loop.create_future()
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         if not self._held_back and self._flying.has_room(item):
             self._flying.add(item, future, deadline)
-            if deadline is not None and (self._timer is None or deadline < self._timed):
+            if deadline.at is not None and (self._timer is None or deadline.at < self._timed):
                 self._set_timer()
             self._changed.set()
             return future
         waiting = (item, future, deadline)
         self._held_back.append(waiting)
         self.advance()
-        if timeout_s is not None and self._held_back and self._held_back[-1] is waiting:
-            loop.call_later(timeout_s, complete, [Completed(future, None, errors.DeadlineExceeded())])
+        if deadline.at is not None and deadline is not self._deadline and self._held_back[-1:] == [waiting]:
+            loop.call_later(deadline.wait_s() or 0, self._expire_held_back, waiting)
         return future
 
+    def _expire_held_back(self, waiting: tuple[Any, asyncio.Future[Any], Deadline]) -> None:
+        if waiting in self._held_back:
+            self._held_back.remove(waiting)
+            complete([Completed(waiting[1], None, waiting[2].exceeded())])
+            self._end_soon()
+
     def advance(self) -> None:
-        """Completes what is answered, sends what there is room for, and sets the clock."""
+        """Completes what is answered, sends what there is room for, and sets the timer."""
         complete(self._flying.completed())
         sent = 0
         for item, future, deadline in self._held_back:
@@ -321,6 +381,7 @@ class AsyncStream:
         del self._held_back[:sent]
         self._set_timer()
         self._changed.set()
+        self._end_soon()
 
     def _set_timer(self) -> None:
         event = self._flying.next_event()
@@ -333,8 +394,17 @@ class AsyncStream:
 
     def _keep_time(self) -> None:
         self._timer = None
-        self._flying.advance()
-        self.advance()
+        try:
+            self._flying.advance()
+        except errors.DeadlineExceeded as error:
+            self._give_up(error)
+        else:
+            self.advance()
+
+    def _end_soon(self) -> None:
+        """Cancels the stream where every item is answered and the server does not end it."""
+        if self._ending is None and self._is_over():
+            self._ending = asyncio.get_running_loop().call_later(_END_S, self._receiving.cancel)
 
     def _is_over(self) -> bool:
         return self._error is not None or (self._is_closing and not len(self._flying) and not self._held_back)
@@ -351,10 +421,10 @@ class AsyncStream:
             await self._changed.wait()
 
     async def _receive(self) -> None:
-        patience = Patience(_FIRST_PAUSE_S)
+        backoff = Backoff(self._deadline)
         while True:
             while not len(self._flying) and not self._is_over():
-                patience.renew()
+                backoff.reset()
                 self._changed.clear()
                 await self._changed.wait()
             if self._is_over():
@@ -364,39 +434,37 @@ class AsyncStream:
             error: Exception = errors.ServerUnavailable("the server ended the stream")
             try:
                 async for message in self._transport.stream(self._path, self._requests(self._stream)):
-                    patience.renew()
+                    backoff.reset()
                     self._flying.take(message)
                     self.advance()
-                if self._is_over():
-                    return
             except Exception as failure:
                 error = failure
             self._stream += 1
             self._changed.set()
+            if self._is_over():
+                return
             try:
-                pause_s = await self._recover(error, patience)
+                pause_s = await self._recover(error, backoff)
             except Exception as failure:
                 self._give_up(failure)
                 return
             await asyncio.sleep(pause_s)
 
-    async def _recover(self, error: Exception, patience: Patience) -> float:
+    async def _recover(self, error: Exception, backoff: Backoff) -> float:
         """See `Stream._recover`."""
-        if self._transport.is_closed:
+        if self._transport.is_closed or not isinstance(error, errors.ForwardPassError):
             raise error
         self._flying.broke(error)
-        if not isinstance(error, AWAY):
+        if not isinstance(error, RETRYABLE):
             steps = self._flying.recovery(error)
             if steps is None:
                 raise error
-            await self._transport.run(steps, None)
-        pause_s = patience.pause_s()
-        if pause_s is None:
-            raise error
-        return pause_s
+            await self._transport.run(steps, self._deadline)
+        return backoff.pause_s(error)
 
     def _give_up(self, error: Exception) -> None:
-        self._error = error
+        if self._error is None:
+            self._error = error
         self._flying.fail_all(error)
         complete(self._flying.completed())
         complete(Completed(future, None, error) for _, future, _ in self._held_back)
@@ -406,23 +474,32 @@ class AsyncStream:
         self._changed.set()
 
     async def close(self) -> None:
-        """Waits for every answer, and ends the stream. Cancelled, it gives up what is unanswered."""
+        """Waits for every answer, and ends the stream. Cancelled, it fails every unanswered item."""
         self._transport.check_loop()
         self._is_closing = True
         self._changed.set()
+        self._end_soon()
         try:
-            await asyncio.shield(self._receiving)
+            # Not awaited itself: it may be cancelled here, or with the task that closes.
+            await asyncio.wait([self._receiving])
         except asyncio.CancelledError:
             await self.leave()
             raise
-        if self._timer is not None:
-            self._timer.cancel()
+        self._stop_timers()
+        if not self._receiving.cancelled():
+            self._receiving.result()
 
     async def leave(self) -> None:
-        """Gives up what is unanswered, and ends the stream."""
+        """Fails every unanswered item, and ends the stream."""
         self._give_up(_left(self._title))
         self._receiving.cancel()
         await asyncio.wait([self._receiving])
+        self._stop_timers()
+
+    def _stop_timers(self) -> None:
+        for timer in (self._timer, self._ending):
+            if timer is not None:
+                timer.cancel()
 
     async def __aenter__(self) -> AsyncStream:
         return self
@@ -437,4 +514,4 @@ class AsyncStream:
 
 
 def _left(title: str) -> errors.CallCancelled:
-    return errors.CallCancelled(f"the {title} was left before this call was answered")
+    return errors.CallCancelled(f"the {title} was left by an error before this call was answered")

@@ -1,4 +1,4 @@
-"""Weights on their way to a server and back: which calls in which order, for whoever makes them."""
+"""Transfers of weights to a server and back, as steps that the transport of threads or of asyncio carries out."""
 
 from __future__ import annotations
 
@@ -15,41 +15,37 @@ from forwardpass.wire.dtypes import Array
 from forwardpass.wire.manifests import TensorManifest, WeightsManifest
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
-from forwardpass_client.patience import AWAY, PATIENCE_S, Patience, deadline_exceeded
+from forwardpass_client.backoff import RETRYABLE, Backoff
+from forwardpass_client.deadlines import Deadline
 
 Progress = Callable[[int, int], None]
-"""Is told (bytes done, bytes in all), possibly from another thread."""
-
-# A transfer goes on where it stopped when the connection comes back.
-_FIRST_PAUSE_S = 0.2
+"""Is called with (bytes done, bytes in all), possibly from another thread."""
 
 # What a broken connection, or another server behind the same address, looks like.
-_BROKEN = (*AWAY, errors.UploadOutOfStep)
+_BROKEN = (*RETRYABLE, errors.UploadOutOfStep)
 
-# Slower than this a transfer is taken to have stopped.
+# A transfer that is slower than this counts as stalled.
 _LEAST_BYTES_PER_S = 2**20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Unary:
-    """One request, one response: the step's result. timeout_s: None for the usual one.
+    """One attempt of a call with one request and one response: the step's result.
 
-    stays: whether it goes to the server that the client stays with; otherwise the next in turn may answer it.
+    sticky: whether it goes to the sticky server; otherwise the next server in turn answers it.
     """
 
     path: str
     request: bytes | Pieces
-    timeout_s: float | None = None
-    stays: bool = True
+    sticky: bool = True
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Send:
-    """Many requests, one response: the step's result. timeout_s: None for the usual one."""
+    """Many requests, one response: the step's result."""
 
     path: str
     requests: Iterable[bytes]
-    timeout_s: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,42 +55,47 @@ class Receive:
     path: str
     request: bytes
     take: Callable[[bytes], None]
-    timeout_s: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Exchange:
     """Many requests, many responses, each given to `take`: the step's result is the first that is not None.
 
-    stays: whether it needs what other calls left on the server.
+    sticky: whether it needs what other calls left on the server.
     """
 
     path: str
     requests: Iterator[bytes]
     take: Callable[[bytes], Any]
-    timeout_s: float | None
-    stays: bool
+    sticky: bool
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pause:
-    """Nothing for a while."""
+    """A wait before the next attempt."""
 
     seconds: float
 
 
 Steps: TypeAlias = Generator[Any, Any, Any]
-"""Yields steps, is sent their results or thrown their errors, and returns what comes of them all."""
+"""Yields steps, is sent their results or thrown their errors, and returns the result of them all.
+
+Every step ends with the deadline of the call: whoever carries the steps out has it.
+"""
 
 
-def put(manifest: WeightsManifest, structure: Structure, progress: Progress | None = None) -> Steps:
-    """Puts a set of weights, sending only the tensors that the server lacks.
+def put(manifest: WeightsManifest, structure: Structure, deadline: Deadline, progress: Progress | None = None) -> Steps:
+    """Puts a set of weights: sends only the tensors that the server lacks.
 
-    Raises WeightStoreFull, TensorCorrupted where the numbers are no longer those of the manifest, ServerUnavailable.
+    An upload that breaks goes on where it stopped. deadline: a renewable one is renewed whenever fewer bytes are
+    missing than before, for as long as these bytes take at 1 MiB/s.
+    Raises WeightStoreFull, TensorCorrupted where the numbers are no longer those of the manifest, ServerUnavailable,
+    DeadlineExceeded.
     """
     request = v1.PutWeightsRequest(manifest=manifests.encode(manifest)).SerializeToString()
     leaves = {tensor.digest: index for index, tensor in enumerate(manifest.tensors)}
-    progressing = _Progressing()
+    retrying = _Retrying(deadline)
+    has_sent = False
     while True:
         try:
             answer = yield Unary(METHODS["PutWeights"].path, request)
@@ -104,14 +105,16 @@ def put(manifest: WeightsManifest, structure: Structure, progress: Progress | No
                 progress(manifest.size_bytes - remaining, manifest.size_bytes)
             if not missing:
                 return
-            progressing.note(remaining)
+            is_progress = retrying.note(remaining)
+            if has_sent and not is_progress:
+                has_sent = False
+                raise errors.UploadOutOfStep("the server has dropped the tensors that it had received")
             sending = _Sending(manifest, structure, leaves, missing, progress)
-            yield Send(METHODS["UploadTensors"].path, sending.requests(), _timeout_s(remaining))
+            yield Send(METHODS["UploadTensors"].path, sending.requests())
             sending.check()
-        except errors.DeadlineExceeded as error:
-            raise progressing.named(error) from None
+            has_sent = True
         except _BROKEN as error:
-            yield progressing.pause(error)
+            yield Pause(retrying.pause_s(error))
 
 
 class _Sending:
@@ -140,7 +143,7 @@ class _Sending:
             self._error = error
 
     def check(self) -> None:
-        """Raises what went wrong while the requests were made."""
+        """Raises the error that `requests` ended with, such as one of `progress`."""
         if self._error is not None:
             raise self._error
 
@@ -152,7 +155,7 @@ class _Sending:
         for one in self._missing:
             data = self._elements(one.digest)[one.received_bytes :]
             header = v1.UploadTensorsRequest(digest=one.digest, offset=one.received_bytes)
-            # A tensor without elements has a chunk too.
+            # A tensor without elements is sent as one empty chunk.
             for chunk in chunks.split([data]) if data else [[data]]:
                 yield chunks.encode(header, chunk)
                 sent = sum(map(len, chunk))
@@ -167,42 +170,45 @@ class _Sending:
         return tensors.element_bytes(self._structure.leaves[index], tensor.spec.data_type)
 
 
-def get(weights_id: bytes, progress: Progress | None = None) -> Steps:
-    """Fetches a set of weights: nested containers of read-only arrays. Raises WeightsNotFound, ServerUnavailable."""
-    request = v1.DescribeWeightsRequest(weights_id=weights_id)
-    answer = yield Unary(METHODS["DescribeWeights"].path, request.SerializeToString())
+def get(weights_id: bytes, deadline: Deadline, progress: Progress | None = None) -> Steps:
+    """Fetches a set of weights: nested containers of read-only arrays.
+
+    A download that breaks goes on where it stopped. deadline: as of `put`.
+    Raises WeightsNotFound, ServerUnavailable, DeadlineExceeded, TensorCorrupted where the bytes do not have their hash.
+    """
+    retrying = _Retrying(deadline)
+    request = v1.DescribeWeightsRequest(weights_id=weights_id).SerializeToString()
+    answer = None
+    while answer is None:
+        try:
+            answer = yield Unary(METHODS["DescribeWeights"].path, request)
+        except RETRYABLE as error:
+            yield Pause(retrying.pause_s(error))
     manifest = manifests.decode(fields.parse(v1.DescribeWeightsResponse, answer).manifest)
     arrays: dict[bytes, Array] = {}
     done = 0
     for index, tensor in enumerate(manifest.tensors):
         if tensor.digest not in arrays:
             receiving = _Receiving(tensor, done, manifest.size_bytes, progress)
-            yield from _get_tensor(weights_id, index, receiving)
+            yield from _get_tensor(weights_id, index, receiving, deadline)
             arrays[tensor.digest] = receiving.array()
             done += tensor.size_bytes
     return manifest.tree.unflatten([arrays[tensor.digest] for tensor in manifest.tensors])
 
 
-def _get_tensor(weights_id: bytes, index: int, receiving: _Receiving) -> Steps:
-    progressing = _Progressing()
+def _get_tensor(weights_id: bytes, index: int, receiving: _Receiving, deadline: Deadline) -> Steps:
+    retrying = _Retrying(deadline)
     while receiving.missing:
         request = v1.DownloadTensorRequest(weights_id=weights_id, leaf=index, offset=receiving.received)
-        progressing.note(receiving.missing)
+        retrying.note(receiving.missing)
         try:
-            yield Receive(
-                METHODS["DownloadTensor"].path,
-                request.SerializeToString(),
-                receiving.take,
-                _timeout_s(receiving.missing),
-            )
-        except errors.DeadlineExceeded as error:
-            raise progressing.named(error) from None
+            yield Receive(METHODS["DownloadTensor"].path, request.SerializeToString(), receiving.take)
         except _BROKEN as error:
-            yield progressing.pause(error)
+            yield Pause(retrying.pause_s(error))
 
 
 class _Receiving:
-    """One tensor on its way. done: bytes of others that came before; total: of all."""
+    """A tensor that is being received. done: bytes of the tensors before it; total: of all tensors."""
 
     def __init__(self, tensor: TensorManifest, done: int, total: int, progress: Progress | None) -> None:
         self._tensor = tensor
@@ -237,32 +243,23 @@ class _Receiving:
         return self._tensor.decode(self._buffer, "tensor")
 
 
-def _timeout_s(size_bytes: int) -> float:
-    return PATIENCE_S + size_bytes / _LEAST_BYTES_PER_S
+class _Retrying:
+    """The backoff of a transfer: it begins anew, and renews the deadline, when fewer bytes are missing than ever."""
 
-
-class _Progressing:
-    """The patience of a transfer: renewed when fewer bytes are missing than ever."""
-
-    def __init__(self) -> None:
-        self._patience = Patience(_FIRST_PAUSE_S)
+    def __init__(self, deadline: Deadline) -> None:
+        self._deadline = deadline
+        self._backoff = Backoff(deadline)
         self._least: int | None = None
-        self._reason: Exception | None = None
 
-    def note(self, remaining: int) -> None:
-        """Takes note of how many bytes are still missing."""
-        if self._least is None or remaining < self._least:
-            self._least = remaining
-            self._patience.renew()
+    def note(self, remaining: int) -> bool:
+        """Notes how many bytes are missing: whether that is fewer than ever."""
+        if self._least is not None and remaining >= self._least:
+            return False
+        self._least = remaining
+        self._backoff.reset()
+        self._deadline.renew(remaining / _LEAST_BYTES_PER_S)
+        return True
 
-    def pause(self, error: Exception) -> Pause:
-        """What to do after a failure. Raises the error where it has been long enough."""
-        self._reason = error
-        pause_s = self._patience.pause_s()
-        if pause_s is None:
-            raise error
-        return Pause(pause_s)
-
-    def named(self, error: errors.DeadlineExceeded) -> errors.DeadlineExceeded:
-        """The error of a deadline, with the reason of the last failure where there was one."""
-        return error if self._reason is None else deadline_exceeded(self._reason)
+    def pause_s(self, error: errors.ForwardPassError) -> float:
+        """See `Backoff.pause_s`."""
+        return self._backoff.pause_s(error)

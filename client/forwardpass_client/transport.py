@@ -1,4 +1,4 @@
-"""gRPC channels: the only module that knows them. Bytes out, bytes in, errors of the catalogue."""
+"""Calls over gRPC, for threads and for asyncio: bytes out, bytes in, errors of the catalogue."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ import grpc
 
 from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
-from forwardpass_client import channel_policy, long_calls, replicas, targets
+from forwardpass_client import channel_policy, long_calls, replicas, retries, targets
 from forwardpass_client.credentials import Credentials
+from forwardpass_client.deadlines import Deadline
 from forwardpass_client.options import Options
 from forwardpass_client.processes import OneLoop
 from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, Unary
@@ -27,77 +28,79 @@ ResultT = TypeVar("ResultT")
 
 _CLOSED = "the client is closed"
 
-# What grpc.aio makes of a connection that ends while a message of a stream is being sent: no status of the server's.
+# grpc.aio's message where a connection ends while a stream sends: the status INTERNAL does not come from the server.
 _LOST_IN_MID_SEND = "Internal error from Core"
 
 
 class Transport:
-    """Calls to one server, or to several that stand for each other, from any thread.
+    """Calls to one server, or to several replicas, from any thread.
 
-    stays: of a call that needs what other calls left on the server. Streams, and all that `run` makes, stay.
+    sticky: of a call that needs what other calls left on the server. Streams are sticky.
     """
 
     def __init__(self, credentials: Credentials, options: Options) -> None:
         self._channels = _Channels(grpc, credentials, options)
         self._metadata = credentials.metadata
         self._max_message_bytes = options.max_message_bytes
-        self._errors = _Errors(credentials.proxy)
+        self._errors = _Errors(credentials.proxy, is_tls=credentials.tls is not None)
 
-    def call(self, path: str, request: bytes | Pieces, timeout_s: float | None, *, stays: bool = False) -> bytes:
-        """One unary call. Raises the error that its status stands for."""
+    def attempt(self, path: str, request: bytes | Pieces, deadline: Deadline, *, sticky: bool = False) -> bytes:
+        """One attempt of a unary call. Raises the error that its status stands for."""
         if len(request) >= long_calls.MIN_BYTES:
-            steps = long_calls.steps(path, request, timeout_s, self._max_message_bytes, stays)
-            answer: bytes = self.run(steps, timeout_s)
+            steps = long_calls.exchange(path, request, deadline, self._max_message_bytes, sticky)
+            answer: bytes = self.run(steps, deadline)
             return answer
-        method = self._channels.unary(path, stays)
+        method = self._channels.unary(path, sticky)
         with self._errors:
-            response: bytes = method(request, timeout=timeout_s, metadata=self._metadata())
+            response: bytes = method(request, timeout=deadline.remaining_s(), metadata=self._metadata())
         return response
 
-    def ask(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
-        """The result of a call that any server may answer. Another is asked where one cannot: see `replicas`."""
-        deadline = replicas.deadline(timeout_s)
+    def ask(self, call: Call[ResultT], deadline: Deadline, *, sticky: bool = False) -> ResultT:
+        """The result of a call, after as many attempts as it takes: see `retries` and `replicas`.
+
+        sticky: whether the sticky server must answer, as it must where the call names weights.
+        """
+        sticky = sticky or call.held is not None
         try:
-            return call.read(self.call(call.path, call.request, timeout_s))
-        except replicas.TRY_ANOTHER as error:
-            if self.is_closed or not self.has_several_servers:
+            # A small call pays for the machinery of steps only where its first attempt fails.
+            return call.read(self.attempt(call.path, call.request, deadline, sticky=sticky))
+        except errors.ForwardPassError as error:
+            if self.is_closed:
                 raise
-            steps = replicas.ask_others(call, error, deadline)
-        answer: ResultT = self.run(steps, timeout_s)
+            steps = _further(call, error, deadline, sticky or not self.has_several_servers)
+        answer: ResultT = self.run(steps, deadline)
         return answer
 
-    def run(self, steps: Steps, timeout_s: float | None) -> Any:
-        """Makes the calls that `steps` asks for, and returns what it returns. timeout_s: for each unary call."""
+    def run(self, steps: Steps, deadline: Deadline) -> Any:
+        """Carries out the steps until the deadline, and returns their result."""
         answer = _Answer(steps)
         while not answer.is_done:
             try:
-                answer.give(self._perform(answer.step, timeout_s))
+                answer.give(self._perform(answer.step, deadline))
             except errors.ForwardPassError as error:
                 if self.is_closed:
-                    # Nothing can be tried again.
+                    # No attempt can succeed any more.
                     raise
-                answer.fail(error)
+                answer.fail(deadline.explained(error))
         return answer.result
 
-    def _perform(self, step: Any, timeout_s: float | None) -> Any:
+    def _perform(self, step: Any, deadline: Deadline) -> Any:
         if isinstance(step, Unary):
-            step_timeout_s = timeout_s if step.timeout_s is None else step.timeout_s
-            return self.call(step.path, step.request, step_timeout_s, stays=step.stays)
+            return self.attempt(step.path, step.request, deadline, sticky=step.sticky)
         if isinstance(step, Pause):
             return time.sleep(step.seconds)
+        timeout_s = deadline.remaining_s()
         if isinstance(step, Exchange):
-            with contextlib.closing(
-                self.stream(step.path, step.requests, step.timeout_s, stays=step.stays)
-            ) as exchanged:
+            with contextlib.closing(self.stream(step.path, step.requests, timeout_s, sticky=step.sticky)) as exchanged:
                 return next((answer for answer in map(step.take, exchanged) if answer is not None), None)
         with self._errors:
             if isinstance(step, Send):
-                return self._channels.staying.stream_unary(step.path)(
-                    iter(step.requests), timeout=step.timeout_s, metadata=self._metadata()
+                return self._channels.sticky.stream_unary(step.path)(
+                    iter(step.requests), timeout=timeout_s, metadata=self._metadata()
                 )
             assert isinstance(step, Receive)
-            responses = self._channels.staying.unary_stream(step.path)(
-                step.request, timeout=step.timeout_s, metadata=self._metadata()
+            responses = self._channels.sticky.unary_stream(step.path)(
+                step.request, timeout=timeout_s, metadata=self._metadata()
             )
             try:
                 for response in responses:
@@ -112,14 +115,14 @@ class Transport:
         timeout_s: float | None = None,
         opened: Callable[[Callable[[], None]], None] = lambda cancel: None,
         *,
-        stays: bool = True,
+        sticky: bool = True,
     ) -> Generator[bytes, None, None]:
         """The responses of a stream. gRPC asks for the requests on a thread of its own.
 
-        opened: is given what ends the stream, for another thread.
+        opened: is called with a function that cancels the stream, for use by another thread.
         """
         with self._errors:
-            responses = self._channels.channel(stays).stream_stream(path)(
+            responses = self._channels.channel(sticky).stream_stream(path)(
                 requests, timeout=timeout_s, metadata=self._metadata()
             )
             opened(responses.cancel)
@@ -152,7 +155,7 @@ class AsyncTransport:
         self._loop = OneLoop()
         self._metadata = credentials.metadata
         self._max_message_bytes = options.max_message_bytes
-        self._errors = _Errors(credentials.proxy)
+        self._errors = _Errors(credentials.proxy, is_tls=credentials.tls is not None)
 
     @property
     def _channels(self) -> _Channels:
@@ -167,51 +170,51 @@ class AsyncTransport:
         """Raises RuntimeError on another event loop than that of the first call."""
         self._loop.check()
 
-    async def call(self, path: str, request: bytes | Pieces, timeout_s: float | None, *, stays: bool = False) -> bytes:
-        """One unary call. Raises the error that its status stands for."""
+    async def attempt(self, path: str, request: bytes | Pieces, deadline: Deadline, *, sticky: bool = False) -> bytes:
+        """See `Transport.attempt`."""
         if len(request) >= long_calls.MIN_BYTES:
-            steps = long_calls.steps(path, request, timeout_s, self._max_message_bytes, stays)
-            answer: bytes = await self.run(steps, timeout_s)
+            steps = long_calls.exchange(path, request, deadline, self._max_message_bytes, sticky)
+            answer: bytes = await self.run(steps, deadline)
             return answer
-        method = self._channels.unary(path, stays)
+        method = self._channels.unary(path, sticky)
         with self._errors:
-            response: bytes = await method(request, timeout=timeout_s, metadata=self._metadata())
+            response: bytes = await method(request, timeout=deadline.remaining_s(), metadata=self._metadata())
         return response
 
-    async def ask(self, call: Call[ResultT], timeout_s: float | None) -> ResultT:
+    async def ask(self, call: Call[ResultT], deadline: Deadline, *, sticky: bool = False) -> ResultT:
         """See `Transport.ask`."""
-        deadline = replicas.deadline(timeout_s)
+        sticky = sticky or call.held is not None
         try:
-            return call.read(await self.call(call.path, call.request, timeout_s))
-        except replicas.TRY_ANOTHER as error:
-            if self.is_closed or not self.has_several_servers:
+            return call.read(await self.attempt(call.path, call.request, deadline, sticky=sticky))
+        except errors.ForwardPassError as error:
+            if self.is_closed:
                 raise
-            steps = replicas.ask_others(call, error, deadline)
-        answer: ResultT = await self.run(steps, timeout_s)
+            steps = _further(call, error, deadline, sticky or not self.has_several_servers)
+        answer: ResultT = await self.run(steps, deadline)
         return answer
 
-    async def run(self, steps: Steps, timeout_s: float | None) -> Any:
+    async def run(self, steps: Steps, deadline: Deadline) -> Any:
         """See `Transport.run`."""
         answer = _Answer(steps)
         while not answer.is_done:
             try:
-                answer.give(await self._perform(answer.step, timeout_s))
+                answer.give(await self._perform(answer.step, deadline))
             except errors.ForwardPassError as error:
                 if self.is_closed:
-                    # Nothing can be tried again.
+                    # No attempt can succeed any more.
                     raise
-                answer.fail(error)
+                answer.fail(deadline.explained(error))
         return answer.result
 
-    async def _perform(self, step: Any, timeout_s: float | None) -> Any:
+    async def _perform(self, step: Any, deadline: Deadline) -> Any:
         if isinstance(step, Unary):
-            step_timeout_s = timeout_s if step.timeout_s is None else step.timeout_s
-            return await self.call(step.path, step.request, step_timeout_s, stays=step.stays)
+            return await self.attempt(step.path, step.request, deadline, sticky=step.sticky)
         if isinstance(step, Pause):
             return await asyncio.sleep(step.seconds)
+        timeout_s = deadline.remaining_s()
         if isinstance(step, Exchange):
             async with contextlib.aclosing(
-                self.stream(step.path, step.requests, step.timeout_s, stays=step.stays)
+                self.stream(step.path, step.requests, timeout_s, sticky=step.sticky)
             ) as exchanged:
                 async for message in exchanged:
                     answer = step.take(message)
@@ -220,12 +223,12 @@ class AsyncTransport:
             return None
         with self._errors:
             if isinstance(step, Send):
-                return await self._channels.staying.stream_unary(step.path)(
-                    step.requests, timeout=step.timeout_s, metadata=self._metadata()
+                return await self._channels.sticky.stream_unary(step.path)(
+                    step.requests, timeout=timeout_s, metadata=self._metadata()
                 )
             assert isinstance(step, Receive)
-            responses = self._channels.staying.unary_stream(step.path)(
-                step.request, timeout=step.timeout_s, metadata=self._metadata()
+            responses = self._channels.sticky.unary_stream(step.path)(
+                step.request, timeout=timeout_s, metadata=self._metadata()
             )
             try:
                 async for response in responses:
@@ -239,11 +242,11 @@ class AsyncTransport:
         requests: AsyncIterator[bytes] | Iterator[bytes],
         timeout_s: float | None = None,
         *,
-        stays: bool = True,
+        sticky: bool = True,
     ) -> AsyncGenerator[bytes, None]:
         """The responses of a stream."""
         with self._errors:
-            responses = self._channels.channel(stays).stream_stream(path)(
+            responses = self._channels.channel(sticky).stream_stream(path)(
                 requests, timeout=timeout_s, metadata=self._metadata()
             )
             try:
@@ -268,42 +271,59 @@ class AsyncTransport:
             await channel.close()
 
 
+def _further(call: Call[Any], error: errors.ForwardPassError, deadline: Deadline, sticky: bool) -> Steps:
+    """The steps after the first attempt of a call failed. Raises the error where no other attempt may succeed."""
+    if sticky:
+        if not retries.is_retryable(error, call.request) and not (
+            isinstance(error, errors.WeightsNotFound) and call.held is not None
+        ):
+            raise error
+        return _read(call, retries.attempts(Unary(call.path, call.request), call.held, deadline, after=error))
+    if not replicas.is_for_another(error, call.request):
+        raise error
+    return replicas.ask_others(call, error, deadline)
+
+
+def _read(call: Call[Any], steps: Steps) -> Steps:
+    return call.read((yield from steps))
+
+
 class _Channels:
-    """The channel of calls that stay with one server, and the channel of calls that any server may answer.
+    """The channel of sticky calls, and the channel of calls that any replica may answer.
 
     They are one where the target is one server. api: `grpc` or `grpc.aio`.
     """
 
     def __init__(self, api: Any, credentials: Credentials, options: Options) -> None:
-        self.staying = credentials.channel(api, channel_policy.staying(options))
-        self.all = [self.staying]
-        self._spread = self.staying
+        self.sticky = credentials.channel(api, channel_policy.sticky(options))
+        self.all = [self.sticky]
+        self._spread = self.sticky
         self.are_two = targets.are_several(credentials.target)
         if self.are_two:
             self._spread = credentials.channel(api, channel_policy.spread(options))
             self.all.append(self._spread)
         self._unary: dict[tuple[str, bool], Any] = {}
 
-    def channel(self, stays: bool) -> Any:
-        return self.staying if stays else self._spread
+    def channel(self, sticky: bool) -> Any:
+        return self.sticky if sticky else self._spread
 
-    def unary(self, path: str, stays: bool) -> Any:
-        """What makes unary calls of a method."""
-        key = path, stays
-        return self._unary.get(key) or self._unary.setdefault(key, self.channel(stays).unary_unary(path))
+    def unary(self, path: str, sticky: bool) -> Any:
+        """gRPC's callable for a unary method; it is made once for each method."""
+        key = path, sticky
+        return self._unary.get(key) or self._unary.setdefault(key, self.channel(sticky).unary_unary(path))
 
 
 class _Errors:
-    """Raises, in a `with`, the errors that statuses stand for. is_closed: whether its channel is.
+    """Raises, in a `with`, the errors that statuses stand for. is_closed: whether its channel is closed.
 
-    proxy: what the channel goes through, as `proxies.of` says it.
-
-    A class: a generator would cost a small call more than all that it does.
+    proxy: the proxy that the channel goes through, as `proxies.of` names it. is_tls: whether the channel is encrypted.
+    A class, because a generator would cost a small call more than the rest of this code.
     """
 
-    def __init__(self, proxy: str = "") -> None:
+    def __init__(self, proxy: str = "", *, is_tls: bool = False) -> None:
         self.is_closed = False
         self._proxy = proxy
+        self._is_tls = is_tls
 
     def __enter__(self) -> None:
         return
@@ -314,14 +334,14 @@ class _Errors:
         if error is None or isinstance(error, errors.ForwardPassError) or not isinstance(error, Exception):
             return
         if isinstance(error, grpc.RpcError):
-            raise _decode(error, self._proxy) from None
-        # On a closed channel gRPC raises errors of several classes, not all of which it exports.
+            raise _decode(error, self._proxy, self._is_tls) from None
+        # On a closed channel gRPC raises errors of several classes, some of which it does not export.
         if self.is_closed:
             raise errors.CallCancelled(_CLOSED) from None
 
 
 class _Answer:
-    """Steps on their way: the one to take now, or what has come of them all."""
+    """Steps that are being carried out: the step to carry out now, or the result of them all."""
 
     def __init__(self, steps: Steps) -> None:
         self._steps = steps
@@ -331,11 +351,11 @@ class _Answer:
         self.give(None)
 
     def give(self, result: Any) -> None:
-        """Hands a step's result over."""
+        """Gives the steps the result of one of them."""
         self._advance(lambda: self._steps.send(result))
 
     def fail(self, error: errors.ForwardPassError) -> None:
-        """Hands a step's error over. Raises it, or what comes of it, where it is not dealt with."""
+        """Gives the steps the error of one of them. Raises the error that they end with."""
         self._advance(lambda: self._steps.throw(error))
 
     def _advance(self, advance: Callable[[], Any]) -> None:
@@ -345,15 +365,31 @@ class _Answer:
             self.is_done, self.result = True, stop.value
 
 
-def _decode(error: Any, proxy: str) -> errors.ForwardPassError:
+def _decode(error: Any, proxy: str, is_tls: bool) -> errors.ForwardPassError:
     trailing = dict(error.trailing_metadata() or ())
     status, message = error.code().name, error.details() or ""
     if status == "INTERNAL" and message == _LOST_IN_MID_SEND:
         status = "UNAVAILABLE"
     detail = trailing.get(errors.DETAIL_KEY)
-    if proxy and detail is None:
-        # No server of ours has answered: it may be the proxy that cannot be reached, or refuses.
-        message += (
-            f"; calls to this server go through the proxy {proxy}: name the server in no_proxy to call it directly"
-        )
+    if detail is None:
+        # No forwardpass server has answered.
+        if status == "UNAVAILABLE":
+            message += _encryption_hint(message, is_tls)
+        if proxy:
+            message += (
+                f"; calls to this server go through the proxy {proxy}: name the server in no_proxy to call it directly"
+            )
     return errors.decode(status, message, detail)
+
+
+# What gRPC says where one end of a connection speaks TLS and the other does not.
+_CLOSED_WITHOUT_TLS = ("Socket closed", "Connection reset by peer", "SETTINGS frame")
+_NO_TLS_AT_SERVER = ("WRONG_VERSION_NUMBER", "wrong version number")
+
+
+def _encryption_hint(message: str, is_tls: bool) -> str:
+    if is_tls and any(text in message for text in _NO_TLS_AT_SERVER):
+        return "; the server does not use TLS: connect without tls"
+    if not is_tls and any(text in message for text in _CLOSED_WITHOUT_TLS):
+        return "; if the server uses TLS, connect with tls=True or tls=Tls(...)"
+    return ""

@@ -1,18 +1,20 @@
-"""Weights that a server holds, and what stands for them in a call."""
+"""Handles: references to weights that a server holds."""
 
 from __future__ import annotations
 
 import abc
 import secrets
-from typing import Any
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any
 
 from forwardpass import v1
 from forwardpass.wire import errors, manifests
 from forwardpass.wire.manifests import WeightsManifest
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
-from forwardpass_client import transfers
-from forwardpass_client.processes import OfOneProcess
+from forwardpass_client import retries, transfers
+from forwardpass_client.deadlines import Deadline
+from forwardpass_client.processes import Connected
 from forwardpass_client.transfers import Progress, Steps, Unary
 from forwardpass_client.transport import AsyncTransport, Transport
 
@@ -20,9 +22,9 @@ _ATTEMPTS = 4
 
 
 class HeldWeights:
-    """Weights by the id that their numbers give them, with the numbers where this side has them.
+    """Weights by their id, with their arrays where this client has them.
 
-    structure: the arrays themselves, not a copy: with numbers that were changed since, nothing can be sent again.
+    structure: the arrays themselves, not a copy: once they are changed, they cannot be put again.
     """
 
     def __init__(
@@ -34,25 +36,25 @@ class HeldWeights:
 
     @classmethod
     def of(cls, structure: Structure) -> HeldWeights:
-        """The weights that a caller has."""
+        """Weights whose arrays the caller has."""
         manifest = manifests.of_structure(structure, "model_weights")
         return cls(manifest.weights_id, manifest, structure)
 
-    def put(self, progress: Progress | None = None) -> Steps:
-        """Sends them, as far as the server lacks them. Raises WeightsNotFound where there are no numbers to send."""
+    def put(self, deadline: Deadline, progress: Progress | None = None) -> Steps:
+        """Puts the tensors that the server lacks. Raises WeightsNotFound where this client has no arrays to send."""
         if self._manifest is None or self._structure is None:
             raise errors.WeightsNotFound(
                 f"the server does not hold weights {self.weights_id.hex()}, and this handle has no numbers to send"
             )
         for attempts_left in reversed(range(_ATTEMPTS)):
             try:
-                yield from transfers.put(self._manifest, self._structure, progress)
+                yield from transfers.put(self._manifest, self._structure, deadline, progress)
             except errors.TensorCorrupted as error:
                 if manifests.of_structure(self._structure, "model_weights") != self._manifest:
                     raise errors.WeightsNotFound(
                         f"weights {self.weights_id.hex()} cannot be sent: their arrays were changed since"
                     ) from error
-                # Another client began the same tensor with other bytes; the server has dropped them.
+                # Another client had begun the same tensor with other bytes; the server has dropped these.
                 if not attempts_left:
                     raise
             else:
@@ -60,19 +62,20 @@ class HeldWeights:
 
     @property
     def size_bytes(self) -> int | None:
-        """What they take, tensors that stand in them several times counted once; None without the numbers."""
+        """The size of the distinct tensors; None without the arrays."""
         return None if self._manifest is None else self._manifest.size_bytes
 
 
-class WeightsHandleApi(OfOneProcess, abc.ABC):
-    """Weights that a server holds under an id, to be passed wherever `model_weights` is.
+class WeightsHandleApi(Connected, abc.ABC):
+    """A reference to weights that a server holds, accepted wherever `model_weights` is.
 
-    The id is a hash of the numbers and their containers: the same weights have the same id on every client, server
-    and restart. A handle of `put_weights` keeps the arrays (not a copy: do not change them) and sends them again,
-    unseen, to a server that has dropped them; one of `weights_handle` raises WeightsNotFound then.
+    The id is a hash of the numbers and their containers: equal weights have the same id on every client and server,
+    also after a restart. A handle of `put_weights` keeps the arrays (not a copy: do not change them), and puts them
+    again when the server has dropped them. A handle of `weights_handle` has no arrays and raises WeightsNotFound then.
     """
 
-    def __init__(self, held: HeldWeights) -> None:
+    def __init__(self, held: HeldWeights, timeout_s: float | None) -> None:
+        super().__init__(timeout_s)
         self.held = held
         self._lease_id = secrets.token_bytes(16)
 
@@ -81,65 +84,72 @@ class WeightsHandleApi(OfOneProcess, abc.ABC):
         """The weights id, 64 hexadecimal digits."""
         return self.held.weights_id.hex()
 
-    def lease(self, ttl_s: float) -> Any:
-        """Keeps the weights on the server for so many seconds from now, whatever room others want; 0 ends that.
+    def lease(self, ttl_s: float, *, timeout_s: float | None = None) -> Any:
+        """Keeps the weights on the server for so many seconds from now, even when others need the room.
 
-        Each handle has one lease; calling again renews it. Raises WeightsNotFound.
+        ttl_s: seconds >= 0; 0 ends the lease. Each handle has one lease, and calling again renews it.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Raises WeightsNotFound, ServerUnavailable, DeadlineExceeded; ValueError and TypeError for another ttl_s.
         """
+        deadline = self._deadline(timeout_s)
+        if isinstance(ttl_s, (bool, str, bytes)):
+            raise TypeError(f"ttl_s: expected seconds as a number, got {ttl_s!r}")
         if not 0 <= ttl_s < float("inf"):
             raise ValueError(f"ttl_s: expected seconds >= 0, got {ttl_s}")
         request = v1.LeaseWeightsRequest(weights_id=self.held.weights_id, lease_id=self._lease_id, ttl_s=ttl_s)
-        call = Unary(METHODS["LeaseWeights"].path, request.SerializeToString())
-        return self._run(with_weights(self.held, call))
+        return self._run("LeaseWeights", request, self.held, deadline)
 
-    def delete(self) -> Any:
-        """Drops the weights on the server. Calls that use them go on; that they are not there is no error."""
-        request = v1.DeleteWeightsRequest(weights_id=self.held.weights_id)
-        return self._run(_call(Unary(METHODS["DeleteWeights"].path, request.SerializeToString())))
+    def delete(self, *, timeout_s: float | None = None) -> Any:
+        """Drops the weights on the server. Calls that use them go on. Weights that are not there are no error.
+
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Raises ServerUnavailable, DeadlineExceeded.
+        """
+        deadline = self._deadline(timeout_s)
+        return self._run("DeleteWeights", v1.DeleteWeightsRequest(weights_id=self.held.weights_id), None, deadline)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.id[:12]}>"
 
+    def _run(self, method: str, request: Any, held: HeldWeights | None, deadline: Deadline) -> Any:
+        attempt = Unary(METHODS[method].path, request.SerializeToString())
+        return self._finish(retries.attempts(attempt, held, deadline), deadline)
+
     @abc.abstractmethod
-    def _run(self, steps: Steps) -> Any:
-        """Makes the calls: returns None, or what to await."""
+    def _finish(self, steps: Steps, deadline: Deadline) -> Any:
+        """Carries the steps out: returns None, or an awaitable of None."""
 
 
 class WeightsHandle(WeightsHandleApi):
-    def __init__(self, held: HeldWeights, transport: Transport, timeout_s: float | None) -> None:
-        super().__init__(held)
-        self._transport = transport
-        self._timeout_s = timeout_s
+    """A reference to weights that a server holds, accepted wherever `model_weights` is: see `WeightsHandleApi`."""
 
-    def _run(self, steps: Steps) -> None:
-        self._transport.run(steps, self._timeout_s)
+    def __init__(self, held: HeldWeights, transport: Transport, timeout_s: float | None) -> None:
+        super().__init__(held, timeout_s)
+        self._transport = transport
+
+    if TYPE_CHECKING:
+
+        def lease(self, ttl_s: float, *, timeout_s: float | None = None) -> None: ...
+
+        def delete(self, *, timeout_s: float | None = None) -> None: ...
+
+    def _finish(self, steps: Steps, deadline: Deadline) -> None:
+        self._transport.run(steps, deadline)
 
 
 class AsyncWeightsHandle(WeightsHandleApi):
     """`WeightsHandle` for asyncio: the results of its methods are to be awaited."""
 
     def __init__(self, held: HeldWeights, transport: AsyncTransport, timeout_s: float | None) -> None:
-        super().__init__(held)
+        super().__init__(held, timeout_s)
         self._transport = transport
-        self._timeout_s = timeout_s
 
-    async def _run(self, steps: Steps) -> None:
-        await self._transport.run(steps, self._timeout_s)
+    if TYPE_CHECKING:
 
+        def lease(self, ttl_s: float, *, timeout_s: float | None = None) -> Coroutine[Any, Any, None]: ...
 
-def with_weights(held: HeldWeights, call: Unary) -> Steps:
-    """A call that names weights; they are sent, and it again, where the server does not hold them."""
-    try:
-        return (yield call)
-    except errors.WeightsNotFound:
-        return (yield from after_put(held, call))
+        def delete(self, *, timeout_s: float | None = None) -> Coroutine[Any, Any, None]: ...
 
-
-def after_put(held: HeldWeights, call: Unary) -> Steps:
-    """A call that names weights which the server does not hold: they are sent first."""
-    yield from held.put()
-    return (yield call)
-
-
-def _call(call: Unary) -> Steps:
-    return (yield call)
+    async def _finish(self, steps: Steps, deadline: Deadline) -> None:
+        deadline.restart()
+        await self._transport.run(steps, deadline)

@@ -8,7 +8,8 @@ from forwardpass import v1
 from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
 from forwardpass_client.calls import Call
-from forwardpass_client.sessions import _Writer, tried
+from forwardpass_client.deadlines import Deadline
+from forwardpass_client.sessions import _Writer, attempts
 from forwardpass_client.transfers import Pause, Unary
 
 SESSION = b"s" * 16
@@ -49,7 +50,7 @@ def call(content: bytes) -> Call:
 def update(writer: _Writer, content: bytes, *outcomes: object, request: Call | None = None):
     """Makes one update: what it returned and the identities that were sent for it."""
     server = Server(*outcomes)
-    return server.run(writer.update(request or call(content), lambda: call(content), None)), server.sent
+    return server.run(writer.update(request or call(content), lambda: call(content), Deadline(None))), server.sent
 
 
 @pytest.fixture
@@ -115,7 +116,7 @@ def test_several_may_be_in_doubt_and_each_is_known_again(writer):
     for content in (b"a", b"b", b"a"):
         server = Server(errors.DeadlineExceeded())
         with pytest.raises(errors.DeadlineExceeded):
-            server.run(writer.update(call(content), lambda content=content: call(content), None))
+            server.run(writer.update(call(content), lambda content=content: call(content), Deadline(None)))
         sent.setdefault(content, []).append(server.sent[0].update_id)
     assert sent[b"a"][0] == sent[b"a"][1] != sent[b"b"][0]
     _, again = update(writer, b"b", ANSWER)
@@ -142,7 +143,7 @@ def test_a_mismatch_that_no_doubt_explains_is_raised(writer):
 
 
 def test_an_update_that_nobody_waits_for_any_more_is_in_doubt(writer):
-    steps = writer.update(call(b"a"), lambda: call(b"a"), None)
+    steps = writer.update(call(b"a"), lambda: call(b"a"), Deadline(None))
     first = v1.UpdateSessionRequest.FromString(next(steps).request).update
     steps.close()
     assert update(writer, b"a", ANSWER)[1] == [first]
@@ -156,5 +157,5 @@ def test_a_long_request_begins_with_its_identity_and_is_not_put_together(writer)
 def test_no_call_is_made_again_beyond_its_deadline():
     server = Server(errors.ServerUnavailable())
     with pytest.raises(errors.ServerUnavailable):
-        server.run(tried(call(b"a"), 0.01))
+        server.run(attempts(call(b"a"), Deadline(0.01)))
     assert server.pauses == []

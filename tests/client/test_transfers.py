@@ -10,7 +10,8 @@ import pytest
 from forwardpass import v1
 from forwardpass.wire import chunks, errors, manifests
 from forwardpass.wire.structures import Structure
-from forwardpass_client import long_calls, transfers
+from forwardpass_client import long_calls, retries, transfers
+from forwardpass_client.deadlines import Deadline
 from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Unary
 
 WEIGHTS = Structure.of(((np.arange(100, dtype=np.float32),), ()))
@@ -36,7 +37,7 @@ def missing(received: int) -> bytes:
 
 
 def test_an_upload_that_breaks_after_a_long_while_is_taken_up_again(clock):
-    steps = transfers.put(MANIFEST, WEIGHTS)
+    steps = transfers.put(MANIFEST, WEIGHTS, Deadline(None))
     assert isinstance(next(steps), Unary)
     assert isinstance(steps.send(missing(0)), Send)
     clock(600)
@@ -50,7 +51,7 @@ def test_an_upload_that_breaks_after_a_long_while_is_taken_up_again(clock):
 
 
 def test_a_download_that_breaks_after_a_long_while_is_taken_up_again(clock):
-    steps = transfers.get(MANIFEST.weights_id)
+    steps = transfers.get(MANIFEST.weights_id, Deadline(None))
     next(steps)
     response = v1.DescribeWeightsResponse(manifest=manifests.encode(MANIFEST)).SerializeToString()
     receiving = steps.send(response)
@@ -68,7 +69,7 @@ def test_a_download_that_breaks_after_a_long_while_is_taken_up_again(clock):
 
 
 def test_a_server_that_stays_away_is_given_up(clock):
-    steps = transfers.put(MANIFEST, WEIGHTS)
+    steps = transfers.put(MANIFEST, WEIGHTS, Deadline(None))
     next(steps)
     waited = []
 
@@ -86,7 +87,7 @@ def test_a_server_that_stays_away_is_given_up(clock):
 
 
 def test_an_upload_that_starts_over_again_and_again_is_given_up(clock):
-    steps = transfers.put(MANIFEST, WEIGHTS)
+    steps = transfers.put(MANIFEST, WEIGHTS, Deadline(None))
     next(steps)
 
     def start_over() -> None:
@@ -100,24 +101,98 @@ def test_an_upload_that_starts_over_again_and_again_is_given_up(clock):
         start_over()
 
 
-def test_a_long_call_is_sent_again_as_often_as_a_short_one(clock):
-    steps = long_calls.steps("/service/Method", b"request", 60.0, 1000)
-    sent = []
+def test_tensors_that_the_server_drops_after_each_upload_are_sent_until_the_deadline(clock):
+    deadline = Deadline(1.0)
+    steps = transfers.put(MANIFEST, WEIGHTS, deadline)
+    next(steps)
+    sent = 0
+
+    def keep_losing() -> None:
+        nonlocal sent
+        while True:
+            step = steps.send(missing(0))
+            if isinstance(step, Send):
+                sent += 1
+                step = steps.send(b"")
+            else:
+                clock(step.seconds)
+                step = next(steps)
+            assert isinstance(step, Unary)
+
+    with pytest.raises(
+        errors.DeadlineExceeded, match="Its last try failed with UploadOutOfStep: the server has dropped"
+    ):
+        keep_losing()
+    assert sent > 1
+    # The deadline is the one of the call: no upload has moved it.
+    assert deadline.at == 1001.0
+
+
+def test_progress_renews_the_deadline_of_a_transfer_without_a_timeout_of_its_own(clock):
+    deadline = Deadline(10.0, is_renewable=True)
+    steps = transfers.put(MANIFEST, WEIGHTS, deadline)
+    next(steps)
+    assert isinstance(steps.send(missing(0)), Send)
+    clock(9)
+    clock(steps.throw(errors.ServerUnavailable()).seconds)
+    next(steps)
+    assert isinstance(steps.send(missing(200)), Send)
+    assert deadline.remaining_s() == pytest.approx(10 + 200 / 2**20)
+
+
+def test_a_long_call_is_sent_again_as_a_short_one(clock):
+    deadline = Deadline(60.0)
+    exchange = long_calls.exchange("/service/Method", b"request", deadline, 1000)
+    step = next(exchange)
+    assert isinstance(step, Exchange)
+    assert b"request" in b"".join(step.requests)
+    # A stream that ends without an answer is a server that is gone.
+    with pytest.raises(errors.ServerUnavailable, match="without an answer") as gone:
+        exchange.send(None)
+    steps = retries.attempts(Unary("/service/Method", b"request"), None, deadline)
+    sent, paused = 0, 0.0
 
     def keep_failing() -> None:
+        nonlocal sent, paused
         step = next(steps)
         while True:
-            assert isinstance(step, Exchange)
-            sent.append((b"".join(step.requests), step.timeout_s))
-            # A stream that ends without an answer is a server that is gone.
-            pause = steps.send(None)
+            assert isinstance(step, Unary)
+            sent += 1
+            pause = steps.throw(gone.value)
             assert isinstance(pause, Pause)
             clock(pause.seconds)
+            paused += pause.seconds
+            # The deadline is that of the whole call.
+            assert deadline.remaining_s() == pytest.approx(60.0 - paused)
             step = next(steps)
 
     with pytest.raises(errors.ServerUnavailable, match="without an answer"):
         keep_failing()
-    assert len(sent) == 5
-    assert all(b"request" in request for request, _ in sent)
-    # The deadline is that of the whole call.
-    assert [timeout for _, timeout in sent] == pytest.approx([60.0, 59.8, 59.4, 58.6, 57.0])
+    assert sent >= 5
+    assert 3.0 <= paused <= 6.0
+
+
+def test_a_long_call_is_sent_until_its_deadline_to_a_server_that_has_no_memory_for_it(clock):
+    long = b"\0" * long_calls.MIN_BYTES
+    steps = retries.attempts(Unary("/service/Method", long), None, Deadline(60.0))
+    next(steps)
+    paused = []
+
+    def keep_refusing() -> None:
+        while True:
+            pause = steps.throw(errors.ServerOverloaded("full", retry_after_s=1.9))
+            clock(pause.seconds)
+            paused.append(pause.seconds)
+            next(steps)
+
+    with pytest.raises(errors.ServerOverloaded, match="full"):
+        keep_refusing()
+    assert min(paused) >= 1.9
+    assert 55 <= sum(paused) < 60
+
+
+def test_a_short_call_that_the_server_is_too_busy_for_fails_at_once():
+    steps = retries.attempts(Unary("/service/Method", b"short"), None, Deadline(60.0))
+    next(steps)
+    with pytest.raises(errors.ServerOverloaded):
+        steps.throw(errors.ServerOverloaded())

@@ -34,6 +34,7 @@ from forwardpass.wire import errors, trees
 from forwardpass.wire.description import Function
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.specs import StructureSpec, TensorSpec
+from forwardpass_client.backoff import RETRYABLE
 from forwardpass_client.calls import ModelVersion
 from forwardpass_client.cli import npz
 from forwardpass_client.cli.evaluation import Evaluation
@@ -41,7 +42,6 @@ from forwardpass_client.cli.hosts import Host, host_argument
 from forwardpass_client.cli.named_models import NamedModel, model_argument
 from forwardpass_client.cli.slices import Slices
 from forwardpass_client.model import RemoteFunctionalModel
-from forwardpass_client.patience import AWAY
 from forwardpass_client.sessions import MetricsSession
 from forwardpass_client.weights import WeightsHandle
 
@@ -310,7 +310,7 @@ def evaluate(
                 _leave(evaluation, slices, command)
                 context.exit(128 + signal.SIGINT)
             metrics = [session.result() for session in sessions]
-        except (*AWAY, KeyboardInterrupt):
+        except (*RETRYABLE, KeyboardInterrupt):
             _leave(evaluation, slices, command)
             raise
         except errors.ForwardPassError:

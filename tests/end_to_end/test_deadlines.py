@@ -1,0 +1,284 @@
+"""Every public method of the SDK ends with its deadline, whatever the server does.
+
+The bound is a condition of the SDK and no measure of its speed: each call has a deadline of 1 s, and it must have ended
+5 s later at most, on a busy machine too. Without one deadline for the whole call these calls took half a minute, or
+never ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import contextlib
+import inspect
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+
+import forwardpass_client
+from forwardpass_client import BatchOutput, errors
+from forwardpass_client.pipeline import AsyncPipeline, Pipeline
+from support import zoo
+from support.breaking_proxies import ConnectionProxy, LosingProxy
+from support.servers import ServerProcess
+
+TIMEOUT_S = 1.0
+SLACK_S = 5.0
+
+PUBLIC = {
+    "Client": (forwardpass_client.Client, forwardpass_client.AsyncClient),
+    "Model": (forwardpass_client.RemoteFunctionalModel, forwardpass_client.AsyncRemoteFunctionalModel),
+    "Handle": (forwardpass_client.WeightsHandle, forwardpass_client.AsyncWeightsHandle),
+    "Session": (forwardpass_client.MetricsSession, forwardpass_client.AsyncMetricsSession),
+    "Pipeline": (Pipeline, AsyncPipeline),
+}
+
+BATCH = zoo.counting_batch(1)
+WEIGHTS = ((np.arange(10, dtype=np.float32) + 3,), ())
+
+
+class World(NamedTuple):
+    """What a call is made on. `more`: its timeout, where it is given with the call."""
+
+    client: Any
+    model: Any
+    handle: Any
+    session: Any
+    other: Any
+    pipeline: Any
+    state: Any
+    more: dict[str, float]
+
+
+class Row(NamedTuple):
+    """call: makes the call, and returns its result or an awaitable. needs_weights: whether it fails without weights."""
+
+    call: Callable[[World], Any]
+    needs_weights: bool = False
+
+
+def wait_until_ready(world: World) -> Any:
+    return world.client.wait_until_ready(TIMEOUT_S)
+
+
+CALLS: dict[str, Row] = {
+    "Client.model": Row(lambda w: w.client.model("counting", **w.more)),
+    "Client.models": Row(lambda w: w.client.models(**w.more)),
+    "Client.is_ready": Row(lambda w: w.client.is_ready(**w.more)),
+    "Client.unready_reasons": Row(lambda w: w.client.unready_reasons(**w.more)),
+    "Client.is_serving": Row(lambda w: w.client.is_serving("model/counting", **w.more)),
+    "Client.wait_until_ready": Row(wait_until_ready),
+    "Model.initial_weights": Row(lambda w: w.model.initial_weights),
+    "Model.forward_pass": Row(lambda w: w.model.forward_pass(w.handle, BATCH, **w.more), needs_weights=True),
+    "Model.predict_on_batch": Row(lambda w: w.model.predict_on_batch(w.handle, BATCH[0], **w.more), needs_weights=True),
+    "Model.loss": Row(lambda w: w.model.loss(np.float32([1]), np.int64([1]), **w.more)),
+    "Model.initialize_metrics_state": Row(lambda w: w.model.initialize_metrics_state(**w.more)),
+    "Model.update_metrics_state": Row(
+        lambda w: w.model.update_metrics_state(w.state, BATCH[1], BatchOutput(), **w.more)
+    ),
+    "Model.finalize_metrics": Row(lambda w: w.model.finalize_metrics(w.state, **w.more)),
+    "Model.put_weights": Row(lambda w: w.model.put_weights(WEIGHTS, **w.more), needs_weights=True),
+    "Model.get_weights": Row(lambda w: w.model.get_weights(w.handle, **w.more)),
+    "Model.metrics_session": Row(lambda w: w.model.metrics_session(**w.more)),
+    "Model.evaluate": Row(lambda w: w.model.evaluate(w.handle, [BATCH] * 3, **w.more), needs_weights=True),
+    "Model.evaluate_many": Row(
+        lambda w: w.model.evaluate_many([w.handle], [BATCH], sessions=[w.session], **w.more), needs_weights=True
+    ),
+    "Model.pipeline": Row(lambda w: w.model.pipeline(WEIGHTS), needs_weights=True),
+    "Model.predict_many": Row(lambda w: w.model.predict_many(w.handle, [BATCH[0]] * 3, **w.more), needs_weights=True),
+    "Handle.lease": Row(lambda w: w.handle.lease(10, **w.more), needs_weights=True),
+    "Handle.delete": Row(lambda w: w.handle.delete(**w.more)),
+    "Session.update": Row(lambda w: w.session.update(BATCH[1], BatchOutput(), **w.more)),
+    "Session.forward_pass": Row(lambda w: w.session.forward_pass(w.handle, BATCH, **w.more), needs_weights=True),
+    "Session.merge": Row(lambda w: w.session.merge(w.other, **w.more)),
+    "Session.result": Row(lambda w: w.session.result(**w.more)),
+    "Session.state": Row(lambda w: w.session.state(**w.more)),
+    "Session.close": Row(lambda w: w.session.close(**w.more)),
+    "Pipeline.predict_on_batch": Row(lambda w: w.pipeline.predict_on_batch(BATCH[0], **w.more), needs_weights=True),
+    "Pipeline.forward_pass": Row(lambda w: w.pipeline.forward_pass(BATCH, **w.more), needs_weights=True),
+}
+
+ENDS = {"Pipeline.close": lambda w: (w.pipeline.predict_on_batch(BATCH[0], **w.more), w.pipeline.close())[1]}
+"""Calls that end in time without an error of their own: the futures have it."""
+
+LOCAL = {
+    *("Client.close", "Handle.id", "Session.id", "Session.updates", "Session.note_counted", "Session.open"),
+    *(f"Model.{name}" for name in ("name", "version", "versions", "content_hash", "description", "input_spec")),
+    *("Model.weights_handle", "Pipeline.check_process"),
+}
+"""What calls no server, and what only the SDK calls."""
+
+WITHOUT_TIMEOUT = {"Model.initial_weights", "Model.pipeline"}
+"""Calls that have no timeout of their own, only the client's."""
+
+
+def test_every_public_method_is_in_the_table():
+    for index in (0, 1):
+        public = {
+            f"{owner}.{name}"
+            for owner, classes in PUBLIC.items()
+            for name in dir(classes[index])
+            if not name.startswith("_")
+        }
+        assert public - {"Pipeline.check_process"} == {*CALLS, *ENDS, *LOCAL} - {"Pipeline.check_process"}
+
+
+def test_every_call_takes_a_timeout():
+    for place in CALLS:
+        owner, _, name = place.partition(".")
+        for cls in PUBLIC[owner]:
+            method = getattr(cls, name)
+            takes = not isinstance(method, property) and "timeout_s" in inspect.signature(method).parameters
+            assert takes is (place not in WITHOUT_TIMEOUT), place
+
+
+@pytest.fixture(scope="module")
+def counting_server() -> Iterator[ServerProcess]:
+    with ServerProcess("--factory", "counting=support.zoo:counting") as process:
+        yield process
+
+
+@contextlib.contextmanager
+def breaking(kind: str, server: ServerProcess) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The address of a proxy, and what breaks it."""
+    if kind in ("stalls", "drops connections"):
+        with ConnectionProxy(server.address) as connections:
+            yield connections.address, connections.stall if kind == "stalls" else connections.drop
+        return
+    with LosingProxy(server.address) as losing, forwardpass_client.connect(server.address) as client:
+        weights_id = client.model("counting").put_weights(WEIGHTS).id
+
+        def lose() -> None:
+            losing.weights_ids = [weights_id]
+            losing.loses_uploads = kind == "loses uploads"
+            # What a put needs, it lacks.
+            client.model("counting").weights_handle(weights_id).delete()
+
+        yield losing.address, lose
+
+
+KINDS = ["stalls", "drops connections", "loses uploads", "loses weights"]
+
+
+class Outcome(NamedTuple):
+    place: str
+    seconds: float
+    result: Any
+
+
+def rows(kind: str, is_explicit: bool) -> dict[str, Callable[[World], Any]]:
+    is_losing = kind.startswith("loses")
+    chosen = {place: row.call for place, row in CALLS.items() if row.needs_weights or not is_losing}
+    if kind == "loses weights":
+        # These succeed: the weights are lost only before a call that is not part of a put, and a stream is one call.
+        for place in ("Model.put_weights", "Model.pipeline", "Model.predict_many"):
+            del chosen[place]
+        del chosen["Pipeline.predict_on_batch"], chosen["Pipeline.forward_pass"]
+    chosen.update(ENDS)
+    if is_explicit:
+        chosen.pop("Client.wait_until_ready", None)
+        for place in WITHOUT_TIMEOUT:
+            chosen.pop(place, None)
+    return chosen
+
+
+def check(outcomes: list[Outcome]) -> None:
+    for place, seconds, result in outcomes:
+        assert seconds < TIMEOUT_S + SLACK_S, (place, seconds, result)
+        if place in ENDS:
+            assert not isinstance(result, Exception), (place, result)
+            continue
+        allowed = (errors.DeadlineExceeded, errors.ServerUnavailable, errors.WeightsNotFound)
+        assert isinstance(result, allowed), (place, seconds, result)
+
+
+def timeouts(is_explicit: bool) -> tuple[float, dict[str, float]]:
+    """The client's timeout, and that of each call."""
+    return (60.0, {"timeout_s": TIMEOUT_S}) if is_explicit else (TIMEOUT_S, {})
+
+
+@pytest.mark.parametrize("is_explicit", [False, True], ids=["client's timeout", "own timeout"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_call_ends_with_its_deadline(counting_server, kind, is_explicit):
+    chosen = rows(kind, is_explicit)
+    timeout_s, more = timeouts(is_explicit)
+    ready = threading.Barrier(len(chosen) + 1)
+    broken = threading.Event()
+
+    def run(address: str, place: str, call: Callable[[World], Any]) -> Outcome:
+        with forwardpass_client.connect(address, timeout_s=timeout_s) as client:
+            model = client.model("counting", timeout_s=60)
+            handle = model.put_weights(WEIGHTS, timeout_s=60)
+            session, other = (model.metrics_session(timeout_s=60) for _ in range(2))
+            pipeline = model.pipeline(handle)
+            state = model.initialize_metrics_state(timeout_s=60)
+            ready.wait(60)
+            broken.wait(60)
+            world = World(client, model, handle, session, other, pipeline, state, more)
+            started = time.monotonic()
+            try:
+                result = call(world)
+                if isinstance(result, concurrent.futures.Future):
+                    result = result.result()
+                elif inspect.isgenerator(result):
+                    result = list(result)
+            except Exception as error:
+                result = error
+            return Outcome(place, time.monotonic() - started, result)
+
+    with breaking(kind, counting_server) as (address, break_now):
+        with concurrent.futures.ThreadPoolExecutor(len(chosen)) as pool:
+            running = [pool.submit(run, address, place, call) for place, call in chosen.items()]
+            ready.wait(60)
+            break_now()
+            broken.set()
+            check([one.result() for one in running])
+
+
+@pytest.mark.parametrize("is_explicit", [False, True], ids=["client's timeout", "own timeout"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_call_of_the_async_client_ends_with_its_deadline(counting_server, kind, is_explicit):
+    chosen = rows(kind, is_explicit)
+    timeout_s, more = timeouts(is_explicit)
+
+    async def run(address: str, place: str, call: Callable[[World], Any], ready: list[str], broken: Any) -> Outcome:
+        async with forwardpass_client.connect_async(address, timeout_s=timeout_s) as client:
+            model = await client.model("counting", timeout_s=60)
+            handle = await model.put_weights(WEIGHTS, timeout_s=60)
+            session, other = [await model.metrics_session(timeout_s=60) for _ in range(2)]
+            pipeline = await model.pipeline(handle)
+            state = await model.initialize_metrics_state(timeout_s=60)
+            ready.append(place)
+            await broken.wait()
+            world = World(client, model, handle, session, other, pipeline, state, more)
+            started = time.monotonic()
+            try:
+                result = call(world)
+                result = [one async for one in result] if inspect.isasyncgen(result) else await result
+            except Exception as error:
+                result = error
+            outcome = Outcome(place, time.monotonic() - started, result)
+            await pipeline.__aexit__(KeyError, KeyError(), None)
+            return outcome
+
+    async def run_all(address: str, break_now: Callable[[], None]) -> list[Outcome]:
+        ready: list[str] = []
+        broken = asyncio.Event()
+        running = [asyncio.ensure_future(run(address, place, call, ready, broken)) for place, call in chosen.items()]
+        deadline = time.monotonic() + 60
+        while len(ready) < len(running):
+            assert time.monotonic() < deadline
+            for one in running:
+                if one.done():
+                    one.result()
+            await asyncio.sleep(0.01)
+        break_now()
+        broken.set()
+        return await asyncio.gather(*running)
+
+    with breaking(kind, counting_server) as (address, break_now):
+        check(asyncio.run(run_all(address, break_now)))
