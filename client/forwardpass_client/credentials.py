@@ -1,4 +1,4 @@
-"""How a connection is encrypted, and what it shows of its caller."""
+"""Credentials: how a connection is encrypted, and how a call identifies its caller."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from forwardpass_client import proxies, targets, trace_context
 from forwardpass_client.trace_context import Metadata
 
 Token: TypeAlias = str | Callable[[], str]
-"""A bearer token, or what is asked for one at each call: it may answer otherwise from one to the next."""
+"""A bearer token, or a function that returns it: it is called for each attempt, and may return another each time."""
 
-# With one of them the caller has decided on a proxy.
+# With one of these the caller has decided about the proxy.
 _PROXY_OPTIONS = ("grpc.enable_http_proxy", "grpc.http_proxy")
 _TOKEN = re.compile(r"[!-~]+")
 
 
 @dataclasses.dataclass(frozen=True)
 class Tls:
-    """An encrypted connection. All files in PEM, as bytes.
+    """The certificates of an encrypted connection: the contents of PEM files, as bytes.
 
-    root_certificates: whom to believe that the server is who it says; None for those that come with gRPC.
-    certificate, key: who this client is, for a server that asks; with those between it and its root.
-    server_name: what the server's certificate names it, where that is not the host of the target.
+    root_certificates: the authorities that are trusted to certify the server; None for those that come with gRPC.
+    certificate, key: the certificate chain of this client and its key, for a server that asks for them.
+    server_name: the name in the server's certificate, where it is not the host of the target.
+    Raises TypeError for a path or text, and ValueError for a certificate without its key.
     """
 
     root_certificates: bytes | None = None
@@ -35,13 +36,21 @@ class Tls:
     server_name: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("root_certificates", "certificate", "key"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, bytes):
+                # The value is not shown: it may be the text of a key.
+                raise TypeError(
+                    f"tls: expected {name} as bytes, the contents of a PEM file such as "
+                    f'pathlib.Path("file.pem").read_bytes(), got {type(value).__name__}'
+                )
         if (self.certificate is None) != (self.key is None):
             raise ValueError("tls: expected a certificate with its key, got one without the other")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Credentials:
-    """What a channel is opened with. Raises ValueError for a token that would be there for all to read."""
+    """The target, certificates and token of a client. Raises ValueError for a token that would be sent unencrypted."""
 
     target: str
     tls: Tls | None = None
@@ -52,13 +61,13 @@ class Credentials:
         if self.token is None or self.tls is not None or self.allow_insecure_token or targets.is_loopback(self.target):
             return
         raise ValueError(
-            f"token: expected tls beside, for {self.target} is another machine, and whoever is between could read it; "
-            "where something else encrypts, say allow_insecure_token=True"
+            f"token: expected tls beside, for {self.target} is another machine and the network could read the token: "
+            "pass tls=True, or allow_insecure_token=True where something else encrypts"
         )
 
     @property
     def proxy(self) -> str:
-        """What the target is called through: see `proxies.of`."""
+        """The proxy for the target: see `proxies.of`."""
         return proxies.of(self.target)
 
     def channel(self, api: Any, options: list[tuple[str, Any]]) -> Any:
@@ -67,7 +76,7 @@ class Credentials:
             options = [*options, ("grpc.enable_http_proxy", 0)]
         if self.tls is None:
             if self.token is not None and not self.allow_insecure_token:
-                # A proxy of the environment may be another machine after all.
+                # A proxy may be on another machine, even for a target on this one.
                 options = [*options, ("grpc.enable_http_proxy", 0)]
             return api.insecure_channel(self.target, options)
         if self.tls.server_name is not None:
@@ -76,16 +85,16 @@ class Credentials:
         return api.secure_channel(self.target, tls, options)
 
     def metadata(self) -> Metadata | None:
-        """What a call carries: the token, and the trace that it belongs to.
+        """The metadata of a call: the token, and the trace that it belongs to.
 
-        Raises ValueError for a token that no header can hold, and what asking for one raises.
-        Not by gRPC's own call credentials: these take no insecure channel, and ask for the token on another thread.
+        Raises ValueError for a token that no header can hold, and the error of the function that returns the token.
+        gRPC's own call credentials refuse insecure channels, and call the function on another thread.
         """
         context = trace_context.metadata()
         if self.token is None:
             return context or None
         token = self.token() if callable(self.token) else self.token
         if not isinstance(token, str) or not _TOKEN.fullmatch(token):
-            # What it is must not be said.
+            # The token is secret: the message must not show it.
             raise ValueError("token: expected a str of ASCII without spaces")
         return (("authorization", f"Bearer {token}"), *context)
