@@ -16,7 +16,7 @@ from forwardpass_client.credentials import Credentials, Tls, Token
 from forwardpass_client.deadlines import Deadline, check_timeout
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
 from forwardpass_client.options import Options
-from forwardpass_client.processes import Connected, check_gevent
+from forwardpass_client.processes import Connected, check_fork, check_gevent
 from forwardpass_client.replicas import Transports
 from forwardpass_client.transfers import Steps
 from forwardpass_client.transport import AsyncTransport, Transport
@@ -61,8 +61,8 @@ def connect(
     Calls that find the server away (UNAVAILABLE, CANCELLED) are made again until their deadline: for some 3 s at most,
     or for half a minute where replicas, sessions, streams or transfers allow it. An update of a session counts once,
     however often it is sent.
-    Raises TypeError or ValueError for what is no target, timeout, token or Tls, and RuntimeError where gevent has
-    patched Python's threads and gRPC was not told.
+    Raises TypeError or ValueError for what is no target, timeout, token or Tls; and RuntimeError where gevent has
+    patched Python's threads and gRPC was not told, and in a forked child of a process that has used an AsyncClient.
     """
     credentials = _credentials(target, tls, token, allow_insecure_token)
     return Client(credentials, _options(timeout_s, max_message_bytes, reuse_weights, channel_options))
@@ -203,6 +203,7 @@ class Client(ClientApi):
 
     def __init__(self, credentials: Credentials, options: Options) -> None:
         check_gevent(is_async=False)
+        check_fork()
         super().__init__(options)
         self._transports = Transports(lambda: Transport(credentials, options))
 
@@ -285,6 +286,7 @@ class AsyncClient(ClientApi):
 
     def __init__(self, credentials: Credentials, options: Options) -> None:
         check_gevent(is_async=True)
+        check_fork()
         super().__init__(options)
         self._transports = Transports(lambda: AsyncTransport(credentials, options))
 

@@ -108,10 +108,6 @@ class Pipeline(PipelineApi):
 
         threading.Thread(target=put, name="forwardpass-pipeline-put", daemon=True).start()
 
-    def check_process(self) -> None:
-        """Raises RuntimeError in a forked child, where no call is ever answered."""
-        self._stream.check_process()
-
     def close(self) -> None:
         """Waits for every answer, and ends the stream. Raises RuntimeError in a forked child."""
         self._stream.close()
@@ -174,7 +170,11 @@ class AsyncPipeline(PipelineApi):
         task.add_done_callback(self._tasks.discard)
 
     async def close(self) -> None:
-        """Waits for every answer, and ends the stream. Cancelled, it fails every unanswered call."""
+        """Waits for every answer, and ends the stream. Cancelled, it fails every unanswered call.
+
+        Raises RuntimeError in a forked child.
+        """
+        self._deadline()
         await self._stream.close()
 
     async def __aenter__(self) -> AsyncPipeline:
@@ -183,4 +183,7 @@ class AsyncPipeline(PipelineApi):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._stream.__aexit__(kind, error, trace)
+        if error is None:
+            await self.close()
+        elif not self._is_in_forked_child:
+            await self._stream.leave()

@@ -51,11 +51,43 @@ class Connected:
         )
 
 
+class _AsyncioUse:
+    """The process that uses grpc.aio. In its forked children gRPC hangs or crashes, even with new channels."""
+
+    def __init__(self) -> None:
+        self._process_id: int | None = None
+
+    @property
+    def is_before_fork(self) -> bool:
+        """Whether this process was forked from one that had used grpc.aio through this package."""
+        return self._process_id not in (None, os.getpid())
+
+    def note(self) -> None:
+        """Notes that this process uses grpc.aio."""
+        self._process_id = os.getpid()
+
+
+# One for the process, as grpc.aio's own state is.
+asyncio_use = _AsyncioUse()
+
+_SPAWN = "start the process by spawn or forkserver, or fork before the first call of an AsyncClient"
+
+
+def check_fork() -> None:
+    """Raises RuntimeError in a forked child in which gRPC does not work."""
+    if asyncio_use.is_before_fork:
+        raise RuntimeError(
+            f"this process was forked from one that had used an AsyncClient, so gRPC does not work here: {_SPAWN} "
+            f"({_PAGE})"
+        )
+
+
 def forked(name: str) -> str:
     """The message of an error in a forked child. name: of the class that was made before the fork."""
+    advice = _SPAWN if asyncio_use.is_before_fork else "call connect() in the child"
     return (
-        f"this {name} was made before the process forked, and its connection works only in the parent process: call "
-        f"connect() in the child ({_PAGE})"
+        f"this {name} was made before the process forked, and its connection works only in the parent process: "
+        f"{advice} ({_PAGE})"
     )
 
 

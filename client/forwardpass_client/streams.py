@@ -154,14 +154,14 @@ class Stream:
         for thread in self._threads:
             thread.start()
 
-    def check_process(self) -> None:
+    def _check_process(self) -> None:
         """Raises RuntimeError in a forked child, where the threads of the stream are missing."""
         if os.getpid() != self._process_id:
             raise RuntimeError(forked(self._title))
 
     def submit(self, item: Any, deadline: Deadline) -> concurrent.futures.Future[Any]:
         """Sends an item: a future of its answer. Waits until there is room in flight, or until the deadline."""
-        self.check_process()
+        self._check_process()
         future: concurrent.futures.Future[Any] = CallFuture()
         # A callback of a future runs on a thread of the stream: if it waited for room, no answer could make room.
         is_ours = threading.current_thread() in self._threads
@@ -291,7 +291,7 @@ class Stream:
 
     def close(self) -> None:
         """Waits for every answer, and ends the stream."""
-        self.check_process()
+        self._check_process()
         with self._changed:
             self._is_closing = True
             self._changed.notify_all()

@@ -18,7 +18,7 @@ from forwardpass_client import channel_policy, long_calls, replicas, retries, ta
 from forwardpass_client.credentials import Credentials
 from forwardpass_client.deadlines import Deadline
 from forwardpass_client.options import Options
-from forwardpass_client.processes import OneLoop
+from forwardpass_client.processes import OneLoop, asyncio_use
 from forwardpass_client.transfers import Exchange, Pause, Receive, Send, Steps, Unary
 
 if TYPE_CHECKING:
@@ -163,6 +163,7 @@ class AsyncTransport:
         if self._made is None:
             if self.is_closed:
                 raise errors.CallCancelled(_CLOSED)
+            asyncio_use.note()
             self._made = self._make_channels()
         return self._made
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import pathlib
 import pickle
 import re
 import subprocess
@@ -15,7 +16,9 @@ import pytest
 
 import forwardpass_client
 from forwardpass_client import errors
+from support.public_calls import CALLS, ENDS
 
+PROGRAMS = pathlib.Path(__file__).parent / "programs"
 OTHER_LOOP = "belongs to another event loop.*docs/processes.md"
 
 
@@ -28,9 +31,54 @@ def test_what_holds_a_connection_is_not_copied_and_says_so(client, copied):
         model.put_weights(model.initial_weights),
         client.model("keras_cnn").metrics_session(),
     ]
-    for thing in held:
-        with pytest.raises(TypeError, match=f"a {type(thing).__name__} cannot be pickled or copied.*call connect"):
-            copied(thing)
+    with model.pipeline(held[2]) as pipeline:
+        for thing in (*held, pipeline):
+            with pytest.raises(TypeError, match=f"a {type(thing).__name__} cannot be pickled or copied.*call connect"):
+                copied(thing)
+
+
+def test_an_async_pipeline_or_session_is_not_copied_either(server):
+    async def run() -> None:
+        async with forwardpass_client.connect_async(server.address) as client:
+            model = await client.model("counting")
+            handle = await model.put_weights(await model.initial_weights)
+            async with model.pipeline(handle) as pipeline, model.metrics_session() as session:
+                for thing in (client, model, handle, pipeline, session):
+                    with pytest.raises(TypeError, match=f"a {type(thing).__name__} cannot be pickled or copied"):
+                        pickle.dumps(thing)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_what_was_made_before_a_fork_says_in_the_child_what_to_do(server, kind):
+    # Where a child hangs its alarm ends it, and its line is missing.
+    finished = subprocess.run(
+        [sys.executable, PROGRAMS / "forked_child.py", server.address, kind],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = dict(line.split(": ", 1) for line in finished.stdout.splitlines() if ": " in line)
+    assert finished.stdout.endswith("the parent has gone on\n"), finished.stdout + finished.stderr
+    # Closing a client does nothing there; connecting works.
+    assert lines.pop("Client left") == "returned None"
+    connected = lines.pop("connect in the child"), lines.pop("connect_async in the child")
+    if kind == "sync":
+        advice = r"call connect\(\) in the child"
+        assert connected == ("returned [[5.0], 300, 30]",) * 2
+    else:
+        # There gRPC hangs or crashes.
+        advice = "start the process by spawn"
+        for outcome in connected:
+            assert re.fullmatch(f"RuntimeError: .* had used an AsyncClient, .*: {advice}.*", outcome)
+    extra = {"Pipeline.close alone", "Pipeline left", "Session left"}
+    if kind == "sync":
+        extra |= {"Future.result", "Future.exception", "predict_many that had begun"}
+    assert set(lines) == {*CALLS, *ENDS, *extra}
+    for way, outcome in lines.items():
+        expected = f"RuntimeError: this .* was made before the process forked, .*: {advice}.*"
+        assert re.fullmatch(expected, outcome), (way, outcome)
 
 
 def test_an_async_client_is_of_the_first_event_loop_that_uses_it(server):

@@ -383,6 +383,14 @@ def test_a_server_with_tls_is_reached_by_whoever_has_a_certificate(encrypted, tm
             reach(server.address, tls)
 
 
+def test_a_client_without_tls_and_a_server_with_it_say_which_is_which(encrypted, guarded):
+    server, signer, _ = encrypted
+    with pytest.raises(errors.ServerUnavailable, match=r"if the server uses TLS, connect with tls=True or tls=Tls"):
+        reach(server.address, False)
+    with pytest.raises(errors.ServerUnavailable, match="the server does not use TLS: connect without tls"):
+        reach(guarded.server.address, signer.tls("alice"))
+
+
 def test_a_certificate_is_good_for_calls_and_a_token_for_more(encrypted):
     server, signer, secret = encrypted
     tls = signer.tls("alice")
