@@ -21,12 +21,14 @@ class Deadline:
     last_error: why the last attempt failed; None while none has failed.
     """
 
-    __slots__ = ("at", "is_renewable", "last_error", "timeout_s")
+    # In the class: a small call pays for each attribute that is set (40 ns).
+    is_renewable = False
+    last_error: Exception | None = None
 
     def __init__(self, timeout_s: float | None, *, is_renewable: bool = False) -> None:
         self.timeout_s = timeout_s
-        self.is_renewable = is_renewable
-        self.last_error: Exception | None = None
+        if is_renewable:
+            self.is_renewable = True
         self.at = None if timeout_s is None else time.monotonic() + timeout_s
 
     def remaining_s(self) -> float | None:

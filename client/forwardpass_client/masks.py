@@ -1,4 +1,4 @@
-"""Keras masks of predictions: the positions that loss and metrics leave out."""
+"""Keras masks of predictions, which mark the positions that loss and metrics leave out."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from forwardpass.wire.dtypes import Array
 
 
 class MaskMissing(UserWarning):
-    """Predictions without their Keras mask go to a loss or metrics that would leave out masked positions."""
+    """Warns of predictions without a Keras mask for a loss or metrics that leave out masked positions."""
 
 
 class MaskedPredictions(np.ndarray[Any, Any]):
-    """Predictions that carry their Keras mask, as a tensor of Keras does.
+    """Predictions that carry their Keras mask, as a Keras tensor does.
 
     `loss`, `update_metrics_state` and a session's `update` read the mask, and so do the losses and metrics of a local
-    Keras. Copies made by pickle and `copy` keep it. Arrays that are computed from this one have none, views and slices
-    included: their positions may be others.
+    Keras. Copies by pickle and `copy` keep it. Arrays computed from this one, views and slices included, have no mask,
+    because their positions may differ.
     """
 
     _keras_mask: Array | None
@@ -31,13 +31,13 @@ class MaskedPredictions(np.ndarray[Any, Any]):
         self._keras_mask = None
 
     def __array_wrap__(self, array: Any, context: Any = None, return_scalar: bool = False) -> Any:
-        # What is computed is a plain array, and a number where numpy gives one.
+        # Results of computations are plain arrays, or numbers where numpy returns numbers.
         plain = np.asarray(array)
         return plain[()] if return_scalar or not plain.ndim else plain
 
     @property
     def mask(self) -> Array | None:
-        """The mask, bool of shape [B, ...]: False for a position that is left out. None for an array without one."""
+        """The mask, bool of shape [B, ...]: False for a position that is left out. None for an array without a mask."""
         return self._keras_mask
 
     def __reduce__(self) -> Any:
@@ -58,7 +58,7 @@ def masked(predictions: Array, mask: Array | None) -> MaskedPredictions:
 
 
 def attached(predictions: Sequence[Array], masks: Sequence[Array], spec: ModelSpec) -> list[Array]:
-    """The leaves of predictions, with these masks on those that have one."""
+    """The leaves of predictions, where each masked leaf carries its mask."""
     leaves = list(predictions)
     for index, mask in zip(spec.masked_leaves, masks, strict=True):
         leaves[index] = masked(leaves[index], mask)
@@ -68,7 +68,7 @@ def attached(predictions: Sequence[Array], masks: Sequence[Array], spec: ModelSp
 def carried(predictions: Any, spec: ModelSpec, place: str) -> tuple[Any, bool]:
     """The masks that predictions carry, structured as the model's `prediction_mask`, and whether none is missing.
 
-    For one that is missing stands a mask that counts every position.
+    A missing mask is replaced by one that counts every position.
     Raises StructureMismatch for predictions in other containers than the model's.
     """
     leaves = conform.arrange(predictions, spec.predictions.tree, place)
@@ -85,7 +85,7 @@ def carried(predictions: Any, spec: ModelSpec, place: str) -> tuple[Any, bool]:
 
 
 def warn_missing(function: str, place: str, stacklevel: int) -> None:
-    """Says that every position counts. stacklevel: how many calls lie between this one and the caller's code."""
+    """Warns that every position counts. stacklevel: the number of calls between this one and the user's code."""
     warnings.warn(
         f"{function}: {place} does not carry its Keras mask, so padding counts like any other position. Pass the "
         "predictions as the model returned them, or their mask as mask=predictions.mask. To count every position "

@@ -1,4 +1,4 @@
-"""What a user sets of a client."""
+"""The options of a client."""
 
 from __future__ import annotations
 

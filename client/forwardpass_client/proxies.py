@@ -1,4 +1,4 @@
-"""The HTTP proxy that the environment names: which targets gRPC calls through it."""
+"""HTTP proxies: which proxy of the environment gRPC uses for a target."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import urllib.parse
 
 from forwardpass_client import targets
 
-# Those that gRPC reads, in its order.
+# The variables that gRPC reads, in its order.
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
-# gRPC reads only one of the first two; NO_PROXY is what other programs read too.
+# gRPC reads only one of the first two. Other programs read NO_PROXY, too.
 _EXCEPTIONS = ("no_grpc_proxy", "no_proxy", "NO_PROXY")
 
 
 def of(target: str) -> str:
     """The proxy for a gRPC target and the variable that names it, as `proxy:3128 (https_proxy)`; "" for none.
 
-    This machine is never called through a proxy, and no host that an exception names.
+    No proxy is used for this machine, nor for a host that an exception names.
     """
     for name in _PROXIES:
         proxy = os.environ.get(name)
@@ -32,7 +32,7 @@ def of(target: str) -> str:
     hosts = targets.hosts(target)
     if hosts and all(map(_is_exception, hosts)):
         return ""
-    # Without the user and password that may stand before the host.
+    # Without the user and password that may precede the host.
     return f"{url.netloc.rpartition('@')[2]} ({name})"
 
 
@@ -48,6 +48,6 @@ def _matches(host: str, entry: str) -> bool:
     try:
         return ipaddress.ip_address(host) in ipaddress.ip_network(entry, strict=False)
     except ValueError:
-        # gRPC compares the ends of the names.
+        # A suffix matches, as in gRPC.
         name = entry.lower().lstrip("*").lstrip(".")
         return bool(name) and host.lower().endswith(name)

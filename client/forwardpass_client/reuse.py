@@ -1,4 +1,4 @@
-"""Weights that are passed again and again as arrays: sent once, without the caller's doing."""
+"""Reuse of weights: arrays that are passed again are put on the server once, and named from then on."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from forwardpass.wire.manifests import WeightsManifest
 from forwardpass.wire.structures import Structure
 from forwardpass_client.weights import HeldWeights
 
-# Measured: hashing takes 0.6 ms a MiB, sending and reading 1.4 and more. Below this the difference is lost beside what
-# a call costs anyway.
+# Measured: hashing takes 0.6 ms per MiB, sending and reading at least 1.4 ms. Below 1 MiB the gain is small beside the
+# cost of a call.
 MIN_BYTES = 2**20
 
-# A caller that goes through many sets comes back to none of them soon.
+# A caller with more sets of weights than this passes each of them too seldom to gain.
 _REMEMBERED = 256
 
-# Arrays that were changed in place so often will be changed again: hashing them is for nothing.
-_GIVEN_UP = 3
+# Arrays that changed in place so often change before each call, as in training: hashing them gains nothing.
+_MAX_CHANGES = 3
 
 
 @dataclasses.dataclass(slots=True)
 class _Seen:
     """Arrays that were passed before.
 
-    manifest: of their numbers when they came last, once they came twice. changes: how often they were others then.
+    manifest: of their numbers at the last call, from the second call on.
+    changes: how often the numbers differed from those of the call before.
     """
 
     leaves: Sequence[weakref.ref[Array]]
@@ -38,10 +39,10 @@ class _Seen:
 
 
 class Reuse:
-    """Recognises arrays that are passed as weights again. Used by any thread.
+    """Recognises arrays that are passed as weights again. Any thread may use it.
 
-    The first time their numbers go along by value; the second time they are hashed and put, and from then on named, as
-    long as the hash, taken anew each time, is the same. What cannot change is hashed once.
+    The first call sends the numbers by value. The second hashes them and puts them on the server; it and later calls
+    name them, as long as the hash, computed at each call, stays the same. Immutable arrays are hashed once.
     """
 
     def __init__(self) -> None:
@@ -49,7 +50,7 @@ class Reuse:
         self._lock = threading.Lock()
 
     def recognise(self, structure: Structure) -> HeldWeights | None:
-        """The weights to be named in place of these; None where they had better be sent."""
+        """The weights to name instead of these arrays; None where the call is to send the arrays."""
         leaves = structure.leaves
         if sum(leaf.nbytes for leaf in leaves) < MIN_BYTES:
             return None
@@ -65,11 +66,11 @@ class Reuse:
             before = seen.manifest
         if before is not None and all(map(_is_immutable, leaves)):
             return HeldWeights(before.weights_id, before, structure)
-        if seen.changes >= _GIVEN_UP:
+        if seen.changes >= _MAX_CHANGES:
             return None
         manifest = seen.manifest = manifests.of_structure(structure, "model_weights")
         if before is not None and before.weights_id != manifest.weights_id:
-            # They change under way, as in training: naming them would only send them by a longer way.
+            # They change between calls, as in training: a put would send as many bytes in more calls.
             seen.changes += 1
             return None
         return HeldWeights(manifest.weights_id, manifest, structure)

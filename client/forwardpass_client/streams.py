@@ -6,7 +6,6 @@ import asyncio
 import concurrent.futures
 import contextlib
 import contextvars
-import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 from forwardpass.wire import errors
 from forwardpass_client.backoff import RETRYABLE, Backoff
 from forwardpass_client.deadlines import Deadline
-from forwardpass_client.processes import forked
+from forwardpass_client.processes import forked, process
 from forwardpass_client.transfers import Steps
 from forwardpass_client.transport import AsyncTransport, Transport
 
@@ -106,7 +105,7 @@ class CallFuture(concurrent.futures.Future[ResultT]):
 
     def __init__(self) -> None:
         super().__init__()
-        self._process_id = os.getpid()
+        self._forks = process.forks
 
     def result(self, timeout: float | None = None) -> ResultT:
         """The answer; see `concurrent.futures.Future`."""
@@ -119,7 +118,7 @@ class CallFuture(concurrent.futures.Future[ResultT]):
         return super().exception(timeout)
 
     def _check_process(self) -> None:
-        if self._process_id != os.getpid() and not self.done():
+        if self._forks != process.forks and not self.done():
             raise RuntimeError(forked("future"))
 
 
@@ -130,7 +129,7 @@ class Stream:
     """
 
     def __init__(self, transport: Transport, path: str, flying: InFlight, title: str, deadline: Deadline) -> None:
-        self._process_id = os.getpid()
+        self._forks = process.forks
         self._deadline = deadline
         self._transport = transport
         self._path = path
@@ -156,7 +155,7 @@ class Stream:
 
     def _check_process(self) -> None:
         """Raises RuntimeError in a forked child, where the threads of the stream are missing."""
-        if os.getpid() != self._process_id:
+        if self._forks != process.forks:
             raise RuntimeError(forked(self._title))
 
     def submit(self, item: Any, deadline: Deadline) -> concurrent.futures.Future[Any]:
@@ -303,7 +302,7 @@ class Stream:
 
     def leave(self) -> None:
         """Fails every unanswered item, and ends the stream. In a forked child it does nothing."""
-        if os.getpid() != self._process_id:
+        if self._forks != process.forks:
             return
         self._give_up(_left(self._title))
         self._cancel()

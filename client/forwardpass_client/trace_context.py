@@ -1,4 +1,4 @@
-"""The trace that a call belongs to, as its metadata say it (W3C Trace Context)."""
+"""The trace of a call, as metadata in the format of W3C Trace Context."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ Metadata = tuple[tuple[str, str], ...]
 
 
 def metadata() -> Metadata:
-    """The current span of OpenTelemetry; nothing where there is none.
+    """The current span of OpenTelemetry; empty where there is none.
 
-    A program that has a span has imported OpenTelemetry: this one never does.
+    OpenTelemetry is never imported here: a program that has a span has imported it.
     """
     trace = sys.modules.get("opentelemetry.trace")
     if trace is None:

@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Runs the command line, whose packages the thin client does not bring along."""
+    """Runs the command line. Its packages are not installed with the client."""
     try:
         from forwardpass_client.cli.commands import forwardpass
     except ModuleNotFoundError as error:

@@ -1,4 +1,4 @@
-"""An evaluation over arrays that can be left at any time, and gone on with later."""
+"""Evaluations over arrays that can be interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from forwardpass_client.weights import WeightsHandle
 
 
 class Evaluation:
-    """Counts slices of arrays in sessions, one for each weights: each goes on behind what it has counted.
+    """Counts slices of arrays in sessions, one for each weights. Each session resumes after its last counted slice.
 
     slices: of (x, y) or (x, y, sample_weight). Raises ValueError where a session has counted more than there are.
     """
@@ -34,8 +34,8 @@ class Evaluation:
         for session in sessions:
             if session.updates > len(slices):
                 raise ValueError(
-                    f"session {session.id} has counted {session.updates} batches, and the data have {len(slices)}: "
-                    "it goes on with the same data and batch size alone"
+                    f"session {session.id} has counted {session.updates} batches, but the data have {len(slices)}: "
+                    "resume it with the same data and --batch-size"
                 )
 
     @property
@@ -48,16 +48,16 @@ class Evaluation:
         return self.counted == len(self._slices)
 
     def run(self, progress: Callable[[int], None]) -> None:
-        """Counts until the end, or Ctrl-C. progress: is told `counted`, from another thread.
+        """Counts until the end or Ctrl-C. progress: called with `counted`, from another thread.
 
-        Nothing is on its way then: what was has counted. The second Ctrl-C raises KeyboardInterrupt at once.
+        After Ctrl-C, batches in flight still count. A second Ctrl-C raises KeyboardInterrupt at once.
         """
         with self._interruptible():
             while not self.is_complete and not self._is_interrupted:
                 self._advance(progress)
 
     def _advance(self, progress: Callable[[int], None]) -> None:
-        """Brings the sessions that have counted least as far as the next, or to the end."""
+        """Counts in the sessions that have counted least, until they reach the next session or the end."""
         first = self.counted
         pairs = list(zip(self._handles, self._sessions, strict=True))
         behind = [pair for pair in pairs if pair[1].updates == first]

@@ -1,4 +1,4 @@
-"""The server that a command calls, and how it gets there."""
+"""The server that a command calls, with its encryption and token."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ import forwardpass_client
 
 _FILE = click.Path(exists=True, dir_okay=False, path_type=pathlib.Path)
 _OPTIONS = (
-    click.option("--tls", is_flag=True, help="Encrypt, believing the certificates that come with gRPC."),
-    click.option("--ca", type=_FILE, help="Encrypt, believing the certificates in this file (PEM)."),
+    click.option("--tls", is_flag=True, help="Encrypt, and trust the certificates that come with gRPC."),
+    click.option("--ca", type=_FILE, help="Encrypt, and trust the certificates in this file (PEM)."),
     click.option("--cert", type=_FILE, help="Encrypt, and show the server this certificate (PEM)."),
     click.option("--key", type=_FILE, help="The certificate's key (PEM)."),
     click.option(
-        "--token", envvar="FORWARDPASS_TOKEN", show_envvar=True, help="Who calls: the server's operator has it."
+        "--token",
+        envvar="FORWARDPASS_TOKEN",
+        show_envvar=True,
+        help="The bearer token of the caller, from the operator of the server.",
     ),
     click.option("--allow-insecure-token", is_flag=True, help="Send the token unencrypted to another machine too."),
 )
@@ -27,7 +30,7 @@ _OPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """What the command line says of the server."""
+    """The options of the command line for the server."""
 
     target: str
     tls: bool
@@ -38,13 +41,13 @@ class Host:
     allow_insecure_token: bool
 
     def words(self) -> list[str]:
-        """What names it on a command line, but for the token: that is a secret."""
+        """The words that name the server on a command line, without the token, which is secret."""
         files = [(f"--{name}", str(path)) for name in ("ca", "cert", "key") if (path := getattr(self, name))]
         flags = [f"--{name.replace('_', '-')}" for name in ("tls", "allow_insecure_token") if getattr(self, name)]
         return [self.target, *(word for file in files for word in file), *flags]
 
     def connect(self) -> forwardpass_client.Client:
-        """A client of it. Raises ValueError for what does not go together."""
+        """A client of the server. Raises ValueError for options that exclude each other."""
         ca, cert, key = (None if path is None else path.read_bytes() for path in (self.ca, self.cert, self.key))
         is_encrypted = self.tls or any(part is not None for part in (ca, cert, key))
         return forwardpass_client.connect(
@@ -56,7 +59,7 @@ class Host:
 
 
 def host_argument(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the argument HOST, and the options of how to get there: it takes a `Host` as `host`."""
+    """Gives a command the argument HOST and the options of the connection: it takes a `Host` as `host`."""
 
     @functools.wraps(command)
     def with_host(host: str, **arguments: Any) -> None:

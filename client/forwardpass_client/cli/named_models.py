@@ -1,4 +1,4 @@
-"""The model that a command calls, and which of its versions."""
+"""The model that a command calls, with its version or label."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import click
 
 _OPTIONS = (
     click.option("--version", type=click.IntRange(min=1), help="Version.  [default: the highest]"),
-    click.option("--label", help="In place of a version, what the operator calls it, such as stable or canary."),
+    click.option("--label", help="Instead of a version, its label, such as stable or canary."),
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class NamedModel:
-    """What the command line says of the model."""
+    """The options of the command line for the model."""
 
     name: str
     version: int | None
@@ -25,7 +25,7 @@ class NamedModel:
 
 
 def model_argument(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the argument MODEL, and the options of which version: it takes a `NamedModel` as `model`."""
+    """Gives a command the argument MODEL and the options of its version: it takes a `NamedModel` as `model`."""
 
     @functools.wraps(command)
     def with_model(model: str, version: int | None, label: str | None, **arguments: Any) -> None:
