@@ -17,10 +17,10 @@ from forwardpass_client.streams import Completed, Future
 from forwardpass_client.weights import HeldWeights
 
 MAX_CALLS = 256
-"""In flight at once."""
+"""The most calls in flight."""
 
 MAX_BYTES = 64 * 2**20
-"""In flight at once, unless one call alone has more."""
+"""The most bytes of requests in flight; a single call may have more."""
 
 
 @dataclasses.dataclass(eq=False, slots=True)
@@ -56,7 +56,7 @@ class CallsInFlight:
         return len(self._unanswered)
 
     def has_room(self, call: Call[Any]) -> bool:
-        """Whether another call may be in flight: one alone always may."""
+        """Whether another call may be in flight: a single call always may, whatever its size."""
         return not self._unanswered or (
             len(self._unanswered) < MAX_CALLS and self.size_bytes + len(call.request) <= MAX_BYTES
         )
@@ -156,7 +156,7 @@ class CallsInFlight:
         return completed
 
     def next_event(self) -> float | None:
-        """When `advance` has something to do next, by time.monotonic; None where it never will."""
+        """When `advance` is to be called next, by time.monotonic; None for never."""
         times = [queue[0][0] for queue in (self._deadlines, self._resends) if self._next(queue)]
         return min(times, default=None)
 

@@ -132,6 +132,7 @@ class ClientApi(Connected, abc.ABC):
     ) -> Any:
         """Looks up a model of the server.
 
+        name: the model's name, as `models()` lists it.
         version: None for the highest version that is available now. Specs, weights and sessions belong to the version
           that was found, and the model keeps it.
         label: instead of a version, the name that the operator gave it, such as "stable" or "canary". To follow a label
@@ -230,7 +231,7 @@ class Client(ClientApi):
 
         timeout_s: seconds until DeadlineExceeded, which names the last reason.
         """
-        polling = _Polling(self._deadline(timeout_s), timeout_s)
+        polling = _Polling(self._deadline(timeout_s))
         while not self._is_ready(polling):
             time.sleep(polling.pause_s())
 
@@ -313,7 +314,7 @@ class AsyncClient(ClientApi):
 
         timeout_s: seconds until DeadlineExceeded, which names the last reason.
         """
-        polling = _Polling(self._deadline(timeout_s), timeout_s)
+        polling = _Polling(self._deadline(timeout_s))
         while True:
             if await self._is_ready(polling):
                 return
@@ -376,9 +377,8 @@ _NOT_YET = (errors.ServerUnavailable, errors.DeadlineExceeded)
 class _Polling:
     """The time that is left to wait for a server, and why it was not ready the last time."""
 
-    def __init__(self, deadline: Deadline, timeout_s: float) -> None:
+    def __init__(self, deadline: Deadline) -> None:
         self._deadline = deadline
-        self._timeout_s = timeout_s
         self.reason: Exception | None = None
 
     def remaining_s(self) -> float | None:
@@ -386,7 +386,7 @@ class _Polling:
         wait_s = self._deadline.wait_s()
         if wait_s == 0:
             reason = "" if self.reason is None else f"; its last answer was {type(self.reason).__name__}: {self.reason}"
-            raise errors.DeadlineExceeded(f"the server was not ready within {self._timeout_s:g} s{reason}")
+            raise errors.DeadlineExceeded(f"the server was not ready within {self._deadline.timeout_s:g} s{reason}")
         return wait_s
 
     def pause_s(self) -> float:

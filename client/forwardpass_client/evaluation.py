@@ -23,7 +23,7 @@ PATH = METHODS["Evaluate"].path
 TITLE = "evaluation"
 
 MAX_BATCHES = 32
-"""On their way at once: as many as the server takes of one stream."""
+"""The most batches in flight: as many as the server accepts from one stream."""
 
 _MAX_BYTES = 64 * 2**20
 
@@ -38,7 +38,7 @@ class _Uncounted:
 
 
 class BatchesInFlight:
-    """The batches of one evaluation: see `streams.InFlight`. The future of one is done when it has counted.
+    """The batches of one evaluation: see `streams.InFlight`. The future of a batch is done when the batch has counted.
 
     pairs: sessions, each with the weights whose metrics it counts.
     deadline: of the evaluation. A renewable one is renewed when a batch has counted, and while no batch is in flight.
@@ -68,7 +68,7 @@ class BatchesInFlight:
         self._has_put = False
         # The server takes batches only in the order of their numbers.
         self._outbox = Outbox(answers=False, in_order=True)
-        # In the order of their numbers.
+        # By number, in ascending order.
         self._uncounted: collections.OrderedDict[int, _Uncounted] = collections.OrderedDict()
         self._completed: list[Completed] = []
         self._last = 0

@@ -264,8 +264,9 @@ class Stream:
     def _opened(self, cancel: Callable[[], None]) -> None:
         with self._changed:
             self._cancel = cancel
-            is_given_up = self._error is not None
-        if is_given_up:
+            # `close` has called the function of the stream before this one, where the last item expired meanwhile.
+            is_over = self._is_over()
+        if is_over:
             cancel()
 
     def _keep_time(self) -> None:

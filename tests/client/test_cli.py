@@ -286,7 +286,7 @@ def test_sessions_go_on_with_their_own_data_and_weights_alone(run, client, tmp_p
         for _ in range(3):
             session.forward_pass(model.initial_weights, (x, y))
         arguments = ["counting", "--data", tmp_path / "data.npz", "--session", session.id]
-        assert "has counted 3 batches, and the data have 2" in run("evaluate", *arguments, "--batch-size", 5, code=1)
+        assert "has counted 3 batches, but the data have 2" in run("evaluate", *arguments, "--batch-size", 5, code=1)
         shown = run("evaluate", *arguments, "--session", session.id, code=2)
         assert "--session: expected 1, one for each --weights, got 2" in shown
         assert model.metrics_session(session.id).updates == 3

@@ -68,15 +68,15 @@ _batch_size_option = click.option("--batch-size", default=256, show_default=True
 def forwardpass() -> None:
     """Call functional models on a forwardpass server. HOST is host:port, e.g. localhost:8500.
 
-    A server that asks for a token finds it best in the environment, as FORWARDPASS_TOKEN: other users of a machine see
-    its command lines.
+    Pass a token by the environment variable FORWARDPASS_TOKEN rather than by --token: other users of a machine can
+    read its command lines.
     """
 
 
 @forwardpass.command()
 @host_argument
 def models(host: Host) -> None:
-    """List the models of a server, those that failed to load included."""
+    """List the models of a server, with those that failed to load."""
     with _client(host) as client:
         found = client.models()
     names = (Column(title, no_wrap=True) for title in ("model", "version", "state", "content"))
@@ -97,18 +97,18 @@ def models(host: Host) -> None:
 
 @forwardpass.command()
 @host_argument
-@click.option("--service", default="", help="Of one service, such as model/digits.  [default: the server as a whole]")
+@click.option("--service", default="", help="A service, such as model/digits.  [default: the server as a whole]")
 @click.option("--timeout", default=3.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Seconds.")
 def health(host: Host, service: str, timeout: float) -> None:
     """Ask whether a server is serving: exits with 0 if it says SERVING, with 1 otherwise.
 
-    Fit for a probe: it starts in a third of a second and asks once. Where the server is not ready, it asks why, too.
+    For probes: it starts in a third of a second and asks once. If the server is not ready, it prints the reasons.
     """
     reasons: list[str] = []
     with _client(host) as client:
         is_serving = client.is_serving(service, timeout_s=timeout)
         if not is_serving:
-            # The answer is there already. An older server knows no reasons, and some callers may ask for health only.
+            # Best effort: an older server gives no reasons, and some callers may only ask for health.
             with contextlib.suppress(errors.ForwardPassError):
                 reasons = client.unready_reasons(timeout_s=timeout)
     click.echo("SERVING" if is_serving else "NOT_SERVING")
@@ -164,7 +164,7 @@ def _yes_unless(reason: str) -> str:
 
 
 def _masks(spec: Any) -> list[tuple[str, str]]:
-    """What there is to know of a model whose predictions have Keras masks."""
+    """A row that describes the Keras masks of a model's predictions; none for a model without masks."""
     if not spec.leaves:
         return []
     note = "loss(output, label) counts masked positions unless output carries its mask or mask= is given"
@@ -181,7 +181,7 @@ def _summary(spec: Any) -> str:
 @host_argument
 @model_argument
 @click.option("--output", "-o", required=True, type=click.Path(dir_okay=False, path_type=pathlib.Path))
-@click.option("--id", "weights_id", help="Those under this id.  [default: those that the model was saved with]")
+@click.option("--id", "weights_id", help="The id of the weights.  [default: the weights that the model was saved with]")
 def weights(host: Host, model: NamedModel, output: pathlib.Path, weights_id: str | None) -> None:
     """Write weights of a model into an .npz file: trainable/0, non_trainable/0 and so on."""
     with _model(host, model) as remote:
@@ -201,11 +201,11 @@ def weights(host: Host, model: NamedModel, output: pathlib.Path, weights_id: str
 @host_argument
 @model_argument
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=pathlib.Path))
-@click.option("--lease", type=click.FloatRange(min=0), help="Keep them on the server for so many seconds.")
+@click.option("--lease", type=click.FloatRange(min=0), help="Keep the weights on the server for this many seconds.")
 def put_weights(host: Host, model: NamedModel, file: pathlib.Path, lease: float | None) -> None:
-    """Send the weights in an .npz file once, and print the id by which they can be named from then on.
+    """Put the weights of an .npz file on the server, and print their id for the other commands.
 
-    The server keeps them until it needs the room, or the lease ends.
+    The server keeps them until the lease ends and it needs the room.
     """
     with _model(host, model) as remote:
         handle = _put(remote, _read_weights(remote, file))
@@ -219,7 +219,7 @@ def put_weights(host: Host, model: NamedModel, file: pathlib.Path, lease: float 
 @model_argument
 @click.argument("weights_id", metavar="ID")
 def delete_weights(host: Host, model: NamedModel, weights_id: str) -> None:
-    """Drop weights that were put."""
+    """Drop weights on the server."""
     with _model(host, model) as remote:
         remote.weights_handle(weights_id).delete()
 
@@ -233,8 +233,8 @@ def delete_weights(host: Host, model: NamedModel, weights_id: str) -> None:
     "-o",
     required=True,
     type=click.Path(dir_okay=False, path_type=pathlib.Path),
-    help="The .npz file to write: predictions, or predictions/0 and so on. What a model returns for a whole batch, "
-    "such as a scalar, has one entry for each batch.",
+    help="The .npz file to write: predictions, or predictions/0 and so on. A result for a whole batch, such as a "
+    "scalar, has one entry for each batch.",
 )
 @_weights_option
 @_batch_size_option
@@ -266,7 +266,7 @@ def predict(
     "named_weights",
     multiple=True,
     metavar="FILE|ID",
-    help="As of `predict`; may be repeated: each batch is sent once, and each weights have a row of metrics.",
+    help="As for `predict`. May be repeated: each batch is sent once, and each set of weights has a row of metrics.",
 )
 @_batch_size_option
 @click.option(
@@ -274,7 +274,7 @@ def predict(
     "session_ids",
     multiple=True,
     metavar="ID",
-    help="Goes on with an evaluation that was left; one for each weights. Ctrl-C prints the whole command.",
+    help="Resume an interrupted evaluation: one session for each --weights. Ctrl-C prints the whole command.",
 )
 @click.pass_context
 def evaluate(
@@ -288,8 +288,8 @@ def evaluate(
 ) -> None:
     """Evaluate a model on the examples in an .npz file (in inference mode) and show its metrics.
 
-    The server runs the batches and counts them; sample_weight in the file is for the metrics. Ctrl-C leaves what has
-    counted on the server, and prints the command that goes on with it.
+    The server runs the batches and counts them; sample_weight in the file is for the metrics. After Ctrl-C the server
+    keeps what has counted, and the command that resumes the evaluation is printed.
     """
     with _model(host, model) as remote:
         slices = Slices(_examples(remote, npz.load(data)), batch_size)
@@ -314,7 +314,7 @@ def evaluate(
             _leave(evaluation, slices, command)
             raise
         except errors.ForwardPassError:
-            # Trying again would not help.
+            # Resuming would meet the same error.
             _close(sessions)
             raise
         _close(sessions)
@@ -331,7 +331,7 @@ def _examples(model: RemoteFunctionalModel, arrays: dict[str, Any]) -> tuple[Any
 
 
 def _run(evaluation: Evaluation, slices: Slices) -> None:
-    """With a progress bar for a person."""
+    """Runs the evaluation and shows a progress bar."""
     first, started = slices.examples_in(evaluation.counted), time.monotonic()
     with _bar("evaluating", slices.examples) as show:
         show(first)
@@ -341,7 +341,7 @@ def _run(evaluation: Evaluation, slices: Slices) -> None:
 
 
 def _close(sessions: list[MetricsSession]) -> None:
-    # Where that fails they end by themselves.
+    # Best effort: the server drops idle sessions by itself.
     with contextlib.suppress(errors.ForwardPassError):
         for session in sessions:
             session.close()
@@ -354,7 +354,7 @@ def _leave(evaluation: Evaluation, slices: Slices, command: list[str]) -> None:
 
 
 def _show(metrics: list[Any], named_weights: tuple[str, ...], examples: int) -> None:
-    """The metrics of one weights below each other; of several, a row for each."""
+    """Shows the metrics: one below the other for one set of weights, one row for each of several."""
     flat = [trees.flatten(one) for one in metrics]
     names = [name.strip("[]'") or "metric" for name in flat[0][0].paths("")]
     rows = [[str(value[()]) for value in values] for _, values in flat]
@@ -372,7 +372,7 @@ def _show(metrics: list[Any], named_weights: tuple[str, ...], examples: int) -> 
 
 @contextlib.contextmanager
 def _client(host: Host) -> Iterator[forwardpass_client.Client]:
-    """A client whose errors, and those of files, end the program with one line."""
+    """A client. Its errors, and those of files, end the program with one line."""
     try:
         with host.connect() as client:
             yield client
@@ -387,7 +387,7 @@ def _model(host: Host, named: NamedModel) -> Iterator[RemoteFunctionalModel]:
 
 
 def _weights(model: RemoteFunctionalModel, file_or_id: str | None) -> WeightsHandle:
-    """Weights on the server: named by their id, or put there."""
+    """A handle of weights: by their id, or of a file that is put on the server."""
     if file_or_id is None:
         return _put(model, model.initial_weights)
     if not pathlib.Path(file_or_id).exists() and re.fullmatch("[0-9a-f]{64}", file_or_id):
@@ -407,7 +407,7 @@ def _put(model: RemoteFunctionalModel, model_weights: Any) -> WeightsHandle:
 
 @contextlib.contextmanager
 def _transfer(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar for bytes on their way."""
+    """A progress bar for a transfer: called with (bytes done, bytes in all)."""
     columns = (TextColumn(title), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_ERR, transient=True) as progress:
         task = progress.add_task(title, total=None)
@@ -423,7 +423,7 @@ class _Rate(ProgressColumn):
 
 @contextlib.contextmanager
 def _bar(title: str, examples: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar for a person, to be told how many examples are done."""
+    """A progress bar: called with the number of examples done."""
     columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("examples"), _Rate())
     with Progress(*columns, TimeRemainingColumn(), console=_ERR, transient=True) as progress:
         task = progress.add_task(title, total=examples)
@@ -431,10 +431,10 @@ def _bar(title: str, examples: int) -> Iterator[Callable[[int], None]]:
 
 
 def _joined(structures: list[Any], spec: StructureSpec, examples: list[int]) -> Any:
-    """The predictions of all batches as one structure. examples: in each batch.
+    """The predictions of all batches as one structure. examples: the number of examples in each batch.
 
-    Rows of examples are put behind each other. What is of a batch as a whole, such as a scalar, is in the order of the
-    batches, along a dimension of its own.
+    Rows of examples are concatenated. Results for a whole batch, such as scalars, are stacked along a new first
+    dimension, in the order of the batches.
     """
     flat = [trees.flatten(structure) for structure in structures]
     tree = flat[0][0]

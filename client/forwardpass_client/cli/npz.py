@@ -13,7 +13,7 @@ from forwardpass.wire.specs import StructureSpec
 
 
 def load(path: pathlib.Path) -> dict[str, Any]:
-    """The arrays of a file by name. Raises ValueError for what is no .npz file. Nothing in it is unpickled."""
+    """The arrays of a file by name. Raises ValueError for another file than .npz. Nothing in it is unpickled."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
@@ -24,7 +24,7 @@ def load(path: pathlib.Path) -> dict[str, Any]:
 def save(path: pathlib.Path, arrays: dict[str, Any]) -> None:
     """Writes arrays by name. Strings are stored with a fixed width, bfloat16 as float32.
 
-    Raises ValueError for what cannot be written: the file, or a string that ends in a NUL, which a fixed width loses.
+    Raises ValueError where the file cannot be written, and for a string that ends in NUL, which would be cut.
     """
     stored: dict[str, Any] = {name: _storable(name, np.asarray(array)) for name, array in arrays.items()}
     try:

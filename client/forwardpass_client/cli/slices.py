@@ -1,4 +1,4 @@
-"""Structures of arrays, cut along their first dimension."""
+"""Slices of structures of arrays along their first dimension."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from forwardpass.wire import errors, trees
 
 
 class Slices:
-    """The slices of a structure of arrays, `size` examples each, the last one fewer; at least one.
+    """The slices of a structure of arrays: `size` examples each, fewer in the last one, and at least one slice.
 
-    Scalars beside the arrays are in each slice as they are. Raises ShapeMismatch for arrays of different lengths.
+    Scalars are the same in each slice. Raises ShapeMismatch for arrays of different lengths.
     """
 
     def __init__(self, data: Any, size: int) -> None:
