@@ -16,7 +16,9 @@ def sticky(options: Options, *, in_order: bool = False) -> list[tuple[str, Any]]
     Without a retry policy: `retries` makes further attempts, by the one backoff of the client and until the deadline
     of the call. gRPC's retries would nest in it, and end at a deadline without the reason of the last failure.
     """
-    return _options({"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": not in_order}}]}, options)
+    channel = _options({"loadBalancingConfig": [{"pick_first": {"shuffleAddressList": not in_order}}]}, options)
+    # pick_first prefers a connection that another channel has open to any of its servers: this one shares none.
+    return [*channel, ("grpc.use_local_subchannel_pool", 1)] if in_order else channel
 
 
 def spread(options: Options) -> list[tuple[str, Any]]:
