@@ -37,7 +37,7 @@ def test_the_first_variable_of_grpcs_counts_and_secrets_are_not_shown(monkeypatc
 
 
 @pytest.mark.parametrize("proxy", ["", "https://proxy:3128", "socks5://proxy:3128", "proxy:3128"])
-def test_what_grpc_takes_for_no_proxy_is_none(monkeypatch, proxy):
+def test_proxy_values_that_grpc_ignores_are_ignored(monkeypatch, proxy):
     monkeypatch.setenv("http_proxy", proxy)
     assert proxies.of("models:1") == ""
 

@@ -42,6 +42,7 @@ NOT_RUN = {
         "python benchmarks/rolling_restart.py --rounds 2",
         "python benchmarks/rollouts.py",
         "python benchmarks/hot_load.py",
+        "python benchmarks/hostile.py",
         "python -m pytest tests/end_to_end/test_hostile_traffic.py --",
         "python benchmarks/memory.py --mib 100 --callers 3",
         "messages = (memory * (1 - 0.1) - base - weights - models) / ",

@@ -24,7 +24,7 @@ def batches(server) -> tuple[float, float]:
     return metrics["forwardpass_batched_calls_sum"], metrics["forwardpass_batched_calls_count"]
 
 
-def test_no_row_is_ever_in_anothers_answer(server):
+def test_no_answer_contains_a_row_of_another_call(server):
     """Every row is one of its own, and its prediction tells it from all others."""
 
     async def run() -> None:
@@ -146,7 +146,7 @@ def test_a_bad_request_in_a_batch_fails_alone():
         asyncio.run(run())
 
 
-def test_what_waits_is_bounded_by_calls_and_by_bytes():
+def test_waiting_calls_are_limited_by_number_and_by_bytes():
     slow = ("--factory", "slow=support.zoo:slow")
     x = [10**6] * 200_000
     with ServerProcess(*slow, "--max-concurrent-mib", "2") as server:

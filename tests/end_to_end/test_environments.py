@@ -40,7 +40,7 @@ def passed_over(server: ServerProcess) -> list[str]:
     return [line.split(" is skipped")[0].split()[-1] for line in server.log if " is skipped: " in line]
 
 
-def test_folders_of_others_are_passed_over_with_one_warning_each(models):
+def test_foreign_folders_are_skipped_with_one_warning_each(models):
     for path in ("lost+found", ".Trash-0", "another-team", "m/1/lost+found"):
         forbidden(models / path)
     (models / "dangling").symlink_to(models / "gone")

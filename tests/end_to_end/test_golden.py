@@ -44,7 +44,7 @@ def model(client, name):
 
 
 @cases()
-def test_initial_weights_and_input_spec_are_the_models(model, name):
+def test_initial_weights_and_input_spec_equal_those_of_the_model(model, name):
     expected = golden(name)
     assert_same(model.initial_weights, expected.weights("initial_weights"))
     spec = expected.manifest["structures"]["input_spec_after_load"]
@@ -135,7 +135,7 @@ def test_a_sample_weight_is_refused_where_tff_saved_none(model, name):
         model.loss(output, expected.batch("")[1], expected.array("sample_weight"))
 
 
-def test_every_golden_model_is_looked_at():
+def test_the_golden_models_cover_each_format():
     assert len(NAMES) == 10
     formats = {golden(name).manifest["format"] for name in NAMES}
     assert formats == {"v052", "v087", "head"}

@@ -152,7 +152,7 @@ def loading_server(folder: pathlib.Path, gate: pathlib.Path) -> ServerProcess:
     )
 
 
-def test_servers_that_load_or_failed_are_passed_over_and_say_why_when_none_is_ready(tmp_path):
+def test_servers_that_load_or_failed_are_skipped_and_give_the_reason_if_none_is_ready(tmp_path):
     gate = tmp_path / "gate"
     with (
         loading_server(tmp_path, gate) as loading,

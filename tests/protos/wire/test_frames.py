@@ -119,7 +119,7 @@ def test_an_invalid_call_is_refused(pieces, error):
         received([v1.PipelineRequest(frames=pieces).SerializeToString()], frames.decode_calls, inbox)
 
 
-def test_a_call_that_was_dropped_leaves_room_for_others():
+def test_a_dropped_call_releases_its_memory():
     inbox = Inbox(100, 100)
     half = v1.PipelineRequest(frames=[call_frame(size_bytes=100)]).SerializeToString()
     for _ in range(3):

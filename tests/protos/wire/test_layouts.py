@@ -117,7 +117,7 @@ def test_a_structure_hidden_in_a_header_of_the_same_length_is_refused():
         messages.decode(v1.PredictOnBatchRequest, hidden + body)
 
 
-def test_a_header_that_covers_the_structures_leaves_none():
+def test_a_header_field_that_covers_the_structures_is_not_read_as_structures():
     data = request(np.zeros(3), weights_id=bytes(32))
     messages.decode(v1.PredictOnBatchRequest, data)
     at = data.index(b"\x22\x20")

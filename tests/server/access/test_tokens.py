@@ -79,7 +79,7 @@ def test_times_without_an_offset_are_utc():
     assert tokens.parse_expiry("2d") == pytest.approx(time.time() + 2 * 24 * 3600, abs=60)
 
 
-def test_a_file_of_comments_admits_no_caller(read):
+def test_a_token_file_with_only_comments_admits_no_caller(read):
     assert read("# nobody\n").find("secret") is None
 
 

@@ -97,7 +97,7 @@ def test_a_broken_change_keeps_the_served_version_is_reported_and_is_loaded_afte
     asyncio.run(run())
 
 
-def test_a_removed_version_is_unloaded_and_loaded_again_when_it_is_back(situation):
+def test_a_removed_version_is_unloaded_and_loaded_again_when_its_files_return(situation):
     async def run():
         situation.write("m", 2)
         watch = await watching(situation)
@@ -226,7 +226,7 @@ def test_a_version_with_sessions_is_unloaded_when_they_have_ended(situation, cap
     assert sum("waits for its sessions" in record.message for record in caplog.records) == 1
 
 
-def test_a_version_that_waits_for_its_sessions_and_is_wanted_again_stays(situation):
+def test_a_version_that_is_kept_for_its_sessions_is_served_again_if_the_policy_includes_it(situation):
     async def run():
         situation.write("m", 2)
         situation.wait_for_sessions()

@@ -87,7 +87,7 @@ def test_no_graph_stays_of_a_model_and_the_functions_that_it_calls_do(loader):
     assert predictions(model, 10, [8, 4]) == [1, 0.5]
 
 
-def test_a_model_that_nobody_uses_is_gone_without_the_garbage_collector(loader):
+def test_an_unused_model_is_freed_without_the_garbage_collector(loader):
     gc.collect()
     before = set(context.context().list_function_names())
     model = loader.load(ModelSource("branching", 1, factory=f"{__name__}:branching"))
@@ -137,7 +137,7 @@ def test_a_model_that_is_loaded_again_leaves_no_native_memory_behind(loader, mon
     assert (reload(20) - before) / 20 < 100 * 1024
 
 
-def test_python_that_a_model_calls_stays_when_the_thread_that_loaded_it_has_ended_and_goes_with_it(loader):
+def test_python_functions_of_a_model_live_as_long_as_the_model_and_not_as_its_load_thread(loader):
     loaded = []
     source = ModelSource("calling", 1, factory=f"{__name__}:calling_python")
     thread = threading.Thread(target=lambda: loaded.append(loader.load(source)))

@@ -93,7 +93,7 @@ def test_results_of_other_containers_for_training_are_refused():
         tracing.trace(model(predict, lambda *_: tf.constant(0.0)))
 
 
-def test_a_loss_that_knows_no_weights_leaves_the_rest_of_the_model_alone():
+def test_a_loss_without_sample_weights_does_not_affect_other_functions():
     def loss(output, label, sample_weight=None):
         if sample_weight is not None:
             raise ValueError("weights are beyond me")
@@ -105,7 +105,7 @@ def test_a_loss_that_knows_no_weights_leaves_the_rest_of_the_model_alone():
     }
 
 
-def test_captured_variables_are_refused_for_they_would_be_weights_nobody_can_give():
+def test_captured_variables_are_refused_because_callers_cannot_pass_them_as_weights():
     hidden = tf.Variable(2.0, name="hidden")
 
     @tf.function
@@ -116,7 +116,7 @@ def test_captured_variables_are_refused_for_they_would_be_weights_nobody_can_giv
         tracing.trace(model(predict))
 
 
-def test_captured_tables_and_constants_are_carried_along():
+def test_captured_tables_and_constants_are_kept():
     table = tf.lookup.StaticHashTable(
         tf.lookup.KeyValueTensorInitializer(tf.constant(["a", "b"]), tf.constant([1.0, 2.0])), -1.0
     )
@@ -151,7 +151,7 @@ def test_a_ragged_result_is_refused():
         tracing.trace(model(predict))
 
 
-def test_weights_that_are_no_pair_are_refused():
+def test_weights_that_are_not_a_pair_are_refused():
     with pytest.raises(errors.StructureMismatch, match=r"expected a pair \(trainable, non_trainable\)"):
         tracing.trace(model(initial_weights=(np.float32([1, 2]),)))
 
@@ -171,13 +171,13 @@ def test_a_state_that_grows_gets_a_spec_that_admits_it():
     assert [str(leaf) for leaf in spec.metrics_state.leaves] == ["float32[None]"]
 
 
-def test_a_state_that_comes_back_as_a_tuple_is_the_list_it_was():
+def test_a_state_returned_as_a_tuple_is_accepted_for_a_list():
     initialize = tf.function(lambda: [tf.constant(0.0)])
     update = tf.function(lambda state, labels, batch_output, sample_weight=None: (state[0] + 1,))
     assert tracing.trace(model(metrics_fns=metrics(initialize, update))).spec.metrics_state.tree.describe() == "[*]"
 
 
-def test_a_state_that_comes_back_as_another_structure_is_refused():
+def test_a_state_returned_as_another_structure_is_refused():
     initialize = tf.function(lambda: [tf.constant(0.0)])
     update = tf.function(lambda state, labels, batch_output, sample_weight=None: {"a": state[0]})
     with pytest.raises(errors.StructureMismatch, match="update_metrics_state: expected a list of 1"):

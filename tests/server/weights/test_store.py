@@ -103,7 +103,7 @@ async def holds(store, one: Set, principal: str = "") -> bool:
     return True
 
 
-def test_uploaded_weights_are_found_and_no_others(make):
+def test_only_uploaded_weights_are_found(make):
     async def run():
         store, counts = make()
         one, other = Set(1), Set(2)
@@ -133,7 +133,7 @@ def test_a_shared_tensor_is_sent_and_stored_once(make):
     asyncio.run(run())
 
 
-def test_a_hash_is_not_a_permission(make):
+def test_a_hash_gives_no_access_to_weights_of_others(make):
     async def run():
         store, _ = make()
         one = Set(1)
@@ -184,7 +184,7 @@ def test_a_gap_is_refused_with_the_expected_offset(make):
 
 
 @pytest.mark.parametrize("fault", ["another hash", "too long", "negative offset"])
-def test_a_broken_upload_leaves_nothing_behind(make, fault):
+def test_a_failed_upload_is_dropped(make, fault):
     async def run():
         store, _ = make()
         one = Set(1)
@@ -281,7 +281,7 @@ def test_sets_in_use_or_under_a_lease_are_not_evicted(make):
     asyncio.run(run())
 
 
-def test_a_lease_ends_by_itself_and_leases_of_others_do_not(make):
+def test_a_lease_ends_by_itself_and_leases_of_other_principals_continue(make):
     async def run():
         store, _ = make(budget_kib=2)
         one = Set(1)
@@ -474,7 +474,7 @@ def test_a_wrong_announcement_does_not_block_a_right_one(make):
 
 
 @pytest.mark.parametrize("ttl_s", [-1, float("nan"), float("inf"), 1e308])
-def test_a_lease_without_an_end_is_refused(make, ttl_s):
+def test_an_infinite_lease_is_refused(make, ttl_s):
     async def run():
         store, _ = make()
         one = Set(1)
