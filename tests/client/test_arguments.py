@@ -16,7 +16,7 @@ from support import zoo
 CONNECT = [
     (8500, TypeError, 'expected "host:port" such as "localhost:8500", got int'),
     (None, TypeError, 'expected "host:port" such as "localhost:8500", got NoneType'),
-    (b"localhost:8500", TypeError, "got bytes: decode it first"),
+    (b"localhost:8500", TypeError, "got bytes: decode it with .decode()"),
     ([b"10.0.0.1:1"], TypeError, 'expected addresses such as "10.0.0.1:8500", got bytes'),
     ("http://models:8500", ValueError, 'write connect("models:8500")'),
     ("https://models:8500/", ValueError, 'write connect("models:8500", tls=True)'),
@@ -146,7 +146,7 @@ def test_several_handles_passed_to_evaluate_are_refused_and_the_error_names_eval
 def test_one_handle_passed_to_evaluate_many_is_refused_and_the_error_names_evaluate(counting):
     handle = counting.put_weights(counting.initial_weights)
     with pytest.raises(
-        TypeError, match=r"expected a list with one entry for each weights, got WeightsHandle.*evaluate"
+        TypeError, match=r"expected a list with one entry for each set of weights, got WeightsHandle.*evaluate"
     ):
         counting.evaluate_many(handle, [(X, Y)])
 

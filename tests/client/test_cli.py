@@ -284,7 +284,7 @@ def test_sessions_continue_only_with_the_same_data_and_weights(run, client, tmp_
         for _ in range(3):
             session.forward_pass(model.initial_weights, (x, y))
         arguments = ["counting", "--data", tmp_path / "data.npz", "--session", session.id]
-        assert "has counted 3 batches, and the data have 2" in run("evaluate", *arguments, "--batch-size", 5, code=1)
+        assert "has counted 3 batches, but the data have 2" in run("evaluate", *arguments, "--batch-size", 5, code=1)
         shown = run("evaluate", *arguments, "--session", session.id, code=2)
         assert "--session: expected 1, one for each --weights, got 2" in shown
         assert model.metrics_session(session.id).updates == 3
@@ -294,7 +294,7 @@ def test_sessions_continue_only_with_the_same_data_and_weights(run, client, tmp_
     "arguments, message",
     [
         (("evaluate", "no_metrics", "--data", "{}/emnist.npz"), "expected an array 'x'"),
-        (("evaluate", "keras_cnn", "--data", "{}/ragged.npz"), "expected as many examples in each array, got [3, 4]"),
+        (("evaluate", "keras_cnn", "--data", "{}/ragged.npz"), "the same number of examples in each array, got [3, 4]"),
         (("predict", "keras_cnn", "--data", "{}/text", "-o", "{}/out"), "expected an .npz file"),
         (("predict", "nonsense", "--data", "{}/ragged.npz", "-o", "{}/out"), "got 'nonsense'"),
         (("predict", "keras_cnn", "--data", "{}/pickled.npz", "-o", "{}/out"), "without pickled objects"),
@@ -326,7 +326,7 @@ def test_an_unreachable_server_is_reported_in_one_line_with_a_nonzero_exit_statu
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: The server cannot be reached.")
+    assert done.stderr.startswith("Error: The server cannot be reached: check its address")
     assert len(done.stderr.strip().splitlines()) == 1
 
 
@@ -359,8 +359,8 @@ def test_a_server_with_tls_and_tokens_is_called(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--token", "secret"), "token: expected tls beside"),
-        (("--ca", __file__, "--cert", __file__), "tls: expected a certificate with its key"),
+        (("--token", "secret"), "token: expected tls with it"),
+        (("--ca", __file__, "--cert", __file__), "tls: expected a certificate and its key"),
     ],
 )
 def test_options_that_do_not_go_together_are_one_line(arguments, message):

@@ -10,7 +10,7 @@ from forwardpass_client import Tls
 
 @pytest.mark.parametrize("connect", [forwardpass_client.connect, forwardpass_client.connect_async])
 def test_a_token_does_not_go_unencrypted_to_another_machine(connect):
-    with pytest.raises(ValueError, match="expected tls beside, for example") as caught:
+    with pytest.raises(ValueError, match="expected tls with it, because example") as caught:
         connect("example.org:1", token="secret")
     assert "secret" not in str(caught.value)
 
@@ -26,7 +26,7 @@ def test_a_token_that_cannot_be_a_header_is_refused(token, is_asked):
     if token is None and not is_asked:
         return
     with forwardpass_client.connect("localhost:1", token=(lambda: token) if is_asked else token) as client:
-        with pytest.raises(ValueError, match="token: expected a str of ASCII without spaces"):
+        with pytest.raises(ValueError, match="token: expected a str of ASCII characters without spaces"):
             client.models()
 
 
@@ -39,9 +39,9 @@ def test_an_error_of_the_token_function_reaches_the_caller():
 
 
 def test_a_certificate_requires_its_key():
-    with pytest.raises(ValueError, match="tls: expected a certificate with its key"):
+    with pytest.raises(ValueError, match="tls: expected a certificate and its key"):
         Tls(certificate=b"x")
-    with pytest.raises(ValueError, match="tls: expected a certificate with its key"):
+    with pytest.raises(ValueError, match="tls: expected a certificate and its key"):
         Tls(key=b"x")
 
 

@@ -18,7 +18,7 @@ def test_the_error_of_a_passed_deadline_says_why_the_last_attempt_failed():
         deadline.remaining_s()
     assert str(plain.value) == errors.DeadlineExceeded.sentence
     deadline.last_error = errors.ModelLoading("not yet")
-    with pytest.raises(errors.DeadlineExceeded, match=r"Its last try failed with ModelLoading: not yet$") as caught:
+    with pytest.raises(errors.DeadlineExceeded, match=r"The last attempt failed with ModelLoading: not yet$") as caught:
         deadline.remaining_s()
     assert caught.value.__cause__ is deadline.last_error
 
@@ -73,10 +73,10 @@ def test_a_pause_that_would_pass_the_deadline_raises_the_error_of_the_unavailabl
 
 @pytest.mark.parametrize("wrong", [-1, float("nan"), float("inf"), 1e300])
 def test_an_invalid_timeout_is_refused(wrong):
-    with pytest.raises(ValueError, match="timeout_s: expected seconds from 0 on"):
+    with pytest.raises(ValueError, match="timeout_s: expected seconds >= 0"):
         forwardpass_client.connect("localhost:1", timeout_s=wrong)
     with forwardpass_client.connect("localhost:1") as client:
-        with pytest.raises(ValueError, match="timeout_s: expected seconds from 0 on"):
+        with pytest.raises(ValueError, match="timeout_s: expected seconds >= 0"):
             client.models(timeout_s=wrong)
 
 

@@ -71,7 +71,9 @@ def test_another_error_is_raised_at_once():
 def test_the_error_of_a_passed_deadline_names_the_last_reason():
     deadline = Deadline(60)
     fail(replicas.ask_others(CALL, errors.ServerUnavailable("the device hangs"), deadline))
-    with pytest.raises(errors.DeadlineExceeded, match="Its last try failed with ServerUnavailable: the device hangs"):
+    with pytest.raises(
+        errors.DeadlineExceeded, match="The last attempt failed with ServerUnavailable: the device hangs"
+    ):
         raise deadline.explained(errors.DeadlineExceeded())
 
 

@@ -120,7 +120,7 @@ def test_uploads_that_the_server_drops_are_repeated_until_the_deadline(clock):
             assert isinstance(step, Unary)
 
     with pytest.raises(
-        errors.DeadlineExceeded, match="Its last try failed with UploadOutOfStep: the server has dropped"
+        errors.DeadlineExceeded, match="The last attempt failed with UploadOutOfStep: the server has dropped"
     ):
         keep_losing()
     assert sent > 1

@@ -224,7 +224,7 @@ def test_errors_of_the_iterator_and_of_progress_reach_the_caller(counting):
 def test_an_evaluation_that_cannot_run_raises_the_reason(client, counting):
     with pytest.raises(errors.FunctionNotAvailable, match="no TFF release saves metrics"):
         client.model("no_metrics").evaluate(client.model("no_metrics").initial_weights, [])
-    with pytest.raises(errors.WeightsNotFound, match="has no numbers to send"):
+    with pytest.raises(errors.WeightsNotFound, match="has no arrays to send"):
         counting.evaluate(counting.weights_handle("01" * 32), batches(3))
     with pytest.raises(errors.ShapeMismatch, match="model_weights"):
         counting.evaluate((([1.0],), ()), batches(3))

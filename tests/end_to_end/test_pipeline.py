@@ -262,7 +262,7 @@ def test_calls_without_an_answer_fail_when_the_server_stays_unavailable():
             assert pipeline.predict_on_batch([1]).result().tolist() == [1]
             server.process.kill()
             server.process.wait()
-            with pytest.raises(errors.DeadlineExceeded, match="Its last try failed with ServerUnavailable: "):
+            with pytest.raises(errors.DeadlineExceeded, match="The last attempt failed with ServerUnavailable: "):
                 pipeline.predict_on_batch([1], timeout_s=2).result(60)
             with pytest.raises(errors.ServerUnavailable):
                 pipeline.predict_on_batch([1]).result(60)

@@ -321,7 +321,7 @@ def test_versions_are_loaded_reloaded_and_unloaded_by_name(guarded, repository):
 @pytest.mark.parametrize("name", ["../keras_cnn", "keras_cnn/1", "/etc", "a\0b", ".", "", "https://example.org/m"])
 @pytest.mark.parametrize("method", ["LoadModel", "ReloadModel"])
 def test_management_accepts_names_and_refuses_paths_and_urls(guarded, method, name):
-    with pytest.raises(errors.ModelNotFound, match="model: expected one of the model repository, got "):
+    with pytest.raises(errors.ModelNotFound, match="model: expected the name of a model in the repository, got "):
         management(guarded, method, guarded.operator, name or " ", 1)
 
 

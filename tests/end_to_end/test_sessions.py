@@ -142,9 +142,9 @@ def test_states_are_exported_imported_and_merged(counting):
 
 def test_states_that_are_not_sums_are_not_merged_and_the_description_gives_the_reason(client):
     model = client.model("remembering")
-    assert model.description.unmergeable_reason == "state['labels'] is no sum over batches"
+    assert model.description.unmergeable_reason == "state['labels'] is not a sum over batches"
     with model.metrics_session() as session:
-        with pytest.raises(errors.FunctionNotAvailable, match=r"remembering/1: merging .* is no sum over batches"):
+        with pytest.raises(errors.FunctionNotAvailable, match=r"remembering/1: merging .* is not a sum over batches"):
             session.merge({"labels": np.int64([1])})
         session.update(np.int64([3]), BatchOutput())
         assert session.state()["labels"].tolist() == [3]

@@ -146,7 +146,7 @@ def test_arrays_that_were_changed_are_not_sent_under_their_old_id(wide):
     x = np.ones((1, 4), np.float32)
     wide.predict_on_batch(handle, x)
     handle.delete()
-    with pytest.raises(errors.WeightsNotFound, match="their arrays were changed since"):
+    with pytest.raises(errors.WeightsNotFound, match="their arrays were changed after put_weights"):
         wide.predict_on_batch(handle, x)
 
 

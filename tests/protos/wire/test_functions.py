@@ -52,7 +52,7 @@ def test_functions_of_one_rpc_are_told_apart_by_sample_weights():
     assert Function.LOSS.with_sample_weight is Function.WEIGHTED_LOSS
     assert Function.WEIGHTED_LOSS.with_sample_weight is Function.WEIGHTED_LOSS
     assert Function.UPDATE_METRICS_STATE.with_sample_weight is Function.WEIGHTED_UPDATE_METRICS_STATE
-    with pytest.raises(LookupError, match="forward_pass takes no sample weights"):
+    with pytest.raises(LookupError, match="forward_pass does not take sample weights"):
         _ = Function.FORWARD_PASS.with_sample_weight
     for function in Function:
         assert len({one.takes_sample_weight for one in function.variants}) == len(function.variants)

@@ -109,7 +109,7 @@ def test_a_bag_of_words_model_is_batched(loader, tmp_path):
     make, x_spec, y_spec, _ = MODELS["bag of words"]
     reason = loader.load(put(tmp_path, make(), x_spec, y_spec)).description.unbatchable_reason
     assert "refused" not in reason
-    assert "cannot be judged" not in reason
+    assert "cannot be analysed" not in reason
 
 
 def lookup_model():

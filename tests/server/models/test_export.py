@@ -132,7 +132,7 @@ def test_a_saved_model_of_something_else_is_refused(tmp_path):
     module = tf.Module()
     module.f = tf.function(lambda: tf.constant(1)).get_concrete_function()
     tf.saved_model.save(module, str(tmp_path))
-    with pytest.raises(ModelLoadError, match="of no functional model"):
+    with pytest.raises(ModelLoadError, match="is not a functional model"):
         load_functional_model(tmp_path)
 
 

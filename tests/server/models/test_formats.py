@@ -109,7 +109,7 @@ X = {"dtype": "float32", "shape": [None]}
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "not JSON"),
+        ("{", "expected JSON"),
         ("[]", "expected an object with keys among"),
         ({"losss": "mse"}, r"expected an object with keys among .*, got \['losss'\]"),
         ({"input_spec": [X, X]}, "input_spec: expected an object with keys x and y"),

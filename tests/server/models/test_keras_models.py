@@ -286,7 +286,7 @@ def test_losses_equal_keras_by_name_configuration_object_and_function(loss, expe
         ({"loss_fn": "nonsense"}, "nonsense"),
         ({"loss_fn": 3}, "3"),
         ({"metrics_constructor": ["nonsense"]}, "nonsense"),
-        ({"metrics_constructor": ["MeanSquaredError", "MeanSquaredError"]}, "two of one name"),
+        ({"metrics_constructor": ["MeanSquaredError", "MeanSquaredError"]}, "expected different names"),
         ({"metrics_constructor": [lambda: 3]}, "expected a Keras metric"),
     ],
 )

@@ -70,11 +70,11 @@ def test_states_that_are_sums_may_be_added(name):
 
 @pytest.mark.parametrize("name", NO_SUMS)
 def test_a_state_that_is_not_a_sum_is_named(name):
-    assert reason(NO_SUMS[name]) == "state['n'] is no sum over batches"
+    assert reason(NO_SUMS[name]) == "state['n'] is not a sum over batches"
 
 
 def test_states_that_grow_cannot_be_added():
-    assert reason(zoo.remembering()) == "state['labels'] is no sum over batches"
+    assert reason(zoo.remembering()) == "state['labels'] is not a sum over batches"
 
 
 def test_states_that_hold_no_numbers_are_refused():

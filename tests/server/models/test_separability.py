@@ -360,7 +360,7 @@ def test_the_probe_detects_an_error_in_the_rules(monkeypatch):
     monkeypatch.setitem(row_rules.RULES, "Mean", row_rules._only_first)
     mixed = functional(lambda x: x - tf.reduce_mean(x, 0, keepdims=True) + tf.zeros_like(x))
     monkeypatch.setattr(separability, "_check_graph", lambda *arguments: None)
-    assert reason(mixed) == "rows had other predictions together than alone"
+    assert reason(mixed) == "predictions of a row differ between a batch and a single call"
 
 
 PROBED = {
@@ -384,7 +384,9 @@ def test_the_probe_finds_rows_that_depend_on_their_batch(name, monkeypatch):
     predict, shape = PROBED[name]
     monkeypatch.setattr(separability, "_check_graph", lambda *arguments: None)
     weights = (np.zeros((4, 3)),)
-    assert reason(functional(predict, shape, weights)) == "rows had other predictions together than alone"
+    assert (
+        reason(functional(predict, shape, weights)) == "predictions of a row differ between a batch and a single call"
+    )
 
 
 def test_a_probe_that_fails_is_a_reason_and_not_an_error(monkeypatch):

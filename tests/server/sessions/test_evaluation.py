@@ -283,7 +283,7 @@ def test_an_evaluation_with_invalid_targets_is_refused():
         weights_id = await put_weights(rig)
         for error, message, targets in (
             (errors.InvalidRequest, "start.targets: expected 1 to 1024, got 0", []),
-            (errors.InvalidRequest, "expected a session for each", [(SESSION, weights_id)] * 2),
+            (errors.InvalidRequest, "expected a different session for each", [(SESSION, weights_id)] * 2),
             (errors.SessionNotFound, "no metrics session", [(b"n" * 16, weights_id)]),
             (errors.WeightsNotFound, "does not hold weights", [(SESSION, bytes(32))]),
             (errors.ShapeMismatch, "model_weights[0][0]: expected float32[], got float32[10]", [(OTHER, weights_id)]),

@@ -294,7 +294,7 @@ def test_a_state_above_the_limit_is_refused_and_the_session_continues():
             await rig.sessions.update("", writer.identity(sequence=2), given(counted(2, 200)), 100)
         await rig.sessions.update("", writer.identity(sequence=2), given(counted(3, 10)), 100)
         assert (await rig.sessions.get("", SESSION)).record.state.leaves[0].tolist() == [1] * 10 + [3] * 10
-        with pytest.raises(errors.FunctionNotAvailable, match=r"state\['labels'\] is no sum over batches"):
+        with pytest.raises(errors.FunctionNotAvailable, match=r"state\['labels'\] is not a sum over batches"):
             await rig.sessions.merge(
                 "", writer.identity(sequence=3), b"", given({"state": Structure.of({"labels": np.int64([1])})}), 0
             )

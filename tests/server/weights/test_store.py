@@ -607,7 +607,7 @@ def test_the_folder_stays_below_its_limit(tmp_path):
     save(sets[2], target)
     assert [target.has("", one.id) for one in sets] == [True, False, True]
     assert target.size_bytes == sum(path.stat().st_size for path in (tmp_path / "tensors").iterdir()) == 4 * KIB
-    with pytest.raises(OSError, match="more than the folder may hold"):
+    with pytest.raises(OSError, match="the folder may hold at most"):
         save(Set(9, kib=9), target)
 
 

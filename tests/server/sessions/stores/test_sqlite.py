@@ -213,8 +213,8 @@ def test_a_file_that_is_not_a_session_store_is_refused_and_not_changed(tmp_path)
         connection.execute("PRAGMA user_version = 3")
     for path, why in (
         (garbage, "file is not a database"),
-        (foreign, "another program's database"),
-        (newer, "its format is version 3, and this server knows 2 only"),
+        (foreign, "the database of another program"),
+        (newer, "its format is version 3, and this server supports version 2 only"),
         (tmp_path, "unable to open database file"),
         (garbage / "sessions.db", "File exists"),
     ):
