@@ -214,7 +214,7 @@ def test_several_weights_have_a_row_of_metrics_each(run, client, tmp_path):
         assert any(row[-3:] == [*expected, "50"] for row in rows), with_both
 
 
-def test_sample_weights_in_the_file_go_to_the_metrics(run, client, tmp_path):
+def test_sample_weights_in_the_file_are_passed_to_the_metrics(run, client, tmp_path):
     x, y, sample_weight = zoo.curves_batch(70, 0)
     np.savez(tmp_path / "data.npz", x=x, y=y, sample_weight=sample_weight)
     shown = run("evaluate", "curves", "--data", tmp_path / "data.npz", "--batch-size", 100)
@@ -363,7 +363,7 @@ def test_a_server_with_tls_and_tokens_is_called(tmp_path):
         (("--ca", __file__, "--cert", __file__), "tls: expected a certificate and its key"),
     ],
 )
-def test_options_that_do_not_go_together_are_one_line(arguments, message):
+def test_options_that_exclude_each_other_are_refused_in_one_line(arguments, message):
     done = CliRunner().invoke(forwardpass, ["models", "example.org:1", *arguments])
     assert done.exit_code == 1
     assert message in done.output

@@ -100,7 +100,7 @@ def test_the_clients_timeout_applies_to_every_call_and_a_calls_own_overrides_it(
         assert model.predict_on_batch(((), ()), [20_000], timeout_s=30).tolist() == [20_000]
 
 
-def test_a_closed_client_says_so(server):
+def test_a_call_of_a_closed_client_raises_an_error_that_says_so(server):
     client = forwardpass_client.connect(server.address)
     model = client.model("no_metrics")
     client.close()

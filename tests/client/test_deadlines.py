@@ -30,7 +30,7 @@ def test_no_limit_is_no_deadline():
     assert not deadline.is_before(1e9)
 
 
-def test_progress_moves_a_deadline_only_where_it_is_renewable():
+def test_progress_moves_only_a_renewable_deadline():
     own, clients = Deadline(5), Deadline(5, is_renewable=True)
     before = own.at, clients.at
     own.renew(100)

@@ -132,7 +132,7 @@ def test_an_async_client_without_an_event_loop_says_what_to_do():
         call.send(None)
 
 
-def test_a_client_is_used_by_threads_and_each_thread_may_have_an_event_loop_of_its_own(server):
+def test_threads_share_a_client_even_with_an_event_loop_in_each_thread(server):
     found = []
 
     def work() -> None:

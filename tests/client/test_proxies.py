@@ -123,7 +123,7 @@ def test_a_host_in_the_upper_case_exceptions_is_called_directly(proxy, monkeypat
     assert "proxy" not in str(caught.value)
 
 
-def test_a_proxy_that_the_caller_names_is_used(proxy, monkeypatch):
+def test_a_proxy_from_channel_options_is_used(proxy, monkeypatch):
     monkeypatch.delenv("http_proxy")
     with forwardpass_client.connect("models.invalid:1", channel_options=[("grpc.http_proxy", proxy.url)]) as client:
         with pytest.raises(errors.ServerUnavailable):

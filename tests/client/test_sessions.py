@@ -154,7 +154,7 @@ def test_a_long_request_begins_with_its_identity_and_is_not_joined(writer):
     assert numbers(update(writer, b"x", ANSWER, request=Call("/path", pieces, lambda data: data))[1]) == [1]
 
 
-def test_no_call_is_made_again_beyond_its_deadline():
+def test_no_call_is_retried_after_its_deadline():
     server = Server(errors.ServerUnavailable())
     with pytest.raises(errors.ServerUnavailable):
         server.run(attempts(call(b"a"), Deadline(0.01)))

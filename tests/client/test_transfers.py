@@ -128,7 +128,7 @@ def test_uploads_that_the_server_drops_are_repeated_until_the_deadline(clock):
     assert deadline.at == 1001.0
 
 
-def test_progress_renews_the_deadline_of_a_transfer_without_a_timeout_of_its_own(clock):
+def test_progress_renews_the_deadline_of_a_transfer_without_its_own_timeout(clock):
     deadline = Deadline(10.0, is_renewable=True)
     steps = transfers.put(MANIFEST, WEIGHTS, deadline)
     next(steps)

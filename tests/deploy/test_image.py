@@ -137,7 +137,7 @@ def test_health_is_checked_by_the_client_in_the_image(container):
     assert container.run("forwardpass", "health", "127.0.0.1:1").returncode == 1
 
 
-def test_the_image_holds_what_is_pinned_and_its_bill_of_materials_says_so(container):
+def test_the_image_and_its_bill_of_materials_hold_exactly_the_pinned_packages(container):
     bill = json.loads(container.run("cat", "/opt/forwardpass/sbom.cdx.json").stdout)
     assert bill["bomFormat"] == "CycloneDX"
     listed = {canonicalize_name(component["name"]): component["version"] for component in bill["components"]}

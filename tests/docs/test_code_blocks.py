@@ -139,7 +139,7 @@ def test_the_blocks_of_a_page_run_in_order(page, folder, server):
                 reader.run(block)
 
 
-def test_the_blocks_that_do_not_run_are_known():
+def test_the_blocks_that_do_not_run_are_listed():
     marked = {page: [b.title for b in blocks if "not run" in b.marks] for page, blocks in BLOCKS.items()}
     assert {page: lines for page, lines in marked.items() if lines} == NOT_RUN
 

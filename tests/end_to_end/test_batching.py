@@ -53,7 +53,7 @@ def test_no_answer_contains_a_row_of_another_call(server):
 
 
 @pytest.mark.parametrize("name", ["keras_cnn", "emnist_with_metrics", "dict_inputs", "every_dtype"])
-def test_results_agree_with_those_of_calls_alone(server, name):
+def test_results_agree_with_those_of_single_calls(server, name):
     async def run() -> None:
         async with forwardpass_client.connect_async(server.address, reuse_weights=False) as client:
             model = await client.model(name)

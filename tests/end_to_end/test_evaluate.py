@@ -241,7 +241,7 @@ def test_a_session_of_another_model_is_not_evaluated_in(client, counting):
             model.evaluate(model.initial_weights, [(np.float32([1]), [1])], session=session)
 
 
-def test_long_batches_go_in_pieces_and_short_ones_do_not_overtake_them(counting):
+def test_long_batches_are_sent_in_pieces_and_short_ones_do_not_overtake_them(counting):
     long, longer = 300_001, 2**20 + 1
     sizes = [longer, 1, long, 2, 3, long, long, 1, longer, 1]
     data = [zoo.counting_batch(index, size) for index, size in enumerate(sizes)]
@@ -249,7 +249,7 @@ def test_long_batches_go_in_pieces_and_short_ones_do_not_overtake_them(counting)
     assert counted(metrics) == (sum(sizes), sum(index * size for index, size in enumerate(sizes)))
 
 
-def test_weights_that_the_server_drops_meanwhile_are_put_again(counting):
+def test_weights_that_the_server_drops_during_a_call_are_put_again(counting):
     handle = counting.put_weights(((np.arange(10, dtype=np.float32) + 5,), ()))
 
     def dropping():
@@ -352,7 +352,7 @@ def test_another_client_continues_the_session_of_a_killed_client(counting, serve
     session.close()
 
 
-def test_batches_that_arrive_in_pieces_are_counted_before_they_are_whole():
+def test_bytes_of_batches_in_pieces_count_from_the_first_piece():
     # 100 streams announce a batch of 8 MiB each, and send a part of it.
     streams, announced, sent = 100, 8 * 2**20, 2**20
     done = threading.Event()

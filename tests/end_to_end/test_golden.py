@@ -122,13 +122,13 @@ def test_keras_metrics_beside_a_model_equal_those_it_had_before_it_was_saved(cli
 
 
 @cases(lambda model: not model.manifest["metrics_in_saved_model"])
-def test_a_model_saved_without_metrics_says_so_and_how_to_name_some(model, name):
+def test_the_description_of_a_model_without_metrics_says_how_to_name_some(model, name):
     with pytest.raises(errors.FunctionNotAvailable, match=r"no TFF release saves metrics.*forwardpass\.json"):
         model.initialize_metrics_state()
 
 
 @cases(lambda model: "sample_weight" in model)
-def test_a_sample_weight_is_refused_where_tff_saved_none(model, name):
+def test_a_sample_weight_is_refused_if_tff_saved_no_weighted_function(model, name):
     expected = golden(name)
     output = expected.get("predict_infer", "predict_output")
     with pytest.raises(errors.FunctionNotAvailable, match="TFF saves this function without sample_weight"):

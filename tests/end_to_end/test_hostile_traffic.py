@@ -287,7 +287,7 @@ def test_a_message_with_a_wrong_length_fails_without_affecting_others(server, at
     ids=lambda shape: f"{shape[:2]} of {len(shape)}",
 )
 @pytest.mark.parametrize("data", [b"", b"\0\0\0\0"], ids=["nothing", "one number"])
-def test_shapes_that_ask_for_memory_get_none(server, attack, shape, data):
+def test_shapes_that_request_huge_memory_are_refused_without_an_allocation(server, attack, shape, data):
     tensor = v1.Tensor(data_type=v1.DataType.DATA_TYPE_FLOAT32, shape=shape, data=data)
     request = v1.PredictOnBatchRequest(model=v1.ModelSelector(name="wide"), x=v1.Structure(tree=LEAF, leaves=[tensor]))
 

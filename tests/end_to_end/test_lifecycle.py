@@ -342,7 +342,7 @@ def run_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_port_that_is_taken_ends_the_program_with_one_line():
+def test_a_used_port_ends_the_program_with_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = run_serve(*SLOW, "--port", str(port), "--metrics-port", "-1")
@@ -426,7 +426,7 @@ def test_an_invalid_setting_ends_the_program_before_a_port_opens(arguments, mess
     assert done.stdout == ""
 
 
-def test_settings_come_from_the_environment_too():
+def test_settings_can_come_from_the_environment():
     with ServerProcess(environment={"FORWARDPASS_FACTORIES": "slow=support.zoo:slow"}) as server:
         with forwardpass_client.connect(server.address) as client:
             assert [found.name for found in client.models()] == ["slow"]

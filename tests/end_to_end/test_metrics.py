@@ -165,7 +165,7 @@ def test_loads_are_counted_by_outcome(busy):
     assert metrics['forwardpass_model_load_seconds_count{outcome="loaded"}'] == 4
 
 
-def test_the_series_of_a_model_go_with_it_and_come_back():
+def test_the_series_of_a_model_are_removed_and_created_with_it():
     with ServerProcess("--factory", "counting=support.zoo:counting", "--management-port", "0") as server:
 
         def series() -> list[str]:

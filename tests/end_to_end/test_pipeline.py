@@ -42,7 +42,7 @@ def test_every_call_gets_its_own_answer(linear):
             assert np.allclose(future.result(), expected(linear, x), rtol=0, atol=1e-5)
 
 
-def test_a_forward_pass_goes_through_a_pipeline_too(client):
+def test_a_pipeline_accepts_forward_passes(client):
     model = client.model("keras_cnn")
     x, y = zoo.keras_batch(5)
     with model.pipeline(model.put_weights(model.initial_weights)) as pipeline:
@@ -343,7 +343,7 @@ def test_a_task_that_is_cancelled_while_its_pipeline_closes_is_cancelled():
         asyncio.run(run())
 
 
-def test_a_deadline_holds_for_calls_that_wait_for_room_too():
+def test_a_deadline_applies_to_calls_that_wait_for_room():
     with ServerProcess(*SLOW) as server:
 
         async def run() -> None:

@@ -116,7 +116,7 @@ def test_a_server_that_can_call_the_required_models_is_ready(tmp_path, models, r
         assert client.unready_reasons() == []
 
 
-def test_a_repaired_model_makes_the_server_ready_and_an_unloaded_one_is_not_required(tmp_path):
+def test_a_repaired_model_makes_the_server_ready_and_an_unloaded_one_is_no_longer_required(tmp_path):
     write(tmp_path, "digits", 1, broken=True)
     write(tmp_path, "other", 1)
     arguments = ("--model-repository", str(tmp_path), "--management-port", "0")

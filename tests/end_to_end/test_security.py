@@ -223,7 +223,7 @@ def test_tokens_are_added_and_revoked_without_a_restart(guarded):
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_broken_file_of_tokens_leaves_the_last_good_one(guarded):
+def test_a_broken_token_file_keeps_the_last_good_content(guarded):
     good = guarded.file.read_text()
     try:
         guarded.file.write_text("")
@@ -434,7 +434,7 @@ def served_certificate(port: int) -> str:
     return ssl.get_server_certificate(("127.0.0.1", port))
 
 
-def test_a_server_that_can_be_reached_from_elsewhere_says_what_it_lacks(tmp_path):
+def test_a_server_on_a_public_address_logs_which_protection_it_lacks(tmp_path):
     signer = Signer(tmp_path / "signer")
     with ServerProcess(*SLOW, "--host", "0.0.0.0", *signer.arguments()) as server:
         server.wait_for_log("everybody who can reach 0.0.0.0 may call this server")

@@ -107,7 +107,7 @@ def test_predictions_are_left_out_on_request(client):
         assert (short.loss, short.num_examples) == (whole.loss, 5)
 
 
-def test_a_session_is_found_again_by_its_id_from_another_process(counting, server):
+def test_another_process_finds_a_session_by_its_id(counting, server):
     session = counting.metrics_session()
     session.forward_pass(counting.initial_weights, zoo.counting_batch(4))
     code = (
@@ -186,7 +186,7 @@ def test_the_async_session_does_the_same(server):
     asyncio.run(run())
 
 
-def test_an_async_update_that_is_cancelled_counts_once_when_it_is_made_again(server):
+def test_a_cancelled_async_update_counts_once_when_it_is_repeated(server):
     async def run() -> None:
         async with forwardpass_client.connect_async(server.address) as client:
             model = await client.model("counting")
@@ -215,7 +215,7 @@ def test_an_update_after_one_in_doubt_counts_in_addition(counting):
         assert session.updates == 20 + in_doubt
 
 
-def test_large_weights_make_the_same_update_whether_they_are_sent_or_named():
+def test_an_update_with_large_weights_is_the_same_by_value_and_by_id():
     with ServerProcess("--factory", "wide=support.zoo:wide_counting") as server:
         with forwardpass_client.connect(server.address) as client:
             model = client.model("wide")
@@ -239,7 +239,7 @@ def test_many_threads_may_share_a_session(counting):
         assert counted(session) == (300, 3 * 4950)
 
 
-def test_long_batches_go_in_pieces(client):
+def test_long_batches_are_sent_in_pieces(client):
     model = client.model("counting")
     examples = 2**20 + 1
     with model.metrics_session() as session:
@@ -298,7 +298,7 @@ def test_a_session_belongs_to_its_model(client, counting):
         client.model("no_metrics").metrics_session()
 
 
-def test_an_idle_session_expires_and_says_so():
+def test_an_idle_session_raises_session_expired():
     with ServerProcess(*COUNTING, "--session-expiry", "1") as server:
         with forwardpass_client.connect(server.address) as client:
             session = client.model("counting").metrics_session()

@@ -64,7 +64,7 @@ def test_a_handle_gives_the_numbers_that_the_weights_give(client, name):
     assert repr(handle) == f"<WeightsHandle {handle.id[:12]}>"
 
 
-def test_the_id_says_what_the_numbers_are(client):
+def test_the_id_is_a_hash_of_the_numbers(client):
     model = client.model("no_metrics")
     weights = model.initial_weights
     handle = model.put_weights(weights)
@@ -97,7 +97,7 @@ def test_only_what_the_server_lacks_is_sent(client, server):
     assert np.allclose(model.predict_on_batch(handle, x, training=False), expected, rtol=0, atol=1e-6)
 
 
-def test_weights_far_beyond_the_limit_of_messages_go_up_and_down(wider, wide_server):
+def test_weights_above_the_message_limit_are_uploaded_and_downloaded(wider, wide_server):
     weights = zoo.wide_weights(24 * MIB, seed=1)
     up, down = [], []
     handle = wider.put_weights(weights, progress=lambda *state: up.append(state))
@@ -328,7 +328,7 @@ def test_a_folder_of_weights_survives_kill_9(tmp_path):
         assert server.metrics()["forwardpass_weights_bytes"] <= 2 * MIB
 
 
-def test_metrics_show_what_the_folder_of_weights_holds(tmp_path):
+def test_metrics_show_the_contents_of_the_weights_folder(tmp_path):
     arguments = (*WIDE, "--weights-folder", str(tmp_path / "weights"), "--weights-disk-mib", "2")
 
     def on_disk(server) -> list[float]:

@@ -47,7 +47,7 @@ def test_every_structure_of_a_request_is_an_argument_of_some_function():
                 assert field.name in named
 
 
-def test_functions_of_one_rpc_are_told_apart_by_sample_weights():
+def test_functions_of_one_rpc_are_distinguished_by_sample_weights():
     assert Function.LOSS.variants == (Function.LOSS, Function.WEIGHTED_LOSS)
     assert Function.LOSS.with_sample_weight is Function.WEIGHTED_LOSS
     assert Function.WEIGHTED_LOSS.with_sample_weight is Function.WEIGHTED_LOSS

@@ -148,7 +148,7 @@ def test_an_announced_call_that_never_arrives_delays_no_other_call():
     run(scenario, arrivals=arrivals)
 
 
-def test_other_weights_and_rows_of_another_shape_have_batches_of_their_own():
+def test_calls_with_other_weights_or_row_shapes_have_separate_batches():
     async def scenario(batcher, doubling, observer):
         other = (np.float32(3),)
         await come_together(batcher, doubling, observer)
@@ -202,7 +202,7 @@ def test_a_batch_has_at_most_max_rows_and_a_longer_call_runs_alone():
     run(scenario, max_rows=10)
 
 
-def test_leaves_of_different_length_are_left_to_the_model():
+def test_leaves_of_different_length_are_passed_to_the_model():
     async def scenario(batcher, doubling, observer):
         found = await predict(batcher, doubling, [np.float32([1]), np.float32([1, 2])])
         assert [leaf.tolist() for leaf in found] == [[2], [2, 4]]

@@ -42,7 +42,7 @@ async def threads(*steps) -> list[bool]:
         ([(SMALL, long), (SMALL, quick), (SMALL, quick)], [False, False, True]),
     ],
 )
-def test_computations_run_inline_while_they_are_known_to_be_short(steps, inline):
+def test_computations_run_inline_while_their_estimate_is_short(steps, inline):
     assert asyncio.run(threads(*steps)) == inline
 
 
@@ -104,7 +104,7 @@ def test_a_computation_that_delayed_the_event_loop_runs_on_a_thread_afterwards()
 @pytest.mark.parametrize(
     "seconds, worked_s, is_short", [(0.02, 0.0001, True), (0.02, 0.02, False), (0.05, 0.0001, False)]
 )
-def test_a_processor_taken_away_for_some_milliseconds_is_no_fault_of_a_computation(seconds, worked_s, is_short):
+def test_preemption_does_not_count_as_a_slow_computation(seconds, worked_s, is_short):
     estimates = Estimates()
     estimates.add(SMALL, 1e-5, 1e-5, inline=True)
     estimates.add(SMALL, seconds, worked_s, inline=True)

@@ -97,7 +97,7 @@ def test_a_version_with_sessions_is_not_unloaded_under_refuse(situation):
     asyncio.run(run())
 
 
-def test_an_unloaded_or_replaced_model_stays_for_its_sessions(situation):
+def test_an_unloaded_or_replaced_model_is_kept_for_its_sessions(situation):
     async def run():
         situation.write("m", 1)
         served = []

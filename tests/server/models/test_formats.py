@@ -52,7 +52,7 @@ def test_a_keras_file_needs_its_configuration(keras_folder, name):
     "name, format_name",
     [("linear_regression_v052", "tff-0.51"), ("no_metrics", "tff-0.53"), ("linear_regression_head", "tff-head")],
 )
-def test_tffs_generations_are_told_apart(name, format_name):
+def test_the_tff_version_of_a_model_is_recognized(name, format_name):
     assert formats.read(FOLDER / name / "saved_model")[1] == format_name
 
 
@@ -62,7 +62,7 @@ def test_the_operators_metrics_override_saved_ones(tmp_path):
     assert list(formats.read(tmp_path)[0].initialize_metrics_state()) == ["mine"]
 
 
-def test_a_setting_that_would_change_nothing_is_refused(tmp_path):
+def test_a_setting_without_effect_is_refused(tmp_path):
     shutil.copytree(FOLDER / "no_metrics" / "saved_model", tmp_path, dirs_exist_ok=True)
     write(tmp_path, {"loss": "mse"})
     with pytest.raises(ModelLoadError, match=r"\['loss'\] cannot be set"):

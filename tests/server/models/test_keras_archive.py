@@ -156,7 +156,7 @@ def test_every_load_in_every_process_gives_the_same_weights_names_and_training_p
     assert len(set(lines)) == 1
 
 
-def test_seeds_without_a_value_differ_from_layer_to_layer_and_given_ones_stay(tmp_path):
+def test_default_seeds_differ_between_layers_and_given_seeds_are_kept(tmp_path):
     made, _, _ = formats.read(saved(with_noise(), tmp_path))
     seeds = [int(weight[0]) for weight in made.initial_weights[1] if weight.shape == (2,)]
     assert len(set(seeds)) == len(seeds) == 5
@@ -246,7 +246,7 @@ REFUSED = (
 
 
 @pytest.mark.parametrize("order", [("plain", "named", "shop:factory"), ("shop:factory", "named", "plain")])
-def test_a_custom_object_is_found_where_its_module_is_named_and_nowhere_else_in_any_order(shop, order):
+def test_a_custom_object_is_found_only_by_models_that_name_its_module_in_any_load_order(shop, order):
     found = dict(zip(order, load(shop, *order), strict=True))
     assert found == {"plain": REFUSED, "named": "bias", "shop:factory": "loaded"}
 
@@ -315,7 +315,7 @@ def test_settings_of_the_users_home_and_environment_change_nothing(tmp_path):
     assert script(code, environment=environment) == "tensorflow float32 1e-07 channels_last"
 
 
-def test_a_library_user_on_another_backend_is_told_what_to_set():
+def test_another_keras_backend_raises_an_error_that_says_what_to_set():
     code = """
         try:
             from forwardpass_server import functional_model_from_keras

@@ -176,7 +176,7 @@ def test_a_function_that_needs_integer_labels_gets_them():
 
 
 @pytest.mark.parametrize("reduction", ["none", None, "sum", "mean", "sum_over_batch_size", "mean_with_sample_weight"])
-def test_every_reduction_works_beside_a_regularizer(reduction):
+def test_every_reduction_works_with_a_regularizer(reduction):
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1, kernel_regularizer="l2")])
     loss = keras.losses.MeanSquaredError(reduction=reduction)
     made = functional_model_from_keras(model, loss, (X_SPEC, spec_of(CLICK)))

@@ -160,7 +160,7 @@ def test_accuracy_is_resolved_as_in_keras(name):
     assert {name: float(value) for name, value in evaluated(made, STARS).items()} == {name: pytest.approx(expected)}
 
 
-def test_weighted_metrics_alone_count_weights_beside_metrics_as_in_keras():
+def test_only_weighted_metrics_use_sample_weights_as_in_keras():
     made = single(["acc"], ["acc"])
     found = evaluated(made, STARS, np.where(np.arange(16) < 2, 1, 0).astype(np.float32))
     plain = evaluated(made, STARS)
@@ -237,6 +237,6 @@ def test_a_metric_over_all_outputs_at_once_gets_them_as_in_tff():
     assert made.finalize_metrics(state) == 16
 
 
-def test_weighted_metrics_need_no_metrics_beside_them():
+def test_weighted_metrics_work_without_metrics():
     made = single(None, ["mae"])
     assert list(made.finalize_metrics(made.initialize_metrics_state())) == ["mae"]

@@ -252,7 +252,7 @@ def test_metrics_by_name_are_in_the_order_given():
     assert list(made.finalize_metrics(made.initialize_metrics_state())) == ["z", "a"]
 
 
-def test_a_single_metric_has_a_state_of_its_own_as_in_tff():
+def test_a_single_metric_has_its_own_state_as_in_tff():
     made = functional(zoo.keras_cnn(1), metrics_constructor=keras.metrics.SparseCategoricalAccuracy)
     state = made.initialize_metrics_state()
     assert isinstance(state, tuple)

@@ -37,7 +37,7 @@ def test_every_golden_model_is_loaded_with_its_hash(loader, name):
     assert model.description.identity.content_hash == hashing.of_folder(folder)
 
 
-def test_the_hash_tells_contents_names_and_places_apart(tmp_path):
+def test_the_hash_depends_on_contents_names_and_folders(tmp_path):
     def write(files: dict[str, str]) -> bytes:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         for name, text in files.items():
@@ -157,7 +157,7 @@ def test_a_model_whose_description_clients_cannot_read_is_refused(loader, monkey
         loader.load(ModelSource("m", 1, factory="a:b"))
 
 
-def test_importing_the_loader_leaves_the_choice_of_a_device_open():
+def test_importing_the_loader_does_not_choose_a_device():
     # Once TensorFlow has started, a GPU's memory growth cannot be set any more, nor can this.
     script = """
         import tensorflow as tf
@@ -183,7 +183,7 @@ def test_importing_the_loader_leaves_the_choice_of_a_device_open():
         ("collections:OrderedDict", ModelLoadError, "returned a OrderedDict, expected a FunctionalModel"),
     ],
 )
-def test_a_factory_that_makes_no_model_is_refused(factory, error, message):
+def test_a_factory_that_returns_no_model_is_refused(factory, error, message):
     with pytest.raises(error, match=re.escape(message)):
         loading.from_factory(factory)
 

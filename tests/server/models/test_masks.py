@@ -123,7 +123,7 @@ def test_an_export_keeps_the_spec_of_the_mask(tmp_path):
     assert tracing.trace(exported(model, tmp_path)).spec == spec
 
 
-def test_the_mask_goes_in_and_out_of_the_graphs_behind_everything_but_sample_weights():
+def test_the_mask_is_the_last_argument_and_result_before_sample_weights():
     traced = tracing.trace(functional(masked_models.build("lstm")))
     x, y, sample_weight = TOKENS.batch(5, 0)
     predictions, mask = traced.functions[Function.PREDICT_ON_BATCH, False](*map(tf.constant, traced.initial_weights), x)

@@ -76,7 +76,7 @@ def predictions(model, *leaves) -> list[float]:
     return model.run(Function.PREDICT_ON_BATCH, False, [np.float32(leaf) for leaf in leaves])[0].tolist()
 
 
-def test_no_graph_stays_of_a_model_and_the_functions_that_it_calls_do(loader):
+def test_the_graphs_of_a_model_are_dropped_and_its_called_functions_are_kept(loader):
     source = ModelSource("branching", 1, factory=f"{__name__}:branching")
     # What all models share is traced with the first.
     loader.load(source)
@@ -120,7 +120,7 @@ def native_bytes() -> int:
     return found.uordblks + found.unused_3
 
 
-def test_a_model_that_is_loaded_again_leaves_no_native_memory_behind(loader, monkeypatch):
+def test_a_reload_does_not_leak_native_memory(loader, monkeypatch):
     monkeypatch.setattr(runtime_functions, "_MAX_STALE_KERNELS", 1)
     source = ModelSource("branching", 1, factory=f"{__name__}:branching")
     registry = Registry([source])

@@ -66,7 +66,7 @@ def test_containers_keep_kind_names_and_order():
     assert spec.metrics_state.tree.describe() == "OrderedDict({'total': [*], 'count': Scores(zeta=*, alpha=*)})"
 
 
-def test_python_numbers_among_the_weights_are_what_tensorflow_makes_of_them():
+def test_python_numbers_in_weights_are_converted_as_by_tensorflow():
     @tf.function
     def predict(model_weights, x, training):
         return x * model_weights[0][0] + tf.cast(model_weights[1][0], tf.float32)
@@ -182,7 +182,7 @@ def test_a_state_returned_as_another_structure_is_refused():
         tracing.trace(model(metrics_fns=metrics(initialize, update)))
 
 
-def test_fields_of_the_batch_output_that_an_update_reads_are_known():
+def test_fields_of_the_batch_output_that_an_update_reads_are_found():
     initialize = tf.function(lambda: tf.constant(0.0))
 
     @tf.function

@@ -244,7 +244,7 @@ def test_an_abandoned_evaluation_releases_its_admission():
     run(scenario, max_calls=2)
 
 
-def test_an_evaluation_beside_updates_of_the_same_session():
+def test_an_evaluation_and_updates_of_the_same_session_all_count():
     async def scenario(rig):
         async with evaluation(rig) as found:
             writer = Writer()

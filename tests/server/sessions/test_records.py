@@ -31,7 +31,7 @@ def after(*sequences: int, outcome: bytes = b"") -> Record:
     return record
 
 
-def test_a_record_comes_back_as_it_was():
+def test_a_record_is_decoded_unchanged():
     record = after(1, 2, outcome=b"outcome").after(identity(1, writer=b"o" * 16), STATE, b"")
     found = session_records.decode(session_records.encode(record))
     assert (found.identity, found.updates, found.writers) == (record.identity, 3, record.writers)

@@ -59,7 +59,7 @@ def test_updates_count_in_order_and_a_retried_one_once():
     run(scenario)
 
 
-def test_a_gap_and_another_update_of_the_same_number_are_refused_and_change_nothing():
+def test_an_update_with_a_gap_or_a_used_number_is_refused_and_changes_nothing():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         writer = Writer()
@@ -141,7 +141,7 @@ def test_a_forward_pass_is_answered_counted_and_answered_again():
     run(scenario)
 
 
-def test_sample_weights_go_to_the_metrics():
+def test_sample_weights_are_passed_to_the_metrics():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         weight = {"sample_weight": Structure.of(np.float32([1, 2, 0.5]))}
@@ -244,7 +244,7 @@ def test_a_session_begins_with_any_state_of_its_model():
     run(scenario)
 
 
-def test_opening_again_finds_the_session_and_changes_nothing():
+def test_opening_a_session_again_changes_nothing():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         await rig.update(Writer(), 7)
@@ -669,7 +669,7 @@ def test_servers_that_share_a_store_race_and_every_update_counts_once(redis_proc
     shared(redis_process, scenario)
 
 
-def test_another_server_knows_at_once_what_one_has_counted_and_closed(redis_process):
+def test_another_server_sees_updates_and_closed_sessions_at_once(redis_process):
     async def scenario(one, other):
         await one.sessions.open("", SESSION, "counting", 0)
         writer = Writer()
@@ -727,7 +727,7 @@ def test_the_record_of_a_store_that_has_lost_updates_replaces_the_cached_one(red
     shared(redis_process, scenario)
 
 
-def test_a_prediction_that_no_session_asked_for_changes_none():
+def test_a_forward_pass_without_a_session_changes_no_session():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         request = forward(1)

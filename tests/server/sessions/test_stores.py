@@ -52,7 +52,7 @@ def test_creating_an_existing_session_does_not_change_it(kit):
     asyncio.run(run())
 
 
-def test_a_record_is_replaced_where_nobody_was_faster(kit):
+def test_a_record_is_replaced_only_at_its_current_version(kit):
     async def run():
         async with kit.open() as store:
             await store.create(key(1), b"1")
@@ -110,7 +110,7 @@ def test_an_unknown_session_is_not_found(kit):
     asyncio.run(run())
 
 
-def test_a_deleted_session_is_not_found_and_not_made_again(kit):
+def test_a_deleted_session_is_not_found_and_cannot_be_created_again(kit):
     async def run():
         async with kit.open() as store:
             await store.create(key(1), b"record")
@@ -124,7 +124,7 @@ def test_a_deleted_session_is_not_found_and_not_made_again(kit):
     asyncio.run(run())
 
 
-def test_an_idle_session_expires_and_is_not_made_again(kit):
+def test_an_expired_session_cannot_be_created_again(kit):
     async def run():
         async with kit.open(idle_expiry_s=10.0) as store:
             await store.create(key(1), b"record")
@@ -299,7 +299,7 @@ def test_a_session_of_one_principal_is_invisible_to_another(kit):
     asyncio.run(run())
 
 
-def test_commits_are_counted_where_something_was_made_or_replaced(kit):
+def test_created_and_replaced_records_count_as_commits(kit):
     async def run():
         async with kit.open(max_bytes=10) as store:
             await store.create(key(1), b"1")
@@ -420,7 +420,7 @@ def test_a_new_server_counts_sessions_that_the_previous_server_left(kit):
     asyncio.run(run())
 
 
-def test_a_new_server_finds_everything_where_the_store_is_durable(kit):
+def test_a_new_server_finds_all_records_of_a_durable_store(kit):
     async def run():
         async with kit.open(max_sessions=3) as store:
             await store.create(key(1), b"first")

@@ -355,7 +355,7 @@ def test_a_call_cancelled_in_the_middle_of_a_chunk_does_not_break_the_upload(mak
     asyncio.run(run())
 
 
-def test_weights_are_put_into_a_models_order_and_refused_where_they_do_not_fit(make):
+def test_weights_are_put_into_a_models_order_and_refused_if_they_do_not_fit(make):
     leaf = TensorSpec((KIB // 4,), manifests.of_tensor(np.float32(0)).spec.data_type)
 
     async def run():
@@ -695,7 +695,7 @@ def test_beyond_its_share_only_sets_of_the_same_principal_are_evicted(make):
     asyncio.run(run())
 
 
-def test_a_share_that_is_in_use_is_refused_and_nothing_is_evicted(make):
+def test_weights_are_refused_if_the_share_is_in_use_and_nothing_is_evicted(make):
     async def run():
         store, counts = make(budget_kib=10, share_kib=4)
         one, other, third = Set(1), Set(2), Set(3)
@@ -753,7 +753,7 @@ def test_uploads_count_for_a_share(make):
     asyncio.run(run())
 
 
-def test_principals_have_folders_of_their_own(tmp_path):
+def test_principals_have_separate_folders(tmp_path):
     target = files(tmp_path)
     one = Set(1)
     save(one, target, "alice")
@@ -805,7 +805,7 @@ def test_weights_that_another_principal_holds_cause_the_same_work(tmp_path):
     asyncio.run(run())
 
 
-def test_a_full_store_does_not_reveal_what_others_hold(tmp_path):
+def test_a_full_store_does_not_reveal_weights_of_others(tmp_path):
     async def run():
         store = WeightStore(
             StoreOptions(budget_bytes=3 * KIB, principal_bytes=2 * KIB), TensorFlowDevice("/device:CPU:0"), Counts()

@@ -143,7 +143,7 @@ def test_a_refused_write_is_a_problem_until_a_check_has_written(tmp_path):
         asyncio.run(run(server))
 
 
-def test_a_wrong_password_is_refused_at_start_and_shown_nowhere(tmp_path, caplog):
+def test_a_wrong_password_is_refused_at_start_and_never_shown(tmp_path, caplog):
     async def run(server: RedisProcess):
         async with RedisKit(server).open() as store:
             await store.check()

@@ -120,7 +120,7 @@ def test_closing_commits_waiting_records(file_kit):
     asyncio.run(run())
 
 
-def test_sessions_that_are_found_at_start_count_as_used_then(file_kit):
+def test_sessions_found_at_the_start_count_as_just_used(file_kit):
     async def run():
         async with file_kit.open() as store:
             await store.create(key(1), b"record")
