@@ -46,7 +46,7 @@ def test_the_list_of_other_names_has_reasons():
     assert all(len(reason.split()) >= 3 for reason in NAMED_OTHERWISE.values())
 
 
-def test_every_folder_with_tests_is_held_to_the_rule_or_is_one_of_the_others():
+def test_every_folder_with_tests_follows_the_rule_or_is_listed():
     folders = {str(path.parent.relative_to(TESTS)) for path in TESTS.rglob("test_*.py")}
     others = {".", "client", "compatibility", "deploy", "docs", "end_to_end", "examples", "protos/v1"}
     assert folders - set(ROOMS) == others

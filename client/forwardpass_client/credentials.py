@@ -45,7 +45,7 @@ class Tls:
                     f'pathlib.Path("file.pem").read_bytes(), got {type(value).__name__}'
                 )
         if (self.certificate is None) != (self.key is None):
-            raise ValueError("tls: expected a certificate with its key, got one without the other")
+            raise ValueError("tls: expected a certificate and its key, got only one of them")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,8 +61,9 @@ class Credentials:
         if self.token is None or self.tls is not None or self.allow_insecure_token or targets.is_loopback(self.target):
             return
         raise ValueError(
-            f"token: expected tls beside, for {self.target} is another machine and the network could read the token: "
-            "pass tls=True, or allow_insecure_token=True where something else encrypts"
+            f"token: expected tls with it, because {self.target} is another machine and the network could read the "
+            "token: "
+            "pass tls=True, or allow_insecure_token=True if something else encrypts the connection"
         )
 
     @property
@@ -96,5 +97,5 @@ class Credentials:
         token = self.token() if callable(self.token) else self.token
         if not isinstance(token, str) or not _TOKEN.fullmatch(token):
             # The token is secret: the message must not show it.
-            raise ValueError("token: expected a str of ASCII without spaces")
+            raise ValueError("token: expected a str of ASCII characters without spaces")
         return (("authorization", f"Bearer {token}"), *context)

@@ -73,7 +73,7 @@ class Deadline:
         if self.last_error is None:
             return errors.DeadlineExceeded()
         error = errors.DeadlineExceeded(
-            f"{errors.DeadlineExceeded.sentence} Its last try failed with "
+            f"{errors.DeadlineExceeded.sentence} The last attempt failed with "
             f"{type(self.last_error).__name__}: {self.last_error}"
         )
         error.__cause__ = self.last_error
@@ -110,5 +110,5 @@ def check_timeout(timeout_s: float | None) -> float | None:
         raise TypeError(f"timeout_s: expected seconds as a number, or None, got {timeout_s!r}") from None
     if not 0 <= seconds <= threading.TIMEOUT_MAX:
         hint = "; None means no limit" if seconds == math.inf else ""
-        raise ValueError(f"timeout_s: expected seconds from 0 on, got {timeout_s!r}{hint}")
+        raise ValueError(f"timeout_s: expected seconds >= 0, got {timeout_s!r}{hint}")
     return seconds

@@ -35,7 +35,8 @@ class HeldWeights:
         """Puts the tensors that the server lacks. Raises WeightsNotFound where this client has no arrays to send."""
         if self._manifest is None or self._structure is None:
             raise errors.WeightsNotFound(
-                f"the server does not hold weights {self.weights_id.hex()}, and this handle has no numbers to send"
+                f"the server does not hold weights {self.weights_id.hex()}, and this handle has no arrays to send: "
+                "call put_weights"
             )
         for attempts_left in reversed(range(_ATTEMPTS)):
             try:
@@ -43,7 +44,8 @@ class HeldWeights:
             except errors.TensorCorrupted as error:
                 if manifests.of_structure(self._structure, "model_weights") != self._manifest:
                     raise errors.WeightsNotFound(
-                        f"weights {self.weights_id.hex()} cannot be sent: their arrays were changed since"
+                        f"weights {self.weights_id.hex()} cannot be sent again, because their arrays were changed "
+                        "after put_weights: put the changed arrays"
                     ) from error
                 # Another client had begun the same tensor with other bytes; the server has dropped these.
                 if not attempts_left:

@@ -280,7 +280,7 @@ class FunctionalModelApi(Connected, abc.ABC):
         if session_id is None:
             return self._session(secrets.token_bytes(ID_BYTES)).open(False, initial_state, deadline)
         if initial_state is not None:
-            raise ValueError("initial_state: an open session has a state already")
+            raise ValueError("initial_state: expected None for the id of an open session, which has a state already")
         return self._session(ids.parse(session_id, ID_BYTES, "session_id")).open(True, None, deadline)
 
     @abc.abstractmethod
@@ -337,8 +337,9 @@ class FunctionalModelApi(Connected, abc.ABC):
         """Checks the arguments of an evaluation: whether it is to be in training mode."""
         if isinstance(model_weights, (WeightsHandleApi, str, bytes)) or not isinstance(model_weights, Sequence):
             raise TypeError(
-                f"model_weights: expected a list with one entry for each weights, got {type(model_weights).__name__}: "
-                "for one set of weights call evaluate"
+                "model_weights: expected a list with one entry for each set of weights, got "
+                f"{type(model_weights).__name__}: "
+                "for one set of weights, call evaluate"
             )
         if sessions is not None:
             for session in sessions:
@@ -348,7 +349,9 @@ class FunctionalModelApi(Connected, abc.ABC):
                         f"{type(session).__name__}"
                     )
             if len(sessions) != len(model_weights):
-                raise ValueError(f"sessions: expected {len(model_weights)}, one for each weights, got {len(sessions)}")
+                raise ValueError(
+                    f"sessions: expected {len(model_weights)}, one for each set of weights, got {len(sessions)}"
+                )
         return check_training(training)
 
     @property

@@ -65,7 +65,7 @@ class Connected:
     def __reduce__(self) -> NoReturn:
         raise TypeError(
             f"a {type(self).__name__} cannot be pickled or copied, because it holds a connection: call connect() in "
-            f"each process, and send numbers and ids of weights and sessions between them ({_PAGE})"
+            f"each process, and send only arrays and the ids of weights and sessions between processes ({_PAGE})"
         )
 
 
@@ -122,14 +122,14 @@ class OneLoop:
         except RuntimeError:
             raise RuntimeError(
                 "an AsyncClient needs a running event loop: await its methods within asyncio.run(), or use connect() "
-                f"where there is no asyncio ({_PAGE})"
+                f"in a program without asyncio ({_PAGE})"
             ) from None
         if self._loop is None:
             self._loop = running
         elif self._loop is not running:
             raise RuntimeError(
                 "this AsyncClient belongs to another event loop: each asyncio.run() has a loop of its own, so call "
-                f"connect_async() within each, or put all the work into one ({_PAGE})"
+                f"connect_async() within each, or use one asyncio.run() for the whole program ({_PAGE})"
             )
 
 
@@ -146,6 +146,7 @@ def check_gevent(*, is_async: bool) -> None:
     # Private: gRPC has no public way to ask. Where a version lacks the name, nothing is refused.
     if not getattr(cygrpc, "g_gevent_activated", True):
         raise RuntimeError(
-            "gevent has patched Python's threads, and gRPC does not know: call grpc.experimental.gevent.init_gevent() "
+            "gevent has patched Python's threads, and gRPC is not set up for gevent: call "
+            "grpc.experimental.gevent.init_gevent() "
             f"after monkey.patch_all() and before connect() ({_PAGE})"
         )

@@ -183,7 +183,8 @@ class Stream:
                 raise errors.CallCancelled(f"the {self._title} is closed")
             if not has_room:
                 raise errors.DeadlineExceeded(
-                    f"the {self._title} had no room for another call before the deadline: none in flight was answered"
+                    f"the {self._title} is full, and no call in progress was answered before the deadline: retry, or "
+                    "raise timeout_s"
                 )
             self._flying.add(item, future, deadline)
         return future
@@ -525,4 +526,4 @@ class AsyncStream:
 
 
 def _left(title: str) -> errors.CallCancelled:
-    return errors.CallCancelled(f"the {title} was left by an error before this call was answered")
+    return errors.CallCancelled(f"an error ended the block of the {title} before this call was answered")

@@ -29,7 +29,7 @@ def joined(target: str | Sequence[str]) -> str:
         return _checked(target)
     if isinstance(target, (bytes, bytearray)):
         raise TypeError(
-            f'target: expected a str such as "localhost:8500", got {type(target).__name__}: decode it first'
+            f'target: expected a str such as "localhost:8500", got {type(target).__name__}: decode it with .decode()'
         )
     if not isinstance(target, Sequence):
         example = f"localhost:{target}" if isinstance(target, int) else "localhost:8500"
@@ -42,7 +42,7 @@ def joined(target: str | Sequence[str]) -> str:
         return _checked(addresses[0])
     versions = {_version(address) for address in addresses}
     if len(versions) != 1:
-        raise ValueError(f"target: expected addresses, all of IPv4 or all of IPv6, got {addresses}")
+        raise ValueError(f"target: expected only IPv4 or only IPv6 addresses, got {addresses}")
     return _checked(f"ipv{versions.pop()}:{','.join(addresses)}")
 
 
@@ -84,8 +84,8 @@ def _version(address: str) -> int:
         return ipaddress.ip_address((match["six"] or match["four"]) if match else "").version
     except ValueError:
         raise ValueError(
-            f'target: expected addresses as "10.0.0.1:8500" where there are several, got {address!r}; '
-            'a name that stands for several servers is a target of its own, "dns:///NAME:PORT"'
+            f'target: expected each address of a list in the form "10.0.0.1:8500", got {address!r}: '
+            'for a name that stands for several servers, pass "dns:///NAME:PORT" instead of a list'
         ) from None
 
 

@@ -108,7 +108,9 @@ def put(manifest: WeightsManifest, structure: Structure, deadline: Deadline, pro
             is_progress = retrying.note(remaining)
             if has_sent and not is_progress:
                 has_sent = False
-                raise errors.UploadOutOfStep("the server has dropped the tensors that it had received")
+                raise errors.UploadOutOfStep(
+                    "the server has dropped the tensors that it had received: put the weights again"
+                )
             sending = _Sending(manifest, structure, leaves, missing, progress)
             yield Send(METHODS["UploadTensors"].path, sending.requests())
             sending.check()
@@ -226,7 +228,9 @@ class _Receiving:
         """A DownloadTensorResponse."""
         _, data = chunks.decode(v1.DownloadTensorResponse, message)
         if len(data) > self.missing:
-            raise errors.TensorCorrupted(place="tensor", expected=f"{self.missing} bytes more", found=f"{len(data)}")
+            raise errors.TensorCorrupted(
+                place="tensor", expected=f"at most {self.missing} more bytes", found=f"{len(data)}"
+            )
         self._buffer[self.received : self.received + len(data)] = np.frombuffer(data, np.uint8)
         self.received += len(data)
         if self._progress is not None:

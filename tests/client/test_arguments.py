@@ -16,7 +16,7 @@ from support import zoo
 CONNECT = [
     (8500, TypeError, 'expected "host:port" such as "localhost:8500", got int'),
     (None, TypeError, 'expected "host:port" such as "localhost:8500", got NoneType'),
-    (b"localhost:8500", TypeError, "got bytes: decode it first"),
+    (b"localhost:8500", TypeError, "got bytes: decode it with .decode()"),
     ([b"10.0.0.1:1"], TypeError, 'expected addresses such as "10.0.0.1:8500", got bytes'),
     ("http://models:8500", ValueError, 'write connect("models:8500")'),
     ("https://models:8500/", ValueError, 'write connect("models:8500", tls=True)'),
@@ -33,7 +33,7 @@ CONNECT = [
 
 
 @pytest.mark.parametrize("target, error, sentence", CONNECT)
-def test_what_is_no_target_is_refused_with_what_to_write(target, error, sentence):
+def test_an_invalid_target_is_refused_and_the_error_says_what_to_write(target, error, sentence):
     for connect in (forwardpass_client.connect, forwardpass_client.connect_async):
         with pytest.raises(error, match=f"^target: .*{re.escape(sentence)}"):
             connect(target)
@@ -55,7 +55,7 @@ def test_what_is_no_target_is_refused_with_what_to_write(target, error, sentence
         "ipv6:%5B::1%5D:1",
     ],
 )
-def test_targets_of_grpc_are_taken_as_they_are(target):
+def test_other_grpc_targets_are_not_changed(target):
     forwardpass_client.connect(target).close()
 
 
@@ -73,7 +73,7 @@ def test_options_of_another_kind_are_refused(options, error, sentence):
 
 
 @pytest.mark.parametrize("path", ["ca.pem", pathlib.Path("ca.pem")])
-def test_certificates_are_bytes_and_no_paths(path):
+def test_certificates_must_be_bytes_and_not_paths(path):
     with pytest.raises(TypeError, match=r"tls: expected root_certificates as bytes, .*read_bytes\(\), got"):
         Tls(root_certificates=path)
 
@@ -85,14 +85,14 @@ def counting(server):
 
 
 @pytest.mark.parametrize("version", ["1", 1.0, True, b"1"])
-def test_a_version_is_an_int(server, version):
+def test_a_version_that_is_not_an_int_is_refused(server, version):
     with forwardpass_client.connect(server.address) as client:
         with pytest.raises(TypeError, match="version: expected an int such as 1, or None for the highest version, got"):
             client.model("counting", version)
         assert client.model("counting", np.int64(1)).version == 1
 
 
-def test_a_label_is_text(server):
+def test_a_label_that_is_not_a_string_is_refused(server):
     with forwardpass_client.connect(server.address) as client:
         with pytest.raises(TypeError, match="label: expected a str such as 'stable', got int"):
             client.model("counting", label=1)
@@ -130,28 +130,28 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("method", WEIGHTS)
-def test_an_id_in_the_place_of_weights_names_weights_handle(counting, method):
+def test_an_id_passed_as_weights_is_refused_and_the_error_names_weights_handle(counting, method):
     handle = counting.put_weights(counting.initial_weights)
     with pytest.raises(errors.StructureMismatch, match=r"got str: .*pass model\.weights_handle\(id\)"):
         WEIGHTS[method](counting, handle.id)
 
 
 @pytest.mark.parametrize("method", WEIGHTS)
-def test_several_handles_in_the_place_of_one_name_evaluate_many(counting, method):
+def test_several_handles_passed_to_evaluate_are_refused_and_the_error_names_evaluate_many(counting, method):
     handle = counting.put_weights(counting.initial_weights)
     with pytest.raises(errors.StructureMismatch, match="several handles: evaluate_many takes a list of weights"):
         WEIGHTS[method](counting, [handle, handle])
 
 
-def test_one_handle_in_the_place_of_several_names_evaluate(counting):
+def test_one_handle_passed_to_evaluate_many_is_refused_and_the_error_names_evaluate(counting):
     handle = counting.put_weights(counting.initial_weights)
     with pytest.raises(
-        TypeError, match=r"expected a list with one entry for each weights, got WeightsHandle.*evaluate"
+        TypeError, match=r"expected a list with one entry for each set of weights, got WeightsHandle.*evaluate"
     ):
         counting.evaluate_many(handle, [(X, Y)])
 
 
-def test_what_is_no_handle_is_refused(counting):
+def test_an_argument_that_is_not_a_handle_is_refused(counting):
     handle = counting.put_weights(counting.initial_weights)
     with pytest.raises(errors.StructureMismatch, match=r"handle: .*pass model\.weights_handle\(id\)"):
         counting.get_weights(handle.id)
@@ -165,7 +165,7 @@ def test_what_is_no_handle_is_refused(counting):
             handle.lease(wrong)
 
 
-def test_what_is_no_session_is_refused(counting, server):
+def test_an_argument_that_is_not_a_session_is_refused(counting, server):
     with counting.metrics_session() as session:
         with pytest.raises(TypeError, match="session_id: expected a str of 32 hexadecimal digits, got int"):
             counting.metrics_session(5)

@@ -40,14 +40,14 @@ def test_models_are_listed_with_their_states(run):
     assert "notes.txt" in shown
 
 
-def test_health_exits_with_0_where_the_server_or_a_model_is_serving_and_with_1_otherwise(run):
+def test_health_exits_with_0_if_the_server_or_model_is_serving_and_with_1_otherwise(run):
     assert run("health") == "SERVING\n"
     assert run("health", "--service", "model/keras_cnn") == "SERVING\n"
     assert run("health", "--service", "model/broken", code=1) == "NOT_SERVING\n"
     assert "NOT_FOUND" in run("health", "--service", "model/none", code=1)
 
 
-def test_health_exits_with_1_where_nothing_listens():
+def test_health_exits_with_1_if_no_server_listens():
     done = CliRunner().invoke(forwardpass, ["health", "127.0.0.1:1", "--timeout", "5"])
     assert done.exit_code == 1
     assert "cannot be reached" in done.output
@@ -130,7 +130,7 @@ def test_a_string_that_a_file_would_cut_is_refused(tmp_path):
         npz.save(tmp_path / "out.npz", {"names": np.array([b"a\0"], object)})
 
 
-def test_structures_go_by_the_path_of_each_leaf(run, tmp_path):
+def test_arrays_in_files_are_named_by_the_path_of_their_leaf(run, tmp_path):
     expected = golden("dict_inputs")
     x, _ = expected.batch("")
     np.savez(tmp_path / "data.npz", **{f"x/{name}": value for name, value in x.items()})
@@ -214,7 +214,7 @@ def test_several_weights_have_a_row_of_metrics_each(run, client, tmp_path):
         assert any(row[-3:] == [*expected, "50"] for row in rows), with_both
 
 
-def test_sample_weights_in_the_file_go_to_the_metrics(run, client, tmp_path):
+def test_sample_weights_in_the_file_are_passed_to_the_metrics(run, client, tmp_path):
     x, y, sample_weight = zoo.curves_batch(70, 0)
     np.savez(tmp_path / "data.npz", x=x, y=y, sample_weight=sample_weight)
     shown = run("evaluate", "curves", "--data", tmp_path / "data.npz", "--batch-size", 100)
@@ -253,9 +253,7 @@ def session_updates(server) -> float:
 
 # The second signal may come when the first has done its work, or be one with it.
 @pytest.mark.parametrize("signals, codes", [(1, {130}), (2, {1, 130})])
-def test_an_evaluation_that_is_interrupted_goes_on_with_the_command_that_it_prints(
-    server, run, tmp_path, signals, codes
-):
+def test_an_interrupted_evaluation_continues_with_the_command_that_it_prints(server, run, tmp_path, signals, codes):
     examples = 9_000
     x, y = zoo.counting_batch(7, examples)
     np.savez(tmp_path / "data.npz", x=x, y=y)
@@ -278,7 +276,7 @@ def test_an_evaluation_that_is_interrupted_goes_on_with_the_command_that_it_prin
     assert "was closed" in shown
 
 
-def test_sessions_go_on_with_their_own_data_and_weights_alone(run, client, tmp_path):
+def test_sessions_continue_only_with_the_same_data_and_weights(run, client, tmp_path):
     model = client.model("counting")
     x, y = zoo.counting_batch(1, 10)
     np.savez(tmp_path / "data.npz", x=x, y=y)
@@ -296,7 +294,7 @@ def test_sessions_go_on_with_their_own_data_and_weights_alone(run, client, tmp_p
     "arguments, message",
     [
         (("evaluate", "no_metrics", "--data", "{}/emnist.npz"), "expected an array 'x'"),
-        (("evaluate", "keras_cnn", "--data", "{}/ragged.npz"), "expected as many examples in each array, got [3, 4]"),
+        (("evaluate", "keras_cnn", "--data", "{}/ragged.npz"), "the same number of examples in each array, got [3, 4]"),
         (("predict", "keras_cnn", "--data", "{}/text", "-o", "{}/out"), "expected an .npz file"),
         (("predict", "nonsense", "--data", "{}/ragged.npz", "-o", "{}/out"), "got 'nonsense'"),
         (("predict", "keras_cnn", "--data", "{}/pickled.npz", "-o", "{}/out"), "without pickled objects"),
@@ -307,7 +305,7 @@ def test_sessions_go_on_with_their_own_data_and_weights_alone(run, client, tmp_p
         (("delete-weights", "keras_cnn", "12"), "weights_id: expected 64 hexadecimal digits"),
     ],
 )
-def test_what_goes_wrong_is_one_line(run, tmp_path, arguments, message):
+def test_errors_of_the_command_line_are_one_line(run, tmp_path, arguments, message):
     np.savez(tmp_path / "emnist.npz", y=[1])
     np.savez(tmp_path / "ragged.npz", x=zoo.keras_batch(3)[0], y=[1, 2, 3, 4])
     np.savez(tmp_path / "pickled.npz", x=np.array([{}], object))
@@ -320,7 +318,7 @@ def test_what_goes_wrong_is_one_line(run, tmp_path, arguments, message):
     assert shown.strip().startswith("Error: ")
 
 
-def test_a_server_that_is_not_there_is_one_line_and_not_zero():
+def test_an_unreachable_server_is_reported_in_one_line_with_a_nonzero_exit_status():
     done = subprocess.run(
         [sys.executable, "-m", "forwardpass_client.cli", "models", "127.0.0.1:1"],
         capture_output=True,
@@ -328,7 +326,7 @@ def test_a_server_that_is_not_there_is_one_line_and_not_zero():
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr.startswith("Error: The server cannot be reached.")
+    assert done.stderr.startswith("Error: The server cannot be reached: check its address")
     assert len(done.stderr.strip().splitlines()) == 1
 
 
@@ -361,18 +359,18 @@ def test_a_server_with_tls_and_tokens_is_called(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--token", "secret"), "token: expected tls beside"),
-        (("--ca", __file__, "--cert", __file__), "tls: expected a certificate with its key"),
+        (("--token", "secret"), "token: expected tls with it"),
+        (("--ca", __file__, "--cert", __file__), "tls: expected a certificate and its key"),
     ],
 )
-def test_options_that_do_not_go_together_are_one_line(arguments, message):
+def test_options_that_exclude_each_other_are_refused_in_one_line(arguments, message):
     done = CliRunner().invoke(forwardpass, ["models", "example.org:1", *arguments])
     assert done.exit_code == 1
     assert message in done.output
     assert "secret" not in done.output
 
 
-def test_every_command_that_calls_a_server_takes_the_options_of_how_to_get_there():
+def test_every_command_that_calls_a_server_takes_the_connection_options():
     for command in forwardpass.commands.values():
         names = {parameter.name for parameter in command.params}
         assert {"host", "tls", "ca", "cert", "key", "token", "allow_insecure_token"} <= names

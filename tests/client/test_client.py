@@ -70,7 +70,7 @@ def test_nothing_is_sent_before_the_first_call():
             assert connecting == [silent]
 
 
-def test_a_server_that_is_not_there_is_unavailable():
+def test_an_unreachable_server_raises_server_unavailable():
     with forwardpass_client.connect("127.0.0.1:1") as client:
         with pytest.raises(errors.ServerUnavailable, match=r"127\.0\.0\.1:1"):
             client.models()
@@ -93,12 +93,12 @@ def test_a_server_that_is_not_there_is_unavailable():
     asyncio.run(run())
 
 
-def test_a_name_that_is_no_string_is_refused(client):
+def test_a_name_that_is_not_a_string_is_refused(client):
     with pytest.raises(TypeError, match="name: expected a str, got int"):
         client.model(3)
 
 
-def test_the_clients_deadline_holds_for_every_call_and_a_calls_own_goes_before(server):
+def test_the_clients_timeout_applies_to_every_call_and_a_calls_own_overrides_it(server):
     with forwardpass_client.connect(server.address, timeout_s=0.3) as client:
         model = client.model("slow")
         with pytest.raises(errors.DeadlineExceeded):
@@ -106,7 +106,7 @@ def test_the_clients_deadline_holds_for_every_call_and_a_calls_own_goes_before(s
         assert model.predict_on_batch(((), ()), [20_000], timeout_s=30).tolist() == [20_000]
 
 
-def test_a_closed_client_says_so(server):
+def test_a_call_of_a_closed_client_raises_an_error_that_says_so(server):
     client = forwardpass_client.connect(server.address)
     model = client.model("no_metrics")
     client.close()
@@ -123,7 +123,7 @@ def test_a_closed_client_says_so(server):
     asyncio.run(call_closed())
 
 
-def test_waiting_for_a_server_that_says_nothing_ends_in_time():
+def test_waiting_for_a_silent_server_ends_at_the_timeout():
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"127.0.0.1:{silent.getsockname()[1]}"
         started = time.monotonic()
@@ -165,7 +165,7 @@ def test_the_input_spec_can_be_read_like_the_originals(client):
     assert repr(y) == "TensorSpec(shape=(None, 1), dtype=float32)"
 
 
-def test_a_model_shows_who_it_is(client):
+def test_the_repr_of_a_model_shows_its_identity(client):
     model = client.model("no_metrics")
     assert repr(model) == f"<RemoteFunctionalModel no_metrics/1 {model.content_hash[:12]}>"
     assert len(model.content_hash) == 64

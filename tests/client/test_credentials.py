@@ -10,27 +10,27 @@ from forwardpass_client import Tls
 
 @pytest.mark.parametrize("connect", [forwardpass_client.connect, forwardpass_client.connect_async])
 def test_a_token_does_not_go_unencrypted_to_another_machine(connect):
-    with pytest.raises(ValueError, match="expected tls beside, for example") as caught:
+    with pytest.raises(ValueError, match="expected tls with it, because example") as caught:
         connect("example.org:1", token="secret")
     assert "secret" not in str(caught.value)
 
 
-def test_a_token_goes_where_something_encrypts():
+def test_a_token_is_sent_if_something_else_encrypts():
     for more in ({"tls": True}, {"allow_insecure_token": True}):
         forwardpass_client.connect("example.org:1", token="secret", **more).close()
 
 
 @pytest.mark.parametrize("token", ["", "two words", "line\n", "\u4e2d", None, b"secret"])
 @pytest.mark.parametrize("is_asked", [True, False])
-def test_what_no_header_can_hold_is_no_token(token, is_asked):
+def test_a_token_that_cannot_be_a_header_is_refused(token, is_asked):
     if token is None and not is_asked:
         return
     with forwardpass_client.connect("localhost:1", token=(lambda: token) if is_asked else token) as client:
-        with pytest.raises(ValueError, match="token: expected a str of ASCII without spaces"):
+        with pytest.raises(ValueError, match="token: expected a str of ASCII characters without spaces"):
             client.models()
 
 
-def test_what_goes_wrong_while_a_token_is_asked_for_reaches_the_caller():
+def test_an_error_of_the_token_function_reaches_the_caller():
     def ask() -> str:
         raise LookupError("no token today")
 
@@ -38,10 +38,10 @@ def test_what_goes_wrong_while_a_token_is_asked_for_reaches_the_caller():
         client.models()
 
 
-def test_a_certificate_goes_with_its_key():
-    with pytest.raises(ValueError, match="tls: expected a certificate with its key"):
+def test_a_certificate_requires_its_key():
+    with pytest.raises(ValueError, match="tls: expected a certificate and its key"):
         Tls(certificate=b"x")
-    with pytest.raises(ValueError, match="tls: expected a certificate with its key"):
+    with pytest.raises(ValueError, match="tls: expected a certificate and its key"):
         Tls(key=b"x")
 
 

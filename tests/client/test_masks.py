@@ -35,12 +35,12 @@ def test_the_array_stays_read_only(predictions):
 
 
 @pytest.mark.parametrize("compute", [lambda a: a * 2, np.exp, lambda a: a.mean(0), lambda a: a + a, lambda a: -a])
-def test_what_is_computed_is_a_plain_array(predictions, compute):
+def test_an_array_computed_from_predictions_is_a_plain_array(predictions, compute):
     assert type(compute(predictions)) is np.ndarray
 
 
 @pytest.mark.parametrize("compute", [np.sum, lambda a: a.sum(), lambda a: a.max(), lambda a: a[0, 0]])
-def test_a_number_that_is_computed_is_a_number(predictions, compute):
+def test_a_number_computed_from_predictions_is_a_plain_number(predictions, compute):
     assert type(compute(predictions)) is np.float32
 
 

@@ -58,7 +58,7 @@ def test_a_pipeline_is_entered_directly_and_has_its_answers_at_the_end(server):
     run(server, work)
 
 
-def test_each_is_a_coroutine_too(server):
+def test_each_opening_is_a_coroutine_too(server):
     async def work(client) -> None:
         model = await client.model("counting")
         weights = await model.initial_weights
@@ -75,7 +75,7 @@ def test_each_is_a_coroutine_too(server):
     run(server, work)
 
 
-def test_errors_about_arguments_come_before_anything_is_awaited(server):
+def test_errors_about_arguments_are_raised_before_the_await(server):
     async def work(client) -> None:
         model = await client.model("counting")
         with pytest.raises(ValueError, match="session_id: expected 32 hexadecimal digits"):

@@ -23,7 +23,7 @@ OTHER_LOOP = "belongs to another event loop.*docs/processes.md"
 
 
 @pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
-def test_what_holds_a_connection_is_not_copied_and_says_so(client, copied):
+def test_objects_with_a_connection_cannot_be_copied_or_pickled(client, copied):
     model = client.model("no_metrics")
     held = [
         client,
@@ -37,7 +37,7 @@ def test_what_holds_a_connection_is_not_copied_and_says_so(client, copied):
                 copied(thing)
 
 
-def test_an_async_pipeline_or_session_is_not_copied_either(server):
+def test_async_pipelines_and_sessions_cannot_be_copied(server):
     async def run() -> None:
         async with forwardpass_client.connect_async(server.address) as client:
             model = await client.model("counting")
@@ -51,7 +51,7 @@ def test_an_async_pipeline_or_session_is_not_copied_either(server):
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_what_was_made_before_a_fork_says_in_the_child_what_to_do(server, kind):
+def test_objects_made_before_a_fork_raise_an_error_in_the_child_that_says_what_to_do(server, kind):
     # Where a child hangs its alarm ends it, and its line is missing.
     finished = subprocess.run(
         [sys.executable, PROGRAMS / "forked_child.py", server.address, kind],
@@ -81,7 +81,7 @@ def test_what_was_made_before_a_fork_says_in_the_child_what_to_do(server, kind):
         assert re.fullmatch(expected, outcome), (way, outcome)
 
 
-def test_an_async_client_is_of_the_first_event_loop_that_uses_it(server):
+def test_an_async_client_belongs_to_the_first_event_loop_that_uses_it(server):
     client = forwardpass_client.connect_async(server.address)
 
     async def use() -> forwardpass_client.AsyncRemoteFunctionalModel:
@@ -132,7 +132,7 @@ def test_an_async_client_without_an_event_loop_says_what_to_do():
         call.send(None)
 
 
-def test_a_client_is_used_by_threads_and_each_thread_may_have_an_event_loop_of_its_own(server):
+def test_threads_share_a_client_even_with_an_event_loop_in_each_thread(server):
     found = []
 
     def work() -> None:
@@ -188,7 +188,7 @@ def gevent(server, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_gevent_works_where_grpc_knows_of_it(server):
+def test_gevent_works_after_init_gevent(server):
     finished = gevent(server, "init")
     assert finished.stdout == "all answered\n", finished.stderr
 

@@ -37,7 +37,7 @@ def test_the_first_variable_of_grpcs_counts_and_secrets_are_not_shown(monkeypatc
 
 
 @pytest.mark.parametrize("proxy", ["", "https://proxy:3128", "socks5://proxy:3128", "proxy:3128"])
-def test_what_grpc_takes_for_no_proxy_is_none(monkeypatch, proxy):
+def test_proxy_values_that_grpc_ignores_are_ignored(monkeypatch, proxy):
     monkeypatch.setenv("http_proxy", proxy)
     assert proxies.of("models:1") == ""
 
@@ -123,7 +123,7 @@ def test_a_host_in_the_upper_case_exceptions_is_called_directly(proxy, monkeypat
     assert "proxy" not in str(caught.value)
 
 
-def test_a_proxy_that_the_caller_names_is_used(proxy, monkeypatch):
+def test_a_proxy_from_channel_options_is_used(proxy, monkeypatch):
     monkeypatch.delenv("http_proxy")
     with forwardpass_client.connect("models.invalid:1", channel_options=[("grpc.http_proxy", proxy.url)]) as client:
         with pytest.raises(errors.ServerUnavailable):

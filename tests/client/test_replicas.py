@@ -35,7 +35,7 @@ def test_the_sticky_server_is_asked_at_once_and_then_the_next_in_turn():
     assert ended.value.value == "answer"
 
 
-def test_an_answer_of_other_content_is_asked_for_elsewhere():
+def test_a_call_answered_with_other_content_is_sent_to_another_server():
     def read(answer: bytes) -> str:
         if answer == b"other":
             raise errors.ModelChanged
@@ -50,7 +50,7 @@ def test_an_answer_of_other_content_is_asked_for_elsewhere():
 
 
 @pytest.mark.parametrize("kind", [errors.ModelNotFound, errors.ModelVersionNotFound, errors.ModelFailed])
-def test_a_version_that_is_gone_everywhere_is_reported_after_few_rounds(kind):
+def test_a_version_that_no_server_has_is_reported_after_few_retries(kind):
     steps = replicas.ask_others(CALL, kind(), Deadline(None))
     taken = fail(steps, *[kind()] * 9)
     pauses = [step.seconds for step in taken if isinstance(step, Pause)]
@@ -68,14 +68,16 @@ def test_another_error_is_raised_at_once():
         steps.throw(errors.ShapeMismatch())
 
 
-def test_a_deadline_that_passes_names_the_last_reason():
+def test_the_error_of_a_passed_deadline_names_the_last_reason():
     deadline = Deadline(60)
     fail(replicas.ask_others(CALL, errors.ServerUnavailable("the device hangs"), deadline))
-    with pytest.raises(errors.DeadlineExceeded, match="Its last try failed with ServerUnavailable: the device hangs"):
+    with pytest.raises(
+        errors.DeadlineExceeded, match="The last attempt failed with ServerUnavailable: the device hangs"
+    ):
         raise deadline.explained(errors.DeadlineExceeded())
 
 
-def test_a_round_that_the_deadline_has_no_time_for_is_not_waited_for():
+def test_a_retry_that_would_pass_the_deadline_is_not_waited_for():
     steps = replicas.ask_others(CALL, errors.ServerUnavailable(), Deadline(0.01))
     with pytest.raises(errors.ModelLoading):
         fail(steps, errors.ServerUnavailable(), errors.ModelLoading())
@@ -92,7 +94,7 @@ def test_one_server_of_several_that_serves_suffices():
 
 
 @pytest.mark.parametrize("answers", [False, True])
-def test_no_answer_about_health_is_an_error_and_a_negative_answer_is_none(answers):
+def test_a_missing_health_answer_is_an_error_and_a_negative_answer_is_not(answers):
     health = Call("/grpc.health.v1.Health/Check", b"", lambda answer: answer == b"serving")
     steps = replicas.is_any_serving(health, 2, Deadline(None))
     next(steps)

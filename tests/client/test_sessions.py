@@ -70,7 +70,7 @@ def test_updates_are_numbered_from_one_and_have_ids_of_their_own(writer):
     assert writer.updates == 3
 
 
-def test_a_call_that_broke_is_made_again_as_the_same_update(writer):
+def test_an_interrupted_update_is_retried_as_the_same_update(writer):
     answer, sent = update(writer, b"a", errors.ServerUnavailable(), errors.ModelLoading(), ANSWER)
     assert answer == ANSWER
     assert numbers(sent) == [1, 1, 1]
@@ -90,7 +90,7 @@ def test_a_call_that_broke_is_made_again_as_the_same_update(writer):
         ValueError,
     ],
 )
-def test_after_any_error_the_same_update_is_known_again_and_another_is_told_from_it(writer, error):
+def test_after_any_error_the_same_update_is_recognized_and_another_one_is_distinguished(writer, error):
     with pytest.raises(error):
         update(writer, b"a", error())
     first = update(writer, b"a", ANSWER)[1]
@@ -103,7 +103,7 @@ def test_after_any_error_the_same_update_is_known_again_and_another_is_told_from
     assert writer.updates == 2
 
 
-def test_where_the_one_in_doubt_has_counted_another_gets_the_next_number(writer):
+def test_another_update_gets_the_next_number_if_the_one_in_doubt_has_counted(writer):
     with pytest.raises(errors.DeadlineExceeded):
         update(writer, b"a", errors.DeadlineExceeded())
     _, sent = update(writer, b"b", errors.SequenceMismatch(), ANSWER)
@@ -111,7 +111,7 @@ def test_where_the_one_in_doubt_has_counted_another_gets_the_next_number(writer)
     assert writer.updates == 2
 
 
-def test_several_may_be_in_doubt_and_each_is_known_again(writer):
+def test_several_updates_in_doubt_are_each_recognized_when_they_are_repeated(writer):
     sent = {}
     for content in (b"a", b"b", b"a"):
         server = Server(errors.DeadlineExceeded())
@@ -127,7 +127,7 @@ def test_several_may_be_in_doubt_and_each_is_known_again(writer):
     assert later[0].update_id != sent[b"a"][0]
 
 
-def test_an_update_is_the_same_however_its_weights_went(writer):
+def test_an_update_is_the_same_with_weights_by_value_and_by_id(writer):
     by_value, by_id = call(b"weights in it"), call(b"their id")
     with pytest.raises(errors.DeadlineExceeded):
         update(writer, b"content", errors.DeadlineExceeded(), request=by_value)
@@ -135,26 +135,26 @@ def test_an_update_is_the_same_however_its_weights_went(writer):
     assert writer.updates == 1
 
 
-def test_a_mismatch_that_no_doubt_explains_is_raised(writer):
+def test_a_sequence_mismatch_without_an_update_in_doubt_is_raised(writer):
     for _ in range(2):
         with pytest.raises(errors.SequenceMismatch):
             update(writer, b"a", errors.SequenceMismatch())
     assert writer.updates == 0
 
 
-def test_an_update_that_nobody_waits_for_any_more_is_in_doubt(writer):
+def test_an_update_whose_caller_stopped_waiting_is_in_doubt(writer):
     steps = writer.update(call(b"a"), lambda: call(b"a"), Deadline(None))
     first = v1.UpdateSessionRequest.FromString(next(steps).request).update
     steps.close()
     assert update(writer, b"a", ANSWER)[1] == [first]
 
 
-def test_a_long_request_begins_with_its_identity_and_is_not_put_together(writer):
+def test_a_long_request_begins_with_its_identity_and_is_not_joined(writer):
     pieces = Pieces([b"\xfa\x01\x01", b"x"], 4)
     assert numbers(update(writer, b"x", ANSWER, request=Call("/path", pieces, lambda data: data))[1]) == [1]
 
 
-def test_no_call_is_made_again_beyond_its_deadline():
+def test_no_call_is_retried_after_its_deadline():
     server = Server(errors.ServerUnavailable())
     with pytest.raises(errors.ServerUnavailable):
         server.run(attempts(call(b"a"), Deadline(0.01)))

@@ -36,7 +36,7 @@ def missing(received: int) -> bytes:
     return v1.PutWeightsResponse(weights_id=MANIFEST.weights_id, missing=[entry]).SerializeToString()
 
 
-def test_an_upload_that_breaks_after_a_long_while_is_taken_up_again(clock):
+def test_an_upload_that_is_interrupted_late_is_resumed(clock):
     steps = transfers.put(MANIFEST, WEIGHTS, Deadline(None))
     assert isinstance(next(steps), Unary)
     assert isinstance(steps.send(missing(0)), Send)
@@ -50,7 +50,7 @@ def test_an_upload_that_breaks_after_a_long_while_is_taken_up_again(clock):
     assert (header.offset, len(data)) == (200, 200)
 
 
-def test_a_download_that_breaks_after_a_long_while_is_taken_up_again(clock):
+def test_a_download_that_is_interrupted_late_is_resumed(clock):
     steps = transfers.get(MANIFEST.weights_id, Deadline(None))
     next(steps)
     response = v1.DescribeWeightsResponse(manifest=manifests.encode(MANIFEST)).SerializeToString()
@@ -68,7 +68,7 @@ def test_a_download_that_breaks_after_a_long_while_is_taken_up_again(clock):
     assert np.array_equal(done.value.value[0][0], WEIGHTS.leaves[0])
 
 
-def test_a_server_that_stays_away_is_given_up(clock):
+def test_retries_end_when_the_server_stays_unavailable(clock):
     steps = transfers.put(MANIFEST, WEIGHTS, Deadline(None))
     next(steps)
     waited = []
@@ -86,7 +86,7 @@ def test_a_server_that_stays_away_is_given_up(clock):
     assert 30 <= sum(waited) <= 34
 
 
-def test_an_upload_that_starts_over_again_and_again_is_given_up(clock):
+def test_an_upload_that_restarts_too_often_fails(clock):
     steps = transfers.put(MANIFEST, WEIGHTS, Deadline(None))
     next(steps)
 
@@ -101,7 +101,7 @@ def test_an_upload_that_starts_over_again_and_again_is_given_up(clock):
         start_over()
 
 
-def test_tensors_that_the_server_drops_after_each_upload_are_sent_until_the_deadline(clock):
+def test_uploads_that_the_server_drops_are_repeated_until_the_deadline(clock):
     deadline = Deadline(1.0)
     steps = transfers.put(MANIFEST, WEIGHTS, deadline)
     next(steps)
@@ -120,7 +120,7 @@ def test_tensors_that_the_server_drops_after_each_upload_are_sent_until_the_dead
             assert isinstance(step, Unary)
 
     with pytest.raises(
-        errors.DeadlineExceeded, match="Its last try failed with UploadOutOfStep: the server has dropped"
+        errors.DeadlineExceeded, match="The last attempt failed with UploadOutOfStep: the server has dropped"
     ):
         keep_losing()
     assert sent > 1
@@ -128,7 +128,7 @@ def test_tensors_that_the_server_drops_after_each_upload_are_sent_until_the_dead
     assert deadline.at == 1001.0
 
 
-def test_progress_renews_the_deadline_of_a_transfer_without_a_timeout_of_its_own(clock):
+def test_progress_renews_the_deadline_of_a_transfer_without_its_own_timeout(clock):
     deadline = Deadline(10.0, is_renewable=True)
     steps = transfers.put(MANIFEST, WEIGHTS, deadline)
     next(steps)
@@ -172,7 +172,7 @@ def test_a_long_call_is_sent_again_as_a_short_one(clock):
     assert 3.0 <= paused <= 6.0
 
 
-def test_a_long_call_is_sent_until_its_deadline_to_a_server_that_has_no_memory_for_it(clock):
+def test_a_long_call_is_retried_until_its_deadline_while_the_server_has_no_memory_for_it(clock):
     long = b"\0" * long_calls.MIN_BYTES
     steps = retries.attempts(Unary("/service/Method", long), None, Deadline(60.0))
     next(steps)
@@ -191,7 +191,7 @@ def test_a_long_call_is_sent_until_its_deadline_to_a_server_that_has_no_memory_f
     assert 55 <= sum(paused) < 60
 
 
-def test_a_short_call_that_the_server_is_too_busy_for_fails_at_once():
+def test_a_short_call_to_an_overloaded_server_fails_at_once():
     steps = retries.attempts(Unary("/service/Method", b"short"), None, Deadline(60.0))
     next(steps)
     with pytest.raises(errors.ServerOverloaded):

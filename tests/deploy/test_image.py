@@ -79,7 +79,7 @@ def container(image, repository, data, collector):
         yield running
 
 
-def test_the_image_runs_without_a_name_or_a_right_and_says_what_it_is(image):
+def test_the_image_runs_as_an_unnamed_user_without_capabilities_and_has_labels(image):
     config = images.inspect(image)
     assert config["User"] == "65532:65532"
     assert config["Entrypoint"] == ["forwardpass-server"]
@@ -107,7 +107,7 @@ def test_spans_reach_a_collector_outside(container, collector):
     wait_until(lambda: any(span.name == "execute" for span in collector.spans))
 
 
-def test_weights_take_a_quarter_of_what_the_container_may_and_not_of_the_machine(container):
+def test_weights_use_a_quarter_of_the_containers_memory(container):
     assert "weights: up to 512 MiB on CPU:0, kept in /data/weights\n" in container.lines
 
 
@@ -122,7 +122,7 @@ def test_sessions_and_weights_are_kept_on_the_data_volume(container, data):
     assert (data / "sessions.sqlite3").exists()
 
 
-def test_nothing_else_can_be_written(container):
+def test_other_folders_of_the_container_are_read_only(container):
     for folder in ("/", "/etc", "/models", "/opt/forwardpass", "/var/tmp"):
         done = container.run("touch", f"{folder}/file")
         assert done.returncode == 1
@@ -137,7 +137,7 @@ def test_health_is_checked_by_the_client_in_the_image(container):
     assert container.run("forwardpass", "health", "127.0.0.1:1").returncode == 1
 
 
-def test_the_image_holds_what_is_pinned_and_its_bill_of_materials_says_so(container):
+def test_the_image_and_its_bill_of_materials_hold_exactly_the_pinned_packages(container):
     bill = json.loads(container.run("cat", "/opt/forwardpass/sbom.cdx.json").stdout)
     assert bill["bomFormat"] == "CycloneDX"
     listed = {canonicalize_name(component["name"]): component["version"] for component in bill["components"]}
@@ -161,7 +161,7 @@ def test_a_pod_of_the_deployment_runs_as_it_is_rendered(image, repository, tmp_p
         assert container.run("printenv", "FORWARDPASS_DRAIN_DELAY").stdout == "10\n"
 
 
-def test_a_session_on_a_volume_outlives_its_pod(image, repository, tmp_path):
+def test_a_session_on_a_volume_survives_its_pod(image, repository, tmp_path):
     (tmp_path / "data").mkdir()
     volumes = {"models": repository, "data": tmp_path / "data"}
     deployment = find("overlays/volume", "Deployment")

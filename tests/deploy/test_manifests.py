@@ -124,7 +124,7 @@ def test_probes_ask_the_server_for_startup_ready_and_live(name):
 
 
 @each
-def test_the_server_has_the_time_to_drain_before_it_is_killed(name):
+def test_the_grace_period_is_longer_than_the_drain(name):
     environment = environment_of(name)
     drain_s = float(environment["FORWARDPASS_DRAIN_DELAY"]) + float(environment["FORWARDPASS_DRAIN_TIMEOUT"])
     # The rest is for sessions to be committed and Python to end.
@@ -132,14 +132,14 @@ def test_the_server_has_the_time_to_drain_before_it_is_killed(name):
 
 
 @each
-def test_a_start_has_an_hour_to_load_models_and_a_server_that_hangs_a_minute(name):
+def test_the_probes_allow_an_hour_for_the_start_and_a_minute_without_liveness(name):
     patience_s = {kind: probe["periodSeconds"] * probe["failureThreshold"] for kind, probe in probes_of(name).items()}
     assert patience_s["startupProbe"] == 3600
     assert patience_s["livenessProbe"] == 60
 
 
 @each
-def test_an_update_leaves_callers_time_to_find_the_new_replica_and_reports_a_wrong_image_soon(name):
+def test_a_rollout_gives_callers_time_to_find_the_new_replica_and_reports_a_wrong_image_soon(name):
     spec = find(name, "Deployment")["spec"]
     assert spec["minReadySeconds"] > float(environment_of(name)["FORWARDPASS_DRAIN_DELAY"])
     # Kubernetes refuses a deadline that is not longer. Beyond it, it only reports: a slow start goes on.
@@ -147,14 +147,14 @@ def test_an_update_leaves_callers_time_to_find_the_new_replica_and_reports_a_wro
 
 
 @each
-def test_a_node_can_be_drained_however_few_pods_there_are(name):
+def test_a_node_can_be_drained_with_any_number_of_pods(name):
     budget = find(name, "PodDisruptionBudget")["spec"]
     assert (budget["maxUnavailable"], budget["unhealthyPodEvictionPolicy"]) == (1, "AlwaysAllow")
     assert "minAvailable" not in budget
 
 
 @each
-def test_what_the_server_may_keep_fits_into_its_memory(name):
+def test_the_limits_of_the_manifests_fit_into_the_memory_limit(name):
     environment = environment_of(name)
     limit = container_of(name)["resources"]["limits"]["memory"]
     assert limit.endswith("Gi")
@@ -173,7 +173,7 @@ def test_what_the_server_may_keep_fits_into_its_memory(name):
 
 
 @each
-def test_the_pod_has_no_right_and_writes_only_where_it_may(name):
+def test_the_pod_has_no_capabilities_and_two_writable_folders(name):
     pod, container = pod_of(name)["spec"], container_of(name)
     assert not pod["automountServiceAccountToken"]
     assert pod["securityContext"]["runAsNonRoot"]
@@ -238,7 +238,7 @@ def test_the_overlay_that_the_readme_shows_is_rendered(tmp_path):
     assert container["image"].startswith("registry.example.com/forwardpass:")
 
 
-def test_a_node_whose_gpus_are_taken_can_take_an_update():
+def test_an_update_succeeds_on_a_node_without_a_spare_gpu():
     assert container_of("overlays/gpu")["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert container_of("overlays/gpu")["image"].endswith("-gpu")
     assert find("overlays/gpu", "Deployment")["spec"]["strategy"]["rollingUpdate"]["maxSurge"] == 0
@@ -253,7 +253,7 @@ def test_the_address_of_redis_comes_from_a_secret(name):
 
 
 @each
-def test_the_server_reaches_what_it_is_told_to_call_and_nothing_else(name):
+def test_the_network_policies_allow_only_the_configured_connections_of_the_server(name):
     policies = [found["spec"] for found in render(name) if found["kind"] == "NetworkPolicy"]
     assert all("Egress" in policy["policyTypes"] for policy in policies)
     # The API server drops an empty list, so that `kubectl diff` would always show it.
@@ -269,7 +269,7 @@ def test_the_server_reaches_what_it_is_told_to_call_and_nothing_else(name):
 
 
 @each
-def test_sessions_of_replicas_are_shared_or_lie_on_a_volume_of_one_alone(name):
+def test_sessions_of_replicas_are_shared_or_on_the_volume_of_a_single_replica(name):
     spec = find(name, "Deployment")["spec"]
     (data,) = (volume for volume in pod_of(name)["spec"]["volumes"] if volume["name"] == "data")
     shared = "FORWARDPASS_SESSION_STORE" in environment_of(name)
@@ -280,7 +280,7 @@ def test_sessions_of_replicas_are_shared_or_lie_on_a_volume_of_one_alone(name):
     assert shared or name != "overlays/production"
 
 
-def test_the_base_says_what_becomes_of_sessions_where_replicas_are_set():
+def test_the_base_says_beside_replicas_what_happens_to_sessions():
     text = (ROOT / "deploy" / "kubernetes" / "base" / "deployment.yaml").read_text()
     comment = text[: text.index("  replicas:")].rpartition("spec:")[2]
     assert "SessionNotFound" in comment
@@ -321,14 +321,14 @@ def test_one_replica_keeps_sessions_and_weights_on_a_volume_of_its_own(tmp_path,
     assert int(environment["FORWARDPASS_WEIGHTS_DISK_MIB"]) + 2048 <= int(size.removesuffix("Gi")) * 1024
 
 
-def test_the_readme_tells_every_component():
+def test_the_readme_describes_every_component():
     listed = re.findall(r"^\| `(\w+)` \|.*\|.*\|$", (ROOT / "deploy" / "README.md").read_text(), re.MULTILINE)
     folders = {path.name for path in (ROOT / "deploy" / "kubernetes" / "components").iterdir()}
     assert folders <= set(listed)
 
 
 @pytest.mark.parametrize("name", ["overlays/tls", "overlays/production"])
-def test_with_tls_the_server_reads_what_cert_manager_writes_and_nothing_is_insecure(name):
+def test_with_tls_the_server_reads_the_files_of_cert_manager_and_is_not_insecure(name):
     environment = environment_of(name)
     assert "FORWARDPASS_INSECURE" not in environment
     certificate = find(name, "Certificate")["spec"]

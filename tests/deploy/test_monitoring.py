@@ -66,11 +66,11 @@ def promtool(*arguments: str) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_rules_are_rules():
+def test_promtool_accepts_the_rules():
     promtool("check", "rules", str(RULES))
 
 
-def test_alerts_come_when_they_should():
+def test_alerts_fire_when_they_should():
     promtool("test", "rules", str(RULE_TESTS))
 
 
@@ -92,7 +92,7 @@ def test_a_real_prometheus_evaluates_every_rule(prometheus):
         wait_until(lambda name=name: prometheus.query(name) != [])
 
 
-def test_alerts_ask_for_metrics_that_there_are(prometheus):
+def test_alerts_use_existing_metrics(prometheus):
     """A misspelt one would be silent for ever."""
     for name, alert in ALERTS.items():
         metrics = set(re.findall(METRIC, alert["expr"]))

@@ -34,7 +34,7 @@ def test_an_extra_is_pinned_as_pyproject_asks_and_by_hash(extra):
         assert pinned[requirement.name] in requirement.specifier, "make requirements"
 
 
-def test_both_images_differ_in_tensorflow_alone():
+def test_both_images_differ_only_in_tensorflow():
     server, gpu = pins("server"), pins("gpu")
     assert set(server) - set(gpu) == {"tensorflow-cpu"}
     assert all(name.startswith(("nvidia-", "tensorflow")) for name in set(gpu) - set(server))

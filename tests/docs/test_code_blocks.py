@@ -42,6 +42,7 @@ NOT_RUN = {
         "python benchmarks/rolling_restart.py --rounds 2",
         "python benchmarks/rollouts.py",
         "python benchmarks/hot_load.py",
+        "python benchmarks/hostile.py",
         "python -m pytest tests/end_to_end/test_hostile_traffic.py --",
         "python benchmarks/memory.py --mib 100 --callers 3",
         "messages = (memory * (1 - 0.1) - base - weights - models) / ",
@@ -138,7 +139,7 @@ def test_the_blocks_of_a_page_run_in_order(page, folder, server):
                 reader.run(block)
 
 
-def test_the_blocks_that_do_not_run_are_known():
+def test_the_blocks_that_do_not_run_are_listed():
     marked = {page: [b.title for b in blocks if "not run" in b.marks] for page, blocks in BLOCKS.items()}
     assert {page: lines for page, lines in marked.items() if lines} == NOT_RUN
 

@@ -51,7 +51,7 @@ ROOMS = {
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.startswith("docs/")])
-def test_every_module_that_a_page_names_is_there(page):
+def test_every_module_that_a_page_names_exists(page):
     text = (ROOT / page).read_text()
     named = [(ROOMS[room], module) for room, module in re.findall(rf"`({'|'.join(ROOMS)})\.([a-z_.]+)`", text)]
     named += [("client/forwardpass_client", module) for module in re.findall(r"\(client `(\w+)`\)", text)]

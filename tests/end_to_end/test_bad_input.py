@@ -540,7 +540,7 @@ ROWS = [
         "an evaluation that does not begin",
         errors.InvalidRequest,
         "INVALID_ARGUMENT",
-        "first message: expected start, got none",
+        "first message: expected start, got another message",
         wire=lambda s: s.evaluate(v1.EvaluateRequest()),
     ),
     Row(
@@ -628,7 +628,7 @@ ROWS = [
         "a deadline that passes",
         errors.DeadlineExceeded,
         "DEADLINE_EXCEEDED",
-        "The call did not end before its deadline.",
+        "The call did not end before its deadline: retry it, or raise timeout_s.",
         sdk=lambda s: s.client.model("slow").predict_on_batch(((), ()), [10**6], timeout_s=0.3),
     ),
     Row(

@@ -24,7 +24,7 @@ def batches(server) -> tuple[float, float]:
     return metrics["forwardpass_batched_calls_sum"], metrics["forwardpass_batched_calls_count"]
 
 
-def test_no_row_is_ever_in_anothers_answer(server):
+def test_no_answer_contains_a_row_of_another_call(server):
     """Every row is one of its own, and its prediction tells it from all others."""
 
     async def run() -> None:
@@ -53,7 +53,7 @@ def test_no_row_is_ever_in_anothers_answer(server):
 
 
 @pytest.mark.parametrize("name", ["keras_cnn", "emnist_with_metrics", "dict_inputs", "every_dtype"])
-def test_results_agree_with_those_of_calls_alone(server, name):
+def test_results_agree_with_those_of_single_calls(server, name):
     async def run() -> None:
         async with forwardpass_client.connect_async(server.address, reuse_weights=False) as client:
             model = await client.model(name)
@@ -146,7 +146,7 @@ def test_a_bad_request_in_a_batch_fails_alone():
         asyncio.run(run())
 
 
-def test_what_waits_is_bounded_by_calls_and_by_bytes():
+def test_waiting_calls_are_limited_by_number_and_by_bytes():
     slow = ("--factory", "slow=support.zoo:slow")
     x = [10**6] * 200_000
     with ServerProcess(*slow, "--max-concurrent-mib", "2") as server:

@@ -40,7 +40,7 @@ def passed_over(server: ServerProcess) -> list[str]:
     return [line.split(" is skipped")[0].split()[-1] for line in server.log if " is skipped: " in line]
 
 
-def test_folders_of_others_are_passed_over_with_one_warning_each(models):
+def test_foreign_folders_are_skipped_with_one_warning_each(models):
     for path in ("lost+found", ".Trash-0", "another-team", "m/1/lost+found"):
         forbidden(models / path)
     (models / "dangling").symlink_to(models / "gone")
@@ -84,7 +84,7 @@ def serve(prefix: list[str], *arguments: str, **environment: str) -> subprocess.
         (list, {"XDG_STATE_HOME": "/proc/none"}, "No such file or directory"),
     ],
 )
-def test_a_start_without_a_place_for_sessions_ends_with_a_sentence_that_names_the_setting(
+def test_a_start_without_a_folder_for_sessions_ends_with_an_error_that_names_the_setting(
     models, prefix, environment, reason
 ):
     finished = serve(prefix(), "--model-repository", str(models), "--port", "18500", **environment)
@@ -96,7 +96,7 @@ def test_a_start_without_a_place_for_sessions_ends_with_a_sentence_that_names_th
     assert "sqlite:///PATH" in sentence
 
 
-def test_a_start_without_a_temporary_folder_says_so(models):
+def test_a_start_without_a_temporary_folder_ends_with_an_error_that_says_so(models):
     finished = serve(confinement.with_read_only_root(), "--model-repository", str(models), TMPDIR="/proc")
     assert finished.returncode == 1
     assert finished.stderr.startswith("Error: TensorFlow needs a writable folder for temporary files")
@@ -104,7 +104,7 @@ def test_a_start_without_a_temporary_folder_says_so(models):
     assert len(finished.stderr.splitlines()) == 1
 
 
-def test_a_server_runs_where_nothing_can_be_written_and_the_user_has_no_name(models):
+def test_a_server_runs_on_a_read_only_root_as_an_unnamed_user(models):
     prefix = [*confinement.with_read_only_root(), *confinement.as_nobody_in_particular()]
     arguments = ("--model-repository", str(models), "--session-store", "memory://")
     with ServerProcess(*arguments, prefix=prefix, environment={"TMPDIR": "/dev/shm"}) as server:

@@ -92,12 +92,12 @@ def test_batches_may_be_pairs_triples_and_mappings(counting):
     assert metrics == {"examples": 15, "labels": 15, "weights": 9 + 1.5 + 1.5}
 
 
-def test_an_evaluation_without_batches_has_the_metrics_of_none(counting):
+def test_an_evaluation_without_batches_returns_the_metrics_of_the_initial_state(counting):
     assert counted(counting.evaluate(counting.initial_weights, [])) == (0, 0)
     assert counting.evaluate_many([], batches(3)) == []
 
 
-def test_batches_count_in_a_session_that_goes_on(counting):
+def test_batches_count_in_a_continued_session(counting):
     handle = counting.put_weights(counting.initial_weights)
     with counting.metrics_session() as session:
         session.forward_pass(handle, zoo.counting_batch(1))
@@ -109,14 +109,14 @@ def test_batches_count_in_a_session_that_goes_on(counting):
         assert counting.metrics_session(session.id).updates == session.updates == 110
 
 
-def test_progress_is_told_and_ends_with_the_last_batch(counting):
+def test_progress_is_reported_and_ends_with_the_last_batch(counting):
     told = []
     counting.evaluate(counting.initial_weights, batches(200), progress=told.append)
     assert told == sorted(told)
     assert told[-1] == 200
 
 
-def test_batches_are_taken_only_as_others_have_counted(counting):
+def test_batches_are_read_only_after_earlier_ones_have_counted(counting):
     taken, most = [], 0
     told = [0]
 
@@ -209,7 +209,7 @@ def test_a_batch_that_the_client_refuses_is_named_by_its_leaf(counting, bad, err
         assert message in str(caught.value)
 
 
-def test_what_the_iterator_or_the_progress_raises_comes_out(counting):
+def test_errors_of_the_iterator_and_of_progress_reach_the_caller(counting):
     with pytest.raises(KeyError):
         counting.evaluate(counting.initial_weights, failing())
 
@@ -221,10 +221,10 @@ def test_what_the_iterator_or_the_progress_raises_comes_out(counting):
         counting.evaluate(counting.initial_weights, batches(500), progress=progress)
 
 
-def test_what_cannot_be_evaluated_says_so(client, counting):
+def test_an_evaluation_that_cannot_run_raises_the_reason(client, counting):
     with pytest.raises(errors.FunctionNotAvailable, match="no TFF release saves metrics"):
         client.model("no_metrics").evaluate(client.model("no_metrics").initial_weights, [])
-    with pytest.raises(errors.WeightsNotFound, match="has no numbers to send"):
+    with pytest.raises(errors.WeightsNotFound, match="has no arrays to send"):
         counting.evaluate(counting.weights_handle("01" * 32), batches(3))
     with pytest.raises(errors.ShapeMismatch, match="model_weights"):
         counting.evaluate((([1.0],), ()), batches(3))
@@ -241,7 +241,7 @@ def test_a_session_of_another_model_is_not_evaluated_in(client, counting):
             model.evaluate(model.initial_weights, [(np.float32([1]), [1])], session=session)
 
 
-def test_long_batches_go_in_pieces_and_short_ones_do_not_overtake_them(counting):
+def test_long_batches_are_sent_in_pieces_and_short_ones_do_not_overtake_them(counting):
     long, longer = 300_001, 2**20 + 1
     sizes = [longer, 1, long, 2, 3, long, long, 1, longer, 1]
     data = [zoo.counting_batch(index, size) for index, size in enumerate(sizes)]
@@ -249,7 +249,7 @@ def test_long_batches_go_in_pieces_and_short_ones_do_not_overtake_them(counting)
     assert counted(metrics) == (sum(sizes), sum(index * size for index, size in enumerate(sizes)))
 
 
-def test_weights_that_the_server_drops_meanwhile_are_put_again(counting):
+def test_weights_that_the_server_drops_during_a_call_are_put_again(counting):
     handle = counting.put_weights(((np.arange(10, dtype=np.float32) + 5,), ()))
 
     def dropping():
@@ -282,7 +282,7 @@ def durable(tmp_path):
         yield client.model("counting"), kill, servers
 
 
-def test_a_server_that_is_killed_costs_time_and_no_batch(tmp_path):
+def test_an_evaluation_loses_no_batch_when_its_server_is_killed(tmp_path):
     with durable(tmp_path) as (model, kill, _):
         told = []
 
@@ -321,7 +321,7 @@ def test_several_weights_survive_a_killed_server_too(tmp_path):
         asyncio.run(run())
 
 
-def test_a_client_that_is_killed_leaves_a_session_that_another_goes_on_with(counting, server):
+def test_another_client_continues_the_session_of_a_killed_client(counting, server):
     session = counting.metrics_session()
     code = (
         "import sys, itertools, forwardpass_client as f; from support import zoo\n"
@@ -352,7 +352,7 @@ def test_a_client_that_is_killed_leaves_a_session_that_another_goes_on_with(coun
     session.close()
 
 
-def test_batches_that_arrive_in_pieces_are_counted_before_they_are_whole():
+def test_bytes_of_batches_in_pieces_count_from_the_first_piece():
     # 100 streams announce a batch of 8 MiB each, and send a part of it.
     streams, announced, sent = 100, 8 * 2**20, 2**20
     done = threading.Event()

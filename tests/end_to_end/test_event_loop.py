@@ -162,7 +162,7 @@ CASES = [(name, kind) for name in TAKING for kind in STRUCTURES if name == "Pred
 
 
 @pytest.mark.parametrize("name, kind", CASES)
-def test_a_request_of_many_parts_has_the_event_loop_for_a_moment(served, channel, session_id, name, kind):
+def test_a_request_of_many_parts_does_not_block_the_event_loop(served, channel, session_id, name, kind):
     request = request_of(name, kind, session_id)
     with served.watched():
         found = answer(channel, METHODS[name].path, request)
@@ -170,7 +170,7 @@ def test_a_request_of_many_parts_has_the_event_loop_for_a_moment(served, channel
 
 
 @pytest.mark.parametrize("kind", ["many names", "many strings"])
-def test_a_call_of_many_parts_in_pieces_has_the_event_loop_for_a_moment(served, channel, session_id, kind):
+def test_a_call_of_many_parts_in_pieces_does_not_block_the_event_loop(served, channel, session_id, kind):
     outbox = Outbox(answers=False)
     for call, name in enumerate(TAKING[:3], 1):
         request = request_of(name, kind, session_id)
@@ -187,7 +187,7 @@ def test_a_call_of_many_parts_in_pieces_has_the_event_loop_for_a_moment(served, 
 
 
 @pytest.mark.parametrize("kind", ["many leaves", "many strings"])
-def test_a_batch_of_many_parts_has_the_event_loop_for_a_moment(served, client, channel, kind):
+def test_a_batch_of_many_parts_does_not_block_the_event_loop(served, client, channel, kind):
     model = client.model("counting")
     handle = model.put_weights(model.initial_weights)
     target = v1.EvaluationTarget(
@@ -209,7 +209,7 @@ def test_a_batch_of_many_parts_has_the_event_loop_for_a_moment(served, client, c
     assert "batch 1: " in raised.value.details()
 
 
-def test_an_answer_of_many_strings_has_the_event_loop_for_a_moment(served, client):
+def test_an_answer_of_many_strings_does_not_block_the_event_loop(served, client):
     model = client.model("words")
     x = strings(2**17)
     with served.watched():
@@ -228,13 +228,13 @@ UNKNOWN = b"\xa0\x06\x01"
     ],
     ids=["in the request", "in many structures"],
 )
-def test_fields_that_nobody_knows_have_the_event_loop_for_a_moment(served, channel, request_):
+def test_unknown_fields_do_not_block_the_event_loop(served, channel, request_):
     with served.watched():
         for name in TAKING:
             assert isinstance(answer(channel, METHODS[name].path, request_), grpc.RpcError)
 
 
-def test_unknown_fields_of_tensors_have_the_event_loop_for_a_moment(served, channel):
+def test_unknown_fields_of_tensors_do_not_block_the_event_loop(served, channel):
     tensor = tensors.encode_header(2, (0,), 0) + UNKNOWN * 50_000
     tree = trees.TreeDef(Kind.TUPLE, [LEAF] * 20)
     structure = v1.Structure(tree=v1.TreeDef.FromString(tree.encoded), leaves=[v1.Tensor.FromString(tensor)] * 20)
@@ -246,7 +246,7 @@ def test_unknown_fields_of_tensors_have_the_event_loop_for_a_moment(served, chan
 
 
 @pytest.mark.parametrize("path", [PIPELINE, EVALUATE])
-def test_messages_of_many_frames_have_the_event_loop_for_a_moment(served, channel, path):
+def test_messages_of_many_frames_do_not_block_the_event_loop(served, channel, path):
     message = v1.PipelineRequest(frames=[v1.CallFrame(call=1, method="?")] * 50_000).SerializeToString()
     many_fields = b"\x0a" + frames.fields.varint(3 * 100_000) + UNKNOWN * 100_000
     with served.watched():
@@ -255,7 +255,7 @@ def test_messages_of_many_frames_have_the_event_loop_for_a_moment(served, channe
                 list(channel.stream_stream(path)(iter([one]), timeout=120))
 
 
-def test_manifests_of_many_tensors_have_the_event_loop_for_a_moment(served, channel):
+def test_manifests_of_many_tensors_do_not_block_the_event_loop(served, channel):
     tree = flat(Kind.TUPLE, LEAF, COUNT)
     manifest = v1.WeightsManifest(tree=v1.TreeDef.FromString(tree.encoded))
     spec = v1.TensorSpec(data_type=v1.DataType.DATA_TYPE_FLOAT32, shape=[1])
@@ -267,7 +267,7 @@ def test_manifests_of_many_tensors_have_the_event_loop_for_a_moment(served, chan
     assert len(v1.PutWeightsResponse.FromString(found).missing) == COUNT
 
 
-def test_a_call_of_a_model_that_is_not_there_is_refused_before_its_structures_are_decoded(channel, session_id):
+def test_a_call_of_a_missing_model_is_refused_before_its_structures_are_decoded(channel, session_id):
     request = request_of("PredictOnBatch", "too many leaves", session_id)
     nobody = request.replace(b"counting", b"nobody!!", 1)
     with pytest.raises(grpc.RpcError) as raised:

@@ -45,7 +45,7 @@ def test_a_model_that_crashes_or_takes_all_memory_fails_its_own_call_and_no_othe
         assert client.is_ready()
 
 
-def test_a_model_that_would_end_the_server_is_refused_and_the_others_say_how_they_are_guarded():
+def test_a_model_that_would_end_the_server_is_refused_and_descriptions_of_others_show_their_guard():
     factories = [f"--factory={name}=support.zoo:{name}" for name in ("killing", "slow")]
     with (
         ServerProcess(*factories, "--required-models", "none", environment={"FORWARDPASS_TRIAL": "true"}) as server,

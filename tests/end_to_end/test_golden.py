@@ -44,7 +44,7 @@ def model(client, name):
 
 
 @cases()
-def test_initial_weights_and_input_spec_are_the_models(model, name):
+def test_initial_weights_and_input_spec_equal_those_of_the_model(model, name):
     expected = golden(name)
     assert_same(model.initial_weights, expected.weights("initial_weights"))
     spec = expected.manifest["structures"]["input_spec_after_load"]
@@ -122,20 +122,20 @@ def test_keras_metrics_beside_a_model_equal_those_it_had_before_it_was_saved(cli
 
 
 @cases(lambda model: not model.manifest["metrics_in_saved_model"])
-def test_a_model_saved_without_metrics_says_so_and_how_to_name_some(model, name):
+def test_the_description_of_a_model_without_metrics_says_how_to_name_some(model, name):
     with pytest.raises(errors.FunctionNotAvailable, match=r"no TFF release saves metrics.*forwardpass\.json"):
         model.initialize_metrics_state()
 
 
 @cases(lambda model: "sample_weight" in model)
-def test_a_sample_weight_is_refused_where_tff_saved_none(model, name):
+def test_a_sample_weight_is_refused_if_tff_saved_no_weighted_function(model, name):
     expected = golden(name)
     output = expected.get("predict_infer", "predict_output")
     with pytest.raises(errors.FunctionNotAvailable, match="TFF saves this function without sample_weight"):
         model.loss(output, expected.batch("")[1], expected.array("sample_weight"))
 
 
-def test_every_golden_model_is_looked_at():
+def test_the_golden_models_cover_each_format():
     assert len(NAMES) == 10
     formats = {golden(name).manifest["format"] for name in NAMES}
     assert formats == {"v052", "v087", "head"}

@@ -117,7 +117,7 @@ def status_of(server: ServerProcess, path: str, request: bytes, **more) -> tuple
     return "OK", ""
 
 
-def test_a_gzip_bomb_is_stopped_by_the_length_of_what_is_in_it(server, attack):
+def test_a_gzip_bomb_is_refused_by_its_decompressed_length(server, attack):
     bomb = gzip.compress(bytes(1024 * MIB))
 
     def make() -> None:
@@ -141,13 +141,13 @@ def test_a_gzip_bomb_is_stopped_by_the_length_of_what_is_in_it(server, attack):
     attack(make)
 
 
-def test_a_compressed_message_is_refused_where_the_operator_has_not_allowed_it():
+def test_a_compressed_message_is_refused_by_default():
     with ServerProcess("--factory", "slow=support.zoo:slow") as unwilling:
         status, message = status_of(unwilling, LIST, b"", compression=grpc.Compression.Gzip)
     assert (status, message) == ("UNIMPLEMENTED", "Compression algorithm 'gzip' is disabled.")
 
 
-def test_a_thousand_streams_that_say_nothing_are_held_and_let_go(server, attack):
+def test_a_thousand_silent_streams_are_kept_until_their_connection_ends(server, attack):
     def make() -> None:
         with RawConnection(server.address) as connection:
             assert connection.h2.remote_settings.max_concurrent_streams == 1024
@@ -183,7 +183,7 @@ def test_a_connection_without_a_call_is_closed(server):
         assert connection.wait(lambda event: isinstance(event, h2.events.ConnectionTerminated)) is not None
 
 
-def test_what_is_no_http2_is_closed(server, attack):
+def test_a_connection_that_does_not_speak_http2_is_closed(server, attack):
     def make() -> None:
         host, _, port = server.address.rpartition(":")
         for words in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\x16\x03\x01\x02\x00" + bytes(512), bytes(10_000)):
@@ -212,7 +212,7 @@ def test_streams_that_are_reset_as_soon_as_they_begin_cost_little(server, attack
     attack(make)
 
 
-def test_headers_without_an_end_are_cut_off(server, attack):
+def test_a_connection_with_endless_headers_is_closed(server, attack):
     def make() -> None:
         with RawConnection(server.address) as connection:
             stream = connection.h2.get_next_available_stream_id()
@@ -266,7 +266,7 @@ def test_broken_protobufs_are_invalid_arguments(server, attack, service, garbage
     attack(make)
 
 
-def test_messages_that_are_not_as_long_as_they_say_fail_alone(server, attack):
+def test_a_message_with_a_wrong_length_fails_without_affecting_others(server, attack):
     def make() -> None:
         with RawConnection(server.address) as connection:
             for size, flag in ((100, 0), (2**32 - 1, 0), (3, 0), (10, 1)):
@@ -287,7 +287,7 @@ def test_messages_that_are_not_as_long_as_they_say_fail_alone(server, attack):
     ids=lambda shape: f"{shape[:2]} of {len(shape)}",
 )
 @pytest.mark.parametrize("data", [b"", b"\0\0\0\0"], ids=["nothing", "one number"])
-def test_shapes_that_ask_for_memory_get_none(server, attack, shape, data):
+def test_shapes_that_request_huge_memory_are_refused_without_an_allocation(server, attack, shape, data):
     tensor = v1.Tensor(data_type=v1.DataType.DATA_TYPE_FLOAT32, shape=shape, data=data)
     request = v1.PredictOnBatchRequest(model=v1.ModelSelector(name="wide"), x=v1.Structure(tree=LEAF, leaves=[tensor]))
 
@@ -299,7 +299,7 @@ def test_shapes_that_ask_for_memory_get_none(server, attack, shape, data):
     attack(make)
 
 
-def test_a_manifest_of_more_than_there_is_gets_no_memory(server, attack):
+def test_a_manifest_larger_than_the_server_allocates_no_memory(server, attack):
     manifest = v1.WeightsManifest(tree=LEAF)
     manifest.tensors.add(
         digest=bytes(32),
@@ -317,7 +317,7 @@ def test_a_manifest_of_more_than_there_is_gets_no_memory(server, attack):
 @pytest.mark.parametrize(
     "name", ["../slow", "slow/1", "/etc/passwd", "a\0b", "slow\0", "\r\nx: y", "n" * MIB, "\u202e"]
 )
-def test_names_that_are_none_are_not_found_and_not_repeated_at_length(server, attack, name):
+def test_invalid_names_are_not_found_and_are_shortened_in_the_error(server, attack, name):
     request = v1.GetModelRequest(model=v1.ModelSelector(name=name)).SerializeToString()
 
     def make() -> None:
@@ -329,7 +329,7 @@ def test_names_that_are_none_are_not_found_and_not_repeated_at_length(server, at
     attack(make)
 
 
-def test_metadata_beyond_measure_is_refused(server, attack):
+def test_excessive_metadata_is_refused(server, attack):
     def make() -> None:
         for metadata in ((("x-huge", "x" * MIB),), tuple((f"x-{index}", "y" * 100) for index in range(1000))):
             status, message = status_of(server, LIST, b"", metadata=metadata)
@@ -338,7 +338,7 @@ def test_metadata_beyond_measure_is_refused(server, attack):
     attack(make)
 
 
-def test_calls_that_never_arrive_whole_hold_no_more_than_a_share_and_give_it_back(tmp_path):
+def test_calls_that_never_arrive_completely_use_at_most_a_share_and_release_it(tmp_path):
     made = {name: tokens.create(name, [Role.CALL], None) for name in ("honest", "hostile")}
     (tmp_path / "tokens").write_text("".join(token.line() + "\n" for _, token in made.values()))
     metadata = (("authorization", f"Bearer {made['hostile'][0]}"),)

@@ -31,7 +31,7 @@ def low_priorities(server: ServerProcess) -> set[str]:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere threads have no priority of their own")
-def test_a_load_gives_way_and_every_thread_that_serves_stays_as_it_was(tmp_path):
+def test_a_load_has_low_priority_and_serving_threads_keep_theirs(tmp_path):
     zoo.write_repository(tmp_path)
     request = v1.ReloadModelRequest(model=v1.ModelSelector(name="keras_cnn", version=1)).SerializeToString()
     with ServerProcess(

@@ -193,7 +193,7 @@ def test_a_weighted_loss_equals_kerass(pair: Pair):
     pair.assert_close(loss + penalty, expected)
 
 
-def test_concurrent_callers_get_their_own_numbers(pair: Pair):
+def test_each_concurrent_caller_gets_its_own_results(pair: Pair):
     handle = pair.remote.put_weights(pair.weights)
     name = pair.remote.description.identity.name
     batches = [keras_zoo.ENTRIES[name].batch(np.random.default_rng(10 + caller), 3) for caller in range(CALLERS)]

@@ -48,7 +48,7 @@ def test_sigterm_lets_running_calls_end_and_exits_with_0():
             assert [call.result().tolist() for call in calls] == [x] * 4
 
 
-def test_a_computation_that_does_not_end_is_cut_off_when_the_time_to_drain_is_over():
+def test_a_computation_that_does_not_end_is_cancelled_after_the_drain_timeout():
     with ServerProcess(*SLOW, "--drain-timeout", "1") as server, forwardpass_client.connect(server.address) as client:
         model = client.model("slow")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -60,7 +60,7 @@ def test_a_computation_that_does_not_end_is_cut_off_when_the_time_to_drain_is_ov
         server.wait_for_log("a computation was still running at the end of the drain timeout")
 
 
-def test_a_slow_call_beside_quick_ones_of_the_same_size_does_not_hold_up_the_server():
+def test_a_slow_call_among_fast_calls_of_the_same_size_does_not_delay_other_calls():
     with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
         x = rounds_of(client, 3)
         model = client.model("slow")
@@ -78,7 +78,7 @@ def started_calls(method: str) -> str:
     return f'grpc_server_started_total{{grpc_method="{method}",grpc_service="{MODEL_SERVICE}",grpc_type="unary"}}'
 
 
-def test_callers_lose_no_call_when_their_server_stops_and_another_is_there(repository):
+def test_no_call_fails_when_a_server_stops_and_another_one_runs(repository):
     arguments = (*zoo.serving(repository), "--drain-delay", "0.6")
     x, y = zoo.keras_batch(3)
     with ServerProcess(*arguments) as first, ServerProcess(*arguments) as second:
@@ -106,7 +106,7 @@ def test_callers_lose_no_call_when_their_server_stops_and_another_is_there(repos
                     caller.result()
 
 
-def test_a_killed_server_is_an_error_of_its_own_within_seconds():
+def test_a_killed_server_raises_server_unavailable_within_seconds():
     with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
         model = client.model("slow")
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -119,7 +119,7 @@ def test_a_killed_server_is_an_error_of_its_own_within_seconds():
         assert time.monotonic() - started < 20
 
 
-def test_a_caller_that_goes_away_leaves_the_server_serving():
+def test_the_server_keeps_serving_after_a_caller_disconnects():
     with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
         x = rounds_of(client, 0.5)
         script = (
@@ -225,7 +225,7 @@ def health(address: str, service: str) -> str:
         ("live", "SERVING"),
     ],
 )
-def test_health_tells_of_the_server_and_of_each_model(server, service, status):
+def test_health_answers_for_the_server_and_for_each_model(server, service, status):
     assert health(server.address, service) == status
 
 
@@ -238,7 +238,7 @@ def test_health_can_be_watched_while_the_server_drains():
         assert server.process.wait(30) == 0
 
 
-def test_a_server_that_drains_is_alive_and_not_ready():
+def test_a_draining_server_is_live_and_not_ready():
     with ServerProcess(*SLOW, "--drain-delay", "5") as server, grpc.insecure_channel(server.address) as channel:
         statuses = health_pb2_grpc.HealthStub(channel).Watch(health_pb2.HealthCheckRequest(service="ready"))
         assert next(statuses).status == health_pb2.HealthCheckResponse.SERVING
@@ -253,7 +253,7 @@ def test_a_server_that_drains_is_alive_and_not_ready():
         assert scraped_health(server.metrics()) == {"started": 1, "live": 1, "ready": 0, "draining": 1}
 
 
-def test_the_port_of_management_says_that_it_takes_calls():
+def test_the_management_port_reports_serving():
     broken = ("--factory", "broken=support.zoo:missing", "--management-port", "0")
     with ServerProcess(*broken, waits_for="not ready: ") as server:
         answers = {service: health(server.management_address, service) for service in ("", MANAGEMENT_SERVICE, "ready")}
@@ -265,7 +265,7 @@ def test_the_port_of_management_says_that_it_takes_calls():
 HOLDING = [method for method in METHODS.values() if not method.is_unary and method.name != "DownloadTensor"]
 
 
-def test_streams_that_their_callers_leave_open_end_when_the_server_drains():
+def test_open_streams_end_when_the_server_drains():
     arguments = (*SLOW, "--management-port", "0", "--drain-timeout", "600")
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(ServerProcess(*arguments))
@@ -342,18 +342,21 @@ def run_serve(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_port_that_is_taken_ends_the_program_with_one_line():
+def test_a_used_port_ends_the_program_with_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         done = run_serve(*SLOW, "--port", str(port), "--metrics-port", "-1")
         assert done.returncode == 1
-        assert f"Error: cannot listen on 127.0.0.1:{port}" in done.stderr
+        assert f"Error: cannot listen on 127.0.0.1:{port}: choose another address or port" in done.stderr
         done = run_serve(*SLOW, "--port", "0", "--metrics-port", str(port))
         assert done.returncode == 1
-        assert f"Error: --metrics-port: cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+        assert (
+            f"Error: --metrics-port: cannot listen on 127.0.0.1:{port}: Address already in use: choose another address or port"
+            in done.stderr
+        )
 
 
-def test_a_file_that_is_no_version_policy_ends_the_program_with_one_line(tmp_path):
+def test_an_invalid_version_policy_ends_the_program_with_one_line(tmp_path):
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "forwardpass-versions.json").write_text("{")
     done = run_serve("--model-repository", str(tmp_path), "--port", "0")
@@ -418,7 +421,7 @@ def test_a_factory_for_a_model_that_the_repository_has_is_refused(repository):
         ((*SLOW, "--device", "cpu:7"), "device: expected one of ['cpu:0'], got 'cpu:7'"),
     ],
 )
-def test_a_setting_that_cannot_be_ends_the_program_before_a_port_opens(arguments, message):
+def test_an_invalid_setting_ends_the_program_before_a_port_opens(arguments, message):
     done = run_serve("--port", "0", "--metrics-port", "-1", *arguments)
     assert done.returncode == 1
     assert message in done.stderr
@@ -426,7 +429,7 @@ def test_a_setting_that_cannot_be_ends_the_program_before_a_port_opens(arguments
     assert done.stdout == ""
 
 
-def test_settings_come_from_the_environment_too():
+def test_settings_can_come_from_the_environment():
     with ServerProcess(environment={"FORWARDPASS_FACTORIES": "slow=support.zoo:slow"}) as server:
         with forwardpass_client.connect(server.address) as client:
             assert [found.name for found in client.models()] == ["slow"]
@@ -457,7 +460,7 @@ def test_metrics_count_calls_by_method_and_code(server, client):
     assert after['forwardpass_models{state="available"}'] == len(client.models()) - 1
 
 
-def test_names_made_up_by_strangers_become_no_labels(server):
+def test_unknown_method_names_do_not_become_metric_labels(server):
     with grpc.insecure_channel(server.address) as channel:
         for index in range(5):
             with pytest.raises(grpc.RpcError):

@@ -131,7 +131,7 @@ def test_concurrent_callers_each_get_their_own_loss_and_mask(masked_server):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_of_two_outputs_the_one_with_a_mask_is_masked(masked_client, training):
+def test_only_outputs_with_a_mask_are_masked(masked_client, training):
     remote, model = masked_client.model("two_outputs"), masked_models.two_outputs_in_keras()
     assert str(remote.description.spec.prediction_mask) == "{'topic': None, 'tags': bool[None,None]}"
     x, y = masked_models.two_outputs_batch(EXAMPLES, 0)
@@ -167,7 +167,7 @@ def test_a_copy_of_a_batch_output_keeps_the_mask(output, copied):
     assert again._replace(loss=None).predictions.mask is not None
 
 
-def test_predictions_that_lost_their_mask_are_counted_whole_with_a_warning(output):
+def test_predictions_that_lost_their_mask_count_completely_with_a_warning(output):
     remote, y, batch_output = output
     plain = np.asarray(batch_output.predictions)
     whole = np.ones_like(batch_output.predictions.mask)

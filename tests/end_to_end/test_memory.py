@@ -65,7 +65,7 @@ def test_twelve_large_requests_at_once_all_get_their_answer_and_the_server_survi
     wait_until(lambda: small.metrics()[USED] == 0)
 
 
-def test_a_request_without_room_is_told_when_to_come_back_and_taken_once_there_is(small):
+def test_a_request_beyond_the_memory_limit_gets_a_retry_time_and_is_accepted_later(small):
     limit_bytes = int(small.metrics()[LIMIT])
     arriving = Outbox(answers=False)
     arriving.put(1, frames.encode_call("PredictOnBatch", None, limit_bytes), bytes(limit_bytes))

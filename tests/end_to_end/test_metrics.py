@@ -45,7 +45,7 @@ def test_the_catalogue_is_current():
     assert (ROOT / "docs" / "metrics.md").read_text() == catalogue.markdown(), "make docs/metrics.md"
 
 
-def test_the_catalogue_is_what_a_server_shows(busy):
+def test_a_server_exposes_the_metrics_of_the_catalogue(busy):
     found = scraped(busy)
     families = {family.name: family for family in Metrics().families}
     conditions = {""} if "CPU" in busy.ready_line else {"", ON_A_GPU}
@@ -70,7 +70,7 @@ def good(files: str) -> str:
     return f'forwardpass_last_reload_successful{{files="{files}"}}'
 
 
-def test_the_catalogue_is_what_a_server_shows_that_watches_files(watched):
+def test_a_server_that_watches_files_exposes_the_metrics_of_the_catalogue(watched):
     server, folder = watched
     conditions = (OF_WATCHED_FILES, WITH_TLS, WITH_TOKENS)
     assert {family.name for family in Metrics().families if family.condition in conditions} <= set(scraped(server))
@@ -92,7 +92,7 @@ def test_the_catalogue_is_what_a_server_shows_that_watches_files(watched):
         ("models", "models/m/forwardpass-versions.json", "{"),
     ],
 )
-def test_files_that_cannot_be_used_are_shown_until_they_can(watched, files, path, text):
+def test_the_metrics_show_a_failed_reload_until_the_files_can_be_used(watched, files, path, text):
     server, folder = watched
     former = (folder / path).read_text()
     (folder / path).write_text(text)
@@ -124,7 +124,7 @@ def test_each_part_of_a_call_is_timed():
             assert after[f"forwardpass_{name}_seconds_count{call}"] == 3
 
 
-def test_a_call_that_was_given_up_in_the_queue_has_waited():
+def test_a_call_that_is_cancelled_in_the_queue_counts_in_the_queue_time():
     with ServerProcess("--factory", "slow=support.zoo:slow", "--execution-threads", "1") as server:
         with forwardpass_client.connect(server.address) as client:
             model = client.model("slow")
@@ -152,20 +152,20 @@ def test_bytes_of_calls_and_of_streams_are_counted(busy):
     assert counted("sent", "Pipeline") > 32 * 2 * 4
 
 
-def test_what_runs_is_told(busy):
+def test_build_info_names_tensorflow_and_the_device(busy):
     (name,) = [name for name in busy.metrics() if name.startswith("forwardpass_build_info")]
     assert 'device="CPU:0"' in name
     assert 'tensorflow="2.' in name
 
 
-def test_loads_are_counted_by_what_came_of_them(busy):
+def test_loads_are_counted_by_outcome(busy):
     metrics = busy.metrics()
     assert metrics['forwardpass_model_loads_total{model="counting",outcome="loaded"}'] == 1
     assert metrics['forwardpass_model_loads_total{model="broken",outcome="failed"}'] == 1
     assert metrics['forwardpass_model_load_seconds_count{outcome="loaded"}'] == 4
 
 
-def test_the_series_of_a_model_go_with_it_and_come_back():
+def test_the_series_of_a_model_are_removed_and_created_with_it():
     with ServerProcess("--factory", "counting=support.zoo:counting", "--management-port", "0") as server:
 
         def series() -> list[str]:

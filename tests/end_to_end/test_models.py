@@ -105,7 +105,7 @@ def test_methods_have_the_originals_arguments_and_defaults(remote, name):
     assert all(more.kind is more.KEYWORD_ONLY for more in list(found.values())[len(expected) :])
 
 
-def test_every_dtype_goes_there_and_back(client):
+def test_every_dtype_is_encoded_and_decoded_unchanged(client):
     model = client.model("every_dtype")
     values = {
         "string": np.array([b"a\x00b", b""], object),
@@ -135,7 +135,7 @@ def test_results_are_read_only_and_aligned(client):
         assert array.flags.aligned
 
 
-def test_weights_may_be_lists_numbers_and_tensors(client):
+def test_weights_can_be_lists_numbers_and_tensors(client):
     import tensorflow as tf
 
     model = client.model("structures")
@@ -159,7 +159,7 @@ def test_a_batch_may_be_a_pair_a_list_or_a_mapping(client):
         assert_same(model.forward_pass(model.initial_weights, batch), expected)
 
 
-def test_nan_and_infinity_go_there_and_back(client):
+def test_nan_and_infinity_are_encoded_and_decoded_unchanged(client):
     model = client.model("keras_cnn")
     x, y = zoo.keras_batch(3)
     x[1] = np.nan

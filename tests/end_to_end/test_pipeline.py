@@ -42,7 +42,7 @@ def test_every_call_gets_its_own_answer(linear):
             assert np.allclose(future.result(), expected(linear, x), rtol=0, atol=1e-5)
 
 
-def test_a_forward_pass_goes_through_a_pipeline_too(client):
+def test_a_pipeline_accepts_forward_passes(client):
     model = client.model("keras_cnn")
     x, y = zoo.keras_batch(5)
     with model.pipeline(model.put_weights(model.initial_weights)) as pipeline:
@@ -60,7 +60,7 @@ def test_many_threads_may_share_a_pipeline(linear):
         assert all(pool.map(call, inputs(500)))
 
 
-def test_the_plain_face_gives_predictions_in_order(linear, server):
+def test_predict_many_gives_predictions_in_order(linear, server):
     xs = inputs(700)
     found = list(linear.predict_many(linear.initial_weights, iter(xs), training=False))
     assert all(np.allclose(one, expected(linear, x), rtol=0, atol=1e-5) for one, x in zip(found, xs, strict=True))
@@ -76,7 +76,7 @@ def test_the_plain_face_gives_predictions_in_order(linear, server):
     asyncio.run(run())
 
 
-def test_batches_are_taken_only_as_answers_come(linear):
+def test_batches_are_read_only_as_answers_arrive(linear):
     taken = []
 
     def batches():
@@ -106,7 +106,7 @@ def test_the_async_pipeline_answers_many_callers(server):
     asyncio.run(run())
 
 
-def test_errors_come_to_the_call_that_made_them(client):
+def test_errors_are_raised_by_the_call_that_caused_them(client):
     model = client.model("keras_cnn")
     x, y = zoo.keras_batch(4)
     with model.pipeline(model.initial_weights) as pipeline:
@@ -153,7 +153,7 @@ def test_each_call_has_a_deadline_of_its_own():
             assert pipeline.predict_on_batch([2]).result().tolist() == [2]
 
 
-def test_a_long_call_does_not_hold_up_those_behind_it():
+def test_a_long_call_does_not_delay_later_calls():
     with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
         model = client.model("slow")
         with model.pipeline(((), ())) as pipeline:
@@ -205,7 +205,7 @@ def free_port() -> int:
 
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_pipeline_goes_on_when_its_server_dies_and_comes_back(repository, tmp_path, kind):
+def test_a_pipeline_continues_after_its_server_is_killed_and_restarted(repository, tmp_path, kind):
     port = free_port()
     (tmp_path / "linear_regression").symlink_to(repository / "linear_regression")
     arguments = ("--model-repository", str(tmp_path))
@@ -255,20 +255,20 @@ def run_until(work, done):
             return found
 
 
-def test_a_server_that_stays_away_fails_what_is_unanswered():
+def test_calls_without_an_answer_fail_when_the_server_stays_unavailable():
     with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
         model = client.model("slow")
         with model.pipeline(((), ())) as pipeline:
             assert pipeline.predict_on_batch([1]).result().tolist() == [1]
             server.process.kill()
             server.process.wait()
-            with pytest.raises(errors.DeadlineExceeded, match="Its last try failed with ServerUnavailable: "):
+            with pytest.raises(errors.DeadlineExceeded, match="The last attempt failed with ServerUnavailable: "):
                 pipeline.predict_on_batch([1], timeout_s=2).result(60)
             with pytest.raises(errors.ServerUnavailable):
                 pipeline.predict_on_batch([1]).result(60)
 
 
-def test_leaving_by_an_error_gives_up_what_is_unanswered():
+def test_an_error_in_the_block_cancels_calls_without_an_answer():
     with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
         model = client.model("slow")
         futures = []
@@ -286,7 +286,7 @@ def test_leaving_by_an_error_gives_up_what_is_unanswered():
         assert model.predict_on_batch(((), ()), [1]).tolist() == [1]
 
 
-def test_leaving_by_an_error_waits_for_no_answer():
+def test_an_error_in_the_block_does_not_wait_for_answers():
     with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
         model = client.model("slow")
 
@@ -301,7 +301,7 @@ def test_leaving_by_an_error_waits_for_no_answer():
         assert client.is_ready()
 
 
-def test_a_callback_may_submit_more_than_there_is_room_for():
+def test_a_callback_may_submit_more_calls_than_the_pipeline_has_room_for():
     with ServerProcess(*SLOW) as server, forwardpass_client.connect(server.address) as client:
         model = client.model("slow")
         done = []
@@ -343,7 +343,7 @@ def test_a_task_that_is_cancelled_while_its_pipeline_closes_is_cancelled():
         asyncio.run(run())
 
 
-def test_a_deadline_holds_for_calls_that_wait_for_room_too():
+def test_a_deadline_applies_to_calls_that_wait_for_room():
     with ServerProcess(*SLOW) as server:
 
         async def run() -> None:
@@ -360,7 +360,7 @@ def test_a_deadline_holds_for_calls_that_wait_for_room_too():
         asyncio.run(run())
 
 
-def test_a_caller_that_reads_no_answers_gets_few_made(repository):
+def test_few_answers_are_computed_for_a_caller_that_does_not_read_them(repository):
     with ServerProcess("--factory", "wide_24m=support.zoo:wide_24m") as server:
         request = v1.GetInitialWeightsRequest(model=v1.ModelSelector(name="wide_24m")).SerializeToString()
         many = v1.PipelineRequest(frames=[frame(call, "GetInitialWeights", request) for call in range(1, 401)])
@@ -434,7 +434,7 @@ def test_garbage_on_a_stream_ends_the_stream_with_its_error(server):
     assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
-def test_a_stream_that_its_caller_leaves_leaves_nothing_behind():
+def test_the_server_answers_and_stops_normally_after_a_cancelled_stream():
     with ServerProcess(*SLOW) as server, grpc.insecure_channel(server.address) as channel:
         responses = channel.stream_stream(METHODS["Pipeline"].path)(
             iter([v1.PipelineRequest(frames=[frame(1, data=b"x", size_bytes=2**20)]).SerializeToString()])
@@ -476,7 +476,7 @@ def test_calls_on_a_pipeline_are_counted_by_method_and_code():
         assert metrics[seconds.format("sum")] >= 0.5
 
 
-def test_calls_whose_caller_leaves_are_counted_as_cancelled():
+def test_calls_whose_caller_disconnects_are_counted_as_cancelled():
     with ServerProcess(*SLOW) as server:
         left = 'forwardpass_pipeline_calls_total{code="Canceled",method="PredictOnBatch"}'
         with forwardpass_client.connect(server.address) as client:

@@ -143,7 +143,7 @@ FAILURES: dict[str, Callable[[Caller], Any]] = {
 
 
 @pytest.mark.parametrize("failure", FAILURES.values(), ids=FAILURES)
-def test_a_failed_call_says_nothing_of_its_data(caller, failure):
+def test_the_error_of_a_failed_call_contains_no_data(caller, failure):
     with pytest.raises(errors.ForwardPassError) as caught:
         failure(caller)
     error = caught.value

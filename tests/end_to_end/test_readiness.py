@@ -116,7 +116,7 @@ def test_a_server_that_can_call_the_required_models_is_ready(tmp_path, models, r
         assert client.unready_reasons() == []
 
 
-def test_a_repaired_model_makes_the_server_ready_and_an_unloaded_one_is_not_missed(tmp_path):
+def test_a_repaired_model_makes_the_server_ready_and_an_unloaded_one_is_no_longer_required(tmp_path):
     write(tmp_path, "digits", 1, broken=True)
     write(tmp_path, "other", 1)
     arguments = ("--model-repository", str(tmp_path), "--management-port", "0")
@@ -160,7 +160,7 @@ def test_a_server_starts_once_its_session_store_is_reached(tmp_path):
         assert sum("works again" in line for line in server.log) == 1
 
 
-def test_a_session_store_that_fails_later_is_shown_and_its_callers_are_told_within_their_deadline(tmp_path):
+def test_a_session_store_that_fails_later_is_shown_and_callers_get_an_error_within_their_deadline(tmp_path):
     x, y = zoo.counting_batch(1)
     with (
         RedisProcess(tmp_path) as redis,
@@ -191,7 +191,7 @@ def test_a_session_store_that_fails_later_is_shown_and_its_callers_are_told_with
         assert session.updates == 2
 
 
-def test_a_call_of_a_store_that_is_known_to_be_away_fails_at_once(tmp_path):
+def test_a_call_of_an_unavailable_store_fails_at_once(tmp_path):
     with RedisProcess(tmp_path) as redis, ServerProcess(*COUNTING, "--session-store", redis.url) as server:
         redis.pause()
         wait_until(lambda: server.metrics()[UP] == 0)

@@ -56,7 +56,7 @@ def test_no_call_with_a_token_fails_when_the_only_replica_that_a_client_knows_dr
     assert callers.failed == []
 
 
-def test_a_version_that_only_some_replicas_have_is_called_where_it_was_looked_up(tmp_path):
+def test_calls_of_a_version_that_only_some_replicas_have_reach_the_server_of_the_look_up(tmp_path):
     for name, factors in (("old", (1,)), ("new", (1, 2))):
         (tmp_path / name / "times").mkdir(parents=True)
         for version in factors:
@@ -120,7 +120,7 @@ def call_in_every_way(model: RemoteFunctionalModel) -> None:
     assert model.evaluate(handle, [([3.0], [0.0])]) == {"total": expected[0]}
 
 
-def test_other_content_of_a_version_never_answers_in_place_of_what_was_looked_up(tmp_path):
+def test_an_answer_of_other_content_of_the_version_is_never_returned(tmp_path):
     for factor in (2, 5):
         (tmp_path / str(factor) / "times").mkdir(parents=True)
         write(tmp_path / str(factor) / "times", 1, factor)
@@ -152,7 +152,7 @@ def loading_server(folder: pathlib.Path, gate: pathlib.Path) -> ServerProcess:
     )
 
 
-def test_servers_that_load_or_failed_are_passed_over_and_say_why_when_none_is_ready(tmp_path):
+def test_servers_that_load_or_failed_are_skipped_and_give_the_reason_if_none_is_ready(tmp_path):
     gate = tmp_path / "gate"
     with (
         loading_server(tmp_path, gate) as loading,

@@ -117,7 +117,7 @@ def test_no_method_answers_without_credentials(guarded, path, streams_requests, 
             call(address, path, streams, guarded.expired)
 
 
-def test_methods_that_are_not_there_do_not_show_it_to_strangers(guarded):
+def test_a_caller_without_credentials_cannot_find_out_whether_a_method_exists(guarded):
     for path in (f"/{MODEL_SERVICE}/Nonsense", "/nonsense.Service/Nonsense"):
         with pytest.raises(errors.Unauthenticated):
             call(guarded.server.address, path)
@@ -147,13 +147,13 @@ def test_only_a_bearer_token_counts(guarded, value):
     assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_request_of_a_stranger_is_refused_before_it_is_read(guarded):
+def test_a_request_without_credentials_is_refused_before_it_is_read(guarded):
     # 512 MiB are more than any message may have: what is read of it ends in RESOURCE_EXHAUSTED.
     with pytest.raises(errors.Unauthenticated):
         call(guarded.server.address, METHODS["ForwardPass"].path, request=bytes(2**29))
 
 
-def test_every_way_of_calling_carries_the_token(guarded):
+def test_every_way_of_calling_sends_the_token(guarded):
     asked = []
 
     def token() -> str:
@@ -176,7 +176,7 @@ def test_every_way_of_calling_carries_the_token(guarded):
     assert len(asked) >= 12
 
 
-def test_asyncio_carries_the_token_too(guarded):
+def test_the_async_client_sends_the_token(guarded):
     async def run() -> None:
         async with forwardpass_client.connect_async(guarded.server.address, token=lambda: guarded.bob) as client:
             model = await client.model("keras_cnn")
@@ -190,7 +190,7 @@ def test_asyncio_carries_the_token_too(guarded):
     asyncio.run(run())
 
 
-def test_what_one_principal_put_another_has_not(guarded):
+def test_weights_of_one_principal_are_not_found_by_another(guarded):
     with connect(guarded, guarded.alice) as alice, connect(guarded, guarded.bob) as bob:
         ours = alice.model("keras_cnn").put_weights(alice.model("keras_cnn").initial_weights)
         theirs = bob.model("keras_cnn")
@@ -200,7 +200,7 @@ def test_what_one_principal_put_another_has_not(guarded):
         assert alice.model("keras_cnn").get_weights(ours)
 
 
-def test_tokens_are_taken_up_and_revoked_without_a_restart(guarded):
+def test_tokens_are_added_and_revoked_without_a_restart(guarded):
     secret, token = tokens.create("carol", [Role.CALL], None)
     with connect(guarded, secret) as client:
         with pytest.raises(errors.Unauthenticated):
@@ -223,7 +223,7 @@ def test_tokens_are_taken_up_and_revoked_without_a_restart(guarded):
         assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
-def test_a_broken_file_of_tokens_leaves_the_last_good_one(guarded):
+def test_a_broken_token_file_keeps_the_last_good_content(guarded):
     good = guarded.file.read_text()
     try:
         guarded.file.write_text("")
@@ -277,7 +277,7 @@ def management(guarded: Guarded, method: str, token: str, name: str = "", versio
     )
 
 
-def test_management_takes_the_role_and_a_port_of_its_own(guarded):
+def test_management_requires_its_role_and_its_own_port(guarded):
     for method in SERVICES[MANAGEMENT_SERVICE].values():
         with pytest.raises(errors.PermissionDenied, match="'alice' lacks the role 'manage', which this port requires"):
             call(guarded.server.management_address, method.path, token=guarded.alice)
@@ -320,12 +320,12 @@ def test_versions_are_loaded_reloaded_and_unloaded_by_name(guarded, repository):
 
 @pytest.mark.parametrize("name", ["../keras_cnn", "keras_cnn/1", "/etc", "a\0b", ".", "", "https://example.org/m"])
 @pytest.mark.parametrize("method", ["LoadModel", "ReloadModel"])
-def test_management_takes_names_and_no_places(guarded, method, name):
-    with pytest.raises(errors.ModelNotFound, match="model: expected one of the model repository, got "):
+def test_management_accepts_names_and_refuses_paths_and_urls(guarded, method, name):
+    with pytest.raises(errors.ModelNotFound, match="model: expected the name of a model in the repository, got "):
         management(guarded, method, guarded.operator, name or " ", 1)
 
 
-def test_what_is_to_be_unloaded_has_a_version(guarded):
+def test_unload_and_reload_require_a_version(guarded):
     for method in ("UnloadModel", "ReloadModel"):
         with pytest.raises(errors.InvalidRequest, match=r"model\.version: expected an integer from 1 on, got 0"):
             management(guarded, method, guarded.operator, "keras_cnn")
@@ -337,7 +337,7 @@ def health(guarded: Guarded, service: str) -> str:
     return health_pb2.HealthCheckResponse.ServingStatus.Name(health_pb2.HealthCheckResponse.FromString(answer).status)
 
 
-def test_health_and_reflection_can_be_opened_and_nothing_else_is(tmp_path):
+def test_only_health_and_reflection_can_be_opened(tmp_path):
     file = tmp_path / "tokens"
     file.write_text("# nobody\n")
     with ServerProcess(*SLOW, "--tokens", str(file), "--open", "health", "--open", "reflection") as server:
@@ -369,7 +369,7 @@ def reach(address: str, tls, **more) -> list[str]:
         return [found.name for found in client.models()]
 
 
-def test_a_server_with_tls_is_reached_by_whoever_has_a_certificate(encrypted, tmp_path):
+def test_a_server_with_mutual_tls_accepts_callers_with_a_certificate(encrypted, tmp_path):
     server, signer, secret = encrypted
     assert reach(server.address, signer.tls("alice")) == ["slow"]
     assert reach(server.address, signer.tls(None, "alice@example.org")) == ["slow"]
@@ -383,7 +383,7 @@ def test_a_server_with_tls_is_reached_by_whoever_has_a_certificate(encrypted, tm
             reach(server.address, tls)
 
 
-def test_a_client_without_tls_and_a_server_with_it_say_which_is_which(encrypted, guarded):
+def test_a_tls_mismatch_between_client_and_server_says_which_side_uses_tls(encrypted, guarded):
     server, signer, _ = encrypted
     with pytest.raises(errors.ServerUnavailable, match=r"if the server uses TLS, connect with tls=True or tls=Tls"):
         reach(server.address, False)
@@ -391,7 +391,7 @@ def test_a_client_without_tls_and_a_server_with_it_say_which_is_which(encrypted,
         reach(guarded.server.address, signer.tls("alice"))
 
 
-def test_a_certificate_is_good_for_calls_and_a_token_for_more(encrypted):
+def test_a_certificate_gives_the_role_call_and_a_token_can_give_more(encrypted):
     server, signer, secret = encrypted
     tls = signer.tls("alice")
     credentials = grpc.ssl_channel_credentials(tls.root_certificates, tls.key, tls.certificate)
@@ -407,7 +407,7 @@ def test_a_certificate_is_good_for_calls_and_a_token_for_more(encrypted):
         assert describe(b"", timeout=20, metadata=(("authorization", f"Bearer {secret}"),))
 
 
-def test_a_servers_certificate_has_to_be_the_one_of_its_name(encrypted):
+def test_a_server_certificate_with_another_name_is_refused(encrypted):
     server, signer, _ = encrypted
     port = server.address.rpartition(":")[2]
     tls = dataclasses.replace(signer.tls("alice"), server_name="elsewhere.example")
@@ -416,7 +416,7 @@ def test_a_servers_certificate_has_to_be_the_one_of_its_name(encrypted):
     assert reach(f"127.0.0.1:{port}", dataclasses.replace(tls, server_name="localhost")) == ["slow"]
 
 
-def test_a_new_certificate_is_taken_up_and_a_broken_one_is_not(encrypted):
+def test_a_new_certificate_is_used_and_a_broken_one_is_not(encrypted):
     server, signer, _ = encrypted
     port = server.port
     first = served_certificate(port)
@@ -434,7 +434,7 @@ def served_certificate(port: int) -> str:
     return ssl.get_server_certificate(("127.0.0.1", port))
 
 
-def test_a_server_that_can_be_reached_from_elsewhere_says_what_it_lacks(tmp_path):
+def test_a_server_on_a_public_address_logs_which_protection_it_lacks(tmp_path):
     signer = Signer(tmp_path / "signer")
     with ServerProcess(*SLOW, "--host", "0.0.0.0", *signer.arguments()) as server:
         server.wait_for_log("everybody who can reach 0.0.0.0 may call this server")

@@ -80,7 +80,7 @@ def test_areas_under_curves_equal_the_local_models_bit_for_bit(client, weighted)
             zoo.assert_equal(dict(session.result()), expected)
 
 
-def test_a_session_is_a_context_that_ends_it_unless_something_went_wrong(counting):
+def test_a_with_block_closes_its_session_unless_an_error_is_raised(counting):
     with counting.metrics_session() as session:
         session.update(zoo.counting_batch(1)[1], BatchOutput())
         assert session.updates == 1
@@ -107,7 +107,7 @@ def test_predictions_are_left_out_on_request(client):
         assert (short.loss, short.num_examples) == (whole.loss, 5)
 
 
-def test_a_session_is_found_again_by_its_id_from_another_process(counting, server):
+def test_another_process_finds_a_session_by_its_id(counting, server):
     session = counting.metrics_session()
     session.forward_pass(counting.initial_weights, zoo.counting_batch(4))
     code = (
@@ -140,11 +140,11 @@ def test_states_are_exported_imported_and_merged(counting):
         assert counted(other) == (3, 15)
 
 
-def test_what_is_no_sum_is_not_merged_and_the_description_says_why(client):
+def test_states_that_are_not_sums_are_not_merged_and_the_description_gives_the_reason(client):
     model = client.model("remembering")
-    assert model.description.unmergeable_reason == "state['labels'] is no sum over batches"
+    assert model.description.unmergeable_reason == "state['labels'] is not a sum over batches"
     with model.metrics_session() as session:
-        with pytest.raises(errors.FunctionNotAvailable, match=r"remembering/1: merging .* is no sum over batches"):
+        with pytest.raises(errors.FunctionNotAvailable, match=r"remembering/1: merging .* is not a sum over batches"):
             session.merge({"labels": np.int64([1])})
         session.update(np.int64([3]), BatchOutput())
         assert session.state()["labels"].tolist() == [3]
@@ -186,7 +186,7 @@ def test_the_async_session_does_the_same(server):
     asyncio.run(run())
 
 
-def test_an_async_update_that_is_cancelled_counts_once_when_it_is_made_again(server):
+def test_a_cancelled_async_update_counts_once_when_it_is_repeated(server):
     async def run() -> None:
         async with forwardpass_client.connect_async(server.address) as client:
             model = await client.model("counting")
@@ -204,7 +204,7 @@ def test_an_async_update_that_is_cancelled_counts_once_when_it_is_made_again(ser
     asyncio.run(run())
 
 
-def test_another_update_than_the_one_in_doubt_counts_beside_it(counting):
+def test_an_update_after_one_in_doubt_counts_in_addition(counting):
     with counting.metrics_session() as session:
         for number in range(20):
             with contextlib.suppress(errors.DeadlineExceeded):
@@ -215,7 +215,7 @@ def test_another_update_than_the_one_in_doubt_counts_beside_it(counting):
         assert session.updates == 20 + in_doubt
 
 
-def test_large_weights_make_the_same_update_whether_they_are_sent_or_named():
+def test_an_update_with_large_weights_is_the_same_by_value_and_by_id():
     with ServerProcess("--factory", "wide=support.zoo:wide_counting") as server:
         with forwardpass_client.connect(server.address) as client:
             model = client.model("wide")
@@ -239,7 +239,7 @@ def test_many_threads_may_share_a_session(counting):
         assert counted(session) == (300, 3 * 4950)
 
 
-def test_long_batches_go_in_pieces(client):
+def test_long_batches_are_sent_in_pieces(client):
     model = client.model("counting")
     examples = 2**20 + 1
     with model.metrics_session() as session:
@@ -298,7 +298,7 @@ def test_a_session_belongs_to_its_model(client, counting):
         client.model("no_metrics").metrics_session()
 
 
-def test_an_idle_session_expires_and_says_so():
+def test_an_idle_session_raises_session_expired():
     with ServerProcess(*COUNTING, "--session-expiry", "1") as server:
         with forwardpass_client.connect(server.address) as client:
             session = client.model("counting").metrics_session()
@@ -335,7 +335,7 @@ def wait_until(condition, timeout_s: float = 30) -> None:
 
 
 @pytest.mark.parametrize("method", ["update", "forward_pass"])
-def test_a_killed_server_goes_on_where_it_was_and_its_clients_notice_nothing(tmp_path, method):
+def test_a_killed_server_continues_its_sessions_and_no_client_call_fails(tmp_path, method):
     arguments = (*COUNTING, "--session-store", f"sqlite://{tmp_path}/sessions.sqlite3")
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(ServerProcess(*arguments))
@@ -373,7 +373,7 @@ def test_a_killed_server_goes_on_where_it_was_and_its_clients_notice_nothing(tmp
             assert session.updates == model.metrics_session(session.id).updates == count_
 
 
-def test_metrics_tell_of_sessions(server, counting):
+def test_metrics_count_sessions_and_updates(server, counting):
     before = server.metrics()
     with counting.metrics_session() as session:
         for _ in range(3):
@@ -400,7 +400,7 @@ def full_disk(tmp_path):
 # gRPC itself tries again for some 3 s, and the client after that.
 @pytest.mark.parametrize("timeout_s", [2.0, 6.0])
 @pytest.mark.parametrize("kind", ["sync", "async"])
-def test_a_deadline_that_passes_while_the_store_fails_says_that_it_fails(full_disk, kind, timeout_s):
+def test_the_error_of_a_deadline_that_passes_while_the_store_fails_names_the_store(full_disk, kind, timeout_s):
     server, session_id = full_disk
     _, labels = zoo.counting_batch(1)
 

@@ -73,7 +73,7 @@ def get(server: ServerProcess, path: str):
         return response.status, dict(response.headers), response.read().decode()
 
 
-def test_it_shows_what_there_is(open_page):
+def test_the_page_shows_models_weights_and_sessions(open_page):
     page = open_page()
     assert page.title() == "forwardpass: ready"
     assert page.locator("header .pill").inner_text() == "ready"
@@ -92,7 +92,7 @@ def test_it_shows_what_there_is(open_page):
 
 @pytest.mark.parametrize("color_scheme", ["light", "dark"])
 @pytest.mark.parametrize("viewport", [PHONE, DESKTOP], ids=["phone", "desktop"])
-def test_nothing_is_cut_off_or_hard_to_read(open_page, browser, busy, viewport, color_scheme):
+def test_every_element_fits_the_viewport_and_has_enough_contrast(open_page, browser, busy, viewport, color_scheme):
     page = open_page(viewport, color_scheme)
     assert page.locator("main").bounding_box()["width"] <= viewport["width"]
     for element in page.locator("section, .tiles > div, td, dd").all():
@@ -123,7 +123,7 @@ CONTRAST = """selector => {
 }"""
 
 
-def test_metrics_are_beside_it_and_nothing_else(busy):
+def test_the_port_serves_the_page_and_the_metrics_only(busy):
     code, headers, page = get(busy, "")
     assert code == 200
     assert headers["Content-Security-Policy"].startswith("default-src 'none'")
@@ -136,7 +136,7 @@ def test_metrics_are_beside_it_and_nothing_else(busy):
         assert raised.value.code == 404
 
 
-def test_it_holds_no_weight_and_no_id(busy):
+def test_the_page_contains_no_weights_id(busy):
     page = get(busy, "")[2]
     with forwardpass_client.connect(busy.address) as client:
         model = client.model("wide")
@@ -145,7 +145,7 @@ def test_it_holds_no_weight_and_no_id(busy):
     assert not re.search("[0-9a-f]{16}", page)
 
 
-def test_what_was_chosen_or_said_elsewhere_is_escaped():
+def test_text_from_outside_is_escaped():
     hostile = "<script>alert('&')</script>"
     metrics = Metrics()
     source = ModelSource(hostile, 1)
@@ -177,7 +177,7 @@ def test_what_was_chosen_or_said_elsewhere_is_escaped():
         (HealthReading(has_started=True, is_live=True, is_ready=False, is_draining=True), "draining"),
     ],
 )
-def test_it_says_first_what_probes_are_told(reading, word):
+def test_the_page_begins_with_the_answer_of_the_probes(reading, word):
     page = status_page.render(
         Status(
             version="1",
@@ -195,7 +195,7 @@ def test_it_says_first_what_probes_are_told(reading, word):
     assert f"<title>forwardpass: {word}</title>" in page
 
 
-def test_it_says_that_models_are_being_loaded():
+def test_the_page_says_that_models_are_being_loaded():
     page = status_page.render(
         Status(
             version="1",

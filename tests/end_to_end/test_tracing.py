@@ -99,7 +99,7 @@ def test_calls_of_a_pipeline_are_spans_below_it(traced):
         assert {span.name for span in below(spans, call.span_id)} == {"queue", "execute"}
 
 
-def test_a_failure_is_marked_and_holds_nothing_of_the_data(traced):
+def test_a_failed_span_is_marked_and_contains_no_data(traced):
     spans, parents = traced
     (call,) = [one for one in below(spans, parents["failing"].span_id.to_bytes(8, "big")) if one.name == PREDICT]
     assert call.status.code == Status.STATUS_CODE_ERROR
@@ -110,7 +110,7 @@ def test_a_failure_is_marked_and_holds_nothing_of_the_data(traced):
         assert "secret" not in str(span)
 
 
-def test_what_the_caller_did_wrong_is_no_failure_of_the_server(traced):
+def test_the_span_of_a_callers_error_has_no_error_status(traced):
     spans, parents = traced
     (call,) = below(spans, parents["refused"].span_id.to_bytes(8, "big"))
     assert attributes(call)["rpc.grpc.status"] == "NOT_FOUND"
@@ -125,7 +125,7 @@ def test_a_call_without_a_trace_begins_one(traced):
 
 # gRPC refuses metadata of more than 8 KiB by itself: now and then, and the more often the longer they are.
 @pytest.mark.parametrize("context", ["nonsense", "00-" + "0" * 32 + "-" + "0" * 16 + "-01", "00-" + "f" * 7000])
-def test_a_context_that_is_none_does_no_harm(context):
+def test_an_invalid_trace_context_is_ignored(context):
     with SpanCollector() as collector, ServerProcess(*FACTORIES, "--trace-endpoint", collector.url) as server:
         with grpc.insecure_channel(server.address) as channel:
             call = channel.unary_unary(METHODS["ListModels"].path)
@@ -133,7 +133,7 @@ def test_a_context_that_is_none_does_no_harm(context):
             assert call(request, timeout=10, metadata=(("traceparent", context),))
 
 
-def test_a_collector_that_is_gone_holds_up_neither_calls_nor_the_end():
+def test_an_unreachable_collector_delays_neither_calls_nor_the_shutdown():
     with ServerProcess(*FACTORIES, "--trace-endpoint", "http://127.0.0.1:1") as server:
         with forwardpass_client.connect(server.address) as client:
             model = client.model("counting")
@@ -143,7 +143,7 @@ def test_a_collector_that_is_gone_holds_up_neither_calls_nor_the_end():
         assert server.terminate() == 0
 
 
-def test_without_an_endpoint_opentelemetry_is_not_even_imported():
+def test_without_an_endpoint_opentelemetry_is_not_imported():
     program = (
         "import sys, forwardpass_client, forwardpass_server.app.serve, forwardpass_server.rpc.server;"
         "assert not any(name.startswith('opentelemetry') for name in sys.modules)"
@@ -152,6 +152,6 @@ def test_without_an_endpoint_opentelemetry_is_not_even_imported():
 
 
 @pytest.mark.parametrize("endpoint", ["localhost:4317", "http://localhost", "grpc://localhost:4317", ""])
-def test_an_endpoint_that_is_none_is_refused_by_name(endpoint):
+def test_an_invalid_trace_endpoint_is_refused_by_flag(endpoint):
     with pytest.raises(SettingsError, match="--trace-endpoint: expected http://HOST:PORT"):
         Settings(factories={"counting": "support.zoo:counting"}, trace_endpoint=endpoint)

@@ -40,7 +40,7 @@ def predictions(client: forwardpass_client.Client, weights: Any) -> list[float]:
     return []
 
 
-def test_versions_come_change_and_go_under_callers_that_notice_nothing(tmp_path):
+def test_no_call_fails_while_versions_are_added_changed_and_removed(tmp_path):
     folder = tmp_path / "times"
     folder.mkdir()
     write(folder, 1, 1)
@@ -150,7 +150,7 @@ def test_a_version_waits_for_sessions_that_another_server_has(tmp_path):
 
 
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["unloaded", "replaced"])
-def test_a_session_of_the_process_before_goes_on_with_a_model_that_is_not_served_any_more(tmp_path, is_replaced):
+def test_a_session_of_an_earlier_process_continues_with_a_model_that_is_no_longer_served(tmp_path, is_replaced):
     folder = tmp_path / "models" / "times"
     folder.mkdir(parents=True)
     write(folder, 1, 1)
@@ -175,7 +175,7 @@ def test_a_session_of_the_process_before_goes_on_with_a_model_that_is_not_served
         assert resumed.result() == {"total": 2}
 
 
-def test_no_session_is_stranded_by_a_version_that_is_unloaded_when_it_has_none(tmp_path):
+def test_no_session_fails_when_it_is_opened_during_an_unload(tmp_path):
     folder = tmp_path / "times"
     folder.mkdir()
     write(folder, 1, 1)
@@ -287,7 +287,7 @@ def version_in(answer: Any) -> int:
 
 
 @pytest.mark.parametrize("method", SELECTING)
-def test_every_method_that_names_a_model_takes_a_label_and_refuses_one_that_there_is_not(labelled, method):
+def test_every_method_that_names_a_model_takes_a_label_and_refuses_an_unknown_one(labelled, method):
     session = {"session_id": method.encode().ljust(16, b".")[:16]} if method == "OpenSession" else {}
     refusal = "label of model 'times': expected one of canary, stable, got 'none'"
     with pytest.raises(errors.ModelVersionNotFound, match=refusal):
@@ -305,7 +305,7 @@ def test_every_method_that_names_a_model_takes_a_label_and_refuses_one_that_ther
     assert labelled.served() == [1, 2]
 
 
-def test_a_session_is_found_whatever_its_label_stands_for_by_now(labelled):
+def test_a_session_opened_by_label_is_found_after_the_label_has_moved(labelled):
     session = {"session_id": b"\1" * 16}
     assert version_in(labelled.call("OpenSession", "stable", **session)) == 1
     label(labelled.folder, stable=2, canary=2)
@@ -322,7 +322,7 @@ def test_a_session_is_found_whatever_its_label_stands_for_by_now(labelled):
         labelled.call("LoadModel", "stable")
 
 
-def test_management_tells_what_versions_are_called(labelled):
+def test_management_describes_the_labels_of_versions(labelled):
     with grpc.insecure_channel(labelled.server.management_address) as channel:
         answer = channel.unary_unary(METHODS["DescribeModels"].path)(b"", timeout=30)
     found = v1.DescribeModelsResponse.FromString(answer).models

@@ -64,7 +64,7 @@ def test_a_handle_gives_the_numbers_that_the_weights_give(client, name):
     assert repr(handle) == f"<WeightsHandle {handle.id[:12]}>"
 
 
-def test_the_id_says_what_the_numbers_are(client):
+def test_the_id_is_a_hash_of_the_numbers(client):
     model = client.model("no_metrics")
     weights = model.initial_weights
     handle = model.put_weights(weights)
@@ -97,7 +97,7 @@ def test_only_what_the_server_lacks_is_sent(client, server):
     assert np.allclose(model.predict_on_batch(handle, x, training=False), expected, rtol=0, atol=1e-6)
 
 
-def test_weights_far_beyond_the_limit_of_messages_go_up_and_down(wider, wide_server):
+def test_weights_above_the_message_limit_are_uploaded_and_downloaded(wider, wide_server):
     weights = zoo.wide_weights(24 * MIB, seed=1)
     up, down = [], []
     handle = wider.put_weights(weights, progress=lambda *state: up.append(state))
@@ -117,7 +117,7 @@ def test_weights_far_beyond_the_limit_of_messages_go_up_and_down(wider, wide_ser
         )
 
 
-def test_weights_that_the_server_dropped_are_sent_again_unseen(wide):
+def test_weights_that_the_server_dropped_are_sent_again_without_an_error(wide):
     weights = zoo.wide_weights(MIB, seed=2)
     handle = wide.put_weights(weights)
     x = np.ones((2, 4), np.float32)
@@ -139,25 +139,25 @@ def test_weights_that_the_server_dropped_are_sent_again_unseen(wide):
     nameless.delete()
 
 
-def test_arrays_that_were_changed_since_are_not_passed_off_as_what_they_were(wide):
+def test_arrays_that_were_changed_are_not_sent_under_their_old_id(wide):
     weights = zoo.wide_weights(MIB, seed=3)
     handle = wide.put_weights(weights)
     weights[0][0][0] += 1
     x = np.ones((1, 4), np.float32)
     wide.predict_on_batch(handle, x)
     handle.delete()
-    with pytest.raises(errors.WeightsNotFound, match="their arrays were changed since"):
+    with pytest.raises(errors.WeightsNotFound, match="their arrays were changed after put_weights"):
         wide.predict_on_batch(handle, x)
 
 
 @pytest.mark.parametrize("wrong", ["", "12", "xyz", "0" * 63])
-def test_what_is_no_id_is_refused(wide, wrong):
+def test_an_invalid_weights_id_is_refused(wide, wrong):
     with pytest.raises(ValueError, match="weights_id: expected 64 hexadecimal digits"):
         wide.weights_handle(wrong)
 
 
 @pytest.mark.parametrize("ttl_s", [-1, float("nan"), float("inf")])
-def test_a_lease_without_an_end_is_refused(wide, ttl_s):
+def test_an_infinite_lease_is_refused(wide, ttl_s):
     with pytest.raises(ValueError, match="ttl_s: expected seconds >= 0"):
         wide.put_weights(zoo.wide_weights(MIB)).lease(ttl_s)
 
@@ -228,7 +228,7 @@ def test_eight_clients_that_put_the_same_weights_at_once_store_them_once(wide_se
     assert grown(wide_server, before, "forwardpass_weights_bytes") == 24 * MIB
 
 
-def test_what_there_is_no_room_for_is_refused_unless_something_may_go():
+def test_weights_that_do_not_fit_are_refused_unless_others_can_be_evicted():
     with ServerProcess(*WIDE, "--weights-mib", "3") as server, forwardpass_client.connect(server.address) as client:
         assert any("weights: up to 3 MiB on CPU:0" in line for line in server.lines)
         model = client.model("wide_1m")
@@ -261,7 +261,7 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def test_an_upload_survives_the_death_of_its_server_in_the_middle():
+def test_an_upload_continues_after_its_server_is_killed():
     port = free_port()
     weights = zoo.wide_weights(24 * MIB, seed=9)
     servers = [ServerProcess(*WIDE, port=port)]
@@ -286,7 +286,7 @@ def test_an_upload_survives_the_death_of_its_server_in_the_middle():
     servers[0].__exit__()
 
 
-def test_a_killed_client_leaves_nothing_behind():
+def test_the_upload_of_a_killed_client_expires():
     script = """
         import os, signal, sys
         import forwardpass_client
@@ -310,7 +310,7 @@ def test_a_killed_client_leaves_nothing_behind():
         assert server.metrics()["forwardpass_weights_sets"] == 0
 
 
-def test_a_folder_of_weights_outlives_kill_9(tmp_path):
+def test_a_folder_of_weights_survives_kill_9(tmp_path):
     arguments = (*WIDE, "--weights-folder", str(tmp_path / "weights"), "--weights-mib", "2")
     weights = [zoo.wide_weights(MIB, seed=seed) for seed in range(4)]
     x = np.ones((1, 4), np.float32)
@@ -328,7 +328,7 @@ def test_a_folder_of_weights_outlives_kill_9(tmp_path):
         assert server.metrics()["forwardpass_weights_bytes"] <= 2 * MIB
 
 
-def test_metrics_show_what_the_folder_of_weights_holds(tmp_path):
+def test_metrics_show_the_contents_of_the_weights_folder(tmp_path):
     arguments = (*WIDE, "--weights-folder", str(tmp_path / "weights"), "--weights-disk-mib", "2")
 
     def on_disk(server) -> list[float]:
@@ -433,7 +433,7 @@ def digest_of(tensor: v1.Tensor) -> bytes:
     return hashlib.sha256(head + dims + tensor.data).digest()
 
 
-def test_a_stream_that_stops_half_way_can_be_taken_up(wide_server):
+def test_an_interrupted_upload_stream_can_be_resumed(wide_server):
     weights = zoo.wide_weights(24 * MIB, seed=11)
     from forwardpass.wire.structures import Structure
 

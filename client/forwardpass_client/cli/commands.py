@@ -419,6 +419,6 @@ def _joined_leaf(name: str, leaves: Sequence[Array], spec: TensorSpec, examples:
     except ValueError:
         shapes = ", ".join(sorted({str(list(leaf.shape)) for leaf in leaves}))
         raise ValueError(
-            f"{name}: the batches have results of shapes that do not go together, {shapes}: use a --batch-size of "
+            f"{name}: the shapes of the results differ between batches, {shapes}: use a --batch-size of "
             f"{sum(examples)}, for one batch"
         ) from None

@@ -19,7 +19,9 @@ class Slices:
         lengths = {int(leaf.shape[0]) for leaf in self._leaves if leaf.ndim}
         if len(lengths) != 1:
             raise errors.ShapeMismatch(
-                place="data", expected="as many examples in each array", found=f"{sorted(lengths) or 'scalars'}"
+                place="data",
+                expected="the same number of examples in each array",
+                found=f"{sorted(lengths) or 'scalars'}",
             )
         (self.examples,) = lengths
 

@@ -52,35 +52,37 @@ class InvalidRequest(ForwardPassError, ValueError):
     """Raised for an invalid argument. Also the base of the more specific classes below."""
 
     status = "INVALID_ARGUMENT"
-    sentence = "The request is not a valid message of its method."
+    sentence = (
+        "The request is not a valid message of its method: the client may use other .proto files than the server."
+    )
 
 
 class StructureMismatch(InvalidRequest):
     """Raised if the containers of an argument (nesting, keys, lengths) differ from the model's."""
 
     status = "INVALID_ARGUMENT"
-    sentence = "The containers of an argument differ from the model's."
+    sentence = "The containers of an argument differ from the model's: `forwardpass describe` shows the expected ones."
 
 
 class DTypeMismatch(InvalidRequest, TypeError):
     """Raised if the dtype of an array cannot be cast to the model's. Convert the array."""
 
     status = "INVALID_ARGUMENT"
-    sentence = "An array's element type differs from the model's."
+    sentence = "An array's element type differs from the model's: convert the array."
 
 
 class ShapeMismatch(InvalidRequest):
     """Raised if the shape of an array does not fit the model's. Reshape the array."""
 
     status = "INVALID_ARGUMENT"
-    sentence = "An array's shape differs from the model's."
+    sentence = "An array's shape differs from the model's: reshape the array."
 
 
 class ModelRefusedInput(InvalidRequest):
     """Raised if the model's graph rejects the values or shapes of a call, as a local model would."""
 
     status = "INVALID_ARGUMENT"
-    sentence = "The model's graph refused the values or shapes of the arguments."
+    sentence = "The model's graph refused the values or shapes of the arguments: check them."
 
 
 class Unauthenticated(ForwardPassError):
@@ -94,21 +96,21 @@ class PermissionDenied(ForwardPassError, PermissionError):
     """Raised if the caller's role does not permit the method."""
 
     status = "PERMISSION_DENIED"
-    sentence = "The caller is not permitted to call this method."
+    sentence = "The caller is not permitted to call this method: use a token with the role that the method requires."
 
 
 class ModelNotFound(ForwardPassError, LookupError):
     """Raised for the name of a model that the server does not have."""
 
     status = "NOT_FOUND"
-    sentence = "The server has no model of this name."
+    sentence = "The server has no model of this name: `forwardpass models` lists the models."
 
 
 class ModelVersionNotFound(ModelNotFound):
     """Raised for a version or label that the model does not have."""
 
     status = "NOT_FOUND"
-    sentence = "The server has no such version of the model."
+    sentence = "The server has no such version of the model: `forwardpass models` lists the versions and labels."
 
 
 class ModelLoading(ForwardPassError):
@@ -122,14 +124,16 @@ class ModelFailed(ForwardPassError):
     """Raised for a model that failed to load. The message gives the reason."""
 
     status = "FAILED_PRECONDITION"
-    sentence = "The model failed to load."
+    sentence = "The model failed to load: `forwardpass models` and the server's log show the reason."
 
 
 class ModelInUse(ForwardPassError):
     """Raised by unload for a version with open metric sessions, under --unload-with-sessions refuse."""
 
     status = "FAILED_PRECONDITION"
-    sentence = "The version has open metric sessions, and the server does not unload versions with sessions."
+    sentence = (
+        "The version has open metric sessions, and the server does not unload versions with sessions: close them first."
+    )
 
 
 class ModelChanged(ForwardPassError):
@@ -143,14 +147,14 @@ class FunctionNotAvailable(ForwardPassError, NotImplementedError):
     """Raised for a function that the model does not have, such as metrics."""
 
     status = "FAILED_PRECONDITION"
-    sentence = "The model has no such function."
+    sentence = "The model has no such function: `forwardpass describe` shows the reason."
 
 
 class MessageTooLarge(ForwardPassError):
     """Raised for a request or response over the server's limit (--max-message-mib). Use smaller batches."""
 
     status = "RESOURCE_EXHAUSTED"
-    sentence = "A message is longer than its limit."
+    sentence = "A message is longer than its limit: use smaller batches."
 
 
 class WeightsNotFound(ForwardPassError, LookupError):
@@ -164,7 +168,7 @@ class TensorCorrupted(InvalidRequest):
     """Raised if received tensor data does not match its announced hash. Put the weights again."""
 
     status = "INVALID_ARGUMENT"
-    sentence = "The bytes of a tensor do not match the announced hash."
+    sentence = "The bytes of a tensor do not match the announced hash: put the weights again."
 
 
 class UploadOutOfStep(ForwardPassError):
@@ -185,21 +189,23 @@ class SessionNotFound(ForwardPassError, LookupError):
     """Raised for a metric session that does not exist or was closed."""
 
     status = "NOT_FOUND"
-    sentence = "The server holds no such metrics session: it does not exist, or was closed."
+    sentence = "The server has no such metrics session: it was never opened, or it was closed. Open a new one."
 
 
 class SessionExpired(SessionNotFound):
     """Raised for a metric session that was deleted because it was idle for too long (--session-expiry)."""
 
     status = "NOT_FOUND"
-    sentence = "The metrics session was idle for too long and was deleted."
+    sentence = "The metrics session was idle for too long and was deleted: open a new one."
 
 
 class SequenceMismatch(ForwardPassError):
     """Raised if updates of a session arrive out of order, for example from two writers with the same id."""
 
     status = "FAILED_PRECONDITION"
-    sentence = "The update does not follow the last update of this writer to the session."
+    sentence = (
+        "The update does not follow the last update of this writer to the session: another writer may use the same id."
+    )
 
 
 class SessionLimitExceeded(ForwardPassError):
@@ -213,7 +219,7 @@ class SessionStoreUnavailable(ForwardPassError):
     """Raised if the server cannot reach its session store. Sending the same update again is safe: it counts once."""
 
     status = "UNAVAILABLE"
-    sentence = "The server cannot reach or write its session store: the update may or may not have been counted."
+    sentence = "The server cannot reach or write its session store: send the same update again, which counts it once."
 
 
 class ServerOverloaded(ForwardPassError):
@@ -227,14 +233,14 @@ class OutOfMemory(ForwardPassError, MemoryError):
     """Raised if the device has too little memory for a call. Use smaller batches, or retry later."""
 
     status = "RESOURCE_EXHAUSTED"
-    sentence = "The device has too little memory for this call."
+    sentence = "The device has too little memory for this call: use smaller batches, or retry later."
 
 
 class DeadlineExceeded(ForwardPassError, TimeoutError):
     """Raised if a call does not end within its timeout."""
 
     status = "DEADLINE_EXCEEDED"
-    sentence = "The call did not end before its deadline."
+    sentence = "The call did not end before its deadline: retry it, or raise timeout_s."
 
 
 class CallCancelled(ForwardPassError):
@@ -248,7 +254,7 @@ class ServerUnavailable(ForwardPassError, ConnectionError):
     """Raised if the server cannot be reached, or is stopping. Retryable."""
 
     status = "UNAVAILABLE"
-    sentence = "The server cannot be reached."
+    sentence = "The server cannot be reached: check its address, and that it runs."
 
 
 class MethodNotSupported(ForwardPassError):
@@ -262,7 +268,7 @@ class InternalError(ForwardPassError):
     """Raised for an unexpected failure of the server. Its log has the details under `request_id`."""
 
     status = "INTERNAL"
-    sentence = "The server failed; its log has the details under the request id."
+    sentence = "The server failed: its log has the details under the request id."
 
 
 CATALOGUE: dict[str, type[ForwardPassError]] = {

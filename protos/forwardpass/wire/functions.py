@@ -137,7 +137,7 @@ class Function(enum.IntEnum):
         for function in self.variants:
             if function.takes_sample_weight:
                 return function
-        raise LookupError(f"{self.title} takes no sample weights")
+        raise LookupError(f"{self.title} does not take sample weights")
 
 
 METRICS_FUNCTIONS = tuple(

@@ -78,7 +78,8 @@ class Access:
         principal = next((name.decode(errors="replace") for name in names if name), "")
         if not principal:
             raise errors.Unauthenticated(
-                "the client's certificate has neither a common name nor a subject alternative name: use one that has"
+                "the client's certificate has neither a common name nor a subject alternative name: use a "
+                "certificate with one of them"
             )
         if self.tokens is not None and self.role is not Role.CALL:
             raise _lacks(principal, self.role)

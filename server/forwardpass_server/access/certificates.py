@@ -79,7 +79,9 @@ class Certificates:
         try:
             context.load_verify_locations(self._client_ca) if self._client_ca else None
         except ssl.SSLError as error:
-            raise ValueError(f"expected certificates of clients' signers in PEM: {_reason(error)}") from None
+            raise ValueError(
+                f"expected certificates of authorities for client certificates, in PEM: {_reason(error)}"
+            ) from None
         return _Loaded(
             grpc.ssl_server_certificate_configuration([(key, certificate)], client_ca[0] if client_ca else None),
             {

@@ -137,7 +137,7 @@ def _parse(name: str, contents: Sequence[bytes]) -> dict[bytes, Token]:
         try:
             token = _token(words)
             if token.digest in tokens:
-                raise ValueError("the same token again: delete this line")
+                raise ValueError("the token is already in the file: delete this line")
         except ValueError as error:
             raise ValueError(f"{name}: line {number}: {error}") from None
         tokens[token.digest] = token
@@ -151,7 +151,7 @@ def _token(words: Sequence[str]) -> Token:
     found = _HASH.fullmatch(digest)
     if found is None:
         # The sentence does not quote the word: it may be the token itself, which must not reach the log.
-        raise ValueError("expected sha256: and 64 hexadecimal digits first")
+        raise ValueError("expected sha256: and 64 hexadecimal digits at the start of the line")
     _check_principal(principal)
     known = {role.value for role in Role}
     named = roles.split(",")

@@ -58,7 +58,7 @@ class WatchedFiles(Generic[ValueT]):
     def _read_whole(self, contents: Sequence[bytes]) -> ValueT:
         value = self._read(contents)
         if self._read_contents() != contents:
-            raise OSError("it changed while it was being read")
+            raise OSError("the file changed while it was being read")
         return value
 
     def _names(self) -> str:

@@ -50,7 +50,9 @@ def export(
 def _read(source: str, config: pathlib.Path | None) -> FunctionalModel:
     if not source.endswith(".keras"):
         if config is not None:
-            raise SettingsError("--config: only a .keras file has one")
+            raise SettingsError(
+                "--config: expected a .keras file as SOURCE, which is the only format with a configuration"
+            )
         return loading.from_factory(source)
     archive = pathlib.Path(source)
     return formats.read_keras(archive, model_config.read(config or archive.parent / model_config.FILE_NAME))

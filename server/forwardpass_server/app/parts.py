@@ -283,7 +283,9 @@ def _tracing(endpoint: str | None) -> Tracing | None:
     try:
         from forwardpass_server.telemetry.tracing import Tracing
     except ImportError:
-        raise SettingsError("--trace-endpoint: expected OpenTelemetry: install forwardpass[tracing]") from None
+        raise SettingsError(
+            "--trace-endpoint: OpenTelemetry is not installed: pip install 'forwardpass[tracing]'"
+        ) from None
     host = urllib.parse.urlsplit(endpoint).hostname or ""
     return Tracing(endpoint, uses_proxy=not is_loopback(host))
 

@@ -176,7 +176,7 @@ class Batcher:
             if any(leaf.shape[:1] != (rows,) for leaf in results):
                 # The model is not batch-separable after all: no client may get any of these rows.
                 _LOGGER.error("a batch of %d rows had results of shapes %s", rows, [leaf.shape for leaf in results])
-                raise ValueError("the model did not keep the number of rows")
+                raise ValueError("the model returned another number of rows than it was given")
         except Exception:
             # Run each call alone, so that only the call that caused the error fails.
             for waiting in batch:

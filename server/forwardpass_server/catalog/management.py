@@ -172,7 +172,7 @@ class RegistryManagement:
                 await self._unload(source)
             except (errors.ModelInUse, errors.SessionStoreUnavailable) as error:
                 if not self._registry.entry(source).waiting:
-                    _LOGGER.info("model %s is to be unloaded, and waits for its sessions: %s", source, error)
+                    _LOGGER.info("the unload of model %s waits for its sessions: %s", source, error)
                 self._registry.wait(source, f"to be unloaded; waits for its sessions: {error}")
                 return False
             self._tried.pop(str(source), None)
@@ -242,7 +242,9 @@ class RegistryManagement:
             self._policies.refresh()
         versions = [source for source in self._loadable() if source.name == name]
         if not versions:
-            raise errors.ModelNotFound(place="model", expected="one of the model repository", found=repr(name[:128]))
+            raise errors.ModelNotFound(
+                place="model", expected="the name of a model in the repository", found=repr(name[:128])
+            )
         if label:
             version = version_labelled(name, label, self._policies.labels().get(name, {}))
         wanted = version or versions[-1].version

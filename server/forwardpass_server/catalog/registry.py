@@ -162,7 +162,7 @@ class Registry:
         if entry.servable is not None:
             return entry.servable
         if entry.state is State.LOADING:
-            raise errors.ModelLoading(f"model {entry.source} is still being loaded")
+            raise errors.ModelLoading(f"model {entry.source} is still being loaded: retry later")
         raise errors.ModelFailed(f"model {entry.source} failed to load: {entry.error}")
 
 

@@ -61,7 +61,7 @@ class RepositoryWatch:
                 await self.look()
                 self._has_failed = False
             except Exception:  # Any exception: the watch must not end.
-                _LOGGER.exception("model repository: the look for changes failed")
+                _LOGGER.exception("model repository: the check for changes failed")
                 self._has_failed = True
 
     async def look(self) -> None:

@@ -55,11 +55,11 @@ def _check_saveable(traced: TracedModel) -> None:
     for (function, _), concrete in traced.functions.items():
         if any(tensor.dtype == tf.resource for tensor in concrete.captured_inputs):
             raise ModelLoadError(
-                f"{function.title} uses a lookup table, which no export holds: serve the model by --factory"
+                f"{function.title} uses a lookup table, which an export cannot contain: serve the model by --factory"
             )
         if graphs.calls_python(concrete):
             raise ModelLoadError(
-                f"{function.title} calls Python (tf.py_function or tf.numpy_function), which no export holds: "
+                f"{function.title} calls Python (tf.py_function or tf.numpy_function), which an export cannot contain: "
                 "serve the model by --factory"
             )
 
@@ -77,7 +77,7 @@ def load_functional_model(path: str | os.PathLike[str]) -> FunctionalModel:
         raise ModelLoadError(f"{folder}: expected a SavedModel, found no saved_model.pb")
     root = tf.saved_model.load(str(folder))
     if not tff_saved_model.is_functional_model(root):
-        raise ModelLoadError(f"{folder}: a SavedModel, but of no functional model")
+        raise ModelLoadError(f"{folder}: the SavedModel is not a functional model")
     return tff_saved_model.functional_model(root)
 
 

@@ -50,7 +50,7 @@ def of_code(what: str) -> Iterator[None]:
         frames = traceback.extract_tb(error.__traceback__)
         place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
         raise ModelLoadError(
-            f"{what} raised {type(error).__name__}{place}: mend the code; the server's log has the traceback",
+            f"{what} raised {type(error).__name__}{place}: correct the code; the server's log has the traceback",
             needs_traceback=True,
         ) from error
 

@@ -59,7 +59,10 @@ def _tff(folder: pathlib.Path, config: ModelConfig) -> tuple[FunctionalModel, st
     with failures.explained("saved_model.pb", "save the model again"):
         root = tf.saved_model.load(str(folder))
     if not tff_saved_model.is_functional_model(root):
-        raise ModelLoadError("the SavedModel holds no functional model")
+        raise ModelLoadError(
+            "the SavedModel is not a functional model: save one with TFF's save_functional_model or "
+            "forwardpass-server export"
+        )
 
     def metrics_fns(label_spec: object, prediction_spec: object) -> MetricsFns:
         with failures.explained(FILE_NAME, "name metrics that Keras knows and that fit the model"):

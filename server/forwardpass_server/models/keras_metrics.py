@@ -114,7 +114,7 @@ def _resolved(metrics: Any, outputs: _Outputs) -> Any:
     resolved = [_metric(item, outputs) for item in metrics]
     named = collections.OrderedDict((metric.name, metric) for metric in resolved)
     if len(named) != len(resolved):
-        raise ValueError(f"two of one name among {[metric.name for metric in resolved]}")
+        raise ValueError(f"expected different names, got {[metric.name for metric in resolved]}")
     return named
 
 
@@ -161,7 +161,7 @@ def _of_compiled(metrics: Any, weighted_metrics: Any, outputs: _Outputs) -> Metr
     compiled = _compiled(_listed(metrics), _listed(weighted_metrics), outputs)
     names = list(compiled.result())
     if len(names) != len(compiled.metrics):
-        raise ValueError(f"two of one name among {[metric.name for metric in compiled.metrics]}")
+        raise ValueError(f"expected different names, got {[metric.name for metric in compiled.metrics]}")
     named = collections.OrderedDict(zip(names, compiled.metrics, strict=True))
 
     def updated(state: Any, labels: Any, predictions: Any, sample_weight: Any) -> Any:
@@ -178,7 +178,7 @@ def _of_metrics(metrics: Any, outputs: _Outputs) -> MetricsFns:
         # Some metrics make their variables only at the first update.
         compute_output_spec(metric.update_state, outputs.labels, outputs.predictions)
         if not _takes_weights(metric):
-            _LOGGER.warning("the metric %s takes no sample weights: weighted updates count it without", metric.name)
+            _LOGGER.warning("the metric %s does not accept sample weights, and ignores them", metric.name)
 
     def updated(state: Any, labels: Any, predictions: Any, sample_weight: Any) -> Any:
         def of_one(metric: keras.metrics.Metric, variables: list[Any]) -> Any:

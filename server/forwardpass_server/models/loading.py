@@ -128,9 +128,13 @@ class TensorFlowLoader:
             with failures.explained(f"the functions of {source}", "make input_spec, loss and metrics fit the model"):
                 traced = tracing.trace(model, self._on_trace)
             if hashing.of_folder(source.folder) != content_hash:
-                raise ModelLoadError("the files changed while they were read")
+                raise ModelLoadError(
+                    "the files changed while they were read: load the version again when they are complete"
+                )
             if any(map(graphs.calls_python, traced.functions.values())):
-                raise ModelLoadError("the model calls Python functions, which no file holds: serve it by --factory")
+                raise ModelLoadError(
+                    "the model calls Python functions, which a file cannot contain: serve it by --factory"
+                )
         else:
             factory = source.factory or ""
             with failures.of_code(f"factory {factory}"):
@@ -193,7 +197,7 @@ def _warnings(model: FunctionalModel, execution: Execution, found: Examples, wei
 
 
 def _unjudged(error: Exception) -> str:
-    return f"it cannot be judged: {type(error).__name__}"
+    return f"it cannot be analysed: {type(error).__name__}"
 
 
 def from_factory(factory: str) -> FunctionalModel:

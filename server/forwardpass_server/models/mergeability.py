@@ -76,5 +76,5 @@ def _difference(execution: Runs, spec: ModelSpec, function: Function, found: Exa
         spec.metrics_state.leaves, spec.metrics_state.tree.paths("state"), *alone, both, strict=True
     ):
         if one.shape != other.shape or not probing.agree(sum_, one + other, leaf):
-            return f"{path} is no sum over batches"
+            return f"{path} is not a sum over batches"
     return ""

@@ -50,7 +50,7 @@ def read(path: pathlib.Path) -> ModelConfig:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ModelLoadError(f"{FILE_NAME}: not JSON: {error}") from None
+        raise ModelLoadError(f"{FILE_NAME}: expected JSON: {error}") from None
     known = [field.name for field in dataclasses.fields(ModelConfig)]
     if not isinstance(content, dict) or not set(content) <= set(known):
         found = sorted(content) if isinstance(content, dict) else type(content).__name__

@@ -67,7 +67,10 @@ def _gpu_memory_bytes() -> int:
     try:
         import pynvml
     except ImportError:
-        _LOGGER.warning("without the package nvidia-ml-py the GPU is taken to have %d bytes", _UNKNOWN_GPU_BYTES)
+        _LOGGER.warning(
+            "the package nvidia-ml-py is not installed: the server assumes that the GPU has %d bytes",
+            _UNKNOWN_GPU_BYTES,
+        )
         return _UNKNOWN_GPU_BYTES
     pynvml.nvmlInit()
     try:

@@ -50,8 +50,8 @@ def reason_against(
         return str(error)
     except Exception as error:
         # The inliner itself works: `private_tensorflow.check` has tried it. It fails for this graph.
-        _LOGGER.warning("the graph of predict_on_batch cannot be judged", exc_info=True)
-        return f"the graph cannot be judged: {type(error).__name__}"
+        _LOGGER.warning("the graph of predict_on_batch cannot be analysed", exc_info=True)
+        return f"the graph cannot be analysed: {type(error).__name__}"
     try:
         return _probe_sizes(execution, found or Examples(spec=spec), weights)
     except Exception as error:  # The model's own code. A probe that fails must not fail the load.
@@ -160,5 +160,5 @@ def _probe(execution: Runs, spec: ModelSpec, weights: Sequence[Array], examples:
             all(map(probing.agree, apart, np.split(joint, ends[:-1]), itertools.repeat(leaf)))
             and probing.agree(joint[order], shuffled[index], leaf)
         ):
-            return "rows had other predictions together than alone"
+            return "predictions of a row differ between a batch and a single call"
     return ""

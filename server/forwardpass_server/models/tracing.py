@@ -176,10 +176,8 @@ class _Tracer:
             self._trace((function, False), method, arguments, result_tree)
         except Exception as error:  # The model's own code: anything may come out of it.
             # A loss or a metric may take no sample weights. Only calls with sample weights fail.
-            _LOGGER.info("no %s", function.title, exc_info=True)
-            self._unavailable[function] = (
-                f"the model's own code raised {type(error).__name__}; the server's log says more"
-            )
+            _LOGGER.info("%s is not available", function.title, exc_info=True)
+            self._unavailable[function] = f"the model's own code raised {type(error).__name__}; see the server's log"
 
     def _trace(
         self,

@@ -75,7 +75,7 @@ class Trial:
                 )
             raise ModelLoadError(
                 f"{child.place()} does not end within {self._call_s:g} s: make the model refuse such a batch, or start "
-                "the server with --no-trial if that is what it should do"
+                "the server with --no-trial if it is meant to run that long"
             ) from None
         except Unusable as error:
             return self._not_tried(name, f"the child process cannot be used: {error}")

@@ -131,4 +131,4 @@ async def _start(requests: AsyncIterator[bytes]) -> v1.EvaluationStart:
         if request.HasField("start"):
             return request.start
         break
-    raise errors.InvalidRequest(place="first message", expected="start", found="none")
+    raise errors.InvalidRequest(place="first message", expected="start", found="another message")

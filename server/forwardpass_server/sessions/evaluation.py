@@ -57,7 +57,9 @@ class Evaluations:
             raise errors.InvalidRequest(place="start.targets", expected=f"1 to {MAX_TARGETS}", found=f"{len(targets)}")
         if len({session_id for session_id, _ in targets}) < len(targets):
             # A session counts each batch once, and so for one set of weights only.
-            raise errors.InvalidRequest(place="start.targets", expected="a session for each", found="one of them twice")
+            raise errors.InvalidRequest(
+                place="start.targets", expected="a different session for each", found="the same session twice"
+            )
         async with contextlib.AsyncExitStack() as stack:
             found: list[Session] = []
             for session_id, weights_id in targets:

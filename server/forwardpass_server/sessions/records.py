@@ -91,7 +91,7 @@ class Record:
             raise errors.SequenceMismatch(place="update.sequence", expected=f"{last + 1}", found=f"{update.sequence}")
         if writer is None and len(self.writers) >= _MAX_WRITERS:
             raise errors.SessionLimitExceeded(
-                place="writers of this session", expected=f"at most {_MAX_WRITERS}", found="one more"
+                place="writers of this session", expected=f"at most {_MAX_WRITERS}", found="more"
             )
         return UpdateStatus.NEW
 

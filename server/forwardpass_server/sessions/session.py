@@ -207,7 +207,9 @@ class Session:
             await self._reload()
             is_current = True
         raise errors.SessionStoreUnavailable(
-            f"other servers updated the session {_MAX_ATTEMPTS} times meanwhile", retry_after_s=_RETRY_AFTER_S
+            f"the update was not written, because other servers updated the session {_MAX_ATTEMPTS} times during it: "
+            "retry",
+            retry_after_s=_RETRY_AFTER_S,
         )
 
     async def _replace_stored(self, record: Record) -> bool:

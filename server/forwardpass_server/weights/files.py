@@ -233,7 +233,7 @@ class WeightFiles:
         new_bytes = sum(one.size_bytes for digest, one in manifest.distinct.items() if digest not in self._users)
         if new_bytes > self._max_bytes:
             raise SetTooLarge(
-                f"{new_bytes} bytes are more than the folder may hold: {self._max_bytes} (--weights-disk-mib)"
+                f"the folder may hold at most {self._max_bytes} bytes (--weights-disk-mib), and the set has {new_bytes}"
             )
         while self._size_bytes + new_bytes > self._max_bytes:
             self._delete(next(iter(self._manifests)))

@@ -38,7 +38,7 @@ def _all_messages(parent):
         yield from _all_messages(message)
 
 
-def test_every_proto_has_generated_code_and_nothing_else_has():
+def test_generated_code_exists_for_each_proto_file_and_for_no_other():
     assert {path.stem + "_pb2" for path in PROTOS} == {path.stem for path in FOLDER.glob("*_pb2.py")}
 
 

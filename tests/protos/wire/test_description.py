@@ -37,7 +37,7 @@ def model_spec(**changes) -> ModelSpec:
     return ModelSpec(**{**fields, **changes})
 
 
-def test_a_description_comes_back_as_it_was():
+def test_a_description_is_decoded_unchanged():
     whole = ModelDescription(ModelIdentity("m", 3, b"\x01" * 32), "keras", model_spec())
     assert description.decode(v1.ModelDescription.FromString(description.encode(whole).SerializeToString())) == whole
 
@@ -53,7 +53,7 @@ def test_every_function_is_described():
     assert set(model_spec().arguments) == set(model_spec().results) == set(Function)
 
 
-def test_a_function_of_a_newer_server_is_passed_over():
+def test_an_unknown_function_of_a_newer_server_is_ignored():
     message = description.encode(ModelDescription(ModelIdentity("m", 1, b""), "f", model_spec()))
     message.functions.add(function=999, available=False, unavailable_reason="new")
     assert description.decode(message).spec == model_spec()
@@ -67,7 +67,7 @@ def test_a_function_of_a_newer_server_is_passed_over():
         ("batch_output", StructureSpec.of((LOSS, X, LOSS)), "batch_output"),
     ],
 )
-def test_an_unsound_description_is_refused(field, spec, place):
+def test_an_invalid_description_is_refused(field, spec, place):
     message = description.encode(ModelDescription(ModelIdentity("m", 1, b""), "f", model_spec()))
     getattr(message, field).CopyFrom(specs.encode(spec))
     with pytest.raises(errors.StructureMismatch, match=f"^{place}: expected"):
@@ -85,7 +85,7 @@ def test_an_unsound_description_is_refused(field, spec, place):
         (v1.StructureSpec(), errors.InvalidRequest),
     ],
 )
-def test_an_unsound_spec_is_refused(message, error):
+def test_an_invalid_spec_is_refused(message, error):
     with pytest.raises(error):
         specs.decode(message)
 
@@ -103,12 +103,12 @@ def test_leaves_of_x_and_y_can_be_replaced(nested):
     assert (tied.x.leaves[0].shape, tied.y.leaves[0].shape) == (X.shape, Y.shape)
 
 
-def test_a_spec_reads_like_tensorflows():
+def test_the_text_of_a_spec_is_like_tensorflows():
     assert repr(X) == "TensorSpec(shape=(None, 2), dtype=float32)"
     assert str(StructureSpec.of({"a": (X, None)})) == "{'a': (float32[None,2], None)}"
 
 
-def test_a_structure_of_specs_holds_nothing_else():
+def test_a_structure_of_specs_refuses_other_leaves():
     with pytest.raises(errors.StructureMismatch, match=r"spec\[1\]: expected a TensorSpec, got int"):
         StructureSpec.of([X, 3])
 
@@ -149,7 +149,7 @@ def test_masks_of_predictions_are_described():
     assert description.decode(v1.ModelDescription.FromString(description.encode(whole).SerializeToString())) == whole
 
 
-def test_a_description_without_masks_is_what_it_was_before_there_were_any():
+def test_a_description_without_masks_has_no_mask_field():
     message = description.encode(ModelDescription(ModelIdentity("m", 1, b""), "f", model_spec()))
     assert not message.HasField("prediction_mask")
     assert description.decode(message).spec.prediction_mask == specs.EMPTY
@@ -185,7 +185,7 @@ def test_a_copied_description_is_the_same_and_has_the_same_element_types(copied)
         assert found.spec.sample_weight.leaves[0].data_type is dtype
 
 
-def test_facts_are_those_of_the_description_and_every_function_has_one():
+def test_facts_show_the_description_and_each_function():
     mask = StructureSpec.of(TensorSpec((None,), dtypes.BY_NAME["bool"]))
     spec = model_spec(prediction_mask=mask, unavailable={Function.WEIGHTED_LOSS: "it knows no weights"})
     described = ModelDescription(ModelIdentity("m", 3, b""), "keras", spec, "rows mix", "", "tried", ("slow", "large"))

@@ -119,7 +119,7 @@ def test_an_invalid_call_is_refused(pieces, error):
         received([v1.PipelineRequest(frames=pieces).SerializeToString()], frames.decode_calls, inbox)
 
 
-def test_a_call_that_was_dropped_leaves_room_for_others():
+def test_a_dropped_call_releases_its_memory():
     inbox = Inbox(100, 100)
     half = v1.PipelineRequest(frames=[call_frame(size_bytes=100)]).SerializeToString()
     for _ in range(3):
@@ -168,7 +168,7 @@ def uncached(read):
 
 @settings(max_examples=300)
 @given(st.sampled_from([None, 1.5]), st.integers(0, 300), st.randoms(use_true_random=False))
-def test_frames_are_read_alike_with_and_without_the_cache_of_heads(timeout_s, call, rng):
+def test_frames_are_decoded_equally_with_and_without_the_header_cache(timeout_s, call, rng):
     calls, answers = Outbox(answers=False), Outbox(answers=True)
     for number in range(call, call + 3):
         calls.put(number, frames.encode_call("Loss", timeout_s, 30), bytes(30))

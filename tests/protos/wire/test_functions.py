@@ -25,7 +25,7 @@ def has(message, place: str) -> bool:
 
 
 @pytest.mark.parametrize("function", Function, ids=lambda function: function.name)
-def test_every_row_is_true_of_the_messages_of_its_rpc(function):
+def test_every_row_matches_the_messages_of_its_rpc(function):
     method = METHODS[function.signature.method]
     assert method.name in SERVICES[MODEL_SERVICE]
     assert all(has(method.request, place) for place in function.signature.arguments)
@@ -47,18 +47,18 @@ def test_every_structure_of_a_request_is_an_argument_of_some_function():
                 assert field.name in named
 
 
-def test_functions_of_one_rpc_are_told_apart_by_sample_weights():
+def test_functions_of_one_rpc_are_distinguished_by_sample_weights():
     assert Function.LOSS.variants == (Function.LOSS, Function.WEIGHTED_LOSS)
     assert Function.LOSS.with_sample_weight is Function.WEIGHTED_LOSS
     assert Function.WEIGHTED_LOSS.with_sample_weight is Function.WEIGHTED_LOSS
     assert Function.UPDATE_METRICS_STATE.with_sample_weight is Function.WEIGHTED_UPDATE_METRICS_STATE
-    with pytest.raises(LookupError, match="forward_pass takes no sample weights"):
+    with pytest.raises(LookupError, match="forward_pass does not take sample weights"):
         _ = Function.FORWARD_PASS.with_sample_weight
     for function in Function:
         assert len({one.takes_sample_weight for one in function.variants}) == len(function.variants)
 
 
-def test_metrics_functions_are_those_of_a_state():
+def test_metrics_functions_are_the_functions_of_the_metrics_state():
     assert [function.title for function in METRICS_FUNCTIONS] == [
         "initialize_metrics_state",
         "update_metrics_state",
@@ -67,7 +67,7 @@ def test_metrics_functions_are_those_of_a_state():
     ]
 
 
-def test_a_mask_and_its_predictions_stand_in_the_same_row():
+def test_each_mask_is_in_the_same_row_as_its_predictions():
     for function in Function:
         for places in (function.signature.arguments, function.signature.results):
             assert all(MASKS_OF[place] in places for place in places if place in MASKS_OF)
@@ -81,5 +81,5 @@ def test_a_batch_output_has_the_fields_of_the_tuple_and_a_mask():
 
 
 @pytest.mark.parametrize("function", Function, ids=lambda function: function.name)
-def test_a_function_goes_to_another_process_as_itself(function):
+def test_a_function_can_be_pickled_and_copied(function):
     assert pickle.loads(pickle.dumps(function)) is copy.deepcopy(function) is Function(function.value) is function

@@ -50,7 +50,7 @@ def same(data: bytes, kind=v1.PredictOnBatchRequest) -> None:
 
 @settings(max_examples=200)
 @given(any_structures(), st.randoms(use_true_random=False))
-def test_messages_are_read_alike_with_and_without_a_cached_layout(value, rng):
+def test_messages_are_decoded_equally_with_and_without_a_cached_layout(value, rng):
     before = request(value, weights_id=bytes(32))
     for _ in range(8):
         outcome(before)
@@ -72,7 +72,7 @@ def test_a_header_of_any_bytes_is_read_with_a_cached_layout(value, head):
     same(head + body)
 
 
-def test_the_elements_are_those_of_each_message():
+def test_a_cached_layout_gives_the_elements_of_each_message():
     for index in range(5):
         value = {"a": np.float32([[index, 1]]), "b": (np.int64(index), np.zeros((0, index), np.int8))}
         weights_id = bytes([index]) * 32
@@ -117,7 +117,7 @@ def test_a_structure_hidden_in_a_header_of_the_same_length_is_refused():
         messages.decode(v1.PredictOnBatchRequest, hidden + body)
 
 
-def test_a_header_that_covers_the_structures_leaves_none():
+def test_a_header_field_that_covers_the_structures_is_not_read_as_structures():
     data = request(np.zeros(3), weights_id=bytes(32))
     messages.decode(v1.PredictOnBatchRequest, data)
     at = data.index(b"\x22\x20")

@@ -108,7 +108,7 @@ def test_a_wrong_number_of_leaves_is_refused():
         trees.flatten((1, 2))[0].unflatten([1])
 
 
-def test_a_tree_that_contains_itself_is_refused():
+def test_a_recursive_tree_is_refused():
     endless: list = []
     endless.append(endless)
     with pytest.raises(errors.StructureMismatch, match="at most 24 levels"):

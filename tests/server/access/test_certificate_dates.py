@@ -36,7 +36,7 @@ def test_the_expiry_of_a_certificate_is_read(kind, year):
     assert certificate_dates.first_end_s(pem(certificate(end, kind))) == end.timestamp()
 
 
-def test_of_several_the_first_to_expire_counts():
+def test_the_first_expiry_of_several_certificates_counts():
     made = [certificate(datetime.datetime(year, 1, 1)) for year in (2040, 2035, 2060)]
     found = certificate_dates.first_end_s(b"# signers\n" + b"".join(map(pem, made)))
     assert found == datetime.datetime(2035, 1, 1, tzinfo=datetime.timezone.utc).timestamp()

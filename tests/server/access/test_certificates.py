@@ -37,8 +37,14 @@ def encrypted_key(signer, tmp_path):
         (encrypted_key, "expected a certificate and its unencrypted key in PEM"),
         (lambda signer, _: signer.key.write_text(""), "unencrypted key in PEM: the file holds none"),
         (lambda signer, _: signer.certificate.write_text("x"), "expected a certificate and its unencrypted key in PEM"),
-        (lambda signer, _: signer.ca.write_text("x"), "expected certificates of clients' signers in PEM"),
-        (lambda signer, _: signer.ca.write_text(""), "expected certificates of clients' signers in PEM"),
+        (
+            lambda signer, _: signer.ca.write_text("x"),
+            "expected certificates of authorities for client certificates, in PEM",
+        ),
+        (
+            lambda signer, _: signer.ca.write_text(""),
+            "expected certificates of authorities for client certificates, in PEM",
+        ),
     ],
 )
 def test_invalid_files_are_refused_and_do_not_replace_valid_ones(signer, tmp_path, caplog, spoil, message):

@@ -79,7 +79,7 @@ def test_times_without_an_offset_are_utc():
     assert tokens.parse_expiry("2d") == pytest.approx(time.time() + 2 * 24 * 3600, abs=60)
 
 
-def test_a_file_of_comments_admits_no_caller(read):
+def test_a_token_file_with_only_comments_admits_no_caller(read):
     assert read("# nobody\n").find("secret") is None
 
 
@@ -90,7 +90,7 @@ def test_a_file_of_comments_admits_no_caller(read):
         (f"{HASH} alice call never", "tokens: expected a newline at its end"),
         (f"{HASH} alice call\n", r"line 1: expected sha256:HEX PRINCIPAL ROLE\[,ROLE\] EXPIRY, got 3 words"),
         (f"\n{HASH} alice call never more\n", "line 2: expected .* got 5 words"),
-        ("secret alice call never\n", "line 1: expected sha256: and 64 hexadecimal digits first"),
+        ("secret alice call never\n", "line 1: expected sha256: and 64 hexadecimal digits at the start"),
         (f"{HASH[:-1]} alice call never\n", "line 1: expected sha256:"),
         (f"{HASH} alice root,call never\n", "line 1: expected roles of call, manage, got root"),
         (f"{HASH} alice , never\n", "line 1: expected roles of call, manage, got "),
@@ -98,7 +98,7 @@ def test_a_file_of_comments_admits_no_caller(read):
         (f"{HASH} {'a' * 129} call never\n", "line 1: principal: expected 1 to 128"),
         (f"{HASH} alice call soon\n", "line 1: expiry: expected a date, a time, 30d or never, got 'soon'"),
         (f"{HASH} alice call 30d\n", "line 1: expected a date, a time or never"),
-        (f"{HASH} alice call never\n{HASH} bob call never\n", "line 2: the same token again"),
+        (f"{HASH} alice call never\n{HASH} bob call never\n", "line 2: the token is already in the file"),
     ],
 )
 def test_an_invalid_line_is_refused_by_its_number(read, text, message):

@@ -100,7 +100,7 @@ def test_a_process_checks_with_a_trial(tmp_path):
     assert "guard: tried in a child process on 4 sizes of batch, oneDNN off" in shown
 
 
-def test_the_facts_of_a_model_are_those_that_a_client_sees(tmp_path):
+def test_the_shown_facts_of_a_model_equal_those_that_a_client_sees(tmp_path):
     folder = tmp_path / "m" / "1"
     folder.mkdir(parents=True)
     masked = keras.Sequential([keras.Input((None,)), keras.layers.Embedding(5, 2, mask_zero=True)])

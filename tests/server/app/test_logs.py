@@ -37,18 +37,18 @@ def test_an_event_is_one_object_with_its_fields():
     }
 
 
-def test_an_exception_is_told_with_its_place():
+def test_an_exception_is_logged_with_its_place():
     try:
         raise ValueError("wrong")
     except ValueError:
         record = logging.LogRecord("some.place", logging.ERROR, "file", 1, "it failed", (), sys.exc_info())
     event = json.loads(JsonFormatter().format(record))
     assert event["exception"].endswith("ValueError: wrong")
-    assert "test_an_exception_is_told_with_its_place" in event["exception"]
+    assert "test_an_exception_is_logged_with_its_place" in event["exception"]
 
 
 @pytest.mark.parametrize("log_format", ["json", "text"])
-def test_the_log_knows_the_request_by_the_id_that_its_caller_was_told(log_format):
+def test_the_log_has_the_request_id_that_the_caller_got(log_format):
     arguments = ("--factory", "crashing=support.zoo:crashing", "--factory", "broken=support.zoo:keras_batch")
     arguments += ("--required-models", "crashing")
     with ServerProcess(*arguments, "--log-format", log_format) as server:

@@ -122,7 +122,7 @@ def test_a_server_and_a_process_that_it_spawns_find_modules_of_the_working_direc
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no PYTHONSAFEPATH")
-def test_a_safe_path_leaves_the_working_directory_out(folder):
+def test_a_safe_path_does_not_contain_the_working_directory(folder):
     done = run(folder, "export", "scaling_model:scaling", "models", "mine", PYTHONSAFEPATH="1")
     assert done.returncode == 1
     assert "No module named 'scaling_model'" in done.stdout

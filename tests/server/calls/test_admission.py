@@ -22,7 +22,7 @@ MANY = Limits(calls=100, size_bytes=1000)
         (MANY, Limits(calls=9, size_bytes=25), "this principal's calls: expected at most 25 bytes at once, got 30"),
     ],
 )
-def test_what_is_beyond_a_limit_is_refused_by_its_name(in_all, each, message):
+def test_a_call_beyond_a_limit_is_refused_with_the_limits_name(in_all, each, message):
     admission = Admission(in_all, each)
     for _ in range(2):
         admission.enter("alice", 10)
@@ -33,7 +33,7 @@ def test_what_is_beyond_a_limit_is_refused_by_its_name(in_all, each, message):
     admission.enter("alice", 10)
 
 
-def test_the_share_of_one_is_no_share_of_another():
+def test_principals_have_separate_shares():
     admission = Admission(Limits(calls=3, size_bytes=1000), Limits(calls=2, size_bytes=1000))
     for principal in ("alice", "alice", "bob"):
         admission.enter(principal, 1)
@@ -45,14 +45,14 @@ def test_the_share_of_one_is_no_share_of_another():
     admission.enter("bob", 1)
 
 
-def test_one_call_alone_is_taken_however_long():
+def test_a_single_call_of_any_size_is_admitted():
     admission = Admission(Limits(calls=9, size_bytes=10), Limits(calls=9, size_bytes=10))
     admission.enter("alice", 100)
     with pytest.raises(errors.ServerOverloaded):
         admission.enter("alice", 1)
 
 
-def test_bytes_that_arrive_count_and_are_no_calls():
+def test_arriving_bytes_count_without_counting_as_calls():
     admission = Admission(Limits(calls=1, size_bytes=10), Limits(calls=1, size_bytes=10))
     for _ in range(2):
         admission.enter("alice", 5, calls=0)
@@ -62,7 +62,7 @@ def test_bytes_that_arrive_count_and_are_no_calls():
     admission.enter("alice", 10)
 
 
-def test_nothing_is_kept_of_principals_that_have_left():
+def test_names_of_principals_without_calls_are_dropped():
     class Name(str):
         """A name that can be referred to weakly."""
 
@@ -83,7 +83,7 @@ def test_nothing_is_kept_of_principals_that_have_left():
     assert len(kept) == 0
 
 
-def test_what_is_held_is_never_refused_and_leaves_less_room():
+def test_held_bytes_are_never_refused_and_count_against_the_limit():
     admission = Admission(Limits(calls=10, size_bytes=100), Limits(calls=10, size_bytes=100))
     admission.enter("alice", 60)
     admission.hold("alice", 90)
@@ -96,7 +96,7 @@ def test_what_is_held_is_never_refused_and_leaves_less_room():
     assert admission.size_bytes == 20
 
 
-def test_limits_that_change_leave_what_was_taken():
+def test_changed_limits_do_not_affect_admitted_calls():
     admission = Admission(Limits(calls=10, size_bytes=100), Limits(calls=10, size_bytes=100))
     admission.enter("alice", 80)
     admission.limit(Limits(calls=10, size_bytes=50), Limits(calls=10, size_bytes=50))

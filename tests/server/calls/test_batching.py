@@ -87,7 +87,7 @@ def test_calls_that_wait_together_run_together_and_each_gets_its_own_rows():
     run(scenario)
 
 
-def test_calls_that_come_while_a_batch_runs_make_the_next():
+def test_calls_that_arrive_while_a_batch_runs_form_the_next_batch():
     async def scenario(batcher, doubling, observer):
         doubling.gate.clear()
         first = predict(batcher, doubling, rows(1))
@@ -101,7 +101,7 @@ def test_calls_that_come_while_a_batch_runs_make_the_next():
     run(scenario)
 
 
-def test_a_call_alone_waits_for_nobody():
+def test_a_single_call_does_not_wait_for_a_batch():
     async def scenario(batcher, doubling, observer):
         for value in range(20):
             assert (await predict(batcher, doubling, rows(value)))[0].tolist() == [2 * value]
@@ -111,7 +111,7 @@ def test_a_call_alone_waits_for_nobody():
     run(scenario)
 
 
-def test_a_call_waits_for_one_that_is_known_to_come():
+def test_a_call_waits_for_an_announced_call():
     arrivals = Arrivals()
 
     async def scenario(batcher, doubling, observer):
@@ -131,7 +131,7 @@ def test_a_call_waits_for_one_that_is_known_to_come():
     run(scenario, arrivals=arrivals)
 
 
-def test_one_that_is_known_to_come_and_never_does_holds_nobody_up():
+def test_an_announced_call_that_never_arrives_delays_no_other_call():
     arrivals = Arrivals()
 
     async def scenario(batcher, doubling, observer):
@@ -148,7 +148,7 @@ def test_one_that_is_known_to_come_and_never_does_holds_nobody_up():
     run(scenario, arrivals=arrivals)
 
 
-def test_other_weights_and_rows_of_another_shape_have_batches_of_their_own():
+def test_calls_with_other_weights_or_row_shapes_have_separate_batches():
     async def scenario(batcher, doubling, observer):
         other = (np.float32(3),)
         await come_together(batcher, doubling, observer)
@@ -176,7 +176,7 @@ def test_a_bad_request_in_a_batch_fails_alone():
     run(scenario)
 
 
-def test_a_call_that_is_given_up_in_the_queue_never_runs():
+def test_a_call_that_is_cancelled_in_the_queue_never_runs():
     async def scenario(batcher, doubling, observer):
         doubling.gate.clear()
         first = predict(batcher, doubling, rows(1))
@@ -192,7 +192,7 @@ def test_a_call_that_is_given_up_in_the_queue_never_runs():
     run(scenario)
 
 
-def test_a_batch_holds_no_more_rows_than_it_may_and_a_longer_call_runs_alone():
+def test_a_batch_has_at_most_max_rows_and_a_longer_call_runs_alone():
     async def scenario(batcher, doubling, observer):
         await come_together(batcher, doubling, observer)
         calls = [predict(batcher, doubling, rows(*range(count))) for count in (4, 4, 4, 30, 2)]
@@ -202,7 +202,7 @@ def test_a_batch_holds_no_more_rows_than_it_may_and_a_longer_call_runs_alone():
     run(scenario, max_rows=10)
 
 
-def test_leaves_of_different_length_are_left_to_the_model():
+def test_leaves_of_different_length_are_passed_to_the_model():
     async def scenario(batcher, doubling, observer):
         found = await predict(batcher, doubling, [np.float32([1]), np.float32([1, 2])])
         assert [leaf.tolist() for leaf in found] == [[2], [2, 4]]
@@ -250,7 +250,7 @@ def test_each_caller_gets_as_many_rows_as_it_sent():
     run(scenario)
 
 
-def test_no_queue_is_left_behind():
+def test_every_queue_is_removed_after_use():
     async def scenario(batcher, doubling, observer):
         await come_together(batcher, doubling, observer)
         kept = []

@@ -94,7 +94,7 @@ def test_arguments_are_flat_and_in_the_models_order(registry):
 
 
 @pytest.mark.parametrize("value", [None, "absent"])
-def test_what_no_metric_reads_may_be_none_or_absent(registry, value):
+def test_a_field_that_no_metric_reads_can_be_none_or_absent(registry, value):
     servable = registry.get("keras_cnn", 1)
     spec = servable.model.description.spec
     state = [np.zeros((), np.float32)] * len(spec.metrics_state.leaves)
@@ -109,7 +109,7 @@ def test_what_no_metric_reads_may_be_none_or_absent(registry, value):
     assert len(leaves) == len(state) + 4
 
 
-def test_what_a_function_reads_may_not_be_none(registry):
+def test_an_argument_that_the_function_reads_cannot_be_none(registry):
     plan = registry.get("keras_cnn", 1).plan(Function.LOSS)
     with pytest.raises(errors.StructureMismatch, match=r"output: expected float32\[None,5\], got None"):
         plan.flatten({"output": Structure.of(None), "label": Structure.of(np.int64([1]))})

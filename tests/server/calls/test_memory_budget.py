@@ -12,7 +12,7 @@ MIB = 2**20
 GIB = 2**30
 
 
-def test_what_weights_and_models_leave_is_for_messages_and_all_of_it_stays_within_the_memory():
+def test_messages_get_the_memory_that_weights_and_models_leave():
     budget = MemoryBudget(memory_bytes=4 * GIB, base_bytes=0, weights_bytes=GIB)
     messages_bytes = budget.messages_bytes(256 * MIB)
     # The figure of docs/reliability.md and deploy/README.md.
@@ -26,12 +26,12 @@ def test_what_weights_and_models_leave_is_for_messages_and_all_of_it_stays_withi
     [{"base_bytes": 2 * GIB}, {"weights_bytes": 2 * GIB}, {"memory_bytes": 3 * GIB}],
     ids=lambda more: next(iter(more)),
 )
-def test_less_room_leaves_less_for_messages(more):
+def test_less_memory_leaves_less_for_messages(more):
     usual = {"memory_bytes": 4 * GIB, "base_bytes": 0, "weights_bytes": 0}
     assert MemoryBudget(**{**usual, **more}).messages_bytes(0) < MemoryBudget(**usual).messages_bytes(0)
 
 
-def test_where_there_is_no_room_short_requests_go_on():
+def test_short_requests_are_accepted_even_without_memory_for_messages():
     assert MemoryBudget(memory_bytes=GIB, base_bytes=0, weights_bytes=GIB).messages_bytes(0) == 16 * MIB
 
 

@@ -141,7 +141,7 @@ def test_a_slow_step_is_committed_while_the_next_one_runs():
     run(scenario)
 
 
-def test_lanes_at_other_positions_run_only_what_they_lack():
+def test_lanes_at_other_positions_run_only_missing_batches():
     async def scenario():
         behind, ahead = Descent(), Descent(3)
         async with stream(behind, ahead) as batches:
@@ -154,7 +154,7 @@ def test_lanes_at_other_positions_run_only_what_they_lack():
     run(scenario)
 
 
-def test_batches_before_the_position_may_be_sent_again_and_are_passed_over():
+def test_batches_before_the_position_are_skipped_when_they_are_sent_again():
     async def scenario():
         lane = Descent(3)
         async with stream(lane) as batches:
@@ -192,7 +192,7 @@ def test_a_batch_that_cannot_be_committed_ends_the_stream_there():
     run(scenario)
 
 
-def test_what_was_run_is_committed_when_the_stream_breaks():
+def test_finished_batches_are_committed_when_the_stream_breaks():
     async def scenario():
         lane = Descent(delays={3: 3600})
         async with stream(lane) as batches:

@@ -52,7 +52,7 @@ def test_a_metrics_request_without_a_mask_counts_every_position(two_outputs):
     assert flat[-1].all()
 
 
-def test_a_mask_of_a_request_goes_to_the_function(two_outputs):
+def test_a_mask_of_a_request_is_passed_to_the_function(two_outputs):
     mask = np.zeros((2, 6), bool)
     given = Structure.of({"topic": None, "tags": mask})
     parts = {"output": Structure.of(predictions(2)), "label": labels(2), "output_mask": given}

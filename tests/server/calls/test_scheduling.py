@@ -42,7 +42,7 @@ async def threads(*steps) -> list[bool]:
         ([(SMALL, long), (SMALL, quick), (SMALL, quick)], [False, False, True]),
     ],
 )
-def test_computations_run_inline_while_they_are_known_to_be_short(steps, inline):
+def test_computations_run_inline_while_their_estimate_is_short(steps, inline):
     assert asyncio.run(threads(*steps)) == inline
 
 
@@ -60,7 +60,7 @@ def test_errors_reach_the_caller():
         asyncio.run(threads((SMALL, fail)))
 
 
-def test_a_call_that_is_given_up_while_it_waits_for_a_thread_never_runs():
+def test_a_call_that_is_cancelled_while_it_waits_for_a_thread_never_runs():
     async def run() -> list[str]:
         scheduler = Scheduler(1)
         ran: list[str] = []
@@ -92,7 +92,7 @@ def test_a_computation_with_a_loop_never_runs_inline():
     assert asyncio.run(run()) == [False] * 3
 
 
-def test_a_computation_that_held_up_the_event_loop_is_kept_away_from_it():
+def test_a_computation_that_delayed_the_event_loop_runs_on_a_thread_afterwards():
     def stall(leaves) -> threading.Thread:
         time.sleep(0.05)
         return threading.current_thread()
@@ -104,14 +104,14 @@ def test_a_computation_that_held_up_the_event_loop_is_kept_away_from_it():
 @pytest.mark.parametrize(
     "seconds, worked_s, is_short", [(0.02, 0.0001, True), (0.02, 0.02, False), (0.05, 0.0001, False)]
 )
-def test_a_processor_taken_away_for_some_milliseconds_is_no_fault_of_a_computation(seconds, worked_s, is_short):
+def test_preemption_does_not_count_as_a_slow_computation(seconds, worked_s, is_short):
     estimates = Estimates()
     estimates.add(SMALL, 1e-5, 1e-5, inline=True)
     estimates.add(SMALL, seconds, worked_s, inline=True)
     assert estimates.is_short(SMALL) is is_short
 
 
-def test_closing_does_not_wait_longer_than_it_may():
+def test_closing_waits_at_most_for_its_timeout():
     async def run() -> tuple[bool, float]:
         scheduler = Scheduler(1)
         release = threading.Event()

@@ -97,7 +97,7 @@ def test_a_version_with_sessions_is_not_unloaded_under_refuse(situation):
     asyncio.run(run())
 
 
-def test_an_unloaded_or_replaced_model_stays_for_its_sessions(situation):
+def test_an_unloaded_or_replaced_model_is_kept_for_its_sessions(situation):
     async def run():
         situation.write("m", 1)
         served = []
@@ -168,7 +168,7 @@ def test_loads_run_one_after_another_and_survive_cancellation(situation):
 def test_a_model_that_the_repository_lacks_is_not_found(situation, name):
     situation.write("m", 1)
     for method in (situation.management.load, situation.management.reload):
-        with pytest.raises(errors.ModelNotFound, match="model: expected one of the model repository, got "):
+        with pytest.raises(errors.ModelNotFound, match="model: expected the name of a model in the repository, got "):
             asyncio.run(method(name, 1))
     with pytest.raises(errors.ModelVersionNotFound, match="version of model 'm': expected one of 1, got 7"):
         asyncio.run(situation.management.load("m", 7))

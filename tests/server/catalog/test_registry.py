@@ -128,7 +128,7 @@ def test_a_new_version_is_loaded_and_unloaded():
         registry.get("m", 0)
 
 
-def test_another_version_stays_when_one_is_unloaded():
+def test_unloading_a_version_does_not_affect_another_one():
     registry = loaded(1, 2)
     assert registry.unload("m", 2)
     assert registry.get("m", 0).identity.version == 1

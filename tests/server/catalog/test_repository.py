@@ -19,7 +19,7 @@ def test_versions_are_found_in_numeric_order(tmp_path):
 @pytest.mark.parametrize(
     "path", ["a/0", "a/01", "a/-1", "a/v1", "a/1.5", "a/9223372036854775808", "a b/1", "ü/1", "_a/1", "n" * 129 + "/1"]
 )
-def test_entries_that_are_no_model_or_version_are_skipped_and_logged(tmp_path, path, caplog):
+def test_entries_that_are_not_models_or_versions_are_skipped_and_logged(tmp_path, path, caplog):
     (tmp_path / path).mkdir(parents=True)
     (tmp_path / "good" / "1").mkdir(parents=True)
     with caplog.at_level(logging.WARNING):
@@ -36,7 +36,7 @@ def test_files_and_hidden_folders_are_ignored(tmp_path, caplog):
     assert caplog.text == ""
 
 
-def test_entries_that_are_no_folder_are_skipped_with_a_warning(tmp_path, caplog):
+def test_entries_that_are_not_folders_are_skipped_with_a_warning(tmp_path, caplog):
     (tmp_path / "good" / "1").mkdir(parents=True)
     (tmp_path / "good" / "2").write_text("")
     (tmp_path / "good" / "3").symlink_to(tmp_path / "gone")

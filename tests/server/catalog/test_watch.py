@@ -44,7 +44,7 @@ def test_an_unchanged_version_is_not_loaded_again(situation):
     asyncio.run(run())
 
 
-def test_a_new_version_is_loaded_when_its_files_are_stable_and_the_former_one_stays(situation):
+def test_a_new_version_is_loaded_when_its_files_are_stable_and_the_old_one_is_still_served(situation):
     async def run():
         watch = await watching(situation)
         folder = situation.write("m", 2)
@@ -97,7 +97,7 @@ def test_a_broken_change_keeps_the_served_version_is_reported_and_is_loaded_afte
     asyncio.run(run())
 
 
-def test_a_removed_version_is_unloaded_and_loaded_again_when_it_is_back(situation):
+def test_a_removed_version_is_unloaded_and_loaded_again_when_its_files_return(situation):
     async def run():
         situation.write("m", 2)
         watch = await watching(situation)
@@ -113,7 +113,7 @@ def test_a_removed_version_is_unloaded_and_loaded_again_when_it_is_back(situatio
     asyncio.run(run())
 
 
-def test_what_an_operator_unloaded_stays_unloaded_until_it_changes(situation):
+def test_a_version_that_an_operator_unloaded_stays_unloaded_until_its_files_change(situation):
     async def run():
         situation.write("m", 2)
         watch = await watching(situation)
@@ -226,7 +226,7 @@ def test_a_version_with_sessions_is_unloaded_when_they_have_ended(situation, cap
     assert sum("waits for its sessions" in record.message for record in caplog.records) == 1
 
 
-def test_a_version_that_waits_for_its_sessions_and_is_wanted_again_stays(situation):
+def test_a_version_that_is_kept_for_its_sessions_is_served_again_if_the_policy_includes_it(situation):
     async def run():
         situation.write("m", 2)
         situation.wait_for_sessions()
@@ -251,7 +251,7 @@ def test_a_version_that_waits_for_its_sessions_and_is_wanted_again_stays(situati
     asyncio.run(run())
 
 
-def test_a_version_that_an_operator_loads_against_the_policy_stays(situation):
+def test_a_version_that_an_operator_loads_against_the_policy_is_kept(situation):
     async def run():
         situation.write("m", 2)
         situation.rule("m", serve=[2])
@@ -281,7 +281,7 @@ def test_a_new_entry_that_is_skipped_is_logged_once(situation, caplog):
     ]
 
 
-def test_a_model_with_a_temporarily_unreadable_folder_stays_in_service(situation):
+def test_a_model_with_a_temporarily_unreadable_folder_is_still_served(situation):
     situation.write("other", 1)
 
     async def run():

@@ -31,7 +31,7 @@ def run(function, values) -> np.ndarray:
     return execution(listed).run(Function(1), False, [np.float32(values)])[0]
 
 
-def test_arrays_of_every_dtype_come_back_as_they_went():
+def test_arrays_of_every_dtype_are_returned_unchanged():
     traced = tracing.trace(zoo.every_dtype())
     runner = Execution(traced.functions, "/device:CPU:0")
     arrays = []
@@ -50,7 +50,7 @@ def test_a_number_of_any_dtype_is_an_array_without_dimensions():
 
 
 @pytest.mark.parametrize("offset", [0, 1, 4, 16, 63, 64])
-def test_arrays_that_lie_askew_in_memory_are_read_right(offset):
+def test_unaligned_arrays_are_read_correctly(offset):
     data = bytes(64 + offset) + np.arange(1000, dtype=np.float32).tobytes()
     askew = np.frombuffer(data, np.float32, 1000, 64 + offset)
     assert run(lambda x: x * 2, askew).tolist() == (np.arange(1000) * 2).tolist()
@@ -82,7 +82,7 @@ def test_a_value_out_of_range_is_not_repeated():
     assert message.startswith("indices[0] = # is not in [0, 2)")
 
 
-def test_what_a_failed_assertion_prints_is_not_repeated():
+def test_values_printed_by_a_failed_assertion_are_not_in_the_error():
     def check(x):
         tf.debugging.assert_less(x, 3.0, message="too large")
         return x
@@ -100,7 +100,7 @@ def to_number(text: bytes) -> errors.ModelRefusedInput:
     return caught.value
 
 
-def test_a_refusal_that_quotes_bytes_that_are_no_text_is_a_refusal():
+def test_an_error_of_tensorflow_with_bytes_that_are_not_text_is_still_a_refusal():
     assert str(to_number(b"\xff\xfe abc")) == errors.ModelRefusedInput.sentence
 
 
@@ -114,12 +114,12 @@ def test_too_large_a_result_is_out_of_memory():
 
 
 @pytest.mark.parametrize("wanted", ["tpu", "cpu:x", "", "gpu:99", "cpu:99"])
-def test_a_device_that_is_not_there_is_refused(wanted):
+def test_a_missing_device_is_refused(wanted):
     with pytest.raises(DeviceNotFound, match=r"device: expected .*, got " + repr(wanted)):
         device.choose(wanted)
 
 
-def test_auto_is_the_cpu_where_there_is_no_gpu():
+def test_auto_selects_the_cpu_without_a_gpu():
     assert device.choose("auto") in ("/device:CPU:0", "/device:GPU:0")
 
 

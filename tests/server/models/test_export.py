@@ -57,7 +57,7 @@ def test_everything_that_tffs_format_lacks_is_kept(tmp_path):
         assert_same(loaded.finalize_metrics(updated), original.finalize_metrics(updated))
 
 
-def test_a_lookup_table_is_refused_for_no_export_holds_it(tmp_path):
+def test_an_export_of_a_lookup_table_is_refused(tmp_path):
     initializer = tf.lookup.KeyValueTensorInitializer(tf.constant([1, 2]), tf.constant([10.0, 20.0]))
     table = tf.lookup.StaticHashTable(initializer, 0.0)
     model = FunctionalModel(
@@ -70,7 +70,7 @@ def test_a_lookup_table_is_refused_for_no_export_holds_it(tmp_path):
         save_functional_model(model, tmp_path / "model")
 
 
-def test_a_call_of_python_is_refused_for_no_export_holds_it(tmp_path):
+def test_an_export_of_a_model_that_calls_python_is_refused(tmp_path):
     with pytest.raises(ModelLoadError, match=r"predict_on_batch calls Python \(tf.py_function"):
         save_functional_model(zoo.crashing(), tmp_path / "model")
 
@@ -106,7 +106,7 @@ def test_every_dtype_is_kept(tmp_path):
     assert [leaf.dtype.name for leaf in loaded.input_spec[0].values()] == zoo.DTYPES
 
 
-def test_what_a_model_lacks_it_lacks_when_it_is_loaded_too(tmp_path):
+def test_a_loaded_export_lacks_the_same_functions_as_its_model(tmp_path):
     original = load_functional_model(FOLDER / "linear_regression" / "saved_model")
     assert saved(original, tmp_path).unavailable == original.unavailable
 
@@ -116,7 +116,7 @@ def test_tffs_own_files_are_loaded():
     assert list(model.input_spec[0]) == ["dense", "cat"]
 
 
-def test_a_folder_with_something_in_it_is_not_overwritten(tmp_path):
+def test_a_folder_that_is_not_empty_is_not_overwritten(tmp_path):
     (tmp_path / "file").write_text("precious")
     with pytest.raises(FileExistsError, match="is not empty"):
         save_functional_model(zoo.slow(), tmp_path)
@@ -132,18 +132,18 @@ def test_a_saved_model_of_something_else_is_refused(tmp_path):
     module = tf.Module()
     module.f = tf.function(lambda: tf.constant(1)).get_concrete_function()
     tf.saved_model.save(module, str(tmp_path))
-    with pytest.raises(ModelLoadError, match="of no functional model"):
+    with pytest.raises(ModelLoadError, match="is not a functional model"):
         load_functional_model(tmp_path)
 
 
-def test_an_export_that_was_cut_short_is_not_taken_for_a_model(tmp_path):
+def test_an_incomplete_export_is_not_loaded(tmp_path):
     save_functional_model(zoo.slow(), tmp_path / "model")
     (tmp_path / "model" / SPEC_FILE_NAME).unlink()
     with pytest.raises(ModelLoadError):
         load_functional_model(tmp_path / "model")
 
 
-def test_a_batch_output_of_another_class_is_taken(tmp_path):
+def test_a_batch_output_of_another_class_is_accepted(tmp_path):
     original = zoo.structures()
     loaded = saved(original, tmp_path)
     x, y = zoo.structures_batch(2)

@@ -52,17 +52,17 @@ def test_a_keras_file_needs_its_configuration(keras_folder, name):
     "name, format_name",
     [("linear_regression_v052", "tff-0.51"), ("no_metrics", "tff-0.53"), ("linear_regression_head", "tff-head")],
 )
-def test_tffs_generations_are_told_apart(name, format_name):
+def test_the_tff_version_of_a_model_is_recognized(name, format_name):
     assert formats.read(FOLDER / name / "saved_model")[1] == format_name
 
 
-def test_an_operators_metrics_go_before_saved_ones(tmp_path):
+def test_the_operators_metrics_override_saved_ones(tmp_path):
     shutil.copytree(FOLDER / "keras_cnn_emnist_head" / "saved_model", tmp_path, dirs_exist_ok=True)
     write(tmp_path, {"metrics": {"mine": "SparseCategoricalAccuracy"}})
     assert list(formats.read(tmp_path)[0].initialize_metrics_state()) == ["mine"]
 
 
-def test_a_setting_that_would_change_nothing_is_refused(tmp_path):
+def test_a_setting_without_effect_is_refused(tmp_path):
     shutil.copytree(FOLDER / "no_metrics" / "saved_model", tmp_path, dirs_exist_ok=True)
     write(tmp_path, {"loss": "mse"})
     with pytest.raises(ModelLoadError, match=r"\['loss'\] cannot be set"):
@@ -77,7 +77,7 @@ def test_a_folder_without_one_model_is_refused(tmp_path, files):
         formats.read(tmp_path)
 
 
-def test_specs_are_read():
+def test_the_specs_of_a_configuration_are_read():
     config = read_text(
         {
             "input_spec": {
@@ -109,7 +109,7 @@ X = {"dtype": "float32", "shape": [None]}
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "not JSON"),
+        ("{", "expected JSON"),
         ("[]", "expected an object with keys among"),
         ({"losss": "mse"}, r"expected an object with keys among .*, got \['losss'\]"),
         ({"input_spec": [X, X]}, "input_spec: expected an object with keys x and y"),
@@ -121,7 +121,7 @@ X = {"dtype": "float32", "shape": [None]}
         ({"input_spec": {"x": {**X, "shape": [True]}, "y": X}}, r"input_spec\.x\.shape: .*got \[True\]"),
     ],
 )
-def test_a_configuration_that_cannot_be_is_refused_by_place(content, message):
+def test_an_invalid_configuration_is_refused_with_its_place(content, message):
     with pytest.raises(ModelLoadError, match=rf"^forwardpass\.json: {message}"):
         read_text(content)
 

@@ -51,7 +51,7 @@ def test_training_is_the_default():
     assert model.forward_pass(model.initial_weights, (X, Y)).predictions.numpy().tolist() == [4, 3]
 
 
-def test_a_forward_pass_of_its_own_may_disagree():
+def test_the_models_own_forward_pass_may_differ_from_predict_and_loss():
     model = zoo.structures()
     x, y = zoo.structures_batch(3)
     output = model.forward_pass(model.initial_weights, {"x": x, "y": y}, True)

@@ -24,13 +24,13 @@ def plain(folder: pathlib.Path) -> pathlib.Path:
     return folder
 
 
-def test_the_same_files_have_one_hash_however_a_volume_lays_them_out(tmp_path):
+def test_the_same_files_have_the_same_hash_with_and_without_links(tmp_path):
     expected = hashing.of_folder(plain(tmp_path / "plain"))
     assert hashing.of_folder(config_map(tmp_path / "pod_a", "2026_11_27_10_00_00.1")) == expected
     assert hashing.of_folder(config_map(tmp_path / "pod_b", "2026_11_27_10_00_07.2")) == expected
 
 
-def test_names_that_begin_with_a_dot_do_not_count_and_others_do(tmp_path):
+def test_only_names_that_begin_with_a_dot_are_ignored(tmp_path):
     folder = plain(tmp_path / "m")
     expected = hashing.of_folder(folder)
     for name in (".DS_Store", "._model.keras", ".nfs000001"):

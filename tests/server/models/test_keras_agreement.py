@@ -23,7 +23,7 @@ def warning(model: keras.Model, x: tf.TensorSpec, y: Any) -> str:
     return keras_agreement.warning(functional.keras_model, execution, found, traced.initial_weights)
 
 
-def test_a_layer_that_makes_another_graph_than_it_computes_is_named():
+def test_a_layer_whose_graph_differs_from_its_eager_result_is_named():
     sequences = keras.Input((None, 7, 3))
     model = keras.Model(sequences, layers.TimeDistributed(layers.Conv1D(2, 2), name="each")(layers.ReLU()(sequences)))
     found = warning(model, tf.TensorSpec([None, None, 7, 3]), tf.TensorSpec([None, None, 6, 2]))
@@ -39,7 +39,7 @@ def test_a_layer_that_differs_in_training_only_is_named():
     assert "layer 'bend' (RandomElasticTransform) traces another graph than it computes" in found
 
 
-def test_a_layer_that_draws_without_its_seed_brings_no_warning():
+def test_a_layer_that_draws_without_its_seed_causes_no_warning():
     class Noise(layers.Layer):
         def call(self, x: Any, training: bool = False) -> Any:
             return x + tf.random.uniform(tf.shape(x)) if training else x
@@ -49,7 +49,7 @@ def test_a_layer_that_draws_without_its_seed_brings_no_warning():
 
 
 @pytest.mark.parametrize("length", [None, 8])
-def test_a_model_that_agrees_brings_no_warning(length):
+def test_a_model_whose_graph_equals_keras_causes_no_warning(length):
     model = keras.Sequential([keras.Input((length, 3)), layers.LSTM(4), layers.Dropout(0.5), layers.Dense(2)])
     assert warning(model, tf.TensorSpec([None, length, 3]), tf.TensorSpec([None, 2])) == ""
 

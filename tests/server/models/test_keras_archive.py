@@ -87,7 +87,7 @@ def test_the_configuration_overrides_key_by_key(tmp_path):
         ("circle", None),
     ],
 )
-def test_labels_follow_from_the_loss_where_that_is_certain(tmp_path, loss, shape):
+def test_the_label_spec_is_derived_from_the_loss_if_it_is_unambiguous(tmp_path, loss, shape):
     model = one_output()
     model.compile(loss=loss)
     saved(model, tmp_path)
@@ -102,7 +102,7 @@ def _dtype(shape: list) -> tf.DType:
     return FLOAT if shape[1:] else tf.int64
 
 
-def test_what_is_no_keras_file_is_refused_by_name(tmp_path):
+def test_an_invalid_keras_file_is_refused_by_name(tmp_path):
     (tmp_path / "model.keras").write_text("none")
     with pytest.raises(ModelLoadError, match=r"^model\.keras: not a \.keras file of Keras 3 .*model\.save"):
         formats.read(tmp_path)
@@ -136,7 +136,7 @@ def script(code: str, *arguments: str, environment: dict[str, str] | None = None
     return done.stdout.strip()
 
 
-def test_each_load_in_each_process_gives_the_same_weights_names_and_training_predictions(tmp_path):
+def test_every_load_in_every_process_gives_the_same_weights_names_and_training_predictions(tmp_path):
     saved(with_noise(), tmp_path)
     code = """
         import sys, hashlib, pathlib, numpy as np, keras
@@ -156,7 +156,7 @@ def test_each_load_in_each_process_gives_the_same_weights_names_and_training_pre
     assert len(set(lines)) == 1
 
 
-def test_seeds_without_a_value_differ_from_layer_to_layer_and_given_ones_stay(tmp_path):
+def test_default_seeds_differ_between_layers_and_given_seeds_are_kept(tmp_path):
     made, _, _ = formats.read(saved(with_noise(), tmp_path))
     seeds = [int(weight[0]) for weight in made.initial_weights[1] if weight.shape == (2,)]
     assert len(set(seeds)) == len(seeds) == 5
@@ -246,7 +246,7 @@ REFUSED = (
 
 
 @pytest.mark.parametrize("order", [("plain", "named", "shop:factory"), ("shop:factory", "named", "plain")])
-def test_a_custom_object_is_found_where_its_module_is_named_and_nowhere_else_in_any_order(shop, order):
+def test_a_custom_object_is_found_only_by_models_that_name_its_module_in_any_load_order(shop, order):
     found = dict(zip(order, load(shop, *order), strict=True))
     assert found == {"plain": REFUSED, "named": "bias", "shop:factory": "loaded"}
 
@@ -269,7 +269,7 @@ def test_a_custom_object_of_the_configuration_is_named_when_it_is_unknown(tmp_pa
         formats.read(tmp_path)
 
 
-def test_a_module_that_is_not_there_is_refused_by_name(tmp_path):
+def test_a_missing_module_is_refused_by_name(tmp_path):
     saved(one_output(), tmp_path, {"imports": ["no_such_module"]})
     with pytest.raises(
         ModelLoadError, match=r"^forwardpass\.json: imports: module 'no_such_module' cannot be imported"
@@ -284,7 +284,7 @@ def test_imports_are_an_array_of_names(tmp_path, imports):
         model_config.read(tmp_path / "forwardpass.json")
 
 
-def test_what_is_registered_while_a_model_is_read_stays():
+def test_objects_registered_while_a_model_is_read_stay_registered():
     before = custom_objects.registered()
     with custom_objects.only({}, []):
         assert custom_objects.registered() == {}
@@ -315,7 +315,7 @@ def test_settings_of_the_users_home_and_environment_change_nothing(tmp_path):
     assert script(code, environment=environment) == "tensorflow float32 1e-07 channels_last"
 
 
-def test_a_library_user_on_another_backend_is_told_what_to_set():
+def test_another_keras_backend_raises_an_error_that_says_what_to_set():
     code = """
         try:
             from forwardpass_server import functional_model_from_keras

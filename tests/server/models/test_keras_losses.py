@@ -55,7 +55,7 @@ def run(made: FunctionalModel, function: Function, *leaves) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_every_loss_of_keras_gives_what_keras_gives(name):
+def test_every_loss_of_keras_equals_kerass_result(name):
     y, predictions = BATCHES.get(name, DEFAULT)
     loss = ARGUMENTS.get(name, getattr(keras.losses, name))
     # compile() gives the mean of a function's values.
@@ -151,13 +151,13 @@ class _PrivateLoss(keras.losses.Loss):
     ],
     ids=lambda loss: getattr(loss, "name", getattr(loss, "__name__", type(loss).__name__)),
 )
-def test_a_loss_of_any_name_gives_what_its_function_gives(loss):
+def test_a_loss_of_any_name_equals_its_function(loss):
     y, predictions = DEFAULT
     made = identity((4,), loss_fn=loss, input_spec=(spec_of(predictions), spec_of(y)))
     assert np.allclose(run(made, Function.LOSS, predictions, y), np.mean(mse(y, predictions)), rtol=RTOL)
 
 
-def test_a_loss_keeps_the_name_that_its_owner_gave_it():
+def test_a_loss_keeps_the_name_that_the_caller_gave_it():
     loss = keras.losses.MeanSquaredError(name="my loss")
     identity((4,), loss_fn=loss, input_spec=tuple(map(spec_of, DEFAULT)))
     assert loss.name == "my loss"
@@ -176,7 +176,7 @@ def test_a_function_that_needs_integer_labels_gets_them():
 
 
 @pytest.mark.parametrize("reduction", ["none", None, "sum", "mean", "sum_over_batch_size", "mean_with_sample_weight"])
-def test_every_reduction_works_beside_a_regularizer(reduction):
+def test_every_reduction_works_with_a_regularizer(reduction):
     model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(1, kernel_regularizer="l2")])
     loss = keras.losses.MeanSquaredError(reduction=reduction)
     made = functional_model_from_keras(model, loss, (X_SPEC, spec_of(CLICK)))

@@ -70,7 +70,7 @@ NAMES = sorted(name for name, value in vars(keras.metrics).items() if callable(v
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_metric_of_keras_gives_what_keras_gives(name):
+def test_every_metric_of_keras_equals_kerass_result(name):
     arguments, batches = MADE.get(name, ({}, CATEGORICAL))
     metric = getattr(keras.metrics, name)
     is_class = inspect.isclass(metric)
@@ -153,14 +153,14 @@ def single(metrics, weighted_metrics=None, y=STARS) -> FunctionalModel:
 
 
 @pytest.mark.parametrize("name", ["accuracy", "acc", "Accuracy"])
-def test_accuracy_is_what_keras_takes_it_for(name):
+def test_accuracy_is_resolved_as_in_keras(name):
     made = single([name])
     predicted = np.argmax(made.predict_on_batch(made.initial_weights, X, False), -1)
     expected = np.mean(predicted == STARS[:, 0])
     assert {name: float(value) for name, value in evaluated(made, STARS).items()} == {name: pytest.approx(expected)}
 
 
-def test_weighted_metrics_alone_count_weights_beside_metrics_as_in_keras():
+def test_only_weighted_metrics_use_sample_weights_as_in_keras():
     made = single(["acc"], ["acc"])
     found = evaluated(made, STARS, np.where(np.arange(16) < 2, 1, 0).astype(np.float32))
     plain = evaluated(made, STARS)
@@ -182,7 +182,7 @@ class Unweighted(keras.metrics.Metric):
         return self.count
 
 
-def test_a_metric_without_weights_leaves_them_to_the_others():
+def test_a_metric_that_ignores_weights_does_not_affect_other_metrics():
     made = single([Unweighted, "SparseCategoricalAccuracy"])
     weight = np.zeros(16, np.float32)
     weight[3] = 1
@@ -197,7 +197,7 @@ def test_a_metric_without_weights_leaves_them_to_the_others():
     [["AUC"], [{"class_name": "AUC", "config": {}}], [keras.metrics.AUC], lambda: [keras.metrics.AUC()]],
     ids=["name", "configuration", "class", "constructor"],
 )
-def test_names_do_not_count_on_from_model_to_model(metrics):
+def test_metric_names_have_no_counter_that_continues_from_model_to_model(metrics):
     inputs = keras.Input((6,))
     model = keras.Model(inputs, keras.layers.Dense(1, "sigmoid")(inputs))
     mine = keras.metrics.AUC().name
@@ -237,6 +237,6 @@ def test_a_metric_over_all_outputs_at_once_gets_them_as_in_tff():
     assert made.finalize_metrics(state) == 16
 
 
-def test_weighted_metrics_need_no_metrics_beside_them():
+def test_weighted_metrics_work_without_metrics():
     made = single(None, ["mae"])
     assert list(made.finalize_metrics(made.initialize_metrics_state())) == ["mae"]

@@ -124,7 +124,7 @@ class _CallableLoss(keras.losses.Loss):
         return self._function(y_true, y_pred)
 
 
-def test_regularisation_counts_in_the_forward_pass_alone():
+def test_regularisation_counts_only_in_the_forward_pass():
     keras.utils.set_random_seed(2)
     model = keras.Sequential(
         [
@@ -149,7 +149,7 @@ def test_a_model_that_is_not_built_yet_is_built_from_the_input_spec():
     assert [weight.shape for weight in functional(model, input_spec=spec).initial_weights[0]] == [(4, 3), (3,)]
 
 
-def test_a_callable_may_make_the_model():
+def test_a_callable_that_returns_a_keras_model_is_accepted():
     made = functional(lambda: zoo.keras_cnn(1))
     assert len(made.initial_weights[0]) == 6
 
@@ -252,7 +252,7 @@ def test_metrics_by_name_are_in_the_order_given():
     assert list(made.finalize_metrics(made.initialize_metrics_state())) == ["z", "a"]
 
 
-def test_a_single_metric_has_a_state_of_its_own_as_in_tff():
+def test_a_single_metric_has_its_own_state_as_in_tff():
     made = functional(zoo.keras_cnn(1), metrics_constructor=keras.metrics.SparseCategoricalAccuracy)
     state = made.initialize_metrics_state()
     assert isinstance(state, tuple)
@@ -286,15 +286,15 @@ def test_losses_equal_keras_by_name_configuration_object_and_function(loss, expe
         ({"loss_fn": "nonsense"}, "nonsense"),
         ({"loss_fn": 3}, "3"),
         ({"metrics_constructor": ["nonsense"]}, "nonsense"),
-        ({"metrics_constructor": ["MeanSquaredError", "MeanSquaredError"]}, "two of one name"),
+        ({"metrics_constructor": ["MeanSquaredError", "MeanSquaredError"]}, "expected different names"),
         ({"metrics_constructor": [lambda: 3]}, "expected a Keras metric"),
     ],
 )
-def test_what_keras_does_not_know_is_refused(changes, message):
+def test_arguments_that_keras_does_not_know_are_refused(changes, message):
     with pytest.raises((ValueError, TypeError), match=message):
         functional(zoo.keras_cnn(1), **changes)
 
 
-def test_what_is_no_keras_model_is_refused():
+def test_a_callable_that_returns_no_keras_model_is_refused():
     with pytest.raises(ValueError, match=r"expected a keras\.Model or a callable for one, got int"):
         functional(lambda: 3)

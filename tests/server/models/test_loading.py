@@ -37,7 +37,7 @@ def test_every_golden_model_is_loaded_with_its_hash(loader, name):
     assert model.description.identity.content_hash == hashing.of_folder(folder)
 
 
-def test_the_hash_tells_contents_names_and_places_apart(tmp_path):
+def test_the_hash_depends_on_contents_names_and_folders(tmp_path):
     def write(files: dict[str, str]) -> bytes:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         for name, text in files.items():
@@ -140,7 +140,7 @@ def test_files_that_change_while_they_are_read_are_refused(loader, tmp_path, mon
         loader.load(ModelSource("m", 1, folder=folder))
 
 
-def test_a_model_that_no_client_could_read_is_refused(loader, monkeypatch):
+def test_a_model_whose_description_clients_cannot_read_is_refused(loader, monkeypatch):
     class Pair(NamedTuple):
         trainable: tuple[np.ndarray, ...]
         non_trainable: tuple[np.ndarray, ...]
@@ -157,7 +157,7 @@ def test_a_model_that_no_client_could_read_is_refused(loader, monkeypatch):
         loader.load(ModelSource("m", 1, factory="a:b"))
 
 
-def test_importing_the_loader_leaves_the_choice_of_a_device_open():
+def test_importing_the_loader_does_not_choose_a_device():
     # Once TensorFlow has started, a GPU's memory growth cannot be set any more, nor can this.
     script = """
         import tensorflow as tf
@@ -183,7 +183,7 @@ def test_importing_the_loader_leaves_the_choice_of_a_device_open():
         ("collections:OrderedDict", ModelLoadError, "returned a OrderedDict, expected a FunctionalModel"),
     ],
 )
-def test_a_factory_that_makes_no_model_is_refused(factory, error, message):
+def test_a_factory_that_returns_no_model_is_refused(factory, error, message):
     with pytest.raises(error, match=re.escape(message)):
         loading.from_factory(factory)
 
@@ -216,15 +216,15 @@ def test_inputs_that_must_agree_share_the_batch():
     assert batched(two_inputs(lambda a, b: tf.concat([a, b], 1))) == [True, True, False]
 
 
-def test_inputs_that_broadcast_do_not_share_the_batch_for_a_local_model_takes_them_too():
+def test_inputs_that_broadcast_do_not_share_the_batch_dimension():
     assert batched(two_inputs(lambda a, b: a + b)) == [False, False, False]
 
 
-def test_inputs_of_sizes_of_their_own_do_not_share_the_batch():
+def test_inputs_with_independent_sizes_do_not_share_the_batch_dimension():
     assert batched(two_inputs(lambda a, b: tf.concat([a, b], 0))) == [False, False, False]
 
 
-def test_groups_of_inputs_with_sizes_of_their_own_are_not_tied_to_each_other():
+def test_independent_groups_of_inputs_do_not_share_a_batch_dimension():
     def predict(model_weights, x, training):
         messages = tf.gather(x["nodes"], x["source"])
         return x["nodes"] + tf.math.unsorted_segment_sum(messages, x["target"], tf.shape(x["nodes"])[0])
@@ -242,7 +242,7 @@ def test_groups_of_inputs_with_sizes_of_their_own_are_not_tied_to_each_other():
     assert batched(model) == [False] * 4
 
 
-def test_a_model_that_refuses_zeros_is_served_all_the_same(loader, caplog):
+def test_a_model_that_refuses_zeros_is_served(loader, caplog):
     with caplog.at_level(logging.WARNING):
         model = loader.load(ModelSource("picky", 1, factory=f"{__name__}:picky"))
     assert "picky/1: predict_on_batch was not warmed, since it refuses the example batch" in caplog.text
@@ -264,7 +264,7 @@ def picky() -> FunctionalModel:
     )
 
 
-def test_a_keras_file_from_strangers_runs_no_code(tmp_path, loader):
+def test_an_untrusted_keras_file_runs_no_code(tmp_path, loader):
     import json
 
     import keras

@@ -81,7 +81,7 @@ def test_metrics_of_a_functional_model_are_those_of_keras(lstm, weighted):
         assert close(list(found.values()), list(expected.values()))
 
 
-def test_predictions_without_their_mask_are_counted_whole(lstm):
+def test_predictions_without_their_mask_count_completely(lstm):
     x, y, _ = TOKENS.batch(5, 0)
     plain = lstm.predict_on_batch(lstm.initial_weights, x, False).numpy()
     expected = -np.log(np.take_along_axis(plain, y[..., None], -1)).mean()
@@ -123,7 +123,7 @@ def test_an_export_keeps_the_spec_of_the_mask(tmp_path):
     assert tracing.trace(exported(model, tmp_path)).spec == spec
 
 
-def test_the_mask_goes_in_and_out_of_the_graphs_behind_everything_but_sample_weights():
+def test_the_mask_is_the_last_argument_and_result_before_sample_weights():
     traced = tracing.trace(functional(masked_models.build("lstm")))
     x, y, sample_weight = TOKENS.batch(5, 0)
     predictions, mask = traced.functions[Function.PREDICT_ON_BATCH, False](*map(tf.constant, traced.initial_weights), x)
@@ -142,7 +142,7 @@ def test_the_mask_goes_in_and_out_of_the_graphs_behind_everything_but_sample_wei
     [lambda: functional_model_from_keras(zoo.keras_cnn(1), "mse", tf_specs.nested_to_tf(CNN), None), zoo.structures],
     ids=["keras", "python"],
 )
-def test_a_model_without_masks_is_traced_as_if_there_were_none(make):
+def test_a_model_without_masks_is_traced_without_mask_arguments(make):
     spec = tracing.trace(make()).spec
     assert spec.prediction_mask == specs.EMPTY
     assert list(spec.arguments[Function.LOSS]) == ["output", "label"]

@@ -69,12 +69,12 @@ def test_states_that_are_sums_may_be_added(name):
 
 
 @pytest.mark.parametrize("name", NO_SUMS)
-def test_what_is_no_sum_is_named(name):
-    assert reason(NO_SUMS[name]) == "state['n'] is no sum over batches"
+def test_a_state_that_is_not_a_sum_is_named(name):
+    assert reason(NO_SUMS[name]) == "state['n'] is not a sum over batches"
 
 
-def test_states_that_grow_are_no_sums():
-    assert reason(zoo.remembering()) == "state['labels'] is no sum over batches"
+def test_states_that_grow_cannot_be_added():
+    assert reason(zoo.remembering()) == "state['labels'] is not a sum over batches"
 
 
 def test_states_that_hold_no_numbers_are_refused():
@@ -83,7 +83,7 @@ def test_states_that_hold_no_numbers_are_refused():
     assert reason(counting(lambda n, y: n, False)) == "state['n'] holds no numbers: bool[]"
 
 
-def test_a_model_that_refuses_the_probe_is_not_judged():
+def test_states_of_a_model_that_refuses_the_probe_cannot_be_added():
     def update(n, y):
         with tf.control_dependencies([tf.debugging.assert_greater(y, 2.0)]):
             return n + tf.reduce_sum(y)
@@ -92,7 +92,7 @@ def test_a_model_that_refuses_the_probe_is_not_judged():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_golden_models_are_judged(name):
+def test_the_golden_models_have_the_expected_result(name):
     model, *_ = formats.read(FOLDER / name / "saved_model")
     expected = "" if golden(name).manifest["metrics_in_saved_model"] else "the model has no metrics"
     assert reason(model) == expected

@@ -228,7 +228,7 @@ def test_a_server_that_needs_a_broken_interface_does_not_start_and_says_what_to_
 
 
 @pytest.mark.parametrize("case", SERVED, ids=lambda case: case[0])
-def test_a_server_that_can_do_without_a_broken_interface_serves_and_says_what_it_costs(outcomes, case):
+def test_a_server_without_an_optional_private_interface_serves_and_logs_the_cost(outcomes, case):
     found = outcomes[case]
     assert "predictions" in found, found
     assert found["predictions"] == [[0, 1, 2]] * 2

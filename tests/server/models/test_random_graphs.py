@@ -144,12 +144,12 @@ def test_every_random_graph_is_served_as_it_runs_locally_and_batched_as_it_runs_
     assert [(outcome.graph.steps, outcome.difference) for outcome in outcomes if outcome.difference] == []
 
 
-def test_no_random_graph_passes_the_rules_and_fails_the_probe(outcomes):
-    found = [outcome for outcome in outcomes if "other predictions" in outcome.reason]
+def test_the_probe_accepts_every_random_graph_that_the_rules_accept(outcomes):
+    found = [outcome for outcome in outcomes if "differ between a batch" in outcome.reason]
     assert [outcome.graph.steps for outcome in found if not outcome.graph.is_sensitive] == []
 
 
-def test_random_graphs_are_accepted_and_refused_in_fair_shares(outcomes):
+def test_many_random_graphs_are_accepted_and_many_are_refused(outcomes):
     accepted = [outcome for outcome in outcomes if not outcome.reason]
     # A proof that refused everything would be right, and of no use.
     assert len(accepted) >= _GRAPHS * 0.5
@@ -157,7 +157,7 @@ def test_random_graphs_are_accepted_and_refused_in_fair_shares(outcomes):
     assert len(accepted) <= _GRAPHS * 0.8
 
 
-def test_the_grammar_reaches_the_rules(outcomes):
+def test_the_random_graphs_use_most_rules(outcomes):
     reached = {operation for outcome in outcomes for operation in outcome.graph.operations}
     missing = set(row_rules.RULES) - reached
     assert len(missing) <= len(row_rules.RULES) * 0.25, sorted(missing)

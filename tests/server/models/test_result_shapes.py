@@ -45,7 +45,7 @@ def test_free_dimensions_of_an_empty_batch_are_those_of_a_row_of_zeros():
         assert (found.shape, texts.shape) == ((rows, 6), (rows,))
 
 
-def test_an_empty_batch_is_refused_where_its_shape_is_not_to_be_found():
+def test_an_empty_batch_is_refused_if_its_result_shape_cannot_be_found():
     def picky(x, weights):
         with tf.control_dependencies([tf.debugging.assert_greater(tf.reduce_sum(tf.abs(x[0]), 1), 0.0)]):
             return [tf.identity(x[0])]

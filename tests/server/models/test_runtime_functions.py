@@ -76,7 +76,7 @@ def predictions(model, *leaves) -> list[float]:
     return model.run(Function.PREDICT_ON_BATCH, False, [np.float32(leaf) for leaf in leaves])[0].tolist()
 
 
-def test_no_graph_stays_of_a_model_and_the_functions_that_it_calls_do(loader):
+def test_the_graphs_of_a_model_are_dropped_and_its_called_functions_are_kept(loader):
     source = ModelSource("branching", 1, factory=f"{__name__}:branching")
     # What all models share is traced with the first.
     loader.load(source)
@@ -87,7 +87,7 @@ def test_no_graph_stays_of_a_model_and_the_functions_that_it_calls_do(loader):
     assert predictions(model, 10, [8, 4]) == [1, 0.5]
 
 
-def test_a_model_that_nobody_uses_is_gone_without_the_garbage_collector(loader):
+def test_an_unused_model_is_freed_without_the_garbage_collector(loader):
     gc.collect()
     before = set(context.context().list_function_names())
     model = loader.load(ModelSource("branching", 1, factory=f"{__name__}:branching"))
@@ -120,7 +120,7 @@ def native_bytes() -> int:
     return found.uordblks + found.unused_3
 
 
-def test_a_model_that_is_loaded_again_leaves_no_native_memory_behind(loader, monkeypatch):
+def test_a_reload_does_not_leak_native_memory(loader, monkeypatch):
     monkeypatch.setattr(runtime_functions, "_MAX_STALE_KERNELS", 1)
     source = ModelSource("branching", 1, factory=f"{__name__}:branching")
     registry = Registry([source])
@@ -137,7 +137,7 @@ def test_a_model_that_is_loaded_again_leaves_no_native_memory_behind(loader, mon
     assert (reload(20) - before) / 20 < 100 * 1024
 
 
-def test_python_that_a_model_calls_stays_when_the_thread_that_loaded_it_has_ended_and_goes_with_it(loader):
+def test_python_functions_of_a_model_live_as_long_as_the_model_and_not_as_its_load_thread(loader):
     loaded = []
     source = ModelSource("calling", 1, factory=f"{__name__}:calling_python")
     thread = threading.Thread(target=lambda: loaded.append(loader.load(source)))

@@ -303,7 +303,7 @@ def test_graphs_that_look_separable_and_are_not_are_refused_by_the_rules(name):
 
 
 @pytest.mark.parametrize("name", INDICES)
-def test_an_index_that_rounding_may_change_is_refused(name):
+def test_batching_is_refused_for_an_index_that_rounding_may_change(name):
     predict, is_rounded = INDICES[name]
     found = found_by_rules(predict, [4])
     assert ("picks entries by numbers that" in found) is is_rounded
@@ -325,7 +325,7 @@ def test_operations_that_mix_rows_are_found_by_name(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_golden_models_are_judged(name):
+def test_the_golden_models_have_the_expected_result(name):
     model, *_ = formats.read(FOLDER / name / "saved_model")
     assert bool(reason(model)) is (name == "lstm_next_word")
 
@@ -356,11 +356,11 @@ def test_inputs_and_predictions_need_a_batch_dimension():
     assert reason(fixed).startswith("predictions has no batch dimension")
 
 
-def test_the_probe_catches_what_the_rules_would_let_pass(monkeypatch):
+def test_the_probe_detects_an_error_in_the_rules(monkeypatch):
     monkeypatch.setitem(row_rules.RULES, "Mean", row_rules._only_first)
     mixed = functional(lambda x: x - tf.reduce_mean(x, 0, keepdims=True) + tf.zeros_like(x))
     monkeypatch.setattr(separability, "_check_graph", lambda *arguments: None)
-    assert reason(mixed) == "rows had other predictions together than alone"
+    assert reason(mixed) == "predictions of a row differ between a batch and a single call"
 
 
 PROBED = {
@@ -384,7 +384,9 @@ def test_the_probe_finds_rows_that_depend_on_their_batch(name, monkeypatch):
     predict, shape = PROBED[name]
     monkeypatch.setattr(separability, "_check_graph", lambda *arguments: None)
     weights = (np.zeros((4, 3)),)
-    assert reason(functional(predict, shape, weights)) == "rows had other predictions together than alone"
+    assert (
+        reason(functional(predict, shape, weights)) == "predictions of a row differ between a batch and a single call"
+    )
 
 
 def test_a_probe_that_fails_is_a_reason_and_not_an_error(monkeypatch):
@@ -392,7 +394,7 @@ def test_a_probe_that_fails_is_a_reason_and_not_an_error(monkeypatch):
     assert reason(SEPARABLE["dense"]) == "the probe failed: ZeroDivisionError"
 
 
-def test_a_model_that_refuses_random_inputs_is_not_judged():
+def test_a_model_that_refuses_random_inputs_is_not_batched():
     def picky(x):
         with tf.control_dependencies([tf.debugging.assert_less(tf.abs(x), 1e-9)]):
             return tf.identity(x)
@@ -400,7 +402,7 @@ def test_a_model_that_refuses_random_inputs_is_not_judged():
     assert "assert_less" in reason(functional(picky))
 
 
-def test_the_operator_may_forbid_batching_and_cannot_force_it(tmp_path):
+def test_the_operator_can_disable_batching_but_cannot_force_it(tmp_path):
     for name, batching in (("no_metrics", False), ("lstm_next_word", True), ("linear_regression", True)):
         shutil.copytree(FOLDER / name / "saved_model", tmp_path / name)
         (tmp_path / name / "forwardpass.json").write_text(json.dumps({"batching": batching}))
@@ -415,7 +417,7 @@ def test_the_operator_may_forbid_batching_and_cannot_force_it(tmp_path):
     assert why("linear_regression", TensorFlowLoader("cpu", batching=False)) == "the operator forbids it"
 
 
-def test_what_was_judged_separable_is_bit_for_bit_the_same_alone_and_together_for_a_small_model():
+def test_a_small_separable_model_gives_equal_bits_alone_and_in_a_batch():
     traced = tracing.trace(
         functional_model_from_keras(
             zoo.keras_cnn(1),

@@ -62,6 +62,6 @@ def test_unnamed_elements_are_a_tuple():
         (struct(element(SCALAR, "a"), element(SCALAR)), errors.StructureMismatch),
     ],
 )
-def test_what_is_no_such_type_is_refused(serialized, error):
+def test_bytes_that_are_not_a_tff_type_are_refused(serialized, error):
     with pytest.raises(error):
         tff_types.decode(serialized, "here")

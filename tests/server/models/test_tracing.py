@@ -66,7 +66,7 @@ def test_containers_keep_kind_names_and_order():
     assert spec.metrics_state.tree.describe() == "OrderedDict({'total': [*], 'count': Scores(zeta=*, alpha=*)})"
 
 
-def test_python_numbers_among_the_weights_are_what_tensorflow_makes_of_them():
+def test_python_numbers_in_weights_are_converted_as_by_tensorflow():
     @tf.function
     def predict(model_weights, x, training):
         return x * model_weights[0][0] + tf.cast(model_weights[1][0], tf.float32)
@@ -93,19 +93,17 @@ def test_results_of_other_containers_for_training_are_refused():
         tracing.trace(model(predict, lambda *_: tf.constant(0.0)))
 
 
-def test_a_loss_that_knows_no_weights_leaves_the_rest_of_the_model_alone():
+def test_a_loss_without_sample_weights_does_not_affect_other_functions():
     def loss(output, label, sample_weight=None):
         if sample_weight is not None:
             raise ValueError("weights are beyond me")
         return tf.reduce_mean((output - label) ** 2)
 
     spec = tracing.trace(model(loss=loss)).spec
-    assert spec.unavailable == {
-        Function.WEIGHTED_LOSS: "the model's own code raised ValueError; the server's log says more"
-    }
+    assert spec.unavailable == {Function.WEIGHTED_LOSS: "the model's own code raised ValueError; see the server's log"}
 
 
-def test_captured_variables_are_refused_for_they_would_be_weights_nobody_can_give():
+def test_captured_variables_are_refused_because_callers_cannot_pass_them_as_weights():
     hidden = tf.Variable(2.0, name="hidden")
 
     @tf.function
@@ -116,7 +114,7 @@ def test_captured_variables_are_refused_for_they_would_be_weights_nobody_can_giv
         tracing.trace(model(predict))
 
 
-def test_captured_tables_and_constants_are_carried_along():
+def test_captured_tables_and_constants_are_kept():
     table = tf.lookup.StaticHashTable(
         tf.lookup.KeyValueTensorInitializer(tf.constant(["a", "b"]), tf.constant([1.0, 2.0])), -1.0
     )
@@ -151,7 +149,7 @@ def test_a_ragged_result_is_refused():
         tracing.trace(model(predict))
 
 
-def test_weights_that_are_no_pair_are_refused():
+def test_weights_that_are_not_a_pair_are_refused():
     with pytest.raises(errors.StructureMismatch, match=r"expected a pair \(trainable, non_trainable\)"):
         tracing.trace(model(initial_weights=(np.float32([1, 2]),)))
 
@@ -171,20 +169,20 @@ def test_a_state_that_grows_gets_a_spec_that_admits_it():
     assert [str(leaf) for leaf in spec.metrics_state.leaves] == ["float32[None]"]
 
 
-def test_a_state_that_comes_back_as_a_tuple_is_the_list_it_was():
+def test_a_state_returned_as_a_tuple_is_accepted_for_a_list():
     initialize = tf.function(lambda: [tf.constant(0.0)])
     update = tf.function(lambda state, labels, batch_output, sample_weight=None: (state[0] + 1,))
     assert tracing.trace(model(metrics_fns=metrics(initialize, update))).spec.metrics_state.tree.describe() == "[*]"
 
 
-def test_a_state_that_comes_back_as_another_structure_is_refused():
+def test_a_state_returned_as_another_structure_is_refused():
     initialize = tf.function(lambda: [tf.constant(0.0)])
     update = tf.function(lambda state, labels, batch_output, sample_weight=None: {"a": state[0]})
     with pytest.raises(errors.StructureMismatch, match="update_metrics_state: expected a list of 1"):
         tracing.trace(model(metrics_fns=metrics(initialize, update)))
 
 
-def test_fields_of_the_batch_output_that_an_update_reads_are_known():
+def test_fields_of_the_batch_output_that_an_update_reads_are_found():
     initialize = tf.function(lambda: tf.constant(0.0))
 
     @tf.function

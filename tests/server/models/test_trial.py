@@ -67,13 +67,13 @@ def test_functions_that_cannot_be_moved_to_another_process_are_named(trial, capl
     assert "m/1: not tried in a child process: forward_pass (calls Python)" in caplog.text
 
 
-def test_every_data_type_travels_to_the_child_process(trial):
+def test_every_data_type_reaches_the_child_process_unchanged(trial):
     guard = judge(trial, zoo.every_dtype()).guard
     assert "refused" not in guard
     assert "not tried" not in guard
 
 
-def test_constants_of_a_model_travel_with_it(trial):
+def test_an_export_contains_the_constants_of_its_model(trial):
     table = tf.constant(np.arange(5, dtype=np.float32))
     model = FunctionalModel(
         initial_weights=((), ()),

@@ -34,7 +34,7 @@ def test_each_work_has_a_thread_that_ends_with_it():
         assert not thread.is_alive()
 
 
-def test_what_work_raises_is_raised():
+def test_an_exception_of_the_work_is_raised():
     with pytest.raises(KeyError, match="nothing"):
         asyncio.run(background.run(lambda: {}["nothing"], "work"))
 

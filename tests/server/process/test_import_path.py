@@ -18,7 +18,7 @@ def test_the_working_directory_comes_last_and_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("first", ["", None])
-def test_a_path_that_has_the_working_directory_stays_as_it_is(tmp_path, monkeypatch, first):
+def test_a_path_that_contains_the_working_directory_is_not_changed(tmp_path, monkeypatch, first):
     monkeypatch.chdir(tmp_path)
     path = [str(tmp_path) if first is None else first, "/installed"]
     monkeypatch.setattr(sys, "path", list(path))

@@ -41,12 +41,12 @@ def liveness(device):
     liveness.end()
 
 
-def test_a_device_that_works_is_alive(device, liveness):
+def test_a_device_that_works_is_live(device, liveness):
     wait_until(lambda: device.trials > 3)
     assert liveness.is_alive
 
 
-def test_a_device_that_hangs_is_dead_until_it_continues(device, liveness):
+def test_a_device_that_hangs_is_not_live_until_it_continues(device, liveness):
     device.gate.clear()
     wait_until(lambda: not liveness.is_alive)
     trials = device.trials
@@ -56,7 +56,7 @@ def test_a_device_that_hangs_is_dead_until_it_continues(device, liveness):
     assert liveness.is_alive
 
 
-def test_a_device_that_fails_is_dead_until_it_works_and_is_logged_once(device, liveness, caplog):
+def test_a_device_that_fails_is_not_live_until_it_works_and_is_logged_once(device, liveness, caplog):
     device.is_broken = True
     wait_until(lambda: not liveness.is_alive)
     trials = device.trials
@@ -66,7 +66,7 @@ def test_a_device_that_fails_is_dead_until_it_works_and_is_logged_once(device, l
     wait_until(lambda: liveness.is_alive)
 
 
-def test_a_cpu_is_alive():
+def test_a_cpu_is_live():
     cpu, tried = TensorFlowDevice(CPU), threading.Event()
 
     class Cpu:

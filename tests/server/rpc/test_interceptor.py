@@ -96,7 +96,7 @@ def test_a_call_is_announced_from_its_headers_until_its_message_arrives_or_it_is
     asyncio.run(main())
 
 
-def test_an_arrived_call_and_a_stream_are_not_announced():
+def test_calls_that_have_arrived_and_streams_are_not_announced():
     async def main() -> None:
         async with serving(Arrivals()) as address, grpc.aio.insecure_channel(address) as channel:
             stream = channel.stream_stream(STREAM)()
@@ -136,7 +136,7 @@ def rpc_metrics() -> RpcMetrics:
 
 
 @pytest.mark.parametrize("missing", ["device", "room for a call", "room for bytes"])
-def test_calls_that_compute_are_refused_without_device_or_room_and_others_are_answered(missing):
+def test_only_calls_that_compute_are_refused_when_the_device_fails_or_a_limit_is_reached(missing):
     works = threading.Event()
     limits = Limits(calls=2, size_bytes=100)
     admission = Admission(limits, limits)
@@ -166,7 +166,7 @@ def test_calls_that_compute_are_refused_without_device_or_room_and_others_are_an
     asyncio.run(main())
 
 
-def test_a_call_without_room_is_refused_before_its_request_is_sent():
+def test_a_call_beyond_the_limit_is_refused_before_its_request_arrives():
     limits = Limits(calls=1, size_bytes=100)
     admission = Admission(limits, limits)
 

@@ -60,7 +60,7 @@ async def finish(found) -> list[int]:
     return positions
 
 
-def test_batches_count_in_order_and_the_end_is_told():
+def test_batches_count_in_order_and_the_stream_reports_its_end():
     async def scenario(rig):
         async with evaluation(rig) as found:
             for number in range(1, 11):
@@ -107,7 +107,7 @@ def test_each_batch_follows_the_one_before():
     run(scenario)
 
 
-def test_another_stream_goes_on_where_one_broke_and_nothing_counts_twice():
+def test_a_new_stream_continues_after_a_broken_one_and_no_batch_counts_twice():
     async def scenario(rig):
         async with evaluation(rig) as found:
             for number in range(1, 6):
@@ -151,7 +151,7 @@ def test_sessions_that_had_counted_more_than_others_count_no_batch_again():
 
 
 @pytest.mark.parametrize("sessions", [1, 3])
-def test_a_batch_that_the_model_refuses_is_named_once_those_before_it_have_counted(sessions):
+def test_a_batch_that_the_model_refuses_is_reported_after_the_earlier_batches_have_counted(sessions):
     # Other weights lag behind, and have to get as far.
     ids = [bytes([index]) * 16 for index in range(sessions)]
 
@@ -168,7 +168,7 @@ def test_a_batch_that_the_model_refuses_is_named_once_those_before_it_have_count
     run(scenario)
 
 
-def test_of_what_is_broken_the_batches_before_it_count():
+def test_batches_before_a_broken_message_count():
     async def scenario(rig):
         async with evaluation(rig) as found:
             await found.add(*numbered(1))
@@ -180,7 +180,7 @@ def test_of_what_is_broken_the_batches_before_it_count():
     run(scenario)
 
 
-def test_a_batch_waits_while_as_many_are_on_their_way_as_may_be():
+def test_a_batch_waits_while_the_window_is_full():
     async def scenario(rig):
         async with evaluation(rig) as found:
             adding = asyncio.ensure_future(add_all(found, 100))
@@ -213,7 +213,7 @@ def test_long_batches_wait_for_each_other():
     run(scenario)
 
 
-def test_a_batch_waits_for_room_among_the_servers_calls_and_takes_it():
+def test_a_batch_waits_for_admission_and_occupies_a_call():
     async def scenario(rig):
         async with evaluation(rig) as found:
             with rig.admission.admitted("", 0):
@@ -232,7 +232,7 @@ def test_a_batch_waits_for_room_among_the_servers_calls_and_takes_it():
     run(scenario, max_calls=1)
 
 
-def test_what_an_evaluation_left_behind_takes_no_room():
+def test_an_abandoned_evaluation_releases_its_admission():
     async def scenario(rig):
         for _ in range(5):
             async with evaluation(rig, writer_id=WRITER) as found:
@@ -244,7 +244,7 @@ def test_what_an_evaluation_left_behind_takes_no_room():
     run(scenario, max_calls=2)
 
 
-def test_an_evaluation_beside_updates_of_the_same_session():
+def test_an_evaluation_and_updates_of_the_same_session_all_count():
     async def scenario(rig):
         async with evaluation(rig) as found:
             writer = Writer()
@@ -261,7 +261,7 @@ def test_an_evaluation_beside_updates_of_the_same_session():
     run(scenario)
 
 
-def test_weights_that_are_deleted_meanwhile_are_asked_for():
+def test_weights_deleted_during_an_evaluation_raise_weights_not_found():
     async def scenario(rig):
         async with evaluation(rig) as found:
             await found.add(*numbered(1))
@@ -276,14 +276,14 @@ def test_weights_that_are_deleted_meanwhile_are_asked_for():
     run(scenario)
 
 
-def test_what_an_evaluation_cannot_begin_with_is_refused():
+def test_an_evaluation_with_invalid_targets_is_refused():
     async def scenario(rig):
         for session_id, name in ((SESSION, "counting"), (OTHER, "remembering")):
             await rig.sessions.open("", session_id, name, 0)
         weights_id = await put_weights(rig)
         for error, message, targets in (
             (errors.InvalidRequest, "start.targets: expected 1 to 1024, got 0", []),
-            (errors.InvalidRequest, "expected a session for each", [(SESSION, weights_id)] * 2),
+            (errors.InvalidRequest, "expected a different session for each", [(SESSION, weights_id)] * 2),
             (errors.SessionNotFound, "no metrics session", [(b"n" * 16, weights_id)]),
             (errors.WeightsNotFound, "does not hold weights", [(SESSION, bytes(32))]),
             (errors.ShapeMismatch, "model_weights[0][0]: expected float32[], got float32[10]", [(OTHER, weights_id)]),

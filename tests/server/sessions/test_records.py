@@ -31,7 +31,7 @@ def after(*sequences: int, outcome: bytes = b"") -> Record:
     return record
 
 
-def test_a_record_comes_back_as_it_was():
+def test_a_record_is_decoded_unchanged():
     record = after(1, 2, outcome=b"outcome").after(identity(1, writer=b"o" * 16), STATE, b"")
     found = session_records.decode(session_records.encode(record))
     assert (found.identity, found.updates, found.writers) == (record.identity, 3, record.writers)
@@ -57,13 +57,13 @@ def test_updates_of_one_writer_follow_each_other():
     ],
     ids=["a gap at the start", "a gap", "one that was passed", "another of the same number"],
 )
-def test_others_are_refused_with_what_was_expected(record, update, message):
+def test_other_updates_are_refused_with_the_expected_number_or_id(record, update, message):
     with pytest.raises(errors.SequenceMismatch) as caught:
         record.status_of(update)
     assert str(caught.value).startswith(message)
 
 
-def test_a_session_has_so_many_writers():
+def test_the_writers_of_a_session_are_limited():
     writers = {index.to_bytes(16, "big"): Writer(1, b"u" * 16, b"") for index in range(1024)}
     full = dataclasses.replace(RECORD, writers=writers)
     with pytest.raises(errors.SessionLimitExceeded, match="writers of this session: expected at most 1024"):
@@ -94,7 +94,7 @@ def test_a_short_outcome_is_recorded_and_a_long_one_is_not():
         ({"sequence": -1}, "update.sequence: expected 1 or more, got -1"),
     ],
 )
-def test_an_identity_that_cannot_be_is_refused(changes, message):
+def test_an_invalid_identity_is_refused(changes, message):
     fields = {"session_id": SESSION, "writer_id": WRITER, "sequence": 1, "update_id": b"u" * 16, **changes}
     with pytest.raises(errors.InvalidRequest, match=message):
         UpdateIdentity.of(v1.UpdateIdentity(**fields))

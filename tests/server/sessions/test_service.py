@@ -59,7 +59,7 @@ def test_updates_count_in_order_and_a_retried_one_once():
     run(scenario)
 
 
-def test_a_gap_and_another_update_of_the_same_number_are_refused_and_change_nothing():
+def test_an_update_with_a_gap_or_a_used_number_is_refused_and_changes_nothing():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         writer = Writer()
@@ -89,7 +89,7 @@ def test_several_writers_count_in_one_session_each_with_its_own_numbers():
     run(scenario)
 
 
-def test_an_update_that_the_model_refuses_does_not_count_and_holds_nobody_up():
+def test_an_update_that_the_model_refuses_does_not_count_and_delays_no_other():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         good, bad = Writer("good"), Writer("bad")
@@ -105,7 +105,7 @@ def test_an_update_that_the_model_refuses_does_not_count_and_holds_nobody_up():
     run(scenario)
 
 
-def test_a_caller_that_leaves_does_not_take_its_update_back():
+def test_an_update_whose_caller_disconnects_still_counts():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         writer = Writer()
@@ -141,7 +141,7 @@ def test_a_forward_pass_is_answered_counted_and_answered_again():
     run(scenario)
 
 
-def test_sample_weights_go_to_the_metrics():
+def test_sample_weights_are_passed_to_the_metrics():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         weight = {"sample_weight": Structure.of(np.float32([1, 2, 0.5]))}
@@ -175,7 +175,7 @@ class Failing(MemorySessionStore):
 
 @pytest.mark.parametrize("does_it", [True, False])
 @pytest.mark.parametrize("kind", ["update", "forward_pass"])
-def test_after_a_store_that_failed_an_update_counts_once_whatever_became_of_it(does_it, kind):
+def test_an_update_counts_once_whether_or_not_a_failed_store_wrote_it(does_it, kind):
     store = Failing(does_it=does_it)
 
     async def scenario(rig):
@@ -244,7 +244,7 @@ def test_a_session_begins_with_any_state_of_its_model():
     run(scenario)
 
 
-def test_opening_again_finds_the_session_and_changes_nothing():
+def test_opening_a_session_again_changes_nothing():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         await rig.update(Writer(), 7)
@@ -259,7 +259,7 @@ def test_opening_again_finds_the_session_and_changes_nothing():
     run(scenario)
 
 
-def test_a_session_of_another_model_or_principal_is_not_to_be_had():
+def test_a_session_of_another_model_or_principal_is_refused():
     async def scenario(rig):
         await rig.sessions.open("ann", SESSION, "counting", 0)
         with pytest.raises(errors.InvalidRequest, match="model: expected counting/1, that of the session, got slow/0"):
@@ -273,7 +273,7 @@ def test_a_session_of_another_model_or_principal_is_not_to_be_had():
     run(scenario, names=("counting", "slow"))
 
 
-def test_a_closed_session_is_gone_and_may_be_closed_again():
+def test_a_closed_session_is_not_found_and_can_be_closed_again():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         for _ in range(2):
@@ -285,7 +285,7 @@ def test_a_closed_session_is_gone_and_may_be_closed_again():
     run(scenario)
 
 
-def test_a_state_larger_than_may_be_is_refused_and_the_session_goes_on():
+def test_a_state_above_the_limit_is_refused_and_the_session_continues():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "remembering", 0)
         writer = Writer()
@@ -294,7 +294,7 @@ def test_a_state_larger_than_may_be_is_refused_and_the_session_goes_on():
             await rig.sessions.update("", writer.identity(sequence=2), given(counted(2, 200)), 100)
         await rig.sessions.update("", writer.identity(sequence=2), given(counted(3, 10)), 100)
         assert (await rig.sessions.get("", SESSION)).record.state.leaves[0].tolist() == [1] * 10 + [3] * 10
-        with pytest.raises(errors.FunctionNotAvailable, match=r"state\['labels'\] is no sum over batches"):
+        with pytest.raises(errors.FunctionNotAvailable, match=r"state\['labels'\] is not a sum over batches"):
             await rig.sessions.merge(
                 "", writer.identity(sequence=3), b"", given({"state": Structure.of({"labels": np.int64([1])})}), 0
             )
@@ -358,7 +358,7 @@ def test_sessions_whose_states_grow_beyond_the_limit_leave_the_cache():
 
 
 @pytest.mark.parametrize("idle_s, cached", [(60.0, 1), (0.0, 0)])
-def test_idle_sessions_leave_the_cache_and_go_on_all_the_same(idle_s, cached):
+def test_idle_sessions_leave_the_cache_and_continue(idle_s, cached):
     async def scenario(rig):
         writer = Writer()
         await rig.sessions.open("", SESSION, "counting", 0)
@@ -372,7 +372,7 @@ def test_idle_sessions_leave_the_cache_and_go_on_all_the_same(idle_s, cached):
     run(scenario, cache_limits=CacheLimits(idle_s=idle_s))
 
 
-def test_an_unloaded_model_lives_on_in_its_sessions_until_they_are_closed():
+def test_an_unloaded_model_is_kept_until_its_sessions_are_closed():
     async def scenario(rig):
         writer = Writer()
         await rig.sessions.open("", SESSION, "counting", 0)
@@ -419,7 +419,7 @@ def unloaded(rig):
         rig.registry.load(ModelSource("counting", 1, factory="support.zoo:counting"), TensorFlowLoader("cpu"))
 
 
-def test_an_unloaded_model_lives_on_in_sessions_that_only_the_store_has():
+def test_an_unloaded_model_is_kept_for_sessions_that_only_the_store_has():
     store = MemorySessionStore(LIMITS, Observer())
 
     async def opened(rig):
@@ -435,7 +435,7 @@ def test_an_unloaded_model_lives_on_in_sessions_that_only_the_store_has():
         run(scenario, store)
 
 
-def test_a_model_that_is_loaded_anew_as_it_was_is_not_held_twice():
+def test_a_reloaded_model_with_the_same_content_is_not_kept_twice():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         rig.models.retain(rig.registry.get("counting", 1))
@@ -448,7 +448,7 @@ def test_a_model_that_is_loaded_anew_as_it_was_is_not_held_twice():
     run(scenario)
 
 
-def test_a_model_that_is_about_to_go_is_left_to_the_sessions_that_it_gets_until_then():
+def test_a_retained_model_is_not_released_while_it_has_sessions():
     async def scenario(rig):
         rig.models.retain(rig.registry.get("counting", 1))
         assert not await rig.models.release()
@@ -497,7 +497,7 @@ def test_a_session_that_is_being_opened_when_its_model_is_unloaded_is_served():
     run(scenario, SlowStore())
 
 
-def test_who_counts_the_sessions_of_a_model_waits_for_those_that_are_being_opened():
+def test_counting_the_sessions_of_a_model_waits_for_sessions_that_are_being_opened():
     async def scenario(rig):
         model = rig.registry.get("counting", 1).identity
         assert await rig.models.count(model) == 0
@@ -518,7 +518,7 @@ def test_who_counts_the_sessions_of_a_model_waits_for_those_that_are_being_opene
     run(scenario, SlowStore())
 
 
-def test_an_opening_that_fails_is_no_session():
+def test_a_session_that_fails_to_open_does_not_exist():
     async def scenario(rig):
         rig.store.let.set()
         model = rig.registry.get("counting", 1).identity
@@ -548,7 +548,7 @@ def test_a_session_that_is_opened_while_they_are_counted_is_counted():
     run(scenario, CountingStore(LIMITS, Observer()))
 
 
-def test_a_forward_pass_goes_on_when_its_session_has_left_the_cache():
+def test_a_forward_pass_works_after_its_session_has_left_the_cache():
     # Two objects stand for one session then: the store decides between them.
     limits = CacheLimits(size_bytes=0)
 
@@ -566,7 +566,7 @@ def test_a_forward_pass_goes_on_when_its_session_has_left_the_cache():
     run(scenario, cache_limits=limits)
 
 
-def test_a_session_of_a_model_that_has_changed_or_gone_says_so():
+def test_a_session_of_a_changed_or_unloaded_model_raises_an_error_that_says_so():
     store = MemorySessionStore(LIMITS, Observer())
 
     async def opened(rig):
@@ -606,7 +606,7 @@ def test_states_of_other_shapes_are_not_added():
     run(scenario, names=("rowwise",))
 
 
-def test_calls_beyond_those_that_the_server_takes_are_refused():
+def test_calls_beyond_the_servers_limit_are_refused():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         with rig.admission.admitted("", 0):
@@ -669,7 +669,7 @@ def test_servers_that_share_a_store_race_and_every_update_counts_once(redis_proc
     shared(redis_process, scenario)
 
 
-def test_another_server_knows_at_once_what_one_has_counted_and_closed(redis_process):
+def test_another_server_sees_updates_and_closed_sessions_at_once(redis_process):
     async def scenario(one, other):
         await one.sessions.open("", SESSION, "counting", 0)
         writer = Writer()
@@ -689,7 +689,7 @@ def test_another_server_knows_at_once_what_one_has_counted_and_closed(redis_proc
     shared(redis_process, scenario)
 
 
-def test_a_store_that_hangs_leaves_an_update_in_doubt_and_it_counts_once(redis_process):
+def test_an_update_in_doubt_after_a_store_hangs_counts_once(redis_process):
     async def scenario(one, other):
         await one.sessions.open("", SESSION, "counting", 0)
         writer = Writer()
@@ -707,7 +707,7 @@ def test_a_store_that_hangs_leaves_an_update_in_doubt_and_it_counts_once(redis_p
     shared(redis_process, scenario, 0.3)
 
 
-def test_a_store_that_has_lost_updates_is_believed(redis_process):
+def test_the_record_of_a_store_that_has_lost_updates_replaces_the_cached_one(redis_process):
     # As Redis does that fails over to a replica which lagged behind.
     async def scenario(one, other):
         await one.sessions.open("", SESSION, "counting", 0)
@@ -727,7 +727,7 @@ def test_a_store_that_has_lost_updates_is_believed(redis_process):
     shared(redis_process, scenario)
 
 
-def test_a_prediction_that_no_session_asked_for_changes_none():
+def test_a_forward_pass_without_a_session_changes_no_session():
     async def scenario(rig):
         await rig.sessions.open("", SESSION, "counting", 0)
         request = forward(1)

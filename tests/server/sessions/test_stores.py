@@ -30,7 +30,7 @@ async def each(store, one: SessionKey) -> list[type[errors.ForwardPassError] | N
     return [await how(call) for call in calls]
 
 
-def test_a_new_session_is_at_version_1_and_there_for_whoever_asks(kit):
+def test_a_new_session_has_version_1_and_can_be_loaded(kit):
     async def run():
         async with kit.open() as store:
             assert await store.create(key(1), b"record") == StoredSession(1, b"record")
@@ -40,7 +40,7 @@ def test_a_new_session_is_at_version_1_and_there_for_whoever_asks(kit):
     asyncio.run(run())
 
 
-def test_a_session_that_is_made_again_stays_as_it_is(kit):
+def test_creating_an_existing_session_does_not_change_it(kit):
     async def run():
         async with kit.open() as store:
             await store.create(key(1), b"first")
@@ -52,7 +52,7 @@ def test_a_session_that_is_made_again_stays_as_it_is(kit):
     asyncio.run(run())
 
 
-def test_a_record_is_replaced_where_nobody_was_faster(kit):
+def test_a_record_is_replaced_only_at_its_current_version(kit):
     async def run():
         async with kit.open() as store:
             await store.create(key(1), b"1")
@@ -66,7 +66,7 @@ def test_a_record_is_replaced_where_nobody_was_faster(kit):
     asyncio.run(run())
 
 
-def test_of_many_that_replace_one_version_one_wins(kit):
+def test_one_of_several_concurrent_replacements_of_a_version_succeeds(kit):
     async def run():
         won = []
 
@@ -89,7 +89,7 @@ def test_of_many_that_replace_one_version_one_wins(kit):
     asyncio.run(run())
 
 
-def test_of_many_that_make_one_session_one_wins_and_all_are_told_which(kit):
+def test_concurrent_creations_of_one_session_return_the_same_record(kit):
     async def run():
         async with kit.open() as store:
             made = await asyncio.gather(*[store.create(key(1), b"%d" % number) for number in range(20)])
@@ -100,7 +100,7 @@ def test_of_many_that_make_one_session_one_wins_and_all_are_told_which(kit):
     asyncio.run(run())
 
 
-def test_a_session_that_never_was_is_not_found(kit):
+def test_an_unknown_session_is_not_found(kit):
     async def run():
         async with kit.open() as store:
             assert await each(store, key(1)) == [errors.SessionNotFound] * 3
@@ -110,7 +110,7 @@ def test_a_session_that_never_was_is_not_found(kit):
     asyncio.run(run())
 
 
-def test_a_deleted_session_is_not_found_and_not_made_again(kit):
+def test_a_deleted_session_is_not_found_and_cannot_be_created_again(kit):
     async def run():
         async with kit.open() as store:
             await store.create(key(1), b"record")
@@ -124,7 +124,7 @@ def test_a_deleted_session_is_not_found_and_not_made_again(kit):
     asyncio.run(run())
 
 
-def test_an_idle_session_expires_and_is_not_made_again(kit):
+def test_an_expired_session_cannot_be_created_again(kit):
     async def run():
         async with kit.open(idle_expiry_s=10.0) as store:
             await store.create(key(1), b"record")
@@ -139,7 +139,7 @@ def test_an_idle_session_expires_and_is_not_made_again(kit):
     asyncio.run(run())
 
 
-def test_what_nobody_asks_for_expires_too(kit):
+def test_sessions_that_are_never_loaded_expire(kit):
     async def run():
         async with kit.open(idle_expiry_s=10.0) as store:
             for number in range(5):
@@ -153,7 +153,7 @@ def test_what_nobody_asks_for_expires_too(kit):
     asyncio.run(run())
 
 
-def test_a_session_that_is_used_stays(kit):
+def test_a_used_session_does_not_expire(kit):
     async def run():
         async with kit.open(idle_expiry_s=10.0) as store:
             names = ["load", "replace", "create", "idle"]
@@ -171,7 +171,7 @@ def test_a_session_that_is_used_stays(kit):
     asyncio.run(run())
 
 
-def test_a_touched_session_stays_where_the_store_is_not_shared(kit):
+def test_a_touched_session_does_not_expire_in_a_store_that_is_not_shared(kit):
     async def run():
         async with kit.open(idle_expiry_s=10.0) as store:
             await store.create(key(1), b"record")
@@ -191,7 +191,7 @@ def test_a_touched_session_stays_where_the_store_is_not_shared(kit):
     asyncio.run(run())
 
 
-def test_an_end_is_remembered_for_so_long(kit):
+def test_ended_sessions_are_remembered_for_the_set_time(kit):
     async def run():
         async with kit.open(idle_expiry_s=10.0, remember_s=20.0) as store:
             await store.create(key(1), b"closed")
@@ -231,7 +231,7 @@ def test_sessions_beyond_the_limit_are_refused_until_others_end(kit):
     asyncio.run(run())
 
 
-def test_bytes_beyond_the_limit_are_refused_until_others_are_given_back(kit):
+def test_bytes_beyond_the_limit_are_refused_until_others_are_released(kit):
     async def run():
         async with kit.open(max_bytes=100) as store:
             await store.create(key(1), bytes(60))
@@ -252,7 +252,7 @@ def test_bytes_beyond_the_limit_are_refused_until_others_are_given_back(kit):
     asyncio.run(run())
 
 
-def test_whoever_is_above_a_limit_that_was_lowered_may_get_below_it(kit):
+def test_a_principal_above_a_lowered_limit_can_delete_its_sessions(kit):
     async def run():
         async with contextlib.AsyncExitStack() as stack:
             store = await stack.enter_async_context(kit.open())
@@ -270,7 +270,7 @@ def test_whoever_is_above_a_limit_that_was_lowered_may_get_below_it(kit):
 
 
 @pytest.mark.parametrize("size_bytes", [0, 1, 2**20])
-def test_records_of_any_size_come_back_as_they_were(kit, size_bytes):
+def test_records_of_any_size_are_loaded_unchanged(kit, size_bytes):
     async def run():
         data = random.Random(1).randbytes(size_bytes)
         async with kit.open() as store:
@@ -299,7 +299,7 @@ def test_a_session_of_one_principal_is_invisible_to_another(kit):
     asyncio.run(run())
 
 
-def test_commits_are_counted_where_something_was_made_or_replaced(kit):
+def test_created_and_replaced_records_count_as_commits(kit):
     async def run():
         async with kit.open(max_bytes=10) as store:
             await store.create(key(1), b"1")
@@ -314,7 +314,7 @@ def test_commits_are_counted_where_something_was_made_or_replaced(kit):
     asyncio.run(run())
 
 
-def test_whoever_stops_waiting_leaves_the_store_in_order(kit):
+def test_cancelled_calls_leave_the_store_consistent(kit):
     async def run():
         async with kit.open() as store:
             for number in range(50):
@@ -335,7 +335,7 @@ def test_whoever_stops_waiting_leaves_the_store_in_order(kit):
     asyncio.run(run())
 
 
-def test_what_a_principal_has_is_counted_right_whatever_happens(kit):
+def test_the_counts_of_a_principal_are_correct_after_random_steps(kit):
     """The same random steps on the store and on a dictionary."""
 
     async def run():
@@ -406,7 +406,7 @@ def test_the_sessions_of_a_model_are_counted_until_they_end(kit):
     asyncio.run(run())
 
 
-def test_a_new_server_counts_the_sessions_of_a_model_that_the_one_before_has_left(kit):
+def test_a_new_server_counts_sessions_that_the_previous_server_left(kit):
     async def run():
         async with kit.open() as store:
             await store.create(key(1), b"record", MODELS[0])
@@ -420,7 +420,7 @@ def test_a_new_server_counts_the_sessions_of_a_model_that_the_one_before_has_lef
     asyncio.run(run())
 
 
-def test_a_new_server_finds_everything_where_the_store_is_durable(kit):
+def test_a_new_server_finds_all_records_of_a_durable_store(kit):
     async def run():
         async with kit.open(max_sessions=3) as store:
             await store.create(key(1), b"first")
@@ -443,7 +443,7 @@ def test_a_new_server_finds_everything_where_the_store_is_durable(kit):
     asyncio.run(run())
 
 
-def test_that_a_session_has_expired_is_known_to_a_new_server(kit):
+def test_a_new_server_knows_that_a_session_has_expired(kit):
     async def run():
         async with kit.open(idle_expiry_s=10.0) as store:
             await store.create(key(1), b"record")

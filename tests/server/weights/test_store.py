@@ -103,7 +103,7 @@ async def holds(store, one: Set, principal: str = "") -> bool:
     return True
 
 
-def test_uploaded_weights_are_found_and_no_others(make):
+def test_only_uploaded_weights_are_found(make):
     async def run():
         store, counts = make()
         one, other = Set(1), Set(2)
@@ -133,7 +133,7 @@ def test_a_shared_tensor_is_sent_and_stored_once(make):
     asyncio.run(run())
 
 
-def test_a_hash_is_not_a_permission(make):
+def test_a_hash_gives_no_access_to_weights_of_others(make):
     async def run():
         store, _ = make()
         one = Set(1)
@@ -184,7 +184,7 @@ def test_a_gap_is_refused_with_the_expected_offset(make):
 
 
 @pytest.mark.parametrize("fault", ["another hash", "too long", "negative offset"])
-def test_a_broken_upload_leaves_nothing_behind(make, fault):
+def test_a_failed_upload_is_dropped(make, fault):
     async def run():
         store, _ = make()
         one = Set(1)
@@ -281,7 +281,7 @@ def test_sets_in_use_or_under_a_lease_are_not_evicted(make):
     asyncio.run(run())
 
 
-def test_a_lease_ends_by_itself_and_leases_of_others_do_not(make):
+def test_a_lease_ends_by_itself_and_leases_of_other_principals_continue(make):
     async def run():
         store, _ = make(budget_kib=2)
         one = Set(1)
@@ -355,7 +355,7 @@ def test_a_call_cancelled_in_the_middle_of_a_chunk_does_not_break_the_upload(mak
     asyncio.run(run())
 
 
-def test_weights_are_put_into_a_models_order_and_refused_where_they_do_not_fit(make):
+def test_weights_are_put_into_a_models_order_and_refused_if_they_do_not_fit(make):
     leaf = TensorSpec((KIB // 4,), manifests.of_tensor(np.float32(0)).spec.data_type)
 
     async def run():
@@ -474,7 +474,7 @@ def test_a_wrong_announcement_does_not_block_a_right_one(make):
 
 
 @pytest.mark.parametrize("ttl_s", [-1, float("nan"), float("inf"), 1e308])
-def test_a_lease_without_an_end_is_refused(make, ttl_s):
+def test_an_infinite_lease_is_refused(make, ttl_s):
     async def run():
         store, _ = make()
         one = Set(1)
@@ -607,7 +607,7 @@ def test_the_folder_stays_below_its_limit(tmp_path):
     save(sets[2], target)
     assert [target.has("", one.id) for one in sets] == [True, False, True]
     assert target.size_bytes == sum(path.stat().st_size for path in (tmp_path / "tensors").iterdir()) == 4 * KIB
-    with pytest.raises(OSError, match="more than the folder may hold"):
+    with pytest.raises(OSError, match="the folder may hold at most"):
         save(Set(9, kib=9), target)
 
 
@@ -695,7 +695,7 @@ def test_beyond_its_share_only_sets_of_the_same_principal_are_evicted(make):
     asyncio.run(run())
 
 
-def test_a_share_that_is_in_use_is_refused_and_nothing_is_evicted(make):
+def test_weights_are_refused_if_the_share_is_in_use_and_nothing_is_evicted(make):
     async def run():
         store, counts = make(budget_kib=10, share_kib=4)
         one, other, third = Set(1), Set(2), Set(3)
@@ -753,7 +753,7 @@ def test_uploads_count_for_a_share(make):
     asyncio.run(run())
 
 
-def test_principals_have_folders_of_their_own(tmp_path):
+def test_principals_have_separate_folders(tmp_path):
     target = files(tmp_path)
     one = Set(1)
     save(one, target, "alice")
@@ -805,7 +805,7 @@ def test_weights_that_another_principal_holds_cause_the_same_work(tmp_path):
     asyncio.run(run())
 
 
-def test_a_full_store_does_not_reveal_what_others_hold(tmp_path):
+def test_a_full_store_does_not_reveal_weights_of_others(tmp_path):
     async def run():
         store = WeightStore(
             StoreOptions(budget_bytes=3 * KIB, principal_bytes=2 * KIB), TensorFlowDevice("/device:CPU:0"), Counts()

@@ -35,7 +35,9 @@ async def open_store(
     try:
         from forwardpass_server.sessions.stores.redis import RedisSessionStore
     except ModuleNotFoundError:
-        raise SettingsError("--session-store: Redis needs a package: pip install 'forwardpass[redis]'") from None
+        raise SettingsError(
+            "--session-store: the Redis client is not installed: pip install 'forwardpass[redis]'"
+        ) from None
     store = RedisSessionStore(url, limits, observer)
     with contextlib.suppress(errors.SessionStoreUnavailable):
         await store.check()

@@ -16,7 +16,9 @@ def not_found(key: SessionKey) -> errors.SessionNotFound:
 def ended(key: SessionKey, is_expired: bool) -> errors.SessionNotFound:
     """The error for a session that is known to have ended."""
     if is_expired:
-        return errors.SessionExpired(f"metrics session {key.session_id.hex()} was idle for too long, and was dropped")
+        return errors.SessionExpired(
+            f"metrics session {key.session_id.hex()} was idle for too long and was deleted: open a new one"
+        )
     return errors.SessionNotFound(f"metrics session {key.session_id.hex()} was closed")
 
 

@@ -74,9 +74,11 @@ class SqliteFile:
         tables = self._number("SELECT count(*) FROM sqlite_master")
         application, version = self._number("PRAGMA application_id"), self._number("PRAGMA user_version")
         if application != (_APPLICATION_ID if tables else 0):
-            raise SessionStoreError("it is another program's database")
+            raise SessionStoreError("it is the database of another program")
         if version not in ((1, _SCHEMA_VERSION) if tables else (0,)):
-            raise SessionStoreError(f"its format is version {version}, and this server knows {_SCHEMA_VERSION} only")
+            raise SessionStoreError(
+                f"its format is version {version}, and this server supports version {_SCHEMA_VERSION} only"
+            )
         self.connection.execute("PRAGMA journal_mode = WAL")
         # NORMAL does not wait for the disk: a power cut lost 450 acknowledged updates with it, and none with FULL.
         self.connection.execute("PRAGMA synchronous = FULL")

@@ -34,7 +34,7 @@ async def available(call, *arguments):
             await asyncio.sleep(0.02)
 
 
-def test_calls_go_on_when_redis_was_killed_and_started_again(own_redis):
+def test_calls_work_again_after_redis_is_killed_and_restarted(own_redis):
     async def run():
         kit = RedisKit(own_redis)
         stopped = asyncio.Event()
@@ -97,7 +97,7 @@ def test_a_redis_that_is_not_there_is_said_so(own_redis):
     asyncio.run(run())
 
 
-def test_while_redis_is_away_one_call_at_a_time_tries_it_and_the_others_fail_at_once(own_redis):
+def test_while_redis_is_unavailable_one_call_at_a_time_tries_it_and_others_fail_at_once(own_redis):
     async def run():
         # None is waited for: so long, no call of a test lasts.
         store = RedisSessionStore(own_redis.url, LIMITS, Counts(), timeout_s=1.0)
@@ -143,7 +143,7 @@ def test_a_refused_write_is_a_problem_until_a_check_has_written(tmp_path):
         asyncio.run(run(server))
 
 
-def test_a_wrong_password_is_refused_at_start_and_shown_nowhere(tmp_path, caplog):
+def test_a_wrong_password_is_refused_at_start_and_never_shown(tmp_path, caplog):
     async def run(server: RedisProcess):
         async with RedisKit(server).open() as store:
             await store.check()
@@ -179,7 +179,7 @@ def test_another_url_is_refused_and_not_shown(url):
     assert "s3cret" not in str(raised.value)
 
 
-def test_a_redis_that_may_lose_sessions_is_warned_of(tmp_path, caplog):
+def test_a_redis_that_may_lose_sessions_causes_a_warning(tmp_path, caplog):
     async def run(server: RedisProcess):
         async with RedisKit(server).open() as store:
             await store.check()
@@ -191,7 +191,7 @@ def test_a_redis_that_may_lose_sessions_is_warned_of(tmp_path, caplog):
     assert "maxmemory-policy may drop open sessions" in caplog.text
 
 
-def test_a_full_redis_refuses_new_records_and_goes_on_when_there_is_room(tmp_path):
+def test_a_full_redis_refuses_new_records_until_it_has_memory(tmp_path):
     async def run(server: RedisProcess):
         async with RedisKit(server).open() as store:
             made = 0
@@ -210,7 +210,7 @@ def test_a_full_redis_refuses_new_records_and_goes_on_when_there_is_room(tmp_pat
         asyncio.run(run(server))
 
 
-def test_to_sweep_is_no_use_of_a_session_that_another_server_holds_open(redis_kit):
+def test_a_sweep_does_not_count_as_use_of_a_session(redis_kit):
     async def run():
         async with redis_kit.open(idle_expiry_s=10.0) as first, redis_kit.open(idle_expiry_s=10.0) as second:
             await first.create(key(1), b"record")
@@ -243,7 +243,7 @@ def test_a_record_that_redis_has_evicted_has_expired(redis_kit):
     asyncio.run(run())
 
 
-def test_what_redis_drops_by_itself_has_expired(redis_kit):
+def test_sessions_that_redis_itself_expired_raise_session_expired(redis_kit):
     async def run():
         async with redis_kit.open(max_sessions=1, idle_expiry_s=0.1) as store:
             await store.create(key(1), b"record")
@@ -254,7 +254,7 @@ def test_what_redis_drops_by_itself_has_expired(redis_kit):
     asyncio.run(run())
 
 
-def test_redis_forgets_all_of_a_principal_in_the_end(redis_kit):
+def test_redis_keeps_no_key_of_a_principal_without_sessions(redis_kit):
     async def run():
         async with redis_kit.open(idle_expiry_s=0.1, remember_s=0.1) as store:
             for number in range(3):
@@ -273,7 +273,7 @@ def wait_until_gone(server: RedisProcess, pattern: str) -> None:
             time.sleep(0.01)
 
 
-def test_sessions_are_counted_among_many_keys_that_are_somebody_elses(redis_kit):
+def test_sessions_are_counted_among_many_foreign_keys(redis_kit):
     async def run():
         with redis_kit.server.client() as client:
             client.mset({f"forwardpass:{{{number}}}:other": "" for number in range(5000)})

@@ -104,7 +104,7 @@ def test_a_power_cut_loses_nothing_that_was_acknowledged(tmp_path):
     assert sum(acknowledged.values()) >= 2500 * len(cuts)
 
 
-def test_closing_commits_what_was_handed_over(file_kit):
+def test_closing_commits_waiting_records(file_kit):
     async def run():
         store = file_kit.make(LIMITS)
         await store.create(key(1), b"old")
@@ -120,7 +120,7 @@ def test_closing_commits_what_was_handed_over(file_kit):
     asyncio.run(run())
 
 
-def test_sessions_that_are_found_at_start_count_as_used_then(file_kit):
+def test_sessions_found_at_the_start_count_as_just_used(file_kit):
     async def run():
         async with file_kit.open() as store:
             await store.create(key(1), b"record")
@@ -139,7 +139,7 @@ def test_sessions_that_are_found_at_start_count_as_used_then(file_kit):
     asyncio.run(run())
 
 
-def test_what_is_forgotten_leaves_the_file(file_kit):
+def test_markers_of_ended_sessions_are_deleted_from_the_file(file_kit):
     async def run():
         async with file_kit.open(remember_s=10.0) as store:
             for number in range(5):
@@ -154,7 +154,7 @@ def test_what_is_forgotten_leaves_the_file(file_kit):
             assert connection.execute(f"SELECT count(*) FROM {table}").fetchone() == (0,)
 
 
-def test_nobody_else_may_read_the_file(file_kit):
+def test_only_the_owner_may_read_the_file(file_kit):
     async def run():
         async with file_kit.open() as store:
             await store.create(key(1), b"record")
@@ -187,7 +187,7 @@ def test_a_second_store_in_the_same_process_is_refused_and_the_first_keeps_its_l
     asyncio.run(run())
 
 
-def test_a_file_of_the_first_format_is_taken_over(file_kit):
+def test_a_file_of_the_first_format_is_converted(file_kit):
     async def run():
         async with file_kit.open() as store:
             await store.create(key(1), b"record", "model")
@@ -203,7 +203,7 @@ def test_a_file_of_the_first_format_is_taken_over(file_kit):
     asyncio.run(run())
 
 
-def test_a_file_that_is_no_store_is_refused_and_stays_as_it_is(tmp_path):
+def test_a_file_that_is_not_a_session_store_is_refused_and_not_changed(tmp_path):
     garbage, foreign, newer = (tmp_path / name for name in ("garbage.db", "foreign.db", "newer.db"))
     garbage.write_bytes(random.Random(1).randbytes(10_000))
     with contextlib.closing(sqlite3.connect(foreign)) as connection:
@@ -213,8 +213,8 @@ def test_a_file_that_is_no_store_is_refused_and_stays_as_it_is(tmp_path):
         connection.execute("PRAGMA user_version = 3")
     for path, why in (
         (garbage, "file is not a database"),
-        (foreign, "another program's database"),
-        (newer, "its format is version 3, and this server knows 2 only"),
+        (foreign, "the database of another program"),
+        (newer, "its format is version 3, and this server supports version 2 only"),
         (tmp_path, "unable to open database file"),
         (garbage / "sessions.db", "File exists"),
     ):
@@ -286,7 +286,7 @@ def disk(request, tmp_path) -> Iterator[Disk]:
         limited.free()
 
 
-def test_a_full_disk_refuses_what_it_has_no_room_for_and_nothing_else(disk, caplog):
+def test_a_full_disk_refuses_only_records_that_do_not_fit(disk, caplog):
     async def run():
         kit = SqliteKit(disk.folder / "sessions.db")
         async with kit.open() as store:
@@ -321,7 +321,7 @@ def test_a_full_disk_refuses_what_it_has_no_room_for_and_nothing_else(disk, capl
     assert sum("works again" in message for message in messages) == sum("fails" in message for message in messages) <= 2
 
 
-def test_what_expires_while_the_disk_is_full_expires(disk):
+def test_sessions_expire_after_a_full_disk_has_space_again(disk):
     async def run():
         kit = SqliteKit(disk.folder / "sessions.db")
         async with kit.open(max_sessions=8, idle_expiry_s=10.0) as store:
