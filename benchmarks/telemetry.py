@@ -30,7 +30,7 @@ from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.rpc.interceptor import Interceptor
 from forwardpass_server.telemetry.metrics import Metrics
-from forwardpass_server.telemetry.tracing import CallObserver, Tracing
+from forwardpass_server.telemetry.spans import CallObserver, Tracing
 
 METHOD = METHODS["PredictOnBatch"]
 REQUEST = bytes(1024)

@@ -14,9 +14,9 @@ from forwardpass_client.calls import ModelVersion
 from forwardpass_client.client import AsyncClient, Client, connect, connect_async
 from forwardpass_client.credentials import Tls
 from forwardpass_client.masks import MaskedPredictions, MaskMissing
+from forwardpass_client.metrics_sessions import AsyncMetricsSession, MetricsSession
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
-from forwardpass_client.sessions import AsyncMetricsSession, MetricsSession
-from forwardpass_client.weights import AsyncWeightsHandle, WeightsHandle
+from forwardpass_client.weights_handles import AsyncWeightsHandle, WeightsHandle
 
 if TYPE_CHECKING:
     __version__: str

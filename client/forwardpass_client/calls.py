@@ -19,7 +19,7 @@ from forwardpass_client import long_calls, masks
 from forwardpass_client.call import Call
 from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.reuse import Reuse
-from forwardpass_client.weights import WeightsHandleApi
+from forwardpass_client.weights_handles import WeightsHandleApi
 
 ResultT = TypeVar("ResultT")
 

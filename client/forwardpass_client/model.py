@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from forwardpass.wire import errors
 from forwardpass.wire.description import BatchOutput, ModelDescription
 from forwardpass.wire.manifests import DIGEST_BYTES
-from forwardpass_client import evaluation, ids, transfers
+from forwardpass_client import batches_in_flight, ids, transfers
+from forwardpass_client.batches_in_flight import BatchesInFlight, BatchProgress
 from forwardpass_client.call import Call
 from forwardpass_client.calls import (
     FoundModel,
@@ -35,19 +36,18 @@ from forwardpass_client.calls import (
 )
 from forwardpass_client.calls_in_flight import MAX_CALLS
 from forwardpass_client.deadlines import Deadline, locked
-from forwardpass_client.evaluation import BatchesInFlight, BatchProgress
 from forwardpass_client.held_weights import HeldWeights
+from forwardpass_client.metrics_sessions import ID_BYTES, AsyncMetricsSession, MetricsSession, MetricsSessionApi
 from forwardpass_client.openings import Opening
 from forwardpass_client.options import Options
 from forwardpass_client.pipeline import AsyncPipeline, Pipeline
 from forwardpass_client.processes import Connected
 from forwardpass_client.reuse import Reuse
 from forwardpass_client.session_calls import SessionCalls
-from forwardpass_client.sessions import ID_BYTES, AsyncMetricsSession, MetricsSession, MetricsSessionApi
 from forwardpass_client.streams import AsyncStream, Stream
 from forwardpass_client.transfers import Progress, Steps
 from forwardpass_client.transport import AsyncTransport, Transport
-from forwardpass_client.weights import AsyncWeightsHandle, WeightsHandle, WeightsHandleApi
+from forwardpass_client.weights_handles import AsyncWeightsHandle, WeightsHandle, WeightsHandleApi
 
 # For closing the sessions of an evaluation, together: where the server is away, they expire there.
 _CLOSE_S = 2.0
@@ -534,10 +534,10 @@ class RemoteFunctionalModel(FunctionalModelApi):
             return []
         deadline.renew()
         flying = BatchesInFlight(self._calls, pairs, training, progress, deadline)
-        with Stream(self._transport, evaluation.PATH, flying, evaluation.TITLE, deadline) as stream:
+        with Stream(self._transport, batches_in_flight.PATH, flying, batches_in_flight.TITLE, deadline) as stream:
             futures: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
             for batch in batches:
-                futures.append(stream.submit(evaluation.encode(self._calls, batch), deadline))
+                futures.append(stream.submit(batches_in_flight.encode(self._calls, batch), deadline))
                 while futures and futures[0].done():
                     futures.popleft().result()
             while futures:
@@ -762,12 +762,14 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
             return []
         deadline.renew()
         flying = BatchesInFlight(self._calls, pairs, training, progress, deadline)
-        async with AsyncStream(self._transport, evaluation.PATH, flying, evaluation.TITLE, deadline) as stream:
+        async with AsyncStream(
+            self._transport, batches_in_flight.PATH, flying, batches_in_flight.TITLE, deadline
+        ) as stream:
             futures: collections.deque[asyncio.Future[Any]] = collections.deque()
             with _abandoning(futures):
                 async for batch in _each(batches):
-                    futures.append(stream.submit(evaluation.encode(self._calls, batch), deadline))
-                    while len(futures) >= evaluation.MAX_BATCHES or (futures and futures[0].done()):
+                    futures.append(stream.submit(batches_in_flight.encode(self._calls, batch), deadline))
+                    while len(futures) >= batches_in_flight.MAX_BATCHES or (futures and futures[0].done()):
                         await futures.popleft()
                 while futures:
                     await futures.popleft()

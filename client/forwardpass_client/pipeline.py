@@ -19,7 +19,7 @@ from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.processes import Connected
 from forwardpass_client.streams import AsyncStream, Stream
 from forwardpass_client.transport import AsyncTransport, Transport
-from forwardpass_client.weights import WeightsHandleApi
+from forwardpass_client.weights_handles import WeightsHandleApi
 
 _PATH = METHODS["Pipeline"].path
 _TITLE = "pipeline"

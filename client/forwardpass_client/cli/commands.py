@@ -40,9 +40,9 @@ from forwardpass_client.cli.evaluation import Evaluation
 from forwardpass_client.cli.hosts import Host, host_argument
 from forwardpass_client.cli.named_models import NamedModel, model_argument
 from forwardpass_client.cli.slices import Slices
+from forwardpass_client.metrics_sessions import MetricsSession
 from forwardpass_client.model import RemoteFunctionalModel
-from forwardpass_client.sessions import MetricsSession
-from forwardpass_client.weights import WeightsHandle
+from forwardpass_client.weights_handles import WeightsHandle
 
 _OUT = Console()
 _ERR = Console(stderr=True)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from forwardpass_client.cli.slices import Slices
+from forwardpass_client.metrics_sessions import MetricsSession
 from forwardpass_client.model import RemoteFunctionalModel
-from forwardpass_client.sessions import MetricsSession
-from forwardpass_client.weights import WeightsHandle
+from forwardpass_client.weights_handles import WeightsHandle
 
 
 class Evaluation:

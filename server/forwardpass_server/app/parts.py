@@ -45,7 +45,7 @@ from forwardpass_server.weights.room import WeightsOptions
 from forwardpass_server.weights.store import StoreOptions, WeightStore
 
 if TYPE_CHECKING:
-    from forwardpass_server.telemetry.tracing import Tracing
+    from forwardpass_server.telemetry.spans import Tracing
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -281,7 +281,7 @@ def _tracing(endpoint: str | None) -> Tracing | None:
     if endpoint is None:
         return None
     try:
-        from forwardpass_server.telemetry.tracing import Tracing
+        from forwardpass_server.telemetry.spans import Tracing
     except ImportError:
         raise SettingsError(
             "--trace-endpoint: OpenTelemetry is not installed: pip install 'forwardpass[tracing]'"

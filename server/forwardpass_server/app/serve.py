@@ -111,7 +111,8 @@ def _monitoring_server(parts: Parts, recent: Recent) -> MonitoringServer | None:
         return MonitoringServer(host, port, parts.metrics.registry, page)
     except OSError as error:
         raise OSError(
-            f"--metrics-port: cannot listen on {join_address(host, port)}: {error.strerror}: choose another address or port"
+            f"--metrics-port: cannot listen on {join_address(host, port)}: {error.strerror}: choose another address or "
+            "port"
         ) from None
 
 

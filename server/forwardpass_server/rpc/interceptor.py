@@ -24,7 +24,7 @@ from forwardpass_server.rpc.failures import failure_of
 from forwardpass_server.telemetry.rpcs import MethodMetrics, RpcMetrics
 
 if TYPE_CHECKING:
-    from forwardpass_server.telemetry.tracing import Tracing
+    from forwardpass_server.telemetry.spans import Tracing
 
 Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 

@@ -25,7 +25,7 @@ from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.weights.store import WeightStore
 
 if TYPE_CHECKING:
-    from forwardpass_server.telemetry.tracing import Tracing
+    from forwardpass_server.telemetry.spans import Tracing
 
 
 def build(

@@ -23,7 +23,7 @@ from forwardpass_server.rpc.interceptor import Interceptor
 from forwardpass_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from forwardpass_server.telemetry.tracing import Tracing
+    from forwardpass_server.telemetry.spans import Tracing
 
 _LOGGER = logging.getLogger(__name__)
 

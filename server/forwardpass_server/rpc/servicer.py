@@ -27,7 +27,7 @@ from forwardpass_server.status.readiness import Readiness
 from forwardpass_server.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from forwardpass_server.telemetry.tracing import Tracing
+    from forwardpass_server.telemetry.spans import Tracing
 
 MessageT = TypeVar("MessageT", bound=Message)
 

@@ -9,7 +9,7 @@ from forwardpass.wire import errors
 from forwardpass.wire.chunks import Pieces
 from forwardpass_client.call import Call
 from forwardpass_client.deadlines import Deadline
-from forwardpass_client.sessions import _Writer, attempts
+from forwardpass_client.metrics_sessions import _Writer, attempts
 from forwardpass_client.transfers import Pause, Unary
 
 SESSION = b"s" * 16

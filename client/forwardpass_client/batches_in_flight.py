@@ -14,11 +14,11 @@ from forwardpass.wire.frames import Outbox
 from forwardpass.wire.methods import METHODS
 from forwardpass_client.deadlines import Deadline
 from forwardpass_client.held_weights import HeldWeights
+from forwardpass_client.metrics_sessions import ID_BYTES, MetricsSessionApi
 from forwardpass_client.session_calls import SessionCalls
-from forwardpass_client.sessions import ID_BYTES, MetricsSessionApi
 from forwardpass_client.streams import Completed, Future
 from forwardpass_client.transfers import Steps
-from forwardpass_client.weights import WeightsHandleApi
+from forwardpass_client.weights_handles import WeightsHandleApi
 
 PATH = METHODS["Evaluate"].path
 TITLE = "evaluation"
