@@ -27,7 +27,7 @@ def import_modules(names: Sequence[str], place: str) -> None:
         except Exception as error:  # The module's own code: anything may come out of it.
             raise ModelLoadError(
                 f"{place}: module {name!r} cannot be imported ({type(error).__name__}: {error}): "
-                "check its name and the server's PYTHONPATH"
+                "check its name, the server's working directory and its PYTHONPATH"
             ) from error
 
 
