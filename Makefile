@@ -29,7 +29,7 @@ lint: $(STAMP) tools  ## Check format, lint, types, layers and protocol.
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
-	npx --yes pyright@1.1.414 --level error --pythonpath $(VENV)/bin/python tests/client/programs
+	npx --yes pyright@1.1.414 --level error --pythonpath $(VENV)/bin/python tests/client/programs/types_of_results.py
 	npx --yes @bufbuild/buf@1.75.0 lint
 	$(VENV)/bin/hadolint Dockerfile
 
