@@ -347,10 +347,11 @@ def test_a_used_port_ends_the_program_with_one_line():
         port = taken.getsockname()[1]
         done = run_serve(*SLOW, "--port", str(port), "--metrics-port", "-1")
         assert done.returncode == 1
-        assert f"Error: cannot listen on 127.0.0.1:{port}" in done.stderr
+        assert f"Error: cannot listen on 127.0.0.1:{port}: choose another address or port" in done.stderr
         done = run_serve(*SLOW, "--port", "0", "--metrics-port", str(port))
         assert done.returncode == 1
-        assert f"Error: --metrics-port: cannot listen on 127.0.0.1:{port}: Address already in use" in done.stderr
+        sentence = f"--metrics-port: cannot listen on 127.0.0.1:{port}: Address already in use: choose another address"
+        assert f"Error: {sentence} or port" in done.stderr
 
 
 def test_an_invalid_version_policy_ends_the_program_with_one_line(tmp_path):

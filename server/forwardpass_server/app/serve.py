@@ -110,7 +110,10 @@ def _monitoring_server(parts: Parts, recent: Recent) -> MonitoringServer | None:
     try:
         return MonitoringServer(host, port, parts.metrics.registry, page)
     except OSError as error:
-        raise OSError(f"--metrics-port: cannot listen on {join_address(host, port)}: {error.strerror}") from None
+        place = join_address(host, port)
+        raise OSError(
+            f"--metrics-port: cannot listen on {place}: {error.strerror}: choose another address or port"
+        ) from None
 
 
 async def _listen(parts: Parts, announce: Announce) -> None:

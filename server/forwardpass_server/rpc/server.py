@@ -143,7 +143,7 @@ class Server:
                 else self._server.add_secure_port(address, self._certificates.credentials())
             )
         except RuntimeError as error:
-            raise OSError(f"cannot listen on {address}: {error}") from None
+            raise OSError(f"cannot listen on {address}: choose another address or port ({error})") from None
         await self._server.start()
         return port
 
