@@ -110,9 +110,9 @@ def _monitoring_server(parts: Parts, recent: Recent) -> MonitoringServer | None:
     try:
         return MonitoringServer(host, port, parts.metrics.registry, page)
     except OSError as error:
+        place = join_address(host, port)
         raise OSError(
-            f"--metrics-port: cannot listen on {join_address(host, port)}: {error.strerror}: choose another address or "
-            "port"
+            f"--metrics-port: cannot listen on {place}: {error.strerror}: choose another address or port"
         ) from None
 
 
