@@ -62,11 +62,12 @@ class Admission:
         return self._use.calls >= self._in_all.calls or self._use.size_bytes >= self._in_all.size_bytes
 
     def overloaded(self) -> errors.ServerOverloaded:
-        """The error for a call that is refused before its request is read."""
-        calls, size_bytes = self._in_all.calls, self._in_all.size_bytes
+        """The error for a call that is refused before its request is read. It names the limit that is reached."""
+        is_full_of_calls = self._use.calls >= self._in_all.calls
+        limit = f"{self._in_all.calls}" if is_full_of_calls else f"{self._in_all.size_bytes} bytes"
         return errors.ServerOverloaded(
             place="the server's calls",
-            expected=f"at most {calls} calls and {size_bytes} bytes at once",
+            expected=f"at most {limit} at once",
             found="more",
             retry_after_s=_RETRY_AFTER_S,
         )
