@@ -92,7 +92,7 @@ def test_a_keras_file_is_exported(tmp_path, beside):
         (("no_colon", "{}", "m"), "factory: expected module:function, got 'no_colon'"),
         (("{}/none.keras", "{}", "m"), "none.keras"),
         (("support.zoo:slow", "{}", "taken", "--version", "1"), "exists: choose another --version"),
-        (("support.zoo:slow", "{}", "m", "--config", "{}/file"), "--config: only a .keras file has one"),
+        (("support.zoo:slow", "{}", "m", "--config", "{}/file"), "--config: expected a .keras file as SOURCE"),
     ],
 )
 def test_an_invalid_export_is_refused_and_leaves_no_files(tmp_path, arguments, message):
