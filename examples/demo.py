@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from forwardpass_server.process import quiet
+from forwardpass_server.process import onednn, quiet
 
 # Relative to the largest number of a result. The server adds numbers in one graph and the local model in several, so
 # the last bits of a float32 can differ.
@@ -159,6 +159,8 @@ def show(console: Console, rows: list[Row]) -> None:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
+    # As the server does. On some CPUs TensorFlow uses oneDNN by default, which rounds differently.
+    onednn.decide("auto")
     console = Console()
     with tempfile.TemporaryDirectory(prefix="forwardpass-demo-") as folder:
         rows = run(console, pathlib.Path(folder))
