@@ -55,7 +55,7 @@ _TRIAL_INTERVAL_S = 5.0
 # A management message holds names and version numbers only.
 _MAX_MANAGEMENT_BYTES = 2**20
 
-# For so long a client is told that its session has expired, and not only that there is none.
+# How long after its expiry a session is reported as expired, and not as unknown.
 _REMEMBER_EXPIRED_S = 24 * 3600.0
 
 

@@ -31,7 +31,7 @@ KERAS_FORMAT = "keras"
 Objects = Mapping[str, Any]
 """Custom Keras objects by the names that files have for them."""
 
-# What only a .keras file is told.
+# The settings that only a .keras file takes.
 _OF_KERAS = ("input_spec", "loss", "loss_weights", "weighted_metrics", "sample_weight_spec")
 
 

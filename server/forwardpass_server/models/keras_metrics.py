@@ -221,7 +221,7 @@ def _result(metric: keras.metrics.Metric, variables: list[Any]) -> Any:
         except tf.errors.OperatorNotAllowedInGraphError:
             # The metric branches on a tensor in Python, as R2Score with num_regressors does; AutoGraph converts it.
             with warnings.catch_warnings():
-                # Both branches are traced, so that a warning of one branch is no news.
+                # Both branches are traced, and a branch that is not taken may warn.
                 warnings.simplefilter("ignore")
                 result = tf.autograph.to_graph(type(metric).result)(metric)
         # A metric may return a variable. Its value comes from the state within this scope only.

@@ -21,7 +21,7 @@ class Kind(enum.Enum):
     FREE = "does not depend on it"
     ROWS = "its first dimension is the batch, each row made of that row alone"
     COUNT = "the number of rows, a scalar"
-    SHAPE = "a vector, the number of rows first and nothing of it behind"
+    SHAPE = "a vector that begins with the number of rows, and does not depend on it otherwise"
     OTHER = "depends on it in a way that no rule describes"
 
 

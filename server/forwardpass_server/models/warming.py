@@ -31,7 +31,7 @@ def warm(model: Runs, functions: Iterable[Key], examples: Examples, weights: Seq
         if isinstance(result, errors.ModelRefusedInput):
             # The model may be correct, and only accept other values.
             _LOGGER.log(
-                # Keras takes sample weights only where the loss has one number for each example: this is no fault.
+                # Keras takes sample weights only if the loss has one number for each example: this is not a fault.
                 logging.INFO if function.takes_sample_weight else logging.WARNING,
                 'model %s: %s%s was not warmed, since it refuses the example batch; "example_input" in '
                 "forwardpass.json names a batch that it accepts: %s",
