@@ -342,6 +342,10 @@ class _Errors:
         if error is None or isinstance(error, errors.ForwardPassError) or not isinstance(error, Exception):
             return
         if isinstance(error, grpc.RpcError):
+            # The traceback holds grpc.aio's call, which holds the connections of the channel after it was closed.
+            # The new error must not keep it, neither through its context nor through this frame.
+            error.__traceback__ = None
+            del trace
             raise _decode(error, self._proxy, self._is_tls) from None
         # On a closed channel gRPC raises errors of several classes, some of which it does not export.
         if self.is_closed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import os
 import pathlib
@@ -83,7 +84,12 @@ def test_calls_of_a_version_that_only_some_replicas_have_reach_the_server_of_the
                 client.model("times", 3)
             # The look-up has closed those that it opened.
             wait_until(lambda: connections(addresses) == 1)
-        asyncio.run(call_asynchronously(addresses))
+        # Without it: a closed client must not wait for the garbage collector to close its connections.
+        gc.disable()
+        try:
+            asyncio.run(call_asynchronously(addresses))
+        finally:
+            gc.enable()
 
 
 def connections(addresses: list[str]) -> int:
@@ -107,6 +113,7 @@ async def call_asynchronously(addresses: list[str]) -> None:
                 assert (await model.predict_on_batch(handle, [3.0])).tolist() == expected
             with pytest.raises(errors.ModelVersionNotFound):
                 await client.model("times", 3)
+        await asyncio.to_thread(wait_until, lambda: connections(addresses) == 0)
 
 
 def call_in_every_way(model: RemoteFunctionalModel) -> None:
