@@ -63,7 +63,7 @@ def connect(
     Calls that find the server away (UNAVAILABLE, CANCELLED) are made again until their deadline: for some 3 s at most,
     or for half a minute where replicas, sessions, streams or transfers allow it. An update of a session counts once,
     however often it is sent.
-    Raises TypeError or ValueError for what is no target, timeout, token or Tls; and RuntimeError where gevent has
+    Raises TypeError or ValueError for an invalid target, timeout, token or Tls; and RuntimeError where gevent has
     patched Python's threads and gRPC was not told, and in a forked child of a process that has used an AsyncClient.
     """
     credentials = _credentials(target, tls, token, allow_insecure_token)
@@ -143,7 +143,7 @@ class ClientApi(Connected, abc.ABC):
         Of several replicas one is asked, and the model's sticky calls go there; where it lacks the version, or is not
         ready, others are asked.
         Raises ModelNotFound, ModelVersionNotFound, ModelFailed, ModelLoading, ServerUnavailable, DeadlineExceeded;
-        TypeError and ValueError for what is no name, version or label.
+        TypeError and ValueError for an invalid name, version or label.
         """
         deadline = self._deadline(timeout_s)
         return self._look_up(calls.get_model(name, version, label), deadline)

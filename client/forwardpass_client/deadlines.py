@@ -99,7 +99,7 @@ def locked(lock: threading.Lock, deadline: Deadline) -> Iterator[None]:
 
 
 def check_timeout(timeout_s: float | None) -> float | None:
-    """The timeout. Raises TypeError for what is no number, and ValueError for a number that is no duration."""
+    """The timeout as a float. Raises TypeError for other types than numbers, and ValueError for an invalid number."""
     if timeout_s is None:
         return None
     if isinstance(timeout_s, (bool, str, bytes)):

@@ -255,7 +255,7 @@ class FunctionalModelApi(Connected, abc.ABC):
 
         progress: called with (bytes done, bytes in all).
         timeout_s: as of `put_weights`.
-        Raises TypeError for what is no handle (StructureMismatch for an id), WeightsNotFound, ServerUnavailable,
+        Raises TypeError if it gets no handle (StructureMismatch for an id), WeightsNotFound, ServerUnavailable,
         DeadlineExceeded.
         """
         deadline = self._deadline(timeout_s, is_renewable=True)
@@ -273,7 +273,7 @@ class FunctionalModelApi(Connected, abc.ABC):
         timeout_s: seconds until DeadlineExceeded for opening it; None for the client's own.
         Returns the open session. For asyncio: `async with model.metrics_session() as session`, or await it.
         Raises FunctionNotAvailable for a model without metrics, SessionNotFound, SessionExpired,
-        SessionLimitExceeded, InvalidRequest for a session of another model, ValueError for what is no id or for an
+        SessionLimitExceeded, InvalidRequest for a session of another model, ValueError for an invalid id or for an
         initial state of an open session, ServerUnavailable, DeadlineExceeded.
         """
         deadline = self._deadline(timeout_s)

@@ -46,7 +46,7 @@ class Connected:
     def _deadline(self, timeout_s: float | None = None, *, is_renewable: bool = False) -> Deadline:
         """The deadline of a public call, which begins now. is_renewable: where the call has no timeout of its own.
 
-        Raises RuntimeError in a forked child, and TypeError or ValueError for what is no timeout.
+        Raises RuntimeError in a forked child, and TypeError or ValueError for an invalid timeout.
         """
         if process.forks != self._forks:
             self._refuse_process()

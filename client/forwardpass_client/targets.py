@@ -23,7 +23,7 @@ _OTHER_SCHEME = re.compile(r"(?:unix|unix-abstract|xds|vsock|google-c2p|passthro
 def joined(target: str | Sequence[str]) -> str:
     """The gRPC target of one server, or of all addresses in a list.
 
-    Raises TypeError or ValueError for what is no address, with the address to write instead.
+    Raises TypeError or ValueError for an invalid address. The message gives the address to write instead.
     """
     if isinstance(target, str):
         return _checked(target)

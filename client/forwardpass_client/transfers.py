@@ -80,7 +80,7 @@ class Pause:
 Steps: TypeAlias = Generator[Any, Any, Any]
 """Yields steps, is sent their results or thrown their errors, and returns the result of them all.
 
-Every step ends with the deadline of the call: whoever carries the steps out has it.
+Every step ends with the deadline of the call. The transport that carries out the steps has the deadline.
 """
 
 

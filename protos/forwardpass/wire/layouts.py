@@ -15,8 +15,8 @@ from google.protobuf.message import Message
 
 from forwardpass.wire import dtypes, structures
 
-# Limits of the cache: any client can send messages, and must not fill the memory. A longer framing is not cached; the
-# oldest entries are dropped beyond the total. The smallest leaf has 6 bytes of framing and takes some 300 bytes here.
+# Limits of the cache: any client can send messages, and must not fill the memory. A longer framing is not cached. Above
+# the total the oldest entries are dropped. A leaf has at least 6 bytes of framing, and its entry takes about 300 bytes.
 _MAX_FRAMING_BYTES = 4096
 _MAX_TOTAL_BYTES = 2**17
 _ENTRY_BYTES = 64

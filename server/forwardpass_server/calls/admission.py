@@ -65,12 +65,7 @@ class Admission:
         """The error for a call that is refused before its request is read. It names the limit that is reached."""
         is_full_of_calls = self._use.calls >= self._in_all.calls
         limit = f"{self._in_all.calls}" if is_full_of_calls else f"{self._in_all.size_bytes} bytes"
-        return errors.ServerOverloaded(
-            place="the server's calls",
-            expected=f"at most {limit} at once",
-            found="more",
-            retry_after_s=_RETRY_AFTER_S,
-        )
+        return _refusal("the server's calls", limit, "more")
 
     def limit(self, in_all: Limits, each: Limits) -> None:
         """Sets new limits. Calls that were admitted before go on."""
@@ -147,17 +142,13 @@ class Admission:
 def _check(use: _Use, limits: Limits, size_bytes: int, calls: int, place: str, tells_total: bool) -> None:
     """tells_total: the use is that of the caller alone, so that the error may say how much it is."""
     if use.calls + calls > limits.calls:
-        raise errors.ServerOverloaded(
-            place=place,
-            expected=f"at most {limits.calls} at once",
-            found=f"{use.calls + calls}" if tells_total else "more",
-            retry_after_s=_RETRY_AFTER_S,
-        )
+        raise _refusal(place, f"{limits.calls}", f"{use.calls + calls}" if tells_total else "more")
     # A single request is always admitted: the message size limit bounds it.
     if use.size_bytes and use.size_bytes + size_bytes > limits.size_bytes:
-        raise errors.ServerOverloaded(
-            place=place,
-            expected=f"at most {limits.size_bytes} bytes at once",
-            found=f"{use.size_bytes + size_bytes}" if tells_total else "more",
-            retry_after_s=_RETRY_AFTER_S,
-        )
+        raise _refusal(place, f"{limits.size_bytes} bytes", f"{use.size_bytes + size_bytes}" if tells_total else "more")
+
+
+def _refusal(place: str, limit: str, found: str) -> errors.ServerOverloaded:
+    return errors.ServerOverloaded(
+        place=place, expected=f"at most {limit} at once", found=found, retry_after_s=_RETRY_AFTER_S
+    )

@@ -27,7 +27,7 @@ class Contents:
     models: the names of the readable folders with a valid model name, in order.
     sources: every version of these models, ordered by name and version.
     unreadable: the names of model folders that exist but cannot be read now; their versions may still exist.
-    skipped: a sentence for each entry that is no model or version but that an operator may have meant as one.
+    skipped: a sentence for each entry that is not a model or version, if an operator may have intended it as one.
     """
 
     models: tuple[str, ...]

@@ -18,25 +18,25 @@ def check(functions: Iterable[Any]) -> None:
 
     TensorFlow 2.21 gives wrong numbers, or corrupts its heap, if the array's second dimension is 1 (TensorFlow issue
     117700). The trial in a child process does not find this reliably.
-    functions: concrete functions. Raises ModelLoadError, which names the operation.
+    functions: concrete functions; bodies of loops in them are not judged. Raises ModelLoadError, which names the
+    operation.
     """
     if not private_tensorflow.uses_onednn():
         return
     for concrete in functions:
         if _MATMULS.isdisjoint(graphs.operations(concrete)):
             continue
-        for operation in _operations(concrete):
-            if operation.type in _MATMULS and _is_faulty(*[tensor.shape for tensor in operation.inputs]):
-                left, right = (tensor.shape for tensor in operation.inputs)
+        graph = private_tensorflow.inlined_graph(concrete)
+        for operation in graph.get_operations():
+            if operation.type not in _MATMULS:
+                continue
+            left, right = (tensor.shape for tensor in operation.inputs)
+            if _may_have_second_of_one(left) and _may_be_one_matrix(right):
                 raise ModelLoadError(
                     f"operation {operation.name!r} multiplies an array of shape {left} by a matrix of shape {right}, "
                     "which TensorFlow computes wrong with oneDNN if the second dimension is 1: start the server with "
                     "--onednn off, or fix that dimension in input_spec"
                 )
-
-
-def _is_faulty(left: tf.TensorShape, right: tf.TensorShape) -> bool:
-    return _may_have_second_of_one(left) and _may_be_one_matrix(right)
 
 
 def _may_have_second_of_one(shape: tf.TensorShape) -> bool:
@@ -46,11 +46,3 @@ def _may_have_second_of_one(shape: tf.TensorShape) -> bool:
 def _may_be_one_matrix(shape: tf.TensorShape) -> bool:
     """Whether an array may hold a single matrix, which is multiplied with each matrix of another array."""
     return shape.rank is None or all(dim == 1 for dim in shape[:-2])
-
-
-def _operations(concrete: Any) -> list[Any]:
-    """The operations of a function and of those that it calls, with inferred shapes. Bodies of loops are not listed."""
-    graph = tf.Graph()
-    with graph.as_default():
-        tf.import_graph_def(private_tensorflow.inlined(concrete), name="")
-    return list(graph.get_operations())

@@ -63,7 +63,7 @@ class TensorFlowDevice:
 
 
 def _gpu_memory_bytes() -> int:
-    """The memory of the smallest GPU. TensorFlow has no public way to ask for it."""
+    """The memory of the smallest GPU. Read through NVML: TensorFlow has no public function for it."""
     try:
         import pynvml
     except ImportError:

@@ -96,6 +96,20 @@ def inlined(concrete: Any) -> Any:
     return convert_to_constants._run_inline_graph_optimization(concrete, False, aggressive_inlining=True)
 
 
+def inlined_graph(concrete: Any) -> tf.Graph:
+    """The graph of `inlined`, with shapes that TensorFlow infers from the operations.
+
+    The shapes that a file or `set_shape` claims are dropped, because they may be wrong.
+    """
+    definition = inlined(concrete)
+    for node in definition.node:
+        node.attr.pop("_output_shapes", None)
+    graph = tf.Graph()
+    with graph.as_default():
+        tf.import_graph_def(definition, name="")
+    return graph
+
+
 def definitions(concrete: Any) -> dict[bytes, bytes]:
     """The serialized FunctionDefs of a concrete function and of all functions that it calls, by name."""
     return {name: one.cached_definition.SerializeToString() for name, one in _called(concrete).items()}

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
 from forwardpass.wire.description import ModelSpec
 from forwardpass.wire.dtypes import Array
@@ -59,16 +58,10 @@ def reason_against(
 
 
 def _check_graph(concrete: Any, weights: int, inputs: int) -> None:
-    definition = private_tensorflow.inlined(concrete)
-    for node in definition.node:
-        # A shape from a file or from `set_shape` may be wrong. Without it TensorFlow infers the shape again.
-        node.attr.pop("_output_shapes", None)
-    graph = tf.Graph()
-    with graph.as_default():
-        tf.import_graph_def(definition, name="")
     kinds: dict[str, Kind] = {}
     rounding = Rounding()
     rows = {tensor.name for tensor in concrete.inputs[weights : weights + inputs]}
+    graph = private_tensorflow.inlined_graph(concrete)
     for operation in graph.get_operations():
         if operation.type == "Placeholder":
             name = operation.outputs[0].name

@@ -1,4 +1,4 @@
-"""Uses what a client made before a fork in the forked child: a line for each way, with what came of it.
+"""Uses the objects of a client in a forked child. Prints one line with the outcome of each use.
 
 Arguments: the server's address, and "sync" or "async".
 """
