@@ -13,15 +13,16 @@ import contextlib
 import inspect
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 
 import forwardpass_client
 from forwardpass_client import errors
 from support.breaking_proxies import ConnectionProxy, LosingProxy
-from support.public_calls import CALLS, ENDS, LOCAL, PUBLIC, TIMEOUT_S, WEIGHTS, WITHOUT_TIMEOUT, World, public
+from support.public_calls import CALLS, ENDS, LOCAL, PUBLIC, TIMEOUT_S, WITHOUT_TIMEOUT, World, public
 from support.servers import ServerProcess
 
 SLACK_S = 5.0
@@ -48,22 +49,28 @@ def counting_server() -> Iterator[ServerProcess]:
 
 
 @contextlib.contextmanager
-def breaking(kind: str, server: ServerProcess) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The address of a proxy, and what breaks it."""
+def breaking(kind: str, server: ServerProcess, weights: Collection[Any]) -> Iterator[tuple[str, Callable[[], None]]]:
+    """The address of a proxy, and what breaks it. weights: those that the calls use."""
     if kind in ("stalls", "drops connections"):
         with ConnectionProxy(server.address) as connections:
             yield connections.address, connections.stall if kind == "stalls" else connections.drop
         return
     with LosingProxy(server.address) as losing, forwardpass_client.connect(server.address) as client:
-        weights_id = client.model("counting").put_weights(WEIGHTS).id
+        handles = [client.model("counting").put_weights(one) for one in weights]
 
         def lose() -> None:
-            losing.weights_ids = [weights_id]
+            losing.weights_ids = [handle.id for handle in handles]
             losing.loses_uploads = kind == "loses uploads"
             # What a put needs, it lacks.
-            client.model("counting").weights_handle(weights_id).delete()
+            for handle in handles:
+                handle.delete()
 
         yield losing.address, lose
+
+
+def weights_of(chosen: Collection[str]) -> dict[str, Any]:
+    """Weights for each call. Had two calls the same ones, the put of one could save the other."""
+    return {place: ((np.arange(10, dtype=np.float32) + index,), ()) for index, place in enumerate(chosen)}
 
 
 KINDS = ["stalls", "drops connections", "loses uploads", "loses weights"]
@@ -110,6 +117,7 @@ def timeouts(is_explicit: bool) -> tuple[float, dict[str, float]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_call_ends_with_its_deadline(counting_server, kind, is_explicit):
     chosen = rows(kind, is_explicit)
+    weights = weights_of(chosen)
     timeout_s, more = timeouts(is_explicit)
     ready = threading.Barrier(len(chosen) + 1)
     broken = threading.Event()
@@ -117,13 +125,13 @@ def test_every_call_ends_with_its_deadline(counting_server, kind, is_explicit):
     def run(address: str, place: str, call: Callable[[World], Any]) -> Outcome:
         with forwardpass_client.connect(address, timeout_s=timeout_s) as client:
             model = client.model("counting", timeout_s=60)
-            handle = model.put_weights(WEIGHTS, timeout_s=60)
+            handle = model.put_weights(weights[place], timeout_s=60)
             session, other = (model.metrics_session(timeout_s=60) for _ in range(2))
             pipeline = model.pipeline(handle)
             state = model.initialize_metrics_state(timeout_s=60)
             ready.wait(60)
             broken.wait(60)
-            world = World(client, model, handle, session, other, pipeline, state, more)
+            world = World(client, model, weights[place], handle, session, other, pipeline, state, more)
             started = time.monotonic()
             try:
                 result = call(world)
@@ -135,7 +143,7 @@ def test_every_call_ends_with_its_deadline(counting_server, kind, is_explicit):
                 result = error
             return Outcome(place, time.monotonic() - started, result)
 
-    with breaking(kind, counting_server) as (address, break_now):
+    with breaking(kind, counting_server, weights.values()) as (address, break_now):
         with concurrent.futures.ThreadPoolExecutor(len(chosen)) as pool:
             running = [pool.submit(run, address, place, call) for place, call in chosen.items()]
             ready.wait(60)
@@ -148,18 +156,19 @@ def test_every_call_ends_with_its_deadline(counting_server, kind, is_explicit):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_call_of_the_async_client_ends_with_its_deadline(counting_server, kind, is_explicit):
     chosen = rows(kind, is_explicit)
+    weights = weights_of(chosen)
     timeout_s, more = timeouts(is_explicit)
 
     async def run(address: str, place: str, call: Callable[[World], Any], ready: list[str], broken: Any) -> Outcome:
         async with forwardpass_client.connect_async(address, timeout_s=timeout_s) as client:
             model = await client.model("counting", timeout_s=60)
-            handle = await model.put_weights(WEIGHTS, timeout_s=60)
+            handle = await model.put_weights(weights[place], timeout_s=60)
             session, other = [await model.metrics_session(timeout_s=60) for _ in range(2)]
             pipeline = await model.pipeline(handle)
             state = await model.initialize_metrics_state(timeout_s=60)
             ready.append(place)
             await broken.wait()
-            world = World(client, model, handle, session, other, pipeline, state, more)
+            world = World(client, model, weights[place], handle, session, other, pipeline, state, more)
             started = time.monotonic()
             try:
                 result = call(world)
@@ -185,5 +194,5 @@ def test_every_call_of_the_async_client_ends_with_its_deadline(counting_server, 
         broken.set()
         return await asyncio.gather(*running)
 
-    with breaking(kind, counting_server) as (address, break_now):
+    with breaking(kind, counting_server, weights.values()) as (address, break_now):
         check(asyncio.run(run_all(address, break_now)))

@@ -22,14 +22,14 @@ PUBLIC = {
 }
 
 BATCH = np.arange(3, dtype=np.int32), np.full(3, 1, np.int64)
-WEIGHTS = ((np.arange(10, dtype=np.float32) + 3,), ())
 
 
 class World(NamedTuple):
-    """What a call is made on. `more`: its timeout, where it is given with the call."""
+    """What a call is made on. `handle`: of `weights`. `more`: its timeout, where it is given with the call."""
 
     client: Any
     model: Any
+    weights: Any
     handle: Any
     session: Any
     other: Any
@@ -65,14 +65,14 @@ CALLS: dict[str, Row] = {
         lambda w: w.model.update_metrics_state(w.state, BATCH[1], BatchOutput(), **w.more)
     ),
     "Model.finalize_metrics": Row(lambda w: w.model.finalize_metrics(w.state, **w.more)),
-    "Model.put_weights": Row(lambda w: w.model.put_weights(WEIGHTS, **w.more), needs_weights=True),
+    "Model.put_weights": Row(lambda w: w.model.put_weights(w.weights, **w.more), needs_weights=True),
     "Model.get_weights": Row(lambda w: w.model.get_weights(w.handle, **w.more)),
     "Model.metrics_session": Row(lambda w: w.model.metrics_session(**w.more)),
     "Model.evaluate": Row(lambda w: w.model.evaluate(w.handle, [BATCH] * 3, **w.more), needs_weights=True),
     "Model.evaluate_many": Row(
         lambda w: w.model.evaluate_many([w.handle], [BATCH], sessions=[w.session], **w.more), needs_weights=True
     ),
-    "Model.pipeline": Row(lambda w: w.model.pipeline(WEIGHTS), needs_weights=True),
+    "Model.pipeline": Row(lambda w: w.model.pipeline(w.weights), needs_weights=True),
     "Model.predict_many": Row(lambda w: w.model.predict_many(w.handle, [BATCH[0]] * 3, **w.more), needs_weights=True),
     "Handle.lease": Row(lambda w: w.handle.lease(10, **w.more), needs_weights=True),
     "Handle.delete": Row(lambda w: w.handle.delete(**w.more)),
