@@ -36,6 +36,8 @@ from forwardpass.v1.service_pb2 import (
     CallFrame,
     FinalizeMetricsRequest,
     FinalizeMetricsResponse,
+    ForwardBackwardRequest,
+    ForwardBackwardResponse,
     ForwardPassRequest,
     ForwardPassResponse,
     GetInitialWeightsRequest,
@@ -54,6 +56,8 @@ from forwardpass.v1.service_pb2 import (
     PredictOnBatchResponse,
     UpdateMetricsStateRequest,
     UpdateMetricsStateResponse,
+    VjpRequest,
+    VjpResponse,
 )
 from forwardpass.v1.session_record_pb2 import SessionRecord, SessionWriter
 from forwardpass.v1.sessions_pb2 import (
@@ -84,10 +88,24 @@ from forwardpass.v1.sessions_pb2 import (
 )
 from forwardpass.v1.structure_pb2 import Structure, StructureSpec, TreeDef
 from forwardpass.v1.tensor_pb2 import DataType, Tensor, TensorSpec
+from forwardpass.v1.training_pb2 import (
+    DESCRIPTOR as TRAINING_FILE,
+)
+from forwardpass.v1.training_pb2 import (
+    TrainingBatch,
+    TrainingCheckpoint,
+    TrainingPosition,
+    TrainingResult,
+    TrainingStart,
+    TrainRequest,
+    TrainResponse,
+)
 from forwardpass.v1.weights_pb2 import (
     DESCRIPTOR as WEIGHTS_FILE,
 )
 from forwardpass.v1.weights_pb2 import (
+    CombineWeightsRequest,
+    CombineWeightsResponse,
     DeleteWeightsRequest,
     DeleteWeightsResponse,
     DescribeWeightsRequest,
@@ -103,4 +121,5 @@ from forwardpass.v1.weights_pb2 import (
     UploadTensorsRequest,
     UploadTensorsResponse,
     WeightsManifest,
+    WeightsTerm,
 )

@@ -25,6 +25,9 @@ class Function(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     FUNCTION_UPDATE_METRICS_STATE: _ClassVar[Function]
     FUNCTION_WEIGHTED_UPDATE_METRICS_STATE: _ClassVar[Function]
     FUNCTION_FINALIZE_METRICS: _ClassVar[Function]
+    FUNCTION_FORWARD_BACKWARD: _ClassVar[Function]
+    FUNCTION_WEIGHTED_FORWARD_BACKWARD: _ClassVar[Function]
+    FUNCTION_VJP: _ClassVar[Function]
 MODEL_STATE_UNSPECIFIED: ModelState
 MODEL_STATE_LOADING: ModelState
 MODEL_STATE_AVAILABLE: ModelState
@@ -38,6 +41,9 @@ FUNCTION_INITIALIZE_METRICS_STATE: Function
 FUNCTION_UPDATE_METRICS_STATE: Function
 FUNCTION_WEIGHTED_UPDATE_METRICS_STATE: Function
 FUNCTION_FINALIZE_METRICS: Function
+FUNCTION_FORWARD_BACKWARD: Function
+FUNCTION_WEIGHTED_FORWARD_BACKWARD: Function
+FUNCTION_VJP: Function
 
 class ModelWeights(_message.Message):
     __slots__ = ("trainable", "non_trainable")
@@ -120,7 +126,7 @@ class FunctionDescription(_message.Message):
     def __init__(self, function: _Optional[_Union[Function, str]] = ..., available: bool = ..., unavailable_reason: _Optional[str] = ...) -> None: ...
 
 class ModelDescription(_message.Message):
-    __slots__ = ("identity", "format", "functions", "has_own_forward_pass", "weights", "input", "predictions", "batch_output", "sample_weight", "loss", "metrics_state", "metrics", "unused_batch_output_fields", "unbatchable_reason", "unmergeable_reason", "prediction_mask", "guard", "warnings")
+    __slots__ = ("identity", "format", "functions", "has_own_forward_pass", "weights", "input", "predictions", "batch_output", "sample_weight", "loss", "metrics_state", "metrics", "unused_batch_output_fields", "unbatchable_reason", "unmergeable_reason", "prediction_mask", "guard", "warnings", "unreached_weights", "optimizers")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     FUNCTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -139,6 +145,8 @@ class ModelDescription(_message.Message):
     PREDICTION_MASK_FIELD_NUMBER: _ClassVar[int]
     GUARD_FIELD_NUMBER: _ClassVar[int]
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
+    UNREACHED_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    OPTIMIZERS_FIELD_NUMBER: _ClassVar[int]
     identity: ModelIdentity
     format: str
     functions: _containers.RepeatedCompositeFieldContainer[FunctionDescription]
@@ -157,4 +165,6 @@ class ModelDescription(_message.Message):
     prediction_mask: _structure_pb2.StructureSpec
     guard: str
     warnings: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., format: _Optional[str] = ..., functions: _Optional[_Iterable[_Union[FunctionDescription, _Mapping]]] = ..., has_own_forward_pass: bool = ..., weights: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., input: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., predictions: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., batch_output: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., loss: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics_state: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., unused_batch_output_fields: _Optional[_Iterable[str]] = ..., unbatchable_reason: _Optional[str] = ..., unmergeable_reason: _Optional[str] = ..., prediction_mask: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., guard: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ...) -> None: ...
+    unreached_weights: _containers.RepeatedScalarFieldContainer[str]
+    optimizers: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., format: _Optional[str] = ..., functions: _Optional[_Iterable[_Union[FunctionDescription, _Mapping]]] = ..., has_own_forward_pass: bool = ..., weights: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., input: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., predictions: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., batch_output: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., loss: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics_state: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., unused_batch_output_fields: _Optional[_Iterable[str]] = ..., unbatchable_reason: _Optional[str] = ..., unmergeable_reason: _Optional[str] = ..., prediction_mask: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., guard: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., unreached_weights: _Optional[_Iterable[str]] = ..., optimizers: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -75,6 +75,62 @@ class LossResponse(_message.Message):
     loss: _structure_pb2.Structure
     def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., loss: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
 
+class ForwardBackwardRequest(_message.Message):
+    __slots__ = ("model", "training", "model_weights", "weights_id", "batch_input", "sample_weight", "keep_gradients")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    MODEL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
+    BATCH_INPUT_FIELD_NUMBER: _ClassVar[int]
+    SAMPLE_WEIGHT_FIELD_NUMBER: _ClassVar[int]
+    KEEP_GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelSelector
+    training: bool
+    model_weights: _model_pb2.ModelWeights
+    weights_id: bytes
+    batch_input: _model_pb2.Batch
+    sample_weight: _structure_pb2.Structure
+    keep_gradients: bool
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., training: bool = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ..., weights_id: _Optional[bytes] = ..., batch_input: _Optional[_Union[_model_pb2.Batch, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., keep_gradients: bool = ...) -> None: ...
+
+class ForwardBackwardResponse(_message.Message):
+    __slots__ = ("model", "batch_output", "gradients", "gradients_id")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    BATCH_OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_FIELD_NUMBER: _ClassVar[int]
+    GRADIENTS_ID_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelIdentity
+    batch_output: _model_pb2.BatchOutput
+    gradients: _structure_pb2.Structure
+    gradients_id: bytes
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., batch_output: _Optional[_Union[_model_pb2.BatchOutput, _Mapping]] = ..., gradients: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., gradients_id: _Optional[bytes] = ...) -> None: ...
+
+class VjpRequest(_message.Message):
+    __slots__ = ("model", "training", "model_weights", "weights_id", "x", "cotangents")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TRAINING_FIELD_NUMBER: _ClassVar[int]
+    MODEL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
+    X_FIELD_NUMBER: _ClassVar[int]
+    COTANGENTS_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelSelector
+    training: bool
+    model_weights: _model_pb2.ModelWeights
+    weights_id: bytes
+    x: _structure_pb2.Structure
+    cotangents: _structure_pb2.Structure
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., training: bool = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ..., weights_id: _Optional[bytes] = ..., x: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., cotangents: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
+
+class VjpResponse(_message.Message):
+    __slots__ = ("model", "weights_cotangents", "x_cotangents")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    WEIGHTS_COTANGENTS_FIELD_NUMBER: _ClassVar[int]
+    X_COTANGENTS_FIELD_NUMBER: _ClassVar[int]
+    model: _model_pb2.ModelIdentity
+    weights_cotangents: _structure_pb2.Structure
+    x_cotangents: _structure_pb2.Structure
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., weights_cotangents: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., x_cotangents: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
+
 class InitializeMetricsStateRequest(_message.Message):
     __slots__ = ("model",)
     MODEL_FIELD_NUMBER: _ClassVar[int]

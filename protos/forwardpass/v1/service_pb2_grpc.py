@@ -31,6 +31,16 @@ class FunctionalModelServiceStub(object):
                 request_serializer=forwardpass_dot_v1_dot_service__pb2.LossRequest.SerializeToString,
                 response_deserializer=forwardpass_dot_v1_dot_service__pb2.LossResponse.FromString,
                 )
+        self.ForwardBackward = channel.unary_unary(
+                '/forwardpass.v1.FunctionalModelService/ForwardBackward',
+                request_serializer=forwardpass_dot_v1_dot_service__pb2.ForwardBackwardRequest.SerializeToString,
+                response_deserializer=forwardpass_dot_v1_dot_service__pb2.ForwardBackwardResponse.FromString,
+                )
+        self.Vjp = channel.unary_unary(
+                '/forwardpass.v1.FunctionalModelService/Vjp',
+                request_serializer=forwardpass_dot_v1_dot_service__pb2.VjpRequest.SerializeToString,
+                response_deserializer=forwardpass_dot_v1_dot_service__pb2.VjpResponse.FromString,
+                )
         self.InitializeMetricsState = channel.unary_unary(
                 '/forwardpass.v1.FunctionalModelService/InitializeMetricsState',
                 request_serializer=forwardpass_dot_v1_dot_service__pb2.InitializeMetricsStateRequest.SerializeToString,
@@ -89,6 +99,20 @@ class FunctionalModelServiceServicer(object):
 
     def Loss(self, request, context):
         """Returns the loss of predictions for given labels.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForwardBackward(self, request, context):
+        """Returns the batch output of one batch, and the gradients of its loss.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Vjp(self, request, context):
+        """Returns the product of cotangents of the predictions and the Jacobian of predict_on_batch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -161,6 +185,16 @@ def add_FunctionalModelServiceServicer_to_server(servicer, server):
                     servicer.Loss,
                     request_deserializer=forwardpass_dot_v1_dot_service__pb2.LossRequest.FromString,
                     response_serializer=forwardpass_dot_v1_dot_service__pb2.LossResponse.SerializeToString,
+            ),
+            'ForwardBackward': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForwardBackward,
+                    request_deserializer=forwardpass_dot_v1_dot_service__pb2.ForwardBackwardRequest.FromString,
+                    response_serializer=forwardpass_dot_v1_dot_service__pb2.ForwardBackwardResponse.SerializeToString,
+            ),
+            'Vjp': grpc.unary_unary_rpc_method_handler(
+                    servicer.Vjp,
+                    request_deserializer=forwardpass_dot_v1_dot_service__pb2.VjpRequest.FromString,
+                    response_serializer=forwardpass_dot_v1_dot_service__pb2.VjpResponse.SerializeToString,
             ),
             'InitializeMetricsState': grpc.unary_unary_rpc_method_handler(
                     servicer.InitializeMetricsState,
@@ -257,6 +291,40 @@ class FunctionalModelService(object):
         return grpc.experimental.unary_unary(request, target, '/forwardpass.v1.FunctionalModelService/Loss',
             forwardpass_dot_v1_dot_service__pb2.LossRequest.SerializeToString,
             forwardpass_dot_v1_dot_service__pb2.LossResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def ForwardBackward(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/forwardpass.v1.FunctionalModelService/ForwardBackward',
+            forwardpass_dot_v1_dot_service__pb2.ForwardBackwardRequest.SerializeToString,
+            forwardpass_dot_v1_dot_service__pb2.ForwardBackwardResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def Vjp(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/forwardpass.v1.FunctionalModelService/Vjp',
+            forwardpass_dot_v1_dot_service__pb2.VjpRequest.SerializeToString,
+            forwardpass_dot_v1_dot_service__pb2.VjpResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

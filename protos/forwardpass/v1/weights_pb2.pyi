@@ -112,3 +112,25 @@ class DeleteWeightsRequest(_message.Message):
 class DeleteWeightsResponse(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class CombineWeightsRequest(_message.Message):
+    __slots__ = ("terms", "float64")
+    TERMS_FIELD_NUMBER: _ClassVar[int]
+    FLOAT64_FIELD_NUMBER: _ClassVar[int]
+    terms: _containers.RepeatedCompositeFieldContainer[WeightsTerm]
+    float64: bool
+    def __init__(self, terms: _Optional[_Iterable[_Union[WeightsTerm, _Mapping]]] = ..., float64: bool = ...) -> None: ...
+
+class WeightsTerm(_message.Message):
+    __slots__ = ("weights_id", "coefficient")
+    WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
+    COEFFICIENT_FIELD_NUMBER: _ClassVar[int]
+    weights_id: bytes
+    coefficient: float
+    def __init__(self, weights_id: _Optional[bytes] = ..., coefficient: _Optional[float] = ...) -> None: ...
+
+class CombineWeightsResponse(_message.Message):
+    __slots__ = ("weights_id",)
+    WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
+    weights_id: bytes
+    def __init__(self, weights_id: _Optional[bytes] = ...) -> None: ...

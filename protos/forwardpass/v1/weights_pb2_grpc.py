@@ -38,6 +38,11 @@ class WeightsServiceStub(object):
                 request_serializer=forwardpass_dot_v1_dot_weights__pb2.DownloadTensorRequest.SerializeToString,
                 response_deserializer=forwardpass_dot_v1_dot_weights__pb2.DownloadTensorResponse.FromString,
                 )
+        self.CombineWeights = channel.unary_unary(
+                '/forwardpass.v1.WeightsService/CombineWeights',
+                request_serializer=forwardpass_dot_v1_dot_weights__pb2.CombineWeightsRequest.SerializeToString,
+                response_deserializer=forwardpass_dot_v1_dot_weights__pb2.CombineWeightsResponse.FromString,
+                )
         self.LeaseWeights = channel.unary_unary(
                 '/forwardpass.v1.WeightsService/LeaseWeights',
                 request_serializer=forwardpass_dot_v1_dot_weights__pb2.LeaseWeightsRequest.SerializeToString,
@@ -85,6 +90,13 @@ class WeightsServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CombineWeights(self, request, context):
+        """Publishes a linear combination of sets.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def LeaseWeights(self, request, context):
         """Protects a set from eviction for a while.
         """
@@ -121,6 +133,11 @@ def add_WeightsServiceServicer_to_server(servicer, server):
                     servicer.DownloadTensor,
                     request_deserializer=forwardpass_dot_v1_dot_weights__pb2.DownloadTensorRequest.FromString,
                     response_serializer=forwardpass_dot_v1_dot_weights__pb2.DownloadTensorResponse.SerializeToString,
+            ),
+            'CombineWeights': grpc.unary_unary_rpc_method_handler(
+                    servicer.CombineWeights,
+                    request_deserializer=forwardpass_dot_v1_dot_weights__pb2.CombineWeightsRequest.FromString,
+                    response_serializer=forwardpass_dot_v1_dot_weights__pb2.CombineWeightsResponse.SerializeToString,
             ),
             'LeaseWeights': grpc.unary_unary_rpc_method_handler(
                     servicer.LeaseWeights,
@@ -211,6 +228,23 @@ class WeightsService(object):
         return grpc.experimental.unary_stream(request, target, '/forwardpass.v1.WeightsService/DownloadTensor',
             forwardpass_dot_v1_dot_weights__pb2.DownloadTensorRequest.SerializeToString,
             forwardpass_dot_v1_dot_weights__pb2.DownloadTensorResponse.FromString,
+            options, channel_credentials,
+            insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
+
+    @staticmethod
+    def CombineWeights(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(request, target, '/forwardpass.v1.WeightsService/CombineWeights',
+            forwardpass_dot_v1_dot_weights__pb2.CombineWeightsRequest.SerializeToString,
+            forwardpass_dot_v1_dot_weights__pb2.CombineWeightsResponse.FromString,
             options, channel_credentials,
             insecure, call_credentials, compression, wait_for_ready, timeout, metadata)
 

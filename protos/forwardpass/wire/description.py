@@ -92,6 +92,11 @@ class ModelSpec:
             "model_weights.non_trainable": self.weights.child(1),
         }
 
+    @functools.cached_property
+    def gradients(self) -> StructureSpec:
+        """The spec of gradients: the trainable weights, with None for each leaf that has no derivatives."""
+        return self.weights.child(0).differentiable
+
     def may_be_none(self, place: str) -> bool:
         """Whether a caller may leave an argument None: a field of a batch output that update_metrics_state ignores."""
         group, _, field = place.partition(".")
@@ -114,6 +119,10 @@ class ModelSpec:
             "loss": self.loss,
             "state": self.metrics_state,
             "metrics": self.metrics,
+            "gradients": self.gradients,
+            "cotangents": self.predictions.differentiable,
+            "weights_cotangents": self.gradients,
+            "x_cotangents": self.x.differentiable,
             **{f"batch_output.{name}": self.batch_output.named_child(name) for name in BatchOutput._fields},
             **(dict.fromkeys(MASKS_OF, mask) if mask.leaves else {}),
         }
@@ -162,6 +171,8 @@ class ModelDescription:
     unmergeable_reason: why metrics states cannot be added to each other; "" if they can.
     guard: whether the model was tried in a child process, so that no batch of it crashes the server.
     warnings: problems of this model that an operator should know, one sentence each.
+    unreached_weights: the places of trainable weights on which the loss does not depend; their gradients are zeros.
+    optimizers: those for which training is prepared, as JSON.
     """
 
     identity: ModelIdentity
@@ -171,7 +182,11 @@ class ModelDescription:
     unmergeable_reason: str = ""
     guard: str = ""
     warnings: tuple[str, ...] = ()
+    unreached_weights: tuple[str, ...] = ()
+    optimizers: tuple[str, ...] = ()
 
+
+_OLDER_SERVER = "the server is older than this function"
 
 _SPEC_FIELDS = (
     "weights",
@@ -208,6 +223,8 @@ def encode(description: ModelDescription) -> v1.ModelDescription:
         unmergeable_reason=description.unmergeable_reason,
         guard=description.guard,
         warnings=description.warnings,
+        unreached_weights=description.unreached_weights,
+        optimizers=description.optimizers,
         **structures,
     )
 
@@ -226,12 +243,12 @@ def decode(message: v1.ModelDescription) -> ModelDescription:
             expected=f"a named tuple {BatchOutput._fields}",
             found=structures["batch_output"].tree.describe(),
         )
-    known = {function.value: function for function in Function}
+    found = {item.function: item for item in message.functions}
     spec = ModelSpec(
         unavailable={
-            known[item.function]: item.unavailable_reason
-            for item in message.functions
-            if not item.available and item.function in known
+            function: found[function.value].unavailable_reason if function.value in found else _OLDER_SERVER
+            for function in Function
+            if function.value not in found or not found[function.value].available
         },
         has_own_forward_pass=message.has_own_forward_pass,
         unused_batch_output_fields=frozenset(message.unused_batch_output_fields),
@@ -246,6 +263,8 @@ def decode(message: v1.ModelDescription) -> ModelDescription:
         message.unmergeable_reason,
         message.guard,
         tuple(message.warnings),
+        tuple(message.unreached_weights),
+        tuple(message.optimizers),
     )
 
 
@@ -285,6 +304,12 @@ def facts(description: ModelDescription) -> list[tuple[str, str]]:
         ("metrics", str(spec.metrics)),
         ("batching", _yes_unless(description.unbatchable_reason)),
         ("merging metrics states", _yes_unless(description.unmergeable_reason)),
+        *(
+            [("gradients that are zeros", ", ".join(description.unreached_weights))]
+            if description.unreached_weights
+            else []
+        ),
+        *([("prepared optimizers", ", ".join(description.optimizers))] if description.optimizers else []),
         ("guard", description.guard),
         *(("warning", warning) for warning in description.warnings),
     ]

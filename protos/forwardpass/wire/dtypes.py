@@ -42,6 +42,11 @@ class DType:
     itemsize: int
     numpy: np.dtype[np.generic]
 
+    @property
+    def is_differentiable(self) -> bool:
+        """Whether functions of such numbers have derivatives: floating-point and complex numbers."""
+        return self is BFLOAT16 or self.numpy.kind in "fc"
+
     def __str__(self) -> str:
         return self.name
 

@@ -85,6 +85,13 @@ class ModelRefusedInput(InvalidRequest):
     sentence = "The model's graph refused the values or shapes of the arguments: check them."
 
 
+class OptimizerNotSupported(InvalidRequest):
+    """Raised for an optimizer that the server cannot use: unknown, not permitted, or wrong without state of its own."""
+
+    status = "INVALID_ARGUMENT"
+    sentence = "The server cannot train with this optimizer: the message names the reason; use another one."
+
+
 class Unauthenticated(ForwardPassError):
     """Raised for missing or invalid credentials."""
 
@@ -279,6 +286,7 @@ CATALOGUE: dict[str, type[ForwardPassError]] = {
         DTypeMismatch,
         ShapeMismatch,
         ModelRefusedInput,
+        OptimizerNotSupported,
         Unauthenticated,
         PermissionDenied,
         ModelNotFound,

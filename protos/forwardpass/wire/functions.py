@@ -9,6 +9,7 @@ import functools
 from forwardpass import v1
 
 _WEIGHTS = ("model_weights.trainable", "model_weights.non_trainable")
+_BATCH = (*_WEIGHTS, "batch_input.x", "batch_input.y")
 _BATCH_OUTPUT = (
     "batch_output.loss",
     "batch_output.predictions",
@@ -67,7 +68,7 @@ class Function(enum.IntEnum):
         Signature(
             title="forward_pass",
             method="ForwardPass",
-            arguments=(*_WEIGHTS, "batch_input.x", "batch_input.y"),
+            arguments=_BATCH,
             results=_BATCH_OUTPUT,
             has_training=True,
         ),
@@ -100,6 +101,37 @@ class Function(enum.IntEnum):
     FINALIZE_METRICS = (
         v1.Function.FUNCTION_FINALIZE_METRICS,
         Signature(title="finalize_metrics", method="FinalizeMetrics", arguments=("state",), results=("metrics",)),
+    )
+
+    FORWARD_BACKWARD = (
+        v1.Function.FUNCTION_FORWARD_BACKWARD,
+        Signature(
+            title="forward_backward",
+            method="ForwardBackward",
+            arguments=_BATCH,
+            results=(*_BATCH_OUTPUT, "gradients"),
+            has_training=True,
+        ),
+    )
+    WEIGHTED_FORWARD_BACKWARD = (
+        v1.Function.FUNCTION_WEIGHTED_FORWARD_BACKWARD,
+        Signature(
+            title="forward_backward with sample_weight",
+            method="ForwardBackward",
+            arguments=(*_BATCH, SAMPLE_WEIGHT),
+            results=(*_BATCH_OUTPUT, "gradients"),
+            has_training=True,
+        ),
+    )
+    VJP = (
+        v1.Function.FUNCTION_VJP,
+        Signature(
+            title="vjp",
+            method="Vjp",
+            arguments=(*_WEIGHTS, "x", "cotangents"),
+            results=("weights_cotangents", "x_cotangents"),
+            has_training=True,
+        ),
     )
 
     _value_: int
@@ -144,3 +176,6 @@ METRICS_FUNCTIONS = tuple(
     function for function in Function if "state" in (*function.signature.arguments, *function.signature.results)
 )
 """The functions that a model without metrics lacks."""
+
+GRADIENT_FUNCTIONS = (Function.FORWARD_BACKWARD, Function.WEIGHTED_FORWARD_BACKWARD, Function.VJP)
+"""The functions that a model without gradients lacks."""

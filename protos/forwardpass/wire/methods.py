@@ -51,14 +51,16 @@ def _methods(service: ServiceDescriptor) -> dict[str, Method]:
 _MODELS = v1.SERVICE_FILE.services_by_name["FunctionalModelService"]
 _WEIGHTS = v1.WEIGHTS_FILE.services_by_name["WeightsService"]
 _SESSIONS = v1.SESSIONS_FILE.services_by_name["MetricsSessionService"]
+_TRAINING = v1.TRAINING_FILE.services_by_name["TrainingService"]
 _MANAGEMENT = v1.MANAGEMENT_FILE.services_by_name["ManagementService"]
 
 MODEL_SERVICE: str = _MODELS.full_name
 WEIGHTS_SERVICE: str = _WEIGHTS.full_name
 SESSION_SERVICE: str = _SESSIONS.full_name
+TRAINING_SERVICE: str = _TRAINING.full_name
 MANAGEMENT_SERVICE: str = _MANAGEMENT.full_name
 SERVICES: dict[str, dict[str, Method]] = {
-    service.full_name: _methods(service) for service in (_MODELS, _WEIGHTS, _SESSIONS, _MANAGEMENT)
+    service.full_name: _methods(service) for service in (_MODELS, _WEIGHTS, _SESSIONS, _TRAINING, _MANAGEMENT)
 }
 """The methods of each service, by name."""
 

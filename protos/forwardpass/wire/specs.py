@@ -100,6 +100,13 @@ class StructureSpec:
         """The spec of one key or field of the outermost mapping or named tuple."""
         return self.child(self.tree.names.index(name))
 
+    @functools.cached_property
+    def differentiable(self) -> StructureSpec:
+        """The spec with None in place of each leaf that has no derivatives: integers, booleans and strings."""
+        kept = [data_type.is_differentiable for data_type in self.data_types]
+        leaves = tuple(leaf for leaf, is_kept in zip(self.leaves, kept, strict=True) if is_kept)
+        return StructureSpec(self.tree.keeping(kept), leaves)
+
     def __str__(self) -> str:
         return str(self.tree.unflatten([_Text(str(leaf)) for leaf in self.leaves]))
 

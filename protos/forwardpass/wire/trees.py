@@ -97,6 +97,18 @@ class TreeDef:
         body = "{" + ", ".join(f"{name!r}: {child}" for name, child in zip(self.names, inner, strict=True)) + "}"
         return body if self.kind is Kind.DICT else f"OrderedDict({body})"
 
+    def keeping(self, kept: Sequence[bool]) -> TreeDef:
+        """The same containers with None in place of each leaf whose item of `kept` is false."""
+        remaining = iter(kept)
+
+        def of(tree: TreeDef) -> TreeDef:
+            if tree.kind is Kind.LEAF:
+                return LEAF if next(remaining) else NONE
+            children = tuple(map(of, tree.children))
+            return TreeDef(tree.kind, children, tree.names, tree.type_name, tree.named_tuple_class)
+
+        return of(self)
+
     @functools.cached_property
     def encoded(self) -> bytes:
         """The tree as a serialized TreeDef message. Equal trees give equal bytes."""

@@ -1,15 +1,16 @@
-"""The interfaces of a loaded model and of a model loader."""
+"""The interfaces of a loaded model, of its trainers, and of a model loader."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from forwardpass.wire.description import ModelDescription
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.functions import Function
+from forwardpass.wire.specs import StructureSpec
 
 Leaf = Any
 """An array, or a tensor that is on the device already."""
@@ -37,6 +38,98 @@ class LoadedModel(Protocol):
         Returns the leaves of `spec.results[function]`, in order, as read-only arrays.
         Raises ModelRefusedInput, OutOfMemory, or what else the model's code raises.
         """
+
+    def trainer(self, options: TrainingOptions) -> Trainer | None:
+        """The trainer for these options; None if it is not prepared."""
+
+    def prepare_trainer(self, options: TrainingOptions) -> Trainer:
+        """Prepares a trainer, which takes from tenths of a second to seconds. For a thread of its own.
+
+        Raises OptimizerNotSupported, and FunctionNotAvailable for a model without gradients.
+        """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions:
+    """What the graph of an optimizer step depends on.
+
+    optimizer: a Keras optimizer as canonical JSON: {"class_name": ..., "config": {...}} with sorted keys and without
+      whitespace. Its learning rate is left out, unless it is a schedule: it is an argument of each step.
+    weighted: whether batches have sample weights. proximal: whether the loss has FedProx's proximal term.
+    trainable: one for each leaf of the trainable weights, false for a leaf that does not change; () if all change.
+    """
+
+    optimizer: str
+    weighted: bool = False
+    proximal: bool = False
+    trainable: tuple[bool, ...] = ()
+
+
+class Totals(NamedTuple):
+    """Sums over the steps of an update.
+
+    loss: the sum of each batch's loss times its number of examples. num_examples, num_steps: counts.
+    metrics: leaves of the model's metrics; empty for a model without metrics.
+    """
+
+    loss: float
+    num_examples: int
+    num_steps: int
+    metrics: Sequence[Array]
+
+
+class Trainer(Protocol):
+    """Optimizer steps of one model, for one set of options. Any number of threads may use it at once.
+
+    A state is a flat list of tensors on the device: the trainable and the non-trainable weights, the variables of the
+    optimizer, the metrics state and the sums of `Totals`. It is never changed: each step returns another one.
+    """
+
+    @property
+    def state_bytes(self) -> int:
+        """The size of a state."""
+
+    @property
+    def has_schedule(self) -> bool:
+        """Whether the optimizer has a schedule of learning rates, so that `step` takes none."""
+
+    @property
+    def state_spec(self) -> StructureSpec:
+        """The spec of a saved state: a mapping with the keys "optimizer", "metrics" and "totals"."""
+
+    def begin(self, weights: Sequence[Leaf]) -> Sequence[Leaf]:
+        """The state before the first step. weights: the leaves of the model's weights."""
+
+    def restored(self, weights: Sequence[Leaf], saved: Sequence[Leaf], *, with_totals: bool) -> Sequence[Leaf]:
+        """The state that continues from the leaves of `state_spec`.
+
+        with_totals: whether the sums and the metrics continue too, as after a checkpoint. They begin again otherwise.
+        """
+
+    def step(
+        self,
+        state: Sequence[Leaf],
+        batch: Sequence[Array],
+        learning_rate: float,
+        proximal: float,
+        start: Sequence[Leaf],
+    ) -> Sequence[Leaf]:
+        """The state after one batch. Does not wait for a GPU.
+
+        batch: the leaves of x, y, and of the sample weights where the options say so.
+        learning_rate: ignored with a schedule. proximal, start: the coefficient and the trainable weights of the
+        proximal term; ignored without one.
+        Raises ModelRefusedInput and OutOfMemory.
+        """
+
+    def weights(self, state: Sequence[Leaf]) -> Sequence[Leaf]:
+        """The leaves of the model's weights in a state."""
+
+    def saved(self, state: Sequence[Leaf]) -> Sequence[Leaf]:
+        """The leaves of `state_spec` in a state."""
+
+    def totals(self, state: Sequence[Leaf]) -> Totals:
+        """The sums of a state. Waits for a GPU."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
