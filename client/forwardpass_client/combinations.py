@@ -16,7 +16,6 @@ from forwardpass_client.held_weights import HeldWeights, SeveralHeldWeights
 from forwardpass_client.transfers import Steps, Unary
 from forwardpass_client.weights_handles import WeightsHandleApi
 
-
 Term = tuple[WeightsHandleApi, float]
 """A handle and its coefficient."""
 

@@ -92,12 +92,9 @@ class Combinations:
             try:
                 weights = await pins.get(start + len(sets))
             except errors.WeightStoreFull:
-                # The sets of this call fill the store: add those that are there, or begin to read later ones again.
-                if sets:
-                    break
-                if not pins.release(start + 1, None):
+                if not sets:
                     raise
-                continue
+                break
             sets.append(weights)
             tensors += len(weights.manifest.tensors)
             size_bytes += weights.manifest.size_bytes
@@ -129,12 +126,16 @@ class _Pins:
 
     async def get(self, number: int) -> WeightSet:
         """The set of a term, which is read from disk if needed. Raises WeightsNotFound or WeightStoreFull."""
-        weights = self._held.get(number)
-        if weights is None:
+        if number not in self._held:
             names = self._principal, self._ids[number]
-            weights = self._store.acquire(*names) or await self._store.restore(*names)
-            self._held[number] = weights
-        return weights
+            try:
+                self._held[number] = self._store.acquire(*names) or await self._store.restore(*names)
+            except errors.WeightStoreFull:
+                # The sets of later terms can be read from disk again.
+                if not self.release(number + 1, None):
+                    raise
+                self._held[number] = await self._store.restore(*names)
+        return self._held[number]
 
     def release(self, start: int, end: int | None) -> bool:
         """Releases the sets of the terms from `start` to before `end`; None for all. Returns whether there were any."""
