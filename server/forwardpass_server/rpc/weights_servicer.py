@@ -11,6 +11,7 @@ from forwardpass_server.access import principals
 from forwardpass_server.calls.admission import Admission
 from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.drain import Drain
+from forwardpass_server.weights import combinations
 from forwardpass_server.weights.combinations import Combinations, Term
 from forwardpass_server.weights.store import WeightStore
 
@@ -28,10 +29,10 @@ class WeightsServicer:
     """
 
     def __init__(
-        self, store: WeightStore, combinations: Combinations, codec: Codec, admission: Admission, drain: Drain
+        self, store: WeightStore, sums: Combinations, codec: Codec, admission: Admission, drain: Drain
     ) -> None:
         self._store = store
-        self._combinations = combinations
+        self._sums = sums
         self._admission = admission
         self._codec = codec
         self._drain = drain
@@ -72,7 +73,7 @@ class WeightsServicer:
         with self._admission.admitted(principal, len(data)):
             is_small = len(data) <= _SMALL_BYTES
             terms, float64 = _terms(data) if is_small else await self._codec.offload(lambda: _terms(data))
-            weights_id = await self._combinations.combine(principal, terms, float64)
+            weights_id = await self._sums.combine(principal, terms, float64)
         return v1.CombineWeightsResponse(weights_id=weights_id).SerializeToString()
 
     async def LeaseWeights(self, data: bytes, context: object) -> bytes:
@@ -100,7 +101,9 @@ def _decode(data: bytes) -> WeightsManifest:
 def _terms(data: bytes) -> tuple[list[Term], bool]:
     """The terms of a combination, and whether it is computed in float64."""
     request = fields.parse(v1.CombineWeightsRequest, data)
-    return [(term.weights_id, term.coefficient) for term in request.terms], request.float64
+    terms = [(term.weights_id, term.coefficient) for term in request.terms]
+    combinations.check(terms)
+    return terms, request.float64
 
 
 def _encode_missing(manifest: WeightsManifest, missing: Sequence[tuple[bytes, int]]) -> bytes:

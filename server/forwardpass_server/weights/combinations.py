@@ -48,11 +48,10 @@ class Combinations:
     async def combine(self, principal: str, terms: Sequence[Term], float64: bool) -> bytes:
         """Publishes the sum of sets, each multiplied by its coefficient. Returns the id of the result.
 
-        float64: see CombineWeightsRequest. The sets are pinned while they are read.
+        terms: see `check`. float64: see CombineWeightsRequest. The sets are pinned while they are read.
         Raises InvalidRequest or a subclass, which names the term and the leaf, WeightsNotFound, WeightStoreFull,
         OutOfMemory.
         """
-        _check(terms)
         pins = _Pins(self._store, principal, [weights_id for weights_id, _ in terms])
         try:
             await pins.hold_present()
@@ -234,8 +233,8 @@ class _Combination:
         raise error(place=place, expected=expected, found=found)
 
 
-def _check(terms: Sequence[Term]) -> None:
-    """Raises InvalidRequest for terms that no sets could make valid."""
+def check(terms: Sequence[Term]) -> None:
+    """Raises InvalidRequest for terms that no sets could make valid. Thread-safe; takes some ms for the most terms."""
     if not 1 <= len(terms) <= MAX_TERMS:
         raise errors.InvalidRequest(place="terms", expected=f"1 to {MAX_TERMS} terms", found=f"{len(terms)}")
     for number, (weights_id, coefficient) in enumerate(terms):

@@ -53,6 +53,7 @@ class World:
             return weights.manifest.tree.unflatten(leaves)
 
     async def combine(self, *terms, float64: bool = False, principal: str = "") -> bytes:
+        combinations.check(terms)
         return await self.combinations.combine(principal, terms, float64)
 
 
