@@ -48,6 +48,17 @@ class Device(Protocol):
     def fetch(self, placed: Any) -> Array:
         """A placed array in the memory of the host, read-only, with the shape that it had."""
 
+    def add(self, total: Any | None, terms: Sequence[tuple[Any, float]], dtype: np.dtype[Any]) -> Any:
+        """The sum of `total` and of each placed tensor times its coefficient, in the order of the terms.
+
+        total: what an earlier call returned, which is not used afterwards; None to begin with the first term.
+        terms: at least one; tensors of one shape. dtype: of the sum; terms are converted to it first.
+        For `rounded` and further calls only. Raises OutOfMemory.
+        """
+
+    def rounded(self, total: Any, dtype: np.dtype[Any]) -> Any:
+        """A sum of `add` as a placed tensor of a dtype. The sum is not used afterwards. Raises OutOfMemory."""
+
 
 class StoreObserver(Protocol):
     """Receives the events of the store."""
@@ -175,6 +186,11 @@ class WeightStore:
     def set_count(self) -> int:
         """The number of sets on the device."""
         return len(self._sets)
+
+    @property
+    def has_files(self) -> bool:
+        """Whether sets are written to disk, so that an evicted set can be read again."""
+        return self._files is not None
 
     @property
     def tensor_count(self) -> int:
