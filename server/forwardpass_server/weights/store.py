@@ -245,6 +245,11 @@ class WeightStore:
         finally:
             room.give_back()
 
+    async def add_arrays(self, principal: str, tree: TreeDef, arrays: Sequence[Array]) -> bytes:
+        """`add` for arrays in the memory of the host. Raises OutOfMemory where the device has no room for them."""
+        placed = await asyncio.to_thread(lambda: [self._device.place(array) for array in arrays])
+        return await self.add(principal, tree, placed)
+
     async def add(self, principal: str, tree: TreeDef, leaves: Sequence[Any], room: Room | None = None) -> bytes:
         """Publishes a set that the server has computed, as if this principal had put it. Returns its id.
 
