@@ -40,6 +40,8 @@ from forwardpass_server.sessions.stores import opening
 from forwardpass_server.status.readiness import Readiness
 from forwardpass_server.telemetry import gpus, machine
 from forwardpass_server.telemetry.metrics import Metrics
+from forwardpass_server.training import room as training_room
+from forwardpass_server.training.service import Trainings
 from forwardpass_server.weights import room as weights_room
 from forwardpass_server.weights.room import WeightsOptions
 from forwardpass_server.weights.store import StoreOptions, WeightStore
@@ -79,6 +81,7 @@ class Parts:
     capacity: Capacity
     calls: CallsRoom
     sessions: SessionsRoom
+    trainings: Trainings
     server: Server
     liveness: Liveness
     readiness: Readiness
@@ -115,6 +118,9 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
         metrics.sessions,
         max_state_bytes=settings.max_state_bytes,
     )
+    trainings = training_room.build(
+        catalog.registry, weights, calls, metrics.training, optimizers=settings.training_optimizers
+    )
     liveness = Liveness(models.placement, _TRIAL_INTERVAL_S, settings.device_timeout_s)
     required = RequiredModels(catalog.registry, settings.required_models)
     readiness = Readiness(required, sessions.store_watch, liveness)
@@ -124,6 +130,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
         weights=weights,
         calls=calls,
         sessions=sessions,
+        trainings=trainings,
         readiness=readiness,
         guard=guard,
         metrics=metrics,
@@ -155,6 +162,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
         capacity=capacity,
         calls=calls,
         sessions=sessions,
+        trainings=trainings,
         server=server,
         liveness=liveness,
         readiness=readiness,
@@ -176,6 +184,7 @@ def _show(parts: Parts) -> None:
         metrics.models.in_state(state.value, functools.partial(parts.catalog.registry.count, state))
     metrics.rpcs.messages(lambda: admission.size_bytes, lambda: admission.limit_bytes)
     metrics.sessions.store(store.count, store.is_shared, lambda: not store.problem)
+    metrics.training.states(lambda: parts.trainings.states_bytes)
     metrics.health.read = parts.health.reading
 
 
@@ -305,5 +314,6 @@ async def _model_changed(
         loader.forget(source)
     if source.name not in dict(known):
         metrics.models.forget(source.name)
+        metrics.training.forget(source.name)
     capacity.refresh()
     await health.model_changed(source)
