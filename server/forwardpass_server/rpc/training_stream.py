@@ -59,7 +59,7 @@ class TrainingStream:
         yield v1.TrainResponse(position=at).SerializeToString()
         reading = asyncio.ensure_future(self._read(training, message, requests))
         try:
-            with self._drain.notifying(lambda: batches.is_complete or batches.fail(self._drain.error())):
+            with self._drain.notifying(lambda: self._interrupt(training)):
                 while (position := await batches.advance(position or 0)) is not None:
                     for checkpoint in update.new_checkpoints():
                         yield _checkpoint(checkpoint)
@@ -68,6 +68,11 @@ class TrainingStream:
         finally:
             reading.cancel()
             await asyncio.gather(reading, return_exceptions=True)
+
+    def _interrupt(self, training: Training) -> None:
+        """Ends an update whose batches have not all been received."""
+        if not training.batches.is_complete:
+            training.batches.fail(self._drain.error())
 
     async def _read(self, training: Training, message: _Message, requests: AsyncIterator[bytes]) -> None:
         batches = training.batches

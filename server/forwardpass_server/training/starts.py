@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 import numpy as np
@@ -87,7 +88,12 @@ def optimizer(text: str, learning_rate: float | None) -> Optimizer:
             place="start.learning_rate", expected="a number, because the optimizer's config has none", found="none"
         )
     _check_factor(rate, "start.learning_rate")
-    return Optimizer(optimizers.canonical(found.text, "start.optimizer").text, rate)
+    if found.has_schedule:
+        # The number replaces it.
+        value = json.loads(found.text)
+        del value["config"]["learning_rate"]
+        found = optimizers.canonical(value, "start.optimizer")
+    return Optimizer(found.text, rate)
 
 
 def mask(trainable: tuple[bool, ...], leaves: int) -> tuple[bool, ...]:
