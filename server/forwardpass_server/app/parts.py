@@ -43,6 +43,7 @@ from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.training import room as training_room
 from forwardpass_server.training.service import Trainings
 from forwardpass_server.weights import room as weights_room
+from forwardpass_server.weights.combinations import Combinations
 from forwardpass_server.weights.room import WeightsOptions
 from forwardpass_server.weights.store import StoreOptions, WeightStore
 
@@ -128,6 +129,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
         _server_options(settings),
         registry=catalog.registry,
         weights=weights,
+        combinations=Combinations(weights, models.placement),
         calls=calls,
         sessions=sessions,
         trainings=trainings,

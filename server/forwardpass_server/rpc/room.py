@@ -30,6 +30,7 @@ from forwardpass_server.sessions.room import SessionsRoom
 from forwardpass_server.status.readiness import Readiness
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.training.service import Trainings
+from forwardpass_server.weights.combinations import Combinations
 from forwardpass_server.weights.store import WeightStore
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def build(
     *,
     registry: Registry,
     weights: WeightStore,
+    combinations: Combinations,
     calls: CallsRoom,
     sessions: SessionsRoom,
     trainings: Trainings,
@@ -71,7 +73,7 @@ def build(
         options,
         {
             MODEL_SERVICE: models_servicer,
-            WEIGHTS_SERVICE: WeightsServicer(weights, codec, drain),
+            WEIGHTS_SERVICE: WeightsServicer(weights, combinations, codec, admission, drain),
             SESSION_SERVICE: sessions_servicer,
             TRAINING_SERVICE: TrainingServicer(trainings, codec, max_message_bytes, admission, drain),
         },
