@@ -241,6 +241,56 @@ class ModelCalls:
             lambda data: nested(self._read(v1.LossResponse, data), "loss"),
         )
 
+    def forward_backward(
+        self,
+        model_weights: Any,
+        batch_input: Any,
+        training: bool,
+        sample_weight: Any,
+        keep: Callable[[HeldWeights], Any] | None,
+    ) -> Call[tuple[BatchOutput, Any]]:
+        """The BatchOutput of one batch, as of `forward_pass`, and the gradients of its loss.
+
+        Gradients have the structure of the trainable weights, with None for leaves of integers, booleans and strings.
+        sample_weight: as of `loss`. keep: makes the handle of gradients that stay on the server; None to return them.
+        Raises what `forward_pass` raises. `read` raises ModelChanged.
+        """
+        function = Function.FORWARD_BACKWARD if sample_weight is None else Function.WEIGHTED_FORWARD_BACKWARD
+        request = v1.ForwardBackwardRequest(
+            model=self._selector, training=check_training(training), keep_gradients=keep is not None
+        )
+        x, y = x_and_y(batch_input)
+        values = {"batch_input.x": x, "batch_input.y": y, "sample_weight": sample_weight}
+
+        def read(data: bytes) -> tuple[BatchOutput, Any]:
+            header, parts = messages.decode(v1.ForwardBackwardResponse, data)
+            self._check_identity(header.model)
+            gradients = nested(parts, "gradients") if keep is None else keep(HeldWeights(header.gradients_id))
+            return self._batch_output(parts), gradients
+
+        # Kept gradients are on the server that computed them: the one that has the weights.
+        return self._call_with_weights(
+            function, "ForwardBackward", request, model_weights, values, read, names_weights=keep is not None
+        )
+
+    def vjp(self, model_weights: Any, x: Any, cotangents: Any, training: bool) -> Call[tuple[Any, Any]]:
+        """The cotangents of the trainable weights, and of x, for cotangents of the predictions.
+
+        x: leaves of shape [B, ...] as in the spec. cotangents: like the predictions, leaves of shape [B, ...], with
+          None for leaves of integers, booleans and strings.
+        Returns structures of the trainable weights and of x, with None for such leaves.
+        Raises what `predict_on_batch` raises. `read` raises ModelChanged.
+        """
+        request = v1.VjpRequest(model=self._selector, training=check_training(training))
+
+        def read(data: bytes) -> tuple[Any, Any]:
+            parts = self._read(v1.VjpResponse, data)
+            return nested(parts, "weights_cotangents"), nested(parts, "x_cotangents")
+
+        return self._call_with_weights(
+            Function.VJP, "Vjp", request, model_weights, {"x": x, "cotangents": cotangents}, read
+        )
+
     def initialize_metrics_state(self) -> Call[Any]:
         """The metrics state before the first batch.
 

@@ -176,6 +176,55 @@ class FunctionalModelApi(Connected, abc.ABC):
         deadline = self._deadline(timeout_s)
         return self._run(self._calls.loss(output, label, sample_weight, mask), deadline)
 
+    def forward_backward(
+        self,
+        model_weights: Any,
+        batch_input: Any,
+        training: bool = True,
+        *,
+        sample_weight: Any = None,
+        keep: bool = False,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """Runs the forward pass of one batch, and differentiates its loss: (BatchOutput, gradients) in one call.
+
+        model_weights, batch_input, training: as of `forward_pass`, leaves of shape [B, ...].
+        sample_weight: one weight for each example, float32[B] unless the model says otherwise; None for no weights.
+        keep: whether the gradients stay on the server. `gradients` is then a handle of the pair (gradients,
+          non_trainable), where each leaf of non_trainable is None: `client.combine` takes it as a change of weights.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Returns the BatchOutput, as of `forward_pass`, and gradients in the structure, shapes and dtypes of the
+        trainable weights, with None for leaves of integers, booleans and strings. They are zeros for the leaves in
+        `description.unreached_weights`. If the loss has several values, they are the gradients of their sum, as of
+        `tf.GradientTape`.
+        Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf, and FunctionNotAvailable for a model
+        without gradients, before anything is sent; then ModelRefusedInput, WeightsNotFound, WeightStoreFull,
+        ModelChanged, ServerUnavailable or DeadlineExceeded.
+        """
+        deadline = self._deadline(timeout_s)
+        handle = self._handle if keep else None
+        return self._run(
+            self._calls.forward_backward(model_weights, batch_input, training, sample_weight, handle), deadline
+        )
+
+    def vjp(
+        self, model_weights: Any, x: Any, cotangents: Any, training: bool = True, *, timeout_s: float | None = None
+    ) -> Any:
+        """The vector-Jacobian product of `predict_on_batch`: (weights_cotangents, x_cotangents).
+
+        For a caller who computes the loss from the predictions, and for split learning.
+        model_weights, x, training: as of `predict_on_batch`.
+        cotangents: the derivatives of the caller's loss with respect to the predictions, in their structure, shapes
+          [B, ...] and dtypes; None for leaves of integers, booleans and strings.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Returns the derivatives with respect to the trainable weights, in their structure, and to x, in its structure,
+        with None for leaves of integers, booleans and strings.
+        Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf, and FunctionNotAvailable before
+        anything is sent; then ModelRefusedInput, WeightsNotFound, ModelChanged, ServerUnavailable or DeadlineExceeded.
+        """
+        deadline = self._deadline(timeout_s)
+        return self._run(self._calls.vjp(model_weights, x, cotangents, training), deadline)
+
     def initialize_metrics_state(self, *, timeout_s: float | None = None) -> Any:
         """The metrics state before the first batch: a value for `update_metrics_state`.
 
@@ -395,6 +444,21 @@ class RemoteFunctionalModel(FunctionalModelApi):
             self, model_weights: Any, batch_input: Any, training: bool = True, *, timeout_s: float | None = None
         ) -> BatchOutput: ...
 
+        def forward_backward(
+            self,
+            model_weights: Any,
+            batch_input: Any,
+            training: bool = True,
+            *,
+            sample_weight: Any = None,
+            keep: bool = False,
+            timeout_s: float | None = None,
+        ) -> tuple[BatchOutput, Any]: ...
+
+        def vjp(
+            self, model_weights: Any, x: Any, cotangents: Any, training: bool = True, *, timeout_s: float | None = None
+        ) -> tuple[Any, Any]: ...
+
         def put_weights(
             self, model_weights: Any, *, progress: Progress | None = None, timeout_s: float | None = None
         ) -> WeightsHandle: ...
@@ -583,6 +647,21 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         def predict_on_batch(
             self, model_weights: Any, x: Any, training: bool = True, *, timeout_s: float | None = None
         ) -> Coroutine[Any, Any, Any]: ...
+
+        def forward_backward(
+            self,
+            model_weights: Any,
+            batch_input: Any,
+            training: bool = True,
+            *,
+            sample_weight: Any = None,
+            keep: bool = False,
+            timeout_s: float | None = None,
+        ) -> Coroutine[Any, Any, tuple[BatchOutput, Any]]: ...
+
+        def vjp(
+            self, model_weights: Any, x: Any, cotangents: Any, training: bool = True, *, timeout_s: float | None = None
+        ) -> Coroutine[Any, Any, tuple[Any, Any]]: ...
 
         def loss(
             self,

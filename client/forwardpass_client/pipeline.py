@@ -19,7 +19,7 @@ from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.processes import Connected
 from forwardpass_client.streams import AsyncStream, Stream
 from forwardpass_client.transport import AsyncTransport, Transport
-from forwardpass_client.weights_handles import WeightsHandleApi
+from forwardpass_client.weights_handles import AsyncWeightsHandle, WeightsHandle, WeightsHandleApi
 
 _PATH = METHODS["Pipeline"].path
 _TITLE = "pipeline"
@@ -59,6 +59,39 @@ class PipelineApi(Connected, abc.ABC):
         deadline = self._deadline(timeout_s)
         return self._submit(self._calls.forward_pass(self._weights, batch_input, training).joined(), deadline)
 
+    def forward_backward(
+        self,
+        batch_input: Any,
+        training: bool = True,
+        *,
+        sample_weight: Any = None,
+        keep: bool = False,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """A future of (BatchOutput, gradients) of one batch: see `forward_backward` of the model.
+
+        batch_input: (x, y), or a mapping with keys x and y, like the model's `input_spec`, leaves of shape [B, ...].
+        sample_weight: float32[B] unless the model says otherwise; None for no weights. keep: whether the gradients stay
+        on the server, so that the future gives a handle of them.
+        training, timeout_s, errors: as of `predict_on_batch`.
+        """
+        deadline = self._deadline(timeout_s)
+        handle = self._handle if keep else None
+        call = self._calls.forward_backward(self._weights, batch_input, training, sample_weight, handle)
+        return self._submit(call.joined(), deadline)
+
+    def vjp(self, x: Any, cotangents: Any, training: bool = True, *, timeout_s: float | None = None) -> Any:
+        """A future of (weights_cotangents, x_cotangents) of one batch: see `vjp` of the model.
+
+        x, cotangents: leaves of shape [B, ...]. training, timeout_s, errors: as of `predict_on_batch`.
+        """
+        deadline = self._deadline(timeout_s)
+        return self._submit(self._calls.vjp(self._weights, x, cotangents, training).joined(), deadline)
+
+    @abc.abstractmethod
+    def _handle(self, held: HeldWeights) -> Any:
+        """The handle of weights on the server."""
+
     @abc.abstractmethod
     def _submit(self, call: Call[Any], deadline: Deadline) -> Any:
         """Sends a call: returns its future."""
@@ -93,6 +126,23 @@ class Pipeline(PipelineApi):
         def forward_pass(
             self, batch_input: Any, training: bool = True, *, timeout_s: float | None = None
         ) -> concurrent.futures.Future[BatchOutput]: ...
+
+        def forward_backward(
+            self,
+            batch_input: Any,
+            training: bool = True,
+            *,
+            sample_weight: Any = None,
+            keep: bool = False,
+            timeout_s: float | None = None,
+        ) -> concurrent.futures.Future[tuple[BatchOutput, Any]]: ...
+
+        def vjp(
+            self, x: Any, cotangents: Any, training: bool = True, *, timeout_s: float | None = None
+        ) -> concurrent.futures.Future[tuple[Any, Any]]: ...
+
+    def _handle(self, held: HeldWeights) -> WeightsHandle:
+        return WeightsHandle(held, self._transport, self._timeout_s)
 
     def _submit(self, call: Call[Any], deadline: Deadline) -> concurrent.futures.Future[Any]:
         return self._stream.submit(call, deadline)
@@ -152,6 +202,23 @@ class AsyncPipeline(PipelineApi):
         def forward_pass(
             self, batch_input: Any, training: bool = True, *, timeout_s: float | None = None
         ) -> asyncio.Future[BatchOutput]: ...
+
+        def forward_backward(
+            self,
+            batch_input: Any,
+            training: bool = True,
+            *,
+            sample_weight: Any = None,
+            keep: bool = False,
+            timeout_s: float | None = None,
+        ) -> asyncio.Future[tuple[BatchOutput, Any]]: ...
+
+        def vjp(
+            self, x: Any, cotangents: Any, training: bool = True, *, timeout_s: float | None = None
+        ) -> asyncio.Future[tuple[Any, Any]]: ...
+
+    def _handle(self, held: HeldWeights) -> AsyncWeightsHandle:
+        return AsyncWeightsHandle(held, self._transport, self._timeout_s)
 
     def _submit(self, call: Call[Any], deadline: Deadline) -> asyncio.Future[Any]:
         return self._stream.submit(call, deadline)

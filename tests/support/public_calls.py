@@ -59,6 +59,8 @@ CALLS: dict[str, Row] = {
     "Model.initial_weights": Row(lambda w: w.model.initial_weights),
     "Model.forward_pass": Row(lambda w: w.model.forward_pass(w.handle, BATCH, **w.more), needs_weights=True),
     "Model.predict_on_batch": Row(lambda w: w.model.predict_on_batch(w.handle, BATCH[0], **w.more), needs_weights=True),
+    "Model.forward_backward": Row(lambda w: w.model.forward_backward(w.handle, BATCH, **w.more), needs_weights=True),
+    "Model.vjp": Row(lambda w: w.model.vjp(w.handle, BATCH[0], np.ones(3, np.float32), **w.more), needs_weights=True),
     "Model.loss": Row(lambda w: w.model.loss(np.float32([1]), np.int64([1]), **w.more)),
     "Model.initialize_metrics_state": Row(lambda w: w.model.initialize_metrics_state(**w.more)),
     "Model.update_metrics_state": Row(
@@ -84,6 +86,8 @@ CALLS: dict[str, Row] = {
     "Session.close": Row(lambda w: w.session.close(**w.more)),
     "Pipeline.predict_on_batch": Row(lambda w: w.pipeline.predict_on_batch(BATCH[0], **w.more), needs_weights=True),
     "Pipeline.forward_pass": Row(lambda w: w.pipeline.forward_pass(BATCH, **w.more), needs_weights=True),
+    "Pipeline.forward_backward": Row(lambda w: w.pipeline.forward_backward(BATCH, **w.more), needs_weights=True),
+    "Pipeline.vjp": Row(lambda w: w.pipeline.vjp(BATCH[0], np.ones(3, np.float32), **w.more), needs_weights=True),
 }
 
 ENDS = {"Pipeline.close": lambda w: (w.pipeline.predict_on_batch(BATCH[0], **w.more), w.pipeline.close())[1]}

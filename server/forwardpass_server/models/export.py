@@ -14,7 +14,7 @@ import tensorflow as tf
 from forwardpass import v1
 from forwardpass.wire import conform, description, trees
 from forwardpass.wire.description import ModelDescription, ModelIdentity, ModelSpec
-from forwardpass.wire.functions import Function
+from forwardpass.wire.functions import GRADIENT_FUNCTIONS, Function
 from forwardpass.wire.specs import StructureSpec
 from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import graphs, masks, tf_specs, tff_saved_model, tracing
@@ -39,7 +39,8 @@ def save_functional_model(functional_model: FunctionalModel, path: str | os.Path
     folder = pathlib.Path(path)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty")
-    traced = tracing.trace(functional_model)
+    # A model that is loaded again is differentiated at its load.
+    traced = tracing.trace(functional_model, without_gradients="gradients are not saved")
     _check_saveable(traced)
     module = tf.Module()
     module.functions = {_attribute(*key): concrete for key, concrete in traced.functions.items()}
@@ -99,7 +100,9 @@ def _load_own(folder: pathlib.Path) -> FunctionalModel:
         input_spec=tf_specs.nested_to_tf(spec.input),
         forward_pass_fn=tf.function(saved.forward_pass, autograph=False) if spec.has_own_forward_pass else None,
         sample_weight_spec=tf_specs.nested_to_tf(spec.sample_weight),
-        unavailable=spec.unavailable,
+        unavailable={
+            function: reason for function, reason in spec.unavailable.items() if function not in GRADIENT_FUNCTIONS
+        },
         has_prediction_masks=bool(spec.prediction_mask.leaves),
     )
 

@@ -67,6 +67,9 @@ class FunctionalModel:
       Keras masks of the predictions as `masks.of` returns them. loss_fn and the update of metrics_fns take such masks,
       or None, as the keyword `prediction_mask`.
     keras_model: the Keras model that it was made of, or None: what it computes directly is compared at a load.
+    update_fn: a callable of (model_weights, batch_input, sample_weight, training), the forward pass of an optimizer
+      step. It returns a pair: what forward_pass_fn returns, and the non-trainable weights after the step. None for a
+      model whose steps do not change those weights.
 
     Predictions carry their Keras masks in the attribute `_keras_mask`, as those of a Keras model do, and `loss` and
     `update_metrics_state` read them there.
@@ -88,6 +91,7 @@ class FunctionalModel:
         unavailable: Mapping[Function, str] | None = None,
         keras_model: Any = None,
         has_prediction_masks: bool = False,
+        update_fn: Callable[..., Any] | None = None,
     ) -> None:
         tf.nest.map_structure(_check_no_tf_value, initial_weights)
         _check_tf_function(predict_on_batch_fn, "predict_on_batch_fn")
@@ -100,6 +104,7 @@ class FunctionalModel:
         self.keras_model = keras_model
         self._input_spec = input_spec
         self._forward_pass_fn = forward_pass_fn
+        self._update_fn = update_fn
         self._sample_weight_spec = sample_weight_spec or tf.TensorSpec([None], tf.float32)
         self._unavailable = dict(unavailable or {})
         self._has_prediction_masks = has_prediction_masks
@@ -157,9 +162,48 @@ class FunctionalModel:
         if self._forward_pass_fn is not None:
             result, prediction_mask = self._with_masks(self._forward_pass_fn(model_weights, batch_input, training))
             return _batch_output(result), prediction_mask
+        return self._predict_and_loss(model_weights, batch_input, None, training)
+
+    def weighted_forward_pass_with_masks(
+        self, model_weights: Any, batch_input: Any, sample_weight: Any, training: bool
+    ) -> tuple[BatchOutput, Any]:
+        """`forward_pass_with_masks` whose loss weights the examples.
+
+        Raises FunctionNotAvailable where the model has a forward pass of its own that takes no sample weights.
+        """
+        if self._forward_pass_fn is not None and self._update_fn is None:
+            raise FunctionNotAvailable("the model has a forward pass of its own, which takes no sample weights")
+        self._require(Function.WEIGHTED_LOSS)
+        if self._update_fn is not None:
+            output, prediction_mask, _ = self.update(model_weights, batch_input, sample_weight, training)
+            return output, prediction_mask
+        return self._predict_and_loss(model_weights, batch_input, sample_weight, training)
+
+    def update(
+        self, model_weights: Any, batch_input: Any, sample_weight: Any = None, training: bool = True
+    ) -> tuple[BatchOutput, Any, Any]:
+        """The forward pass of a training step: its batch output, its masks, and the new non-trainable weights.
+
+        sample_weight: None for equal weights. Raises FunctionNotAvailable as `weighted_forward_pass_with_masks`.
+        """
+        if self._update_fn is not None:
+            result, non_trainable = self._update_fn(model_weights, batch_input, sample_weight, training)
+            output, prediction_mask = self._with_masks(result)
+            return _batch_output(output), prediction_mask, non_trainable
+        if sample_weight is None:
+            output, prediction_mask = self.forward_pass_with_masks(model_weights, batch_input, training)
+        else:
+            output, prediction_mask = self.weighted_forward_pass_with_masks(
+                model_weights, batch_input, sample_weight, training
+            )
+        return output, prediction_mask, model_weights[1]
+
+    def _predict_and_loss(
+        self, model_weights: Any, batch_input: Any, sample_weight: Any, training: bool
+    ) -> tuple[BatchOutput, Any]:
         x, y = x_and_y(batch_input)
         predictions, prediction_mask = self._with_masks(self._predict_on_batch_fn(model_weights, x, training))
-        loss = self._loss_fn(predictions, y, None, **self._mask_keyword(prediction_mask))
+        loss = self._loss_fn(predictions, y, sample_weight, **self._mask_keyword(prediction_mask))
         return BatchOutput(loss, predictions, num_examples(predictions)), prediction_mask
 
     def loss(self, output: Any, label: Any, sample_weight: Any = None, *, mask: Any = None) -> Any:

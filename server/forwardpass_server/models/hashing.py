@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from forwardpass.wire import description
 from forwardpass.wire.description import ModelDescription, ModelIdentity
+from forwardpass.wire.functions import GRADIENT_FUNCTIONS
 from forwardpass_server.catalog import repository
 from forwardpass_server.models import graphs
 from forwardpass_server.models.tracing import TracedModel
@@ -39,8 +40,14 @@ def of_traced(model: TracedModel) -> bytes:
     It is the same in every process. What lookup tables hold does not count.
     """
     described = ModelDescription(ModelIdentity("", 0, b""), "", model.spec)
-    digest = hashlib.sha256(description.encode(described).SerializeToString(deterministic=True))
-    for key in sorted(model.functions, key=lambda key: (key[0].value, key[1])):
+    message = description.encode(described)
+    # Gradients follow from the other functions.
+    others = [one for one in message.functions if one.function not in GRADIENT_FUNCTIONS]
+    del message.functions[:]
+    message.functions.extend(others)
+    digest = hashlib.sha256(message.SerializeToString(deterministic=True))
+    keys = [key for key in model.functions if key[0] not in GRADIENT_FUNCTIONS]
+    for key in sorted(keys, key=lambda key: (key[0].value, key[1])):
         concrete = model.functions[key]
         digest.update(graphs.fingerprint(concrete))
         for captured in concrete.captured_inputs:

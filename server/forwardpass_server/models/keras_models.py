@@ -76,16 +76,20 @@ def functional_model_from_keras(
     def loss_of(output: Any, label: Any, sample_weight: Any = None, prediction_mask: Any = None) -> Any:
         return keras_loss(label, masks.attached(output, prediction_mask), sample_weight=sample_weight)
 
-    @tf.function
-    def forward_pass(model_weights: Any, batch_input: Any, training: bool = True) -> tuple[BatchOutput, Any]:
+    def update(model_weights: Any, batch_input: Any, sample_weight: Any, training: bool) -> tuple[Any, Any]:
         x, y = x_and_y(batch_input)
-        outputs, _, added = model.stateless_call(*model_weights, x, training=training, return_losses=True)
+        outputs, non_trainable, added = model.stateless_call(*model_weights, x, training=training, return_losses=True)
         prediction_mask = _masks(model, x, outputs)
-        loss = loss_of(outputs, y, prediction_mask=prediction_mask)
+        loss = loss_of(outputs, y, sample_weight, prediction_mask)
         for one in added:
             # Layers of other precision have losses of theirs. A loss without reduction has a value for each example.
             loss += tf.cast(tf.reduce_sum(one), loss.dtype)
-        return BatchOutput(loss, outputs, num_examples(outputs)), prediction_mask
+        return (BatchOutput(loss, outputs, num_examples(outputs)), prediction_mask), tuple(non_trainable)
+
+    @tf.function
+    def forward_pass(model_weights: Any, batch_input: Any, training: bool = True) -> tuple[BatchOutput, Any]:
+        result: tuple[BatchOutput, Any] = update(model_weights, batch_input, None, training)[0]
+        return result
 
     metrics_fns = None
     if metrics_constructor is not None or weighted_metrics is not None:
@@ -102,6 +106,7 @@ def functional_model_from_keras(
         sample_weight_spec=sample_weight_spec,
         has_prediction_masks=True,
         keras_model=model,
+        update_fn=update,
     )
 
 

@@ -126,7 +126,8 @@ class TensorFlowLoader:
             with failures.explained(f"the files of {source}", "write the version anew"):
                 model, format_name, config = formats.read(source.folder, self._objects)
             with failures.explained(f"the functions of {source}", "make input_spec, loss and metrics fit the model"):
-                traced = tracing.trace(model, self._on_trace)
+                without_gradients = "the operator forbids it" if config.gradients is False else ""
+                traced = tracing.trace(model, self._on_trace, without_gradients)
             if hashing.of_folder(source.folder) != content_hash:
                 raise ModelLoadError(
                     "the files changed while they were read: load the version again when they are complete"
@@ -163,6 +164,7 @@ class TensorFlowLoader:
             _judged(lambda: mergeability.reason_against(execution, traced.spec, found), _unjudged),
             verdict.guard,
             tuple(warnings),
+            traced.unreached_weights,
         )
         # Fails here if a client could not decode it.
         description.decode(description.encode(described))

@@ -26,6 +26,7 @@ class ModelConfig:
     sample_weight_spec: a tf.TensorSpec.
     batching: False where concurrent calls are not to be run as one batch. True changes nothing: whether they can be is
       for the model to show.
+    gradients: False where forward_backward, vjp and training are not to be served. They take time at each load.
     example_input: the name of an .npz file in the same folder with a batch that the model accepts (`example_file`).
     """
 
@@ -38,6 +39,7 @@ class ModelConfig:
     sample_weight_spec: Any = None
     batching: bool | None = None
     example_input: str | None = None
+    gradients: bool | None = None
 
 
 def read(path: pathlib.Path) -> ModelConfig:
@@ -60,9 +62,9 @@ def read(path: pathlib.Path) -> ModelConfig:
         if not isinstance(input_spec, dict) or set(input_spec) != {"x", "y"}:
             raise ModelLoadError(f"{FILE_NAME}: input_spec: expected an object with keys x and y")
         input_spec = tuple(_spec(input_spec[name], f"input_spec.{name}") for name in ("x", "y"))
-    batching = content.get("batching")
-    if batching is not None and not isinstance(batching, bool):
-        raise ModelLoadError(f"{FILE_NAME}: batching: expected true or false, got {batching!r}")
+    for switch in ("batching", "gradients"):
+        if not isinstance(content.get(switch, True), bool):
+            raise ModelLoadError(f"{FILE_NAME}: {switch}: expected true or false, got {content[switch]!r}")
     example_input = content.get("example_input")
     if example_input is not None and (not isinstance(example_input, str) or "/" in example_input):
         raise ModelLoadError(
@@ -79,7 +81,8 @@ def read(path: pathlib.Path) -> ModelConfig:
         metrics=content.get("metrics"),
         weighted_metrics=content.get("weighted_metrics"),
         imports=tuple(imports),
-        batching=batching,
+        batching=content.get("batching"),
+        gradients=content.get("gradients"),
         example_input=example_input,
         sample_weight_spec=None if sample_weight is None else _spec(sample_weight, "sample_weight_spec"),
     )

@@ -15,10 +15,14 @@ from forwardpass.wire import conform, errors, specs, trees
 from forwardpass.wire.description import BatchOutput, ModelSpec
 from forwardpass.wire.functions import Function
 from forwardpass.wire.specs import StructureSpec, TensorSpec
-from forwardpass_server.models import graphs, tf_specs
+from forwardpass_server.models import gradients, graphs, tf_specs
 from forwardpass_server.models.functional import FunctionalModel, x_and_y
 
 _LOGGER = logging.getLogger(__name__)
+
+# Calls of Python. tf.py_function is another operation, which has a gradient.
+_WITHOUT_GRADIENT = {"PyFunc", "PyFuncStateless"}
+_PYTHON_WITHOUT_GRADIENT = "the model calls tf.numpy_function, which has no gradient: use tf.py_function"
 
 Key = tuple[Function, bool]
 """A function, and whether it is for training; False for functions without `has_training`."""
@@ -30,26 +34,38 @@ class TracedModel:
 
     functions: each takes the flat leaves of `spec.arguments` and returns those of `spec.results`, in order.
     initial_weights: the flat leaves of `spec.weights`.
+    updates: the forward pass and gradients of an optimizer step, for batches without (False) and with (True) sample
+      weights. Each takes what forward_backward takes. It returns what forward_backward returns for training, and then
+      the non-trainable weights after the step. Empty for a model without gradients.
+    unreached_weights: the places of the trainable weights on which the loss does not depend in training.
     """
 
     spec: ModelSpec
     functions: Mapping[Key, Any]
     initial_weights: Sequence[np.ndarray[Any, Any]]
+    updates: Mapping[bool, Any] = dataclasses.field(default_factory=dict)
+    unreached_weights: tuple[str, ...] = ()
 
 
-def trace(model: FunctionalModel, on_trace: Callable[[], None] = lambda: None) -> TracedModel:
+def trace(
+    model: FunctionalModel, on_trace: Callable[[], None] = lambda: None, without_gradients: str = ""
+) -> TracedModel:
     """Traces every function that the model has.
 
-    on_trace: called once for each graph that Python builds.
+    on_trace: called once for each graph that Python builds. without_gradients: why gradients are left out; "" to trace
+    them.
     Raises whatever the model's own code raises, and StructureMismatch where its functions do not fit together.
     """
-    return _Tracer(model, on_trace).traced()
+    return _Tracer(model, on_trace, without_gradients).traced()
 
 
 class _Tracer:
     """Traces the functions in an order in which each one's arguments are known."""
 
-    def __init__(self, model: FunctionalModel, on_trace: Callable[[], None]) -> None:
+    def __init__(self, model: FunctionalModel, on_trace: Callable[[], None], without_gradients: str) -> None:
+        self._without_gradients = without_gradients
+        self._updates: dict[bool, Any] = {}
+        self._unreached: frozenset[int] = frozenset()
         self._model = model
         self._on_trace = on_trace
         self._functions: dict[Key, Any] = {}
@@ -68,6 +84,8 @@ class _Tracer:
         loss = self._trace((Function.LOSS, False), self._loss, [predictions, y, mask])
         self._trace_weighted(Function.WEIGHTED_LOSS, self._loss, [predictions, y, mask, sample_weight])
         state, metrics, unused_fields = self._trace_metrics(y, batch_output, mask, sample_weight)
+        self._trace_gradients(x, y, sample_weight, predictions)
+        paths = self._weights.child(0).tree.paths("model_weights.trainable")
         return TracedModel(
             spec=ModelSpec(
                 weights=self._weights,
@@ -85,14 +103,88 @@ class _Tracer:
             ),
             functions=self._functions,
             initial_weights=self._initial_weights,
+            updates=self._updates,
+            unreached_weights=tuple(paths[index] for index in sorted(self._unreached)),
         )
 
     def _forward_pass(self, model_weights: Any, x: Any, y: Any, training: bool) -> Any:
-        """The model's forward pass, with the batch in the container of its input spec."""
+        return self._model.forward_pass_with_masks(model_weights, self._batch_input(x, y), training)
+
+    def _batch_input(self, x: Any, y: Any) -> Any:
+        """The batch in the container of the input spec."""
         names = self._input.tree.names or ("x", "y")
         pair = trees.TreeDef(self._input.tree.kind, (trees.LEAF, trees.LEAF), self._input.tree.names)
-        batch_input = pair.unflatten([{"x": x, "y": y}[name] for name in names])
-        return self._model.forward_pass_with_masks(model_weights, batch_input, training)
+        return pair.unflatten([{"x": x, "y": y}[name] for name in names])
+
+    def _trace_gradients(
+        self, x: StructureSpec, y: StructureSpec, sample_weight: StructureSpec, predictions: StructureSpec
+    ) -> None:
+        batch = [self._weights, x, y]
+        for function, arguments in (
+            (Function.FORWARD_BACKWARD, batch),
+            (Function.WEIGHTED_FORWARD_BACKWARD, [*batch, sample_weight]),
+        ):
+            self._trace_gradient(
+                function, lambda function=function, arguments=arguments: self._differentiate(function, arguments)
+            )
+        cotangents = predictions.differentiable
+        self._trace_gradient(Function.VJP, lambda: self._trace_vjp([self._weights, x, cotangents], predictions))
+
+    def _trace_gradient(self, function: Function, trace: Callable[[], None]) -> None:
+        """Traces a function of gradients. A model that cannot be differentiated is served without it."""
+        if self._without_gradients:
+            self._unavailable[function] = self._without_gradients
+        if function in self._unavailable:
+            return
+        try:
+            trace()
+        except Exception as error:  # The model's own code: anything may come out of it.
+            for training in (True, False):
+                self._functions.pop((function, training), None)
+            self._updates.pop(function.takes_sample_weight, None)
+            self._unavailable[function] = _why_without_gradient(error)
+            _LOGGER.info("%s is not available", function.title, exc_info=True)
+
+    def _differentiate(self, function: Function, arguments: Sequence[StructureSpec]) -> None:
+        """Traces forward_backward, with or without sample weights.
+
+        The graph for training calls the one of an optimizer step, and drops the new non-trainable weights.
+        """
+        num_new = len(self._weights.child(1).leaves)
+
+        def update(training: bool) -> Callable[..., Any]:
+            def method(model_weights: Any, x: Any, y: Any, weight: Any = None) -> Any:
+                batch = self._batch_input(x, y)
+                found = gradients.forward_backward(self._model, self._weights, model_weights, batch, weight, training)
+                if training:
+                    self._unreached = found.unreached
+                new = conform.arrange(found.non_trainable, self._weights.child(1).tree, "non_trainable")
+                return (*found.output, found.mask, list(found.gradients), new)
+
+            return method
+
+        whole = self._concrete(function.title, update(True), arguments)
+        if self._unreached and not _WITHOUT_GRADIENT.isdisjoint(graphs.operations(whole)):
+            raise errors.FunctionNotAvailable(_PYTHON_WITHOUT_GRADIENT)
+        self._updates[function.takes_sample_weight] = whole
+
+        def without_new(*leaves: Any) -> list[tf.Tensor]:
+            return list(whole(*leaves))[: -num_new or None]
+
+        self._functions[function, True] = self._concrete_flat(function.title, without_new, arguments)
+
+        def inferred(*arguments: Any) -> Any:
+            return update(False)(*arguments)[:-1]
+
+        self._functions[function, False] = self._concrete(function.title, inferred, arguments)
+
+    def _trace_vjp(self, arguments: Sequence[StructureSpec], predictions: StructureSpec) -> None:
+        if self._unavailable.get(Function.FORWARD_BACKWARD) == _PYTHON_WITHOUT_GRADIENT:
+            raise errors.FunctionNotAvailable(_PYTHON_WITHOUT_GRADIENT)
+        weights, x, _ = arguments
+        for training in (True, False):
+            method = functools.partial(gradients.vjp, self._model, weights, x, predictions, training=training)
+            self._functions[Function.VJP, training] = self._concrete(Function.VJP.title, method, arguments)
 
     def _loss(self, output: Any, label: Any, mask: Any, sample_weight: Any = None) -> Any:
         return self._model.loss(output, label, sample_weight, mask=mask)
@@ -193,14 +285,8 @@ class _Tracer:
         name = key[0].title
         found: list[StructureSpec] = []
 
-        # No AutoGraph for our own code, which it cannot convert. The model's functions have their own.
-        @tf.function(autograph=False)
         def flat(*leaves: Any) -> list[tf.Tensor]:
-            self._on_trace()
-            values = iter(leaves)
-            returned = method(
-                *(spec.tree.unflatten([next(values) for _ in range(spec.tree.num_leaves)]) for spec in arguments)
-            )
+            returned = method(*_nested(leaves, arguments))
             returned, mask = returned if key[0].has_training else (returned, None)
             if result_tree is None:
                 tree, results = trees.flatten(returned, name)
@@ -212,10 +298,47 @@ class _Tracer:
                 self._masks[key] = tf_specs.to_wire(mask, f"the masks of {name}")
             return [*tensors, *trees.flatten(mask)[1]]
 
-        concrete = flat.get_concrete_function(*(tf_specs.to_tf(leaf) for spec in arguments for leaf in spec.leaves))
-        _check_captures(concrete, name)
-        self._functions[key] = concrete
+        self._functions[key] = self._concrete_flat(name, flat, arguments)
         return found[-1]
+
+    def _concrete(self, name: str, method: Callable[..., Any], arguments: Sequence[StructureSpec]) -> Any:
+        """The concrete function of a method of structures; it returns the leaves of what the method returns."""
+
+        def flat(*leaves: Any) -> list[tf.Tensor]:
+            tree, results = trees.flatten(method(*_nested(leaves, arguments)), name)
+            return [_to_tensor(leaf, path) for leaf, path in zip(results, tree.paths(name), strict=True)]
+
+        return self._concrete_flat(name, flat, arguments)
+
+    def _concrete_flat(
+        self, name: str, flat: Callable[..., list[tf.Tensor]], arguments: Sequence[StructureSpec]
+    ) -> Any:
+        """The concrete function of a Python function of the flat leaves of these arguments."""
+
+        # No AutoGraph for our own code, which it cannot convert. The model's functions have their own.
+        @tf.function(autograph=False)
+        def counted(*leaves: Any) -> list[tf.Tensor]:
+            self._on_trace()
+            return flat(*leaves)
+
+        concrete = counted.get_concrete_function(*(tf_specs.to_tf(leaf) for spec in arguments for leaf in spec.leaves))
+        _check_captures(concrete, name)
+        return concrete
+
+
+def _nested(leaves: Sequence[Any], arguments: Sequence[StructureSpec]) -> list[Any]:
+    """Flat leaves as the structures of these specs."""
+    values = iter(leaves)
+    return [spec.tree.unflatten([next(values) for _ in range(spec.tree.num_leaves)]) for spec in arguments]
+
+
+def _why_without_gradient(error: Exception) -> str:
+    if isinstance(error, errors.FunctionNotAvailable):
+        return str(error)
+    if isinstance(error, LookupError):
+        # TensorFlow's message names the operation that has no gradient.
+        return f"TensorFlow cannot differentiate the model: {error}"
+    return f"the model's own code raised {type(error).__name__}; see the server's log"
 
 
 def _with_training(method: Callable[..., Any], training: bool) -> Callable[..., Any]:

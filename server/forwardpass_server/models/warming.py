@@ -73,6 +73,10 @@ def calls(
             known[_PASSED_ON.get(place, place)] = part
             if place == "predictions":
                 predicted = [leaf.shape for leaf in part]
+                specs_of = examples.spec.predictions.leaves
+                known["cotangents"] = [
+                    leaf for leaf, spec in zip(part, specs_of, strict=True) if spec.data_type.is_differentiable
+                ]
         yield (function, training), results
 
 

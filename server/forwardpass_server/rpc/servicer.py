@@ -91,6 +91,26 @@ class FunctionalModelServicer:
         incoming = self._codec.open(v1.LossRequest, data)
         return await self._call(v1.LossResponse, incoming, Function.LOSS, Function.WEIGHTED_LOSS)
 
+    async def ForwardBackward(self, data: bytes, context: object) -> Any:
+        incoming = self._codec.open(v1.ForwardBackwardRequest, data)
+        header = incoming.header
+        function, weighted = Function.FORWARD_BACKWARD, Function.WEIGHTED_FORWARD_BACKWARD
+        return await self._call(
+            v1.ForwardBackwardResponse,
+            incoming,
+            function,
+            weighted,
+            training=header.training,
+            weights_id=header.weights_id,
+        )
+
+    async def Vjp(self, data: bytes, context: object) -> Any:
+        incoming = self._codec.open(v1.VjpRequest, data)
+        header = incoming.header
+        return await self._call(
+            v1.VjpResponse, incoming, Function.VJP, training=header.training, weights_id=header.weights_id
+        )
+
     async def InitializeMetricsState(self, data: bytes, context: object) -> Any:
         incoming = self._codec.open(v1.InitializeMetricsStateRequest, data)
         return await self._call(v1.InitializeMetricsStateResponse, incoming, Function.INITIALIZE_METRICS_STATE)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
-from forwardpass.wire import chunks, conform, errors, manifests, tensors
+from forwardpass.wire import chunks, conform, errors, limits, manifests, tensors
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.manifests import TensorManifest, WeightsManifest
 from forwardpass.wire.specs import StructureSpec
 from forwardpass.wire.structures import Structure
+from forwardpass.wire.trees import TreeDef
 from forwardpass_server.weights import files as weight_files
 from forwardpass_server.weights.files import WeightFiles
 from forwardpass_server.weights.uploads import Uploads
@@ -122,6 +124,18 @@ class WeightSet:
         return [self._leaves[index] for index in order]
 
 
+class Room:
+    """Bytes of the store that are kept free for a set which the server computes: see `WeightStore.room`."""
+
+    def __init__(self, uploads: Uploads, principal: str, size_bytes: int) -> None:
+        self._stack = contextlib.ExitStack()
+        self._stack.enter_context(uploads.reserved(principal, size_bytes))
+
+    def give_back(self) -> None:
+        """Frees the bytes. Called again, it does nothing."""
+        self._stack.close()
+
+
 class WeightStore:
     """Sets of weights under a byte budget; the least recently used are evicted. For one event loop; not thread-safe.
 
@@ -147,8 +161,10 @@ class WeightStore:
         self._kept: set[Key] = set()
         self._uploads = Uploads(self._reserve, device.place, options.upload_expiry_s)
         self._restoring: dict[Key, asyncio.Future[None]] = {}
-        # Sets that are being written to disk, and those of their tensors that were just uploaded.
+        # Sets that are being written to disk, and those of their tensors that were just uploaded or computed.
         self._saving: dict[Key, asyncio.Future[None]] = {}
+        # Held while a set of many tensors is hashed: see `add`.
+        self._many = asyncio.Lock()
 
     @property
     def used_bytes(self) -> int:
@@ -172,23 +188,21 @@ class WeightStore:
         Raises WeightStoreFull if the store has no room for the set.
         """
         key = principal, manifest.weights_id
-        most = min(self._options.budget_bytes, self._share_bytes)
         while True:
             await self._saved(principal, manifest.weights_id, *manifest.distinct)
             if key in self._sets or (self._files is not None and self._files.has(*key)):
                 if key in self._sets:
                     self._sets.move_to_end(key)
                 return []
-            if manifest.size_bytes > most:
-                raise errors.WeightStoreFull(
-                    place="manifest", expected=f"at most {most} bytes", found=f"{manifest.size_bytes}"
-                )
+            self._check_size(manifest.size_bytes, "manifest")
             missing, unfinished = await self._announce(principal, manifest)
             if unfinished:
                 return unfinished
-            # Tensors may have been dropped or published while this coroutine waited: check again.
-            if all(self._holds(principal, digest) != (digest in missing) for digest in manifest.distinct) and all(
-                self._uploads.is_finished(principal, digest) for digest in missing
+            # Tensors may have been dropped, saved or published while this coroutine waited: check again.
+            if (
+                all(self._holds(principal, digest) != (digest in missing) for digest in manifest.distinct)
+                and all(self._uploads.is_finished(principal, digest) for digest in missing)
+                and not self._saving_of(principal, manifest.weights_id, *missing)
             ):
                 break
         uploaded = {digest: self._uploads.finished(principal, digest) for digest in missing}
@@ -197,22 +211,84 @@ class WeightStore:
             for digest in manifest.distinct
         }
         self._uploads.drop(principal, uploaded)
+        await self._save_and_publish(principal, manifest, placed, missing)
+        return []
+
+    @contextlib.contextmanager
+    def room(self, principal: str, size_bytes: int) -> Iterator[Room]:
+        """Keeps room free for a set that the server is about to compute: until `add` publishes it, or the context ends.
+
+        Evicts sets as an upload does. size_bytes: of the distinct tensors of the set.
+        Raises WeightStoreFull.
+        """
+        self._check_size(size_bytes, "weights")
+        self._reserve(principal, size_bytes)
+        room = Room(self._uploads, principal, size_bytes)
+        try:
+            yield room
+        finally:
+            room.give_back()
+
+    async def add(self, principal: str, tree: TreeDef, leaves: Sequence[Any], room: Room | None = None) -> bytes:
+        """Publishes a set that the server has computed, as if this principal had put it. Returns its id.
+
+        The tensors are hashed on a thread.
+        tree: a pair, trainable and non_trainable. leaves: one placed tensor for each leaf of `tree`, in order. Nobody
+        may change them afterwards. room: what `room` has kept free for this set; None to make room now.
+        Raises WeightStoreFull if the store has no room for the set.
+        """
+        manifest = await self._describe(tree, leaves)
+        placed = {tensor.digest: leaf for tensor, leaf in zip(manifest.tensors, leaves, strict=True)}
+        await self._saved(principal, manifest.weights_id, *manifest.distinct)
+        # From here to the first await of `_save_and_publish` no other call can change the store.
+        if room is not None:
+            room.give_back()
+        key = principal, manifest.weights_id
+        if key in self._sets:
+            self._sets.move_to_end(key)
+            return manifest.weights_id
+        self._check_size(manifest.size_bytes, "weights")
+        self._reserve_for(principal, manifest)
+        new = {digest: one for digest, one in manifest.distinct.items() if not self._holds(principal, digest)}
+        await self._save_and_publish(principal, manifest, placed, new)
+        return manifest.weights_id
+
+    async def _describe(self, tree: TreeDef, leaves: Sequence[Any]) -> WeightsManifest:
+        """The manifest of placed tensors, computed on a thread."""
+        # SHA-256 releases Python's lock for long data only. One thread that holds it delays each turn of the event loop
+        # by up to 5 ms, and each further thread by as much again: so sets of many tensors take turns.
+        async with self._many if len(leaves) > limits.SMALL_LEAVES else contextlib.nullcontext():
+            return await asyncio.to_thread(_manifest, tree, leaves, self._device.fetch)
+
+    async def _save_and_publish(
+        self,
+        principal: str,
+        manifest: WeightsManifest,
+        placed: dict[bytes, Any],
+        new: Mapping[bytes, TensorManifest],
+    ) -> None:
+        """Publishes a complete set, after it is written to disk where the store has a folder.
+
+        new: the tensors that the principal does not hold yet.
+        """
+        key = principal, manifest.weights_id
         if self._files is None:
             self._publish(key, manifest, placed)
-            return []
+            return
         saving = asyncio.ensure_future(self._save(principal, manifest, placed))
-        names = [key, *((principal, digest) for digest in uploaded)]
+        names = [key, *((principal, digest) for digest in new)]
         self._saving.update(dict.fromkeys(names, saving))
         try:
             # Reserves the room for this set while it is written.
-            with self._uploads.reserved(principal, sum(tensor.size_bytes for tensor in missing.values())):
+            with self._uploads.reserved(principal, sum(tensor.size_bytes for tensor in new.values())):
                 await asyncio.shield(saving)
         finally:
             for name in names:
                 del self._saving[name]
-        self._reserve_for(principal, manifest)
-        self._publish(key, manifest, placed)
-        return []
+        # A call may have read the set from disk in the meantime.
+        if key not in self._sets:
+            self._reserve_for(principal, manifest)
+            self._publish(key, manifest, placed)
 
     async def _announce(
         self, principal: str, manifest: WeightsManifest
@@ -247,9 +323,12 @@ class WeightStore:
 
     async def _saved(self, principal: str, *names: bytes) -> None:
         """Waits until sets and tensors are written to disk: operations on the same set must not overlap."""
-        while saving := {self._saving[principal, name] for name in names if (principal, name) in self._saving}:
+        while saving := self._saving_of(principal, *names):
             await asyncio.wait(saving)
             await asyncio.sleep(0)
+
+    def _saving_of(self, principal: str, *names: bytes) -> set[asyncio.Future[None]]:
+        return {self._saving[principal, name] for name in names if (principal, name) in self._saving}
 
     async def upload(self, principal: str, digest: bytes, offset: int, data: memoryview) -> None:
         """Receives the next chunk of an announced tensor. Bytes that the store has already are skipped.
@@ -396,14 +475,25 @@ class WeightStore:
         share = self._options.principal_bytes
         return self._options.budget_bytes if share is None else share
 
+    def _check_size(self, size_bytes: int, place: str) -> None:
+        """Raises WeightStoreFull for a set that has no room even in an empty store."""
+        most = min(self._options.budget_bytes, self._share_bytes)
+        if size_bytes > most:
+            raise errors.WeightStoreFull(place=place, expected=f"at most {most} bytes", found=f"{size_bytes}")
+
     def _used_by(self, principal: str) -> int:
         return self._held_bytes[principal] + self._uploads.size_bytes_of(principal)
 
     def _reserve_for(self, principal: str, manifest: WeightsManifest) -> None:
         """Makes room for the tensors of a set that the store, or this principal, does not hold yet."""
         sizes = [(digest, tensor.size_bytes) for digest, tensor in manifest.distinct.items()]
-        absent = sum(size for digest, size in sizes if digest not in self._tensors)
-        self._reserve(principal, absent, sum(size for digest, size in sizes if (principal, digest) not in self._held))
+        before = None
+        # An evicted set may take tensors with it that this set shares: they need room too.
+        while before != self._tensor_bytes:
+            before = self._tensor_bytes
+            absent = sum(size for digest, size in sizes if digest not in self._tensors)
+            own = sum(size for digest, size in sizes if (principal, digest) not in self._held)
+            self._reserve(principal, absent, own)
 
     def _reserve(self, principal: str, size_bytes: int, own_bytes: int | None = None) -> None:
         """Makes room by evicting the least recently used sets. Raises WeightStoreFull, and then evicts none.
@@ -513,3 +603,10 @@ class _Use:
 
     async def __aexit__(self, *error: object) -> None:
         self._store.release(self._principal, self._weights_id, self._weights)
+
+
+def _manifest(tree: TreeDef, leaves: Sequence[Any], fetch: Callable[[Any], Array]) -> WeightsManifest:
+    manifest = WeightsManifest(tree, tuple(manifests.of_tensor(fetch(leaf)) for leaf in leaves))
+    # Compute these cached properties here instead of later on the event loop.
+    _ = manifest.weights_id, manifest.size_bytes
+    return manifest

@@ -20,7 +20,7 @@ from forwardpass.wire.specs import StructureSpec, TensorSpec
 from forwardpass.wire.structures import Structure
 from forwardpass_server.models.placement import TensorFlowDevice
 from forwardpass_server.weights.files import WeightFiles
-from forwardpass_server.weights.store import StoreOptions, WeightStore
+from forwardpass_server.weights.store import Room, StoreOptions, WeightStore
 from support import filesystems
 
 KIB = 1024
@@ -817,5 +817,194 @@ def test_a_full_store_does_not_reveal_weights_of_others(tmp_path):
         numbers = set(re.findall(r"\d+", str(raised.value)))
         # The size of the request: neither the 2048 bytes of the other principal nor the 3072 of the store.
         assert numbers == {"1024"}
+
+    asyncio.run(run())
+
+
+def placed(store, one: Set) -> list[object]:
+    """The tensors of a set, as an operation of the device would leave them."""
+    return [store._device.place(np.copy(leaf)) for leaf in one.structure.leaves]
+
+
+async def add(store, one: Set, principal: str = "", room: Room | None = None) -> None:
+    assert await store.add(principal, one.structure.tree, placed(store, one), room) == one.id
+
+
+def test_a_computed_set_is_published_under_the_hash_of_its_contents(make):
+    async def run():
+        store, counts = make()
+        one, other = Set(1), Set(2)
+        await add(store, one)
+        assert await holds(store, one)
+        assert not await holds(store, one, "mallory")
+        assert (store.used_bytes, store.set_count, counts.evictions) == (2 * KIB, 1, 0)
+        # Like an uploaded set: a second one of the same contents changes nothing, and a put needs no upload.
+        await add(store, one)
+        assert await store.put("", one.manifest) == []
+        assert (store.used_bytes, store.set_count) == (2 * KIB, 1)
+        await store.delete("", one.id)
+        assert store.used_bytes == 0
+        await upload(store, other)
+        await add(store, other)
+        assert store.used_bytes == 2 * KIB
+        again, _ = make()
+        assert await holds(again, other) is make.is_durable
+        assert not await holds(again, one)
+
+    asyncio.run(run())
+
+
+def test_a_computed_set_shares_equal_tensors(make):
+    async def run():
+        store, _ = make()
+        first, second = Set(1, shared=True), Set(2, shared=True)
+        await upload(store, first)
+        await add(store, second)
+        assert (store.used_bytes, store.tensor_count) == (3 * KIB, 3)
+        async with store.use("", first.id) as one, store.use("", second.id) as other:
+            assert one.leaf(1) is other.leaf(1)
+        # The tensors of a computed set need no upload either.
+        third = Set(3)
+        third.structure.leaves[0] = second.structure.leaves[0]
+        third.manifest = manifests.of_structure(third.structure, "w")
+        assert [digest for digest, _ in await store.put("", third.manifest)] == [third.manifest.tensors[1].digest]
+
+    asyncio.run(run())
+
+
+def test_a_computed_set_may_hold_the_same_tensor_several_times_and_any_dtype(make):
+    leaves = [np.float32([1, 2]), np.float32([1, 2]), np.array([b"ab", b""], object), np.zeros((0, 3)), np.int8(7)]
+
+    async def run():
+        store, _ = make()
+        structure = Structure.of((tuple(leaves[:2]), tuple(leaves[2:])))
+        weights_id = await store.add("", structure.tree, list(map(store._device.place, structure.leaves)))
+        manifest = manifests.of_structure(structure, "w")
+        assert weights_id == manifest.weights_id
+        assert store.tensor_count == 4
+        async with store.use("", weights_id) as weights:
+            assert weights.manifest == manifest
+            for index, leaf in enumerate(structure.leaves):
+                found = np.asarray(weights.leaf(index))
+                assert found.shape == leaf.shape
+                assert np.array_equal(found, leaf)
+
+    asyncio.run(run())
+
+
+def test_a_computed_set_takes_room_like_an_uploaded_one(make):
+    async def run():
+        store, counts = make(budget_kib=10, share_kib=4)
+        await upload(store, Set(1), "bob")
+        for seed in (1, 2, 3):
+            await add(store, Set(seed), "alice")
+        assert [await on_device(store, Set(seed), "alice") for seed in (1, 2, 3)] == [False, True, True]
+        assert (counts.evictions, store.used_bytes) == (1, 6 * KIB)
+        async with store.use("alice", Set(2).id), store.use("alice", Set(3).id):
+            with pytest.raises(errors.WeightStoreFull, match="of this principal's 4096, 4096 are in use") as caught:
+                await add(store, Set(4), "alice")
+            assert caught.value.retry_after_s > 0
+        with pytest.raises(errors.WeightStoreFull, match="weights: expected at most 4096 bytes, got 6144"):
+            await add(store, Set(4, kib=5), "alice")
+        assert store.used_bytes == 6 * KIB
+
+    asyncio.run(run())
+
+
+def test_a_computed_set_has_room_although_a_tensor_that_it_shares_is_evicted(make):
+    async def run():
+        store, counts = make(budget_kib=6)
+        await upload(store, Set(1, shared=True))
+        await upload(store, Set(2))
+        await upload(store, Set(3))
+        # The first two sets must go for the larger tensor, and the third one for the shared tensor of the first.
+        await add(store, Set(4, shared=True, kib=4))
+        assert (store.used_bytes, counts.evictions) == (5 * KIB, 3)
+
+    asyncio.run(run())
+
+
+def test_room_is_kept_for_a_set_that_is_being_computed(make):
+    async def run():
+        store, counts = make(budget_kib=4)
+        await upload(store, Set(1))
+        await upload(store, Set(2))
+        with store.room("", 2 * KIB) as room:
+            assert counts.evictions == 1
+            assert store.used_bytes == 4 * KIB
+            async with store.use("", Set(2).id):
+                with pytest.raises(errors.WeightStoreFull):
+                    await upload(store, Set(3))
+                await add(store, Set(4), room=room)
+            assert store.used_bytes == 4 * KIB
+        assert (store.used_bytes, counts.evictions) == (4 * KIB, 1)
+        assert await holds(store, Set(2))
+        assert await holds(store, Set(4))
+        # A computation that fails gives its room back.
+        with contextlib.suppress(ZeroDivisionError), store.room("", 4 * KIB):
+            assert store.used_bytes == 4 * KIB
+            raise ZeroDivisionError
+        assert store.used_bytes == 0
+        with pytest.raises(errors.WeightStoreFull, match="weights: expected at most 4096 bytes, got 5120"):
+            with store.room("", 5 * KIB):
+                pass
+
+    asyncio.run(run())
+
+
+def test_the_same_set_may_be_computed_and_uploaded_at_once(make):
+    async def run():
+        store, _ = make()
+        # More tensors than are announced in one turn of the event loop.
+        structure = Structure.of((tuple(np.arange(300, dtype=np.float32)), ()))
+        manifest = manifests.of_structure(structure, "w")
+        data = {
+            tensor.digest: bytes(tensors.element_bytes(leaf))
+            for tensor, leaf in zip(manifest.tensors, structure.leaves, strict=True)
+        }
+
+        async def put() -> None:
+            while missing := await store.put("", manifest):
+                for digest, received in missing:
+                    with contextlib.suppress(errors.UploadOutOfStep):
+                        await store.upload("", digest, received, memoryview(data[digest][received:]))
+
+        def compute():
+            return store.add("", structure.tree, list(map(store._device.place, structure.leaves)))
+
+        for _ in range(3):
+            await asyncio.gather(*(one for _ in range(3) for one in (put(), compute())))
+            async with store.use("", manifest.weights_id) as weights:
+                assert [float(np.asarray(weights.leaf(index))) for index in range(300)] == list(range(300))
+            assert store.set_count == 1
+            await store.delete("", manifest.weights_id)
+            assert store.tensor_count == 0
+
+    asyncio.run(run())
+
+
+def test_a_computed_set_is_served_from_memory_if_the_disk_fails(tmp_path):
+    async def run():
+        store, counts = over(files(tmp_path, kib=1))
+        await add(store, Set(1))
+        assert await holds(store, Set(1))
+        assert counts.disk_failures == [("write", "limit")]
+
+    asyncio.run(run())
+
+
+def test_a_cancelled_publication_leaves_no_room_taken(make):
+    async def run():
+        store, _ = make(budget_kib=4)
+        with store.room("", 2 * KIB) as room:
+            adding = asyncio.ensure_future(add(store, Set(1), room=room))
+            await asyncio.sleep(0)
+            adding.cancel()
+            await asyncio.gather(adding, return_exceptions=True)
+            assert adding.cancelled()
+        assert store.used_bytes == 0
+        await upload(store, Set(1))
+        await add(store, Set(2))
+        assert store.used_bytes == 4 * KIB
 
     asyncio.run(run())
