@@ -57,7 +57,15 @@ class GraphOptimizer:
                 keras.Variable(shape=tuple(spec.shape), dtype=spec.dtype.name, initializer="zeros", name=spec.name)
                 for spec in weights
             ]
-        self._optimizer, _ = self._built([])
+        with keras_names.fresh():
+            self._optimizer = _made(text, stateless=True)
+            try:
+                with private_keras.unallocated():
+                    self._optimizer.build(self._weights)
+            except ValueError:
+                # Adafactor and Nadam make variables of numbers, which Keras refuses inside a scope.
+                self._optimizer = _made(text, stateless=True)
+                self._optimizer.build(self._weights)
 
     @property
     def has_schedule(self) -> bool:
@@ -75,11 +83,17 @@ class GraphOptimizer:
             found.append(tf.TensorSpec(tuple(variable.shape), variable.dtype, name))
         return found
 
-    def initial(self, weights: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-        """The variables before the first step, for weights of these values."""
-        # The variables of some optimizers begin with the values of the weights.
-        _, values = self._built(list(zip(self._weights, weights, strict=True)))
-        return values
+    def initial(self) -> list[tf.Tensor]:
+        """The variables before the first step."""
+        found = []
+        for variable in _state_variables(self._optimizer):
+            value = variable.value
+            if isinstance(value, tf.Variable):
+                # A graph would capture the variable.
+                with tf.init_scope():
+                    value = value.numpy()
+            found.append(tf.convert_to_tensor(value))
+        return found
 
     def step(
         self,
@@ -101,21 +115,6 @@ class GraphOptimizer:
             [tf.convert_to_tensor(weight) for weight in new_weights],
             [tf.convert_to_tensor(value) for one, value in pairs if not _is_rate(one, optimizer)],
         )
-
-    def _built(self, weights: Sequence[tuple[Any, Any]]) -> tuple[Any, list[tf.Tensor]]:
-        """An optimizer for these variables, and the first values of its own; weights: the variables with values."""
-        with keras_names.fresh():
-            optimizer = _made(self._text, stateless=True)
-            try:
-                with private_keras.unallocated(weights) as scope:
-                    optimizer.build(self._weights)
-                    return optimizer, _values(optimizer, scope)
-            except ValueError:
-                # Adafactor and Nadam make variables of numbers, which Keras refuses inside a scope.
-                optimizer = _made(self._text, stateless=True)
-                optimizer.build(self._weights)
-                with private_keras.unallocated(weights) as scope:
-                    return optimizer, _values(optimizer, scope)
 
 
 def resolved(text: str) -> str:
@@ -207,7 +206,7 @@ class Probes:
             )
             return [*new[0], *new[1]]
 
-        state = [*map(tf.constant, weights), *optimizer.initial(list(map(tf.constant, weights)))]
+        state = [*map(tf.constant, weights), *optimizer.initial()]
         rate = tf.constant(_PROBED_RATE)
         for gradients in batches:
             state = step(*state[:count], *map(tf.constant, gradients), *state[count:], rate)
@@ -223,11 +222,19 @@ def _agree(found: Any, expected: Any) -> bool:
     return bool(np.all(np.abs(found - expected) <= _PROBED_ULPS * np.spacing(largest)))
 
 
-def _class_of(value: Mapping[str, Any], names: Sequence[str]) -> Any:
-    assert value["class_name"] in names
-    return getattr(
-        keras.optimizers if names is optimizers.OPTIMIZERS else keras.optimizers.schedules, value["class_name"]
-    )
+def _class_of(module: Any, names: Sequence[str], value: Mapping[str, Any]) -> Any:
+    """The class of a serialized object of a module of Keras's. Raises OptimizerNotSupported for one not in `names`."""
+    if value["class_name"] not in names:
+        raise OptimizerNotSupported(place="optimizer", expected=f"one of {names}", found=value["class_name"])
+    return getattr(module, value["class_name"])
+
+
+def _optimizer_class(parsed: Mapping[str, Any]) -> Any:
+    return _class_of(keras.optimizers, optimizers.OPTIMIZERS, parsed)
+
+
+def _schedule_class(parsed: Mapping[str, Any]) -> Any:
+    return _class_of(keras.optimizers.schedules, optimizers.SCHEDULES, parsed)
 
 
 def _has_schedule(text: str) -> bool:
@@ -284,17 +291,3 @@ def _is_rate(variable: Any, optimizer: Any) -> bool:
 
 def _state_variables(optimizer: Any) -> list[Any]:
     return [variable for variable in optimizer.variables if not _is_rate(variable, optimizer)]
-
-
-def _values(optimizer: Any, scope: Any) -> list[tf.Tensor]:
-    """The first values of an optimizer's variables."""
-    found = []
-    for variable in _state_variables(optimizer):
-        assigned = scope.get_current_value(variable)
-        value = variable.value if assigned is None else assigned
-        if isinstance(value, tf.Variable):
-            # A graph would capture the variable.
-            with tf.init_scope():
-                value = value.numpy()
-        found.append(tf.convert_to_tensor(value))
-    return found

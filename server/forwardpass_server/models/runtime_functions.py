@@ -62,7 +62,7 @@ class RuntimeFunction:
         results = tf.raw_ops.StatefulPartitionedCall(
             args=[*arguments, *self.captured],
             Tout=[spec.dtype for spec in self.results],
-            f=private_tensorflow.NamedFunction(self.name),
+            f=self.name.decode(),
         )
         for result, spec in zip(results, self.results, strict=True):
             result.set_shape(spec.shape)

@@ -19,7 +19,7 @@ from forwardpass_server.models.training import GraphTrainer, TrainableModel
 
 _LOGGER = logging.getLogger(__name__)
 
-DEFAULT: tuple[str, ...] = tuple(
+DEFAULT_OPTIMIZERS: tuple[str, ...] = tuple(
     optimizers.canonical(one).text for one in ("SGD", {"class_name": "SGD", "config": {"momentum": 0.9}}, "Adam")
 )
 """The optimizers that a load prepares if the operator names no others, in their canonical form."""

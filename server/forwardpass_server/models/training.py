@@ -85,7 +85,7 @@ class GraphTrainer:
         try:
             self._optimizer = GraphOptimizer(optimizer, active)
             self._spec = self._spec_of_state()
-            self._begin = self._compiled(self._first, active, on_trace)
+            self._begin = self._compiled(self._first, [], on_trace)
             self._step = self._compiled(self._next, self._arguments(), on_trace)
         except errors.ForwardPassError:
             raise
@@ -122,7 +122,7 @@ class GraphTrainer:
         """See `calls.model.Trainer.begin`."""
         placed = self._placed(weights, self._model.spec.weights.leaves)
         try:
-            return [*placed, *self._begin([placed[index] for index in self._changed])]
+            return [*placed, *self._begin([])]
         except execution.CAUSED_BY_ARGUMENTS as error:
             raise execution.explained(error) from None
 
@@ -212,13 +212,13 @@ class GraphTrainer:
         concrete = traced.get_concrete_function(*unnamed)
         return execution.caller(RuntimeFunction(concrete), concrete, self._model.device)
 
-    def _first(self, *changed: tf.Tensor) -> list[tf.Tensor]:
+    def _first(self) -> list[tf.Tensor]:
         """The state behind the weights before the first step."""
         metrics: list[tf.Tensor] = []
         if self._update_metrics is not None:
             metrics = self._model.execution.functions[Function.INITIALIZE_METRICS_STATE, False].in_graph([])
         sums = [tf.zeros([], leaf.data_type.name) for leaf in _TOTALS.leaves]
-        return [*self._optimizer.initial(changed), *metrics, *sums]
+        return [*self._optimizer.initial(), *metrics, *sums]
 
     def _next(self, *leaves: tf.Tensor) -> list[tf.Tensor]:
         """The changed trainable weights, and the state behind them, after one batch."""
