@@ -78,8 +78,8 @@ REFUSED = [
     (sgd(momentum=[0.1] * 300), "optimizer.config.momentum: expected at most 256 numbers, got 300 items"),
     (
         sgd(learning_rate={"class_name": "__lambda__", "config": {"value": ["4wEA", None, None]}}),
-        "optimizer.config.learning_rate.class_name: expected one of CosineDecay, CosineDecayRestarts, ExponentialDecay, "
-        'InverseTimeDecay, PiecewiseConstantDecay, PolynomialDecay, got "__lambda__"',
+        "optimizer.config.learning_rate.class_name: expected one of CosineDecay, CosineDecayRestarts, "
+        'ExponentialDecay, InverseTimeDecay, PiecewiseConstantDecay, PolynomialDecay, got "__lambda__"',
     ),
     (
         sgd(learning_rate={"class_name": "CosineDecay", "config": {"decay_steps": {"class_name": "Adam"}}}),
