@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import collections
 import time
 from typing import Protocol
 
@@ -14,10 +13,6 @@ from forwardpass_server.process import background
 
 ANY, PREPARED = "any", "prepared"
 """Which optimizers may train: any that is sound, or only those that were prepared when the model was loaded."""
-
-# A trainer's graph takes some MiB for as long as its model is loaded, and any caller may ask for optimizers that nobody
-# else uses.
-_MAX_OF_MODEL = 64
 
 # Preparations that wait. Each takes from tenths of a second to seconds.
 _MAX_WAITING = 32
@@ -48,8 +43,6 @@ class Preparations:
         self._observer = observer
         self._preparing: dict[_Key, asyncio.Task[Trainer]] = {}
         self._turn = asyncio.Lock()
-        # How many trainers were prepared for each model.
-        self._prepared: collections.Counter[bytes] = collections.Counter()
 
     async def trainer(self, servable: Servable, options: TrainingOptions) -> Trainer:
         """The trainer of a model for these options.
@@ -70,17 +63,11 @@ class Preparations:
         return await asyncio.shield(preparing)
 
     def _check(self, servable: Servable, options: TrainingOptions) -> None:
-        prepared = f"one of {', '.join(servable.model.description.optimizers) or 'no optimizers'}"
         if self._allowed == PREPARED:
+            prepared = ", ".join(servable.model.description.optimizers)
             raise errors.OptimizerNotSupported(
                 place="start.optimizer",
-                expected=f"{prepared}, because this server prepares optimizers only when it loads a model",
-                found=_quoted(options),
-            )
-        if self._prepared[servable.identity.content_hash] >= _MAX_OF_MODEL:
-            raise errors.OptimizerNotSupported(
-                place="start.optimizer",
-                expected=f"{prepared}, because {_MAX_OF_MODEL} others were used with this model already",
+                expected=f"one of {prepared or 'none'}, because this server prepares optimizers only with their model",
                 found=_quoted(options),
             )
         if len(self._preparing) >= _MAX_WAITING:
@@ -97,7 +84,6 @@ class Preparations:
             try:
                 trainer = await background.run(lambda: servable.model.prepare_trainer(options), "prepare")
                 is_sound = True
-                self._prepared[servable.identity.content_hash] += 1
                 return trainer
             finally:
                 self._observer.optimizer_prepared(is_sound, time.perf_counter() - began)
