@@ -26,7 +26,7 @@ SGD = '{"class_name":"SGD","config":{"learning_rate":0.1}}'
 
 @pytest.fixture(scope="module")
 def server():
-    with ServerProcess(*CURVES, "--factory", "ponder=support.zoo:ponder") as process:
+    with ServerProcess(*CURVES, "--factory", "counting=support.zoo:counting") as process:
         yield process
 
 
@@ -183,7 +183,7 @@ def test_asyncio_does_the_same(server):
             assert [result.num_steps for result in found] == list(range(10))
             with pytest.raises(errors.OptimizerNotSupported):
                 await model.train(start, data, optimizer="nobody", learning_rate=0.1)
-            with pytest.raises(errors.DTypeMismatch):
+            with pytest.raises(errors.ShapeMismatch):
                 async for _ in model.train_many([([("a", "b")], start)] * 3, learning_rate=0.1):
                     pass
 
@@ -353,7 +353,7 @@ def hostile(weights_id: bytes):
         "no weights": (invalid, "start.weights_id: expected 32 bytes", with_start(weights_id=b"")),
         "unknown weights": ("NOT_FOUND", "does not hold weights", with_start(weights_id=bytes(32))),
         "unknown model": ("NOT_FOUND", "model", with_start(model=v1.ModelSelector(name="nobody"))),
-        "other weights": (invalid, "model_weights", with_start(model=v1.ModelSelector(name="ponder"))),
+        "other weights": (invalid, "model_weights", with_start(model=v1.ModelSelector(name="counting"))),
         "short mask": (invalid, "start.trainable: expected 4", with_start(trainable=[True])),
         "frozen": (invalid, "start.trainable: expected a leaf", with_start(trainable=[False] * 4)),
         "NaN rate": (invalid, "start.learning_rate: expected a number", with_start(learning_rate=float("nan"))),

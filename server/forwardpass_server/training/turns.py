@@ -23,6 +23,10 @@ _LONGEST_WAIT_S = 0.1
 # never send it: steps wait so many turns and no more.
 _TURNS_FOR_ARRIVALS = 16
 
+# A stream asks for its next step some turns of the event loop after the last one has ended. Who is served next is
+# decided then: otherwise a principal with one stream would never wait while another one is served.
+_TURNS_TO_RETURN = 3
+
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Principal:
@@ -113,7 +117,15 @@ class Turns:
         """Lets the next step begin in the next turn of the event loop, if it may."""
         if not self._is_due and self._principals and self._running < self._most:
             self._is_due = True
-            asyncio.get_running_loop().call_soon(self._next)
+            # One principal competes with nobody.
+            self._later(_TURNS_TO_RETURN if len(self._principals) > 1 else 0)
+
+    def _later(self, turns: int) -> None:
+        loop = asyncio.get_running_loop()
+        if turns:
+            loop.call_soon(self._later, turns - 1)
+        else:
+            loop.call_soon(self._next)
 
     def _next(self) -> None:
         self._is_due = False
