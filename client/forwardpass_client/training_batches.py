@@ -17,7 +17,9 @@ class BatchSource:
 
     def __init__(self, batches: Any, epochs: int, *, is_async: bool = False) -> None:
         kinds = (Iterable, AsyncIterable) if is_async else (Iterable,)
-        is_iterable = isinstance(batches, kinds) and not isinstance(batches, (str, bytes, Mapping))
+        # An object with indices only, such as a Keras PyDataset, is iterable too.
+        is_iterable = isinstance(batches, kinds) or (hasattr(batches, "__getitem__") and hasattr(batches, "__len__"))
+        is_iterable = is_iterable and not isinstance(batches, (str, bytes, Mapping))
         if not is_iterable and not callable(batches):
             raise TypeError(
                 "batches: expected an iterable of batches, or a function that returns one, got "

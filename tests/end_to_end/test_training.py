@@ -10,6 +10,7 @@ import threading
 import grpc
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import forwardpass_client
 from forwardpass import v1
@@ -17,6 +18,8 @@ from forwardpass.wire import frames, messages
 from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
 from forwardpass_client import errors
+from forwardpass_client.cli import npz
+from forwardpass_client.cli.commands import forwardpass
 from support import zoo
 from support.servers import ServerProcess, wait_until
 
@@ -545,3 +548,27 @@ def test_metrics_of_trainings(server, model):
     assert grown('forwardpass_training_step_seconds_count{model="curves"}') == 7
     assert grown('forwardpass_training_prepare_seconds_count{outcome="prepared"}') == 1
     assert grown('forwardpass_training_prepare_seconds_count{outcome="refused"}') == 1
+
+
+def test_the_command_trains_prints_the_id_and_saves_the_weights(server, model, tmp_path):
+    x, y = (np.concatenate(leaves) for leaves in zip(*batches(10), strict=True))
+    data, saved = tmp_path / "data.npz", tmp_path / "weights.npz"
+    npz.save(data, {"x": x, "y": y})
+
+    def command(*arguments: str, code: int = 0) -> str:
+        words = ["train", server.address, "curves", "--data", str(data), "--batch-size", "16", *arguments]
+        done = CliRunner().invoke(forwardpass, words)
+        assert done.exit_code == code, done.output
+        return done.output
+
+    shown = command("--learning-rate", "0.1", "--epochs", "3", "--save", str(saved))
+    expected = model.train(model.initial_weights, batches(10), learning_rate=0.1, epochs=3)
+    assert expected.weights.id in shown
+    assert "over 480 examples in 30 steps" in shown
+    assert "binary_accuracy" in shown
+    arrays = npz.load(saved)
+    zoo.assert_equal(tuple(arrays[f"trainable/{index}"] for index in range(4)), model.get_weights(expected.weights)[0])
+    momentum = '{"class_name": "SGD", "config": {"momentum": 0.9, "learning_rate": 0.1}}'
+    assert expected.weights.id not in command("--optimizer", momentum, "--weights", str(saved))
+    assert "learning_rate: expected a number" in command(code=1)
+    assert "expected one of Adadelta" in command("--optimizer", "sgdd", code=1)
