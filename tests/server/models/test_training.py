@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import copy
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,14 @@ import tensorflow as tf
 
 from forwardpass.wire import errors
 from forwardpass.wire import optimizers as wire
+from forwardpass.wire.functions import Function
 from forwardpass_server import FunctionalModel, functional_model_from_keras
 from forwardpass_server.calls.model import TrainingOptions
-from forwardpass_server.models import tracing
+from forwardpass_server.models import formats, probing, tracing
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.optimizers import resolved
 from forwardpass_server.models.training import GraphTrainer, TrainableModel
+from support import golden
 
 DEVICE = "/device:CPU:0"
 RATE = 0.125
@@ -385,3 +388,31 @@ def test_other_structures_of_weights_and_batches_are_trained():
     state = trained(trainer, weights, [[np.float32([1, 2]), np.float32([0, 0])]], rate=1.0)
     # The gradient of the sum of x * w is the sum of x.
     assert [float(leaf) for leaf in trainer.weights(state)] == [-2, 2]
+
+
+@pytest.mark.parametrize("name", ["keras_cnn_emnist", "linear_regression_v052", "dict_inputs"])
+def test_models_saved_by_tff_take_steps_along_their_gradients(name):
+    # What forward_backward returns is compared with TFF's own gradients in test_gradients.
+    model, _, _ = formats.read(golden.Golden(name).saved_model)
+    built, weights = trainable(model)
+    places = built.spec.weights_places
+    num_trainable = len(places["model_weights.trainable"].leaves)
+    rng = np.random.default_rng(0)
+    batch = [probing.random(with_rows(leaf), 1, rng) for leaf in (*built.spec.x.leaves, *built.spec.y.leaves)]
+    trainer = trainer_of(built, sgd(momentum=0.5))
+    state, expected = trainer.begin(weights), arrays(weights)
+    velocities = [np.zeros_like(leaf) for leaf in expected[:num_trainable]]
+    rate = 2.0**-10
+    for _ in range(3):
+        found = built.execution.run(Function.FORWARD_BACKWARD, True, [*expected, *batch])
+        gradients = found[len(found) - len(built.spec.gradients.leaves) :]
+        for index, gradient in enumerate(gradients):
+            velocities[index] = np.float32(0.5) * velocities[index] - np.float32(rate) * gradient
+            expected[index] = expected[index] + velocities[index]
+        state = trainer.step(state, batch, rate, 0.0, ())
+    assert_close(trainer.weights(state), expected)
+    assert trainer.totals(state).num_steps == 3
+
+
+def with_rows(leaf: Any) -> Any:
+    return dataclasses.replace(leaf, shape=tuple(4 if dim is None else dim for dim in leaf.shape))
