@@ -91,8 +91,8 @@ def _count_in_sessions(client: forwardpass_client.Client) -> None:
 def _train(client: forwardpass_client.Client) -> None:
     model = client.model("counting")
     model.train(model.initial_weights, [zoo.counting_batch(1)] * 3, optimizer="rmsprop", learning_rate=0.1)
+    unknown = {"class_name": "SGD", "config": {"nonsense": 1}}
     with pytest.raises(errors.OptimizerNotSupported):
-        unknown = {"class_name": "SGD", "config": {"nonsense": 1}}
         model.train(model.initial_weights, [], optimizer=unknown, learning_rate=0.1)
 
 
