@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from forwardpass.wire import conform
+from forwardpass.wire import conform, errors
 from forwardpass.wire.description import BatchOutput
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.specs import TensorSpec
@@ -32,7 +32,10 @@ NO_SECOND_DERIVATIVES = (
     "a remote model has first derivatives only; stop the gradient (tf.stop_gradient, jax.lax.stop_gradient) where a "
     "first-order method is intended"
 )
-NO_METRICS_DERIVATIVES = "metrics have no derivatives"
+NO_SEPARATE_LOSSES = (
+    "the server gives the gradient of the sum of a loss's values, which are scaled differently here: use their sum or "
+    "mean, or compute a loss of your own from predict_on_batch"
+)
 
 
 class FlatModel:
@@ -146,3 +149,11 @@ def _zeros_like(leaves: Leaves, specs: Sequence[TensorSpec]) -> list[Array]:
         for leaf, spec in zip(leaves, specs, strict=True)
         if spec.data_type.is_differentiable
     ]
+
+
+def common_scale(cotangents: Sequence[Array]) -> Array:
+    """The one number in the cotangents of a loss, of shape []. Raises FunctionNotAvailable if there are several."""
+    values = np.concatenate([array.reshape(-1) for array in cotangents])
+    if np.any(values != values[:1]):
+        raise errors.FunctionNotAvailable(NO_SEPARATE_LOSSES)
+    return np.asarray(values[0] if values.size else 0, values.dtype)

@@ -181,8 +181,9 @@ class TensorModel:
         output: predictions, leaves of shape [B, ...]. label: leaves of shape [B, ...] as y of `input_spec`.
         sample_weight: one weight for each example, float32[B] unless the model says otherwise; None for no weights.
         The server does not give the derivatives of the loss with respect to predictions. But if `output` is what
-        `predict_on_batch` returned, unchanged, the result is differentiable with respect to the trainable weights of
-        that call: the server then runs the forward pass again, with its gradients. Otherwise, and for models whose
+        `predict_on_batch` or `forward_pass` returned, unchanged, the result is differentiable with respect to the
+        trainable weights of that call, though not to `output`: the server then runs the forward pass again, with its
+        gradients. Otherwise, and for models whose
         forward pass is a function of its own, the gradient raises FunctionNotAvailable: use `forward_pass`.
         Raises what the model's `loss` raises.
         """
@@ -521,13 +522,7 @@ def _common_scale(upstream: Sequence[Any]) -> Any:
         return upstream[0]
 
     def common(*arrays: Any) -> list[Array]:
-        values = np.concatenate([np.asarray(array).reshape(-1) for array in arrays])
-        if values.size and np.any(values != values[0]):
-            raise errors.FunctionNotAvailable(
-                "the server gives the gradient of the sum of a loss's values: here they are scaled differently. Use "
-                "their sum or mean, or compute a loss of your own from predict_on_batch"
-            )
-        return [np.asarray(values[0] if values.size else 0, np.asarray(arrays[0]).dtype)]
+        return [flat_model.common_scale(list(map(np.asarray, arrays)))]
 
     if tf.executing_eagerly():
         return tf.convert_to_tensor(common(*upstream)[0])
