@@ -6,22 +6,25 @@ import abc
 import asyncio
 import functools
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from forwardpass.wire import errors
-from forwardpass_client import calls, replicas, targets
+from forwardpass.wire.manifests import DIGEST_BYTES
+from forwardpass_client import calls, combinations, ids, replicas, targets, transfers
 from forwardpass_client.call import Call
-from forwardpass_client.calls import FoundModel, ModelVersion
+from forwardpass_client.calls import FoundModel, ModelVersion, ModelWeights
 from forwardpass_client.credentials import Credentials, Tls, Token
 from forwardpass_client.deadlines import Deadline, check_timeout
+from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
 from forwardpass_client.options import Options
 from forwardpass_client.processes import Connected, check_fork, check_gevent
 from forwardpass_client.replicas import Transports
-from forwardpass_client.transfers import Steps
+from forwardpass_client.transfers import Progress, Steps
 from forwardpass_client.transport import AsyncTransport, Transport
+from forwardpass_client.weights_handles import AsyncWeightsHandle, WeightsHandle, WeightsHandleApi
 
 ResultT = TypeVar("ResultT")
 
@@ -188,6 +191,52 @@ class ClientApi(Connected, abc.ABC):
         steps = replicas.is_any_serving(calls.check_health(service), self._servers, deadline)
         return self._run_steps(steps, deadline)
 
+    def weights_handle(self, weights_id: str) -> Any:
+        """A handle of weights that were put or computed before, of any model. Nothing is sent.
+
+        weights_id: `id` of their handle, 64 hexadecimal digits. Raises ValueError or TypeError for anything else.
+        """
+        self._deadline()
+        return self._handle(HeldWeights(ids.parse(weights_id, DIGEST_BYTES, "weights_id")))
+
+    def get_weights(
+        self, handle: WeightsHandleApi, *, progress: Progress | None = None, timeout_s: float | None = None
+    ) -> Any:
+        """The weights of a handle, of any model: a pair of read-only arrays in the containers of the put.
+
+        progress, timeout_s, errors: as of `get_weights` of a model.
+        """
+        deadline = self._deadline(timeout_s, is_renewable=True)
+        weights_id = calls.check_handle(handle, "handle").held.weights_id
+        return self._run_steps(transfers.get(weights_id, deadline, progress), deadline, handle)
+
+    def combine(
+        self, terms: Iterable[tuple[Any, float]], *, float64: bool = False, timeout_s: float | None = None
+    ) -> Any:
+        """Computes a linear combination of weights on the server: the handle of the sum of coefficient * weights.
+
+        For averages of weights, differences, and updates such as weights - 0.1 * gradients. Only ids are sent.
+        terms: pairs of a handle and a finite number, at least one and at most 16,384. Structures, shapes and dtypes
+          must agree with those of the first term, except that leaves of the others may be None: these terms do not
+          change the leaf. Leaves of integers, booleans and strings must be equal in all terms.
+        float64: whether sums are computed in float64 (complex128) and rounded at the end. Otherwise they are computed
+          in the dtype of each leaf, and in float32 for float16 and bfloat16. The order is that of the terms.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Where the server lacks weights whose arrays a handle keeps, they are put again.
+        Raises TypeError or ValueError for other terms before anything is sent; then StructureMismatch, DTypeMismatch,
+        ShapeMismatch or InvalidRequest (naming the term and the leaf), WeightsNotFound, WeightStoreFull, OutOfMemory,
+        ServerUnavailable, DeadlineExceeded.
+        """
+        deadline = self._deadline(timeout_s)
+        pairs = combinations.terms_of(terms)
+        first, _ = pairs[0]
+        steps = combinations.combine(pairs, float64, functools.partial(self._handle, near=first), deadline)
+        return self._run_steps(steps, deadline, first)
+
+    @abc.abstractmethod
+    def _handle(self, held: HeldWeights, near: WeightsHandleApi | None = None) -> Any:
+        """A handle of weights. near: a handle of weights on the same server; None for the sticky server."""
+
     @abc.abstractmethod
     def _look_up(self, call: Call[FoundModel], deadline: Deadline) -> Any:
         """The model that was looked up, or an awaitable of it."""
@@ -197,8 +246,8 @@ class ClientApi(Connected, abc.ABC):
         """Makes a sticky call: returns its result, or an awaitable of it."""
 
     @abc.abstractmethod
-    def _run_steps(self, steps: Steps, deadline: Deadline) -> Any:
-        """Carries out the steps: returns their result, or an awaitable of it."""
+    def _run_steps(self, steps: Steps, deadline: Deadline, handle: WeightsHandleApi | None = None) -> Any:
+        """Carries out the steps: returns their result, or an awaitable of it. handle: of the weights that they use."""
 
 
 class Client(ClientApi):
@@ -225,6 +274,16 @@ class Client(ClientApi):
         def unready_reasons(self, *, timeout_s: float | None = None) -> list[str]: ...
 
         def is_serving(self, service: str, *, timeout_s: float | None = None) -> bool: ...
+
+        def weights_handle(self, weights_id: str) -> WeightsHandle: ...
+
+        def get_weights(
+            self, handle: WeightsHandleApi, *, progress: Progress | None = None, timeout_s: float | None = None
+        ) -> ModelWeights: ...
+
+        def combine(
+            self, terms: Iterable[tuple[Any, float]], *, float64: bool = False, timeout_s: float | None = None
+        ) -> WeightsHandle: ...
 
     @property
     def _servers(self) -> int:
@@ -276,8 +335,17 @@ class Client(ClientApi):
     def _run(self, call: Call[ResultT], deadline: Deadline) -> ResultT:
         return self._transports.own.ask(call, deadline, sticky=True)
 
-    def _run_steps(self, steps: Steps, deadline: Deadline) -> Any:
-        return self._transports.own.run(steps, deadline)
+    def _run_steps(self, steps: Steps, deadline: Deadline, handle: WeightsHandleApi | None = None) -> Any:
+        return self._transport_of(handle).run(steps, deadline)
+
+    def _handle(self, held: HeldWeights, near: WeightsHandleApi | None = None) -> WeightsHandle:
+        return WeightsHandle(held, self._transport_of(near), self._timeout_s)
+
+    def _transport_of(self, handle: WeightsHandleApi | None) -> Transport:
+        """The transport that leads to the weights of a handle, if it is one of this client."""
+        if isinstance(handle, WeightsHandle) and self._transports.is_kept(handle.transport):
+            return handle.transport
+        return self._transports.own
 
     def __enter__(self) -> Client:
         return self
@@ -312,6 +380,16 @@ class AsyncClient(ClientApi):
         def unready_reasons(self, *, timeout_s: float | None = None) -> Coroutine[Any, Any, list[str]]: ...
 
         def is_serving(self, service: str, *, timeout_s: float | None = None) -> Coroutine[Any, Any, bool]: ...
+
+        def weights_handle(self, weights_id: str) -> AsyncWeightsHandle: ...
+
+        def get_weights(
+            self, handle: WeightsHandleApi, *, progress: Progress | None = None, timeout_s: float | None = None
+        ) -> Coroutine[Any, Any, ModelWeights]: ...
+
+        def combine(
+            self, terms: Iterable[tuple[Any, float]], *, float64: bool = False, timeout_s: float | None = None
+        ) -> Coroutine[Any, Any, AsyncWeightsHandle]: ...
 
     @property
     def _servers(self) -> int:
@@ -367,9 +445,18 @@ class AsyncClient(ClientApi):
         deadline.restart()
         return await self._transports.own.ask(call, deadline, sticky=True)
 
-    async def _run_steps(self, steps: Steps, deadline: Deadline) -> Any:
+    async def _run_steps(self, steps: Steps, deadline: Deadline, handle: WeightsHandleApi | None = None) -> Any:
         deadline.restart()
-        return await self._transports.own.run(steps, deadline)
+        return await self._transport_of(handle).run(steps, deadline)
+
+    def _handle(self, held: HeldWeights, near: WeightsHandleApi | None = None) -> AsyncWeightsHandle:
+        return AsyncWeightsHandle(held, self._transport_of(near), self._timeout_s)
+
+    def _transport_of(self, handle: WeightsHandleApi | None) -> AsyncTransport:
+        """See `Client._transport_of`."""
+        if isinstance(handle, AsyncWeightsHandle) and self._transports.is_kept(handle.transport):
+            return handle.transport
+        return self._transports.own
 
     async def __aenter__(self) -> AsyncClient:
         return self

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Protocol
+
 from forwardpass.wire import errors, manifests
 from forwardpass.wire.manifests import WeightsManifest
 from forwardpass.wire.structures import Structure
@@ -10,6 +13,13 @@ from forwardpass_client.deadlines import Deadline
 from forwardpass_client.transfers import Progress, Steps
 
 _ATTEMPTS = 4
+
+
+class Puttable(Protocol):
+    """Weights that a call names by id."""
+
+    def put(self, deadline: Deadline) -> Steps:
+        """Puts what the server lacks. Raises WeightsNotFound where this client has no arrays to send."""
 
 
 class HeldWeights:
@@ -57,3 +67,24 @@ class HeldWeights:
     def size_bytes(self) -> int | None:
         """The size of the distinct tensors; None without the arrays."""
         return None if self._manifest is None else self._manifest.size_bytes
+
+    @property
+    def has_arrays(self) -> bool:
+        """Whether this client has the arrays, so that it can put them."""
+        return self._structure is not None
+
+
+class SeveralHeldWeights:
+    """The weights of one call that names several."""
+
+    def __init__(self, sets: Sequence[HeldWeights]) -> None:
+        self._sets = {one.weights_id: one for one in sets if one.has_arrays}
+        self._first = sets[0]
+
+    def put(self, deadline: Deadline) -> Steps:
+        """Puts each set of which this client has the arrays: a server that has them is sent their hashes only.
+
+        Raises WeightsNotFound where it has the arrays of none.
+        """
+        for one in self._sets.values() or [self._first]:
+            yield from one.put(deadline)

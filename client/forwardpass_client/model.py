@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from forwardpass.wire import errors
 from forwardpass.wire.description import BatchOutput, ModelDescription
 from forwardpass.wire.manifests import DIGEST_BYTES
-from forwardpass_client import batches_in_flight, ids, transfers
+from forwardpass_client import batches_in_flight, combinations, ids, transfers
 from forwardpass_client.batches_in_flight import BatchesInFlight, BatchProgress
 from forwardpass_client.call import Call
 from forwardpass_client.calls import (
@@ -311,6 +311,19 @@ class FunctionalModelApi(Connected, abc.ABC):
         weights_id = check_handle(handle, "handle").held.weights_id
         return self._run_steps(transfers.get(weights_id, deadline, progress), deadline)
 
+    def average(self, results: Iterable[Any], *, timeout_s: float | None = None) -> Any:
+        """The average of weights on the server, each weighted by its number of examples: the handle of the average.
+
+        results: objects with `weights` (a handle) and `num_examples`, such as the results of training, or pairs of a
+          handle and a number.
+        timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Raises TypeError or ValueError for other results, and for no examples in total, before anything is sent; then
+        what `combine` of the client raises, with its default of `float64`.
+        """
+        deadline = self._deadline(timeout_s)
+        steps = combinations.combine(combinations.average_terms(results), False, self._handle, deadline)
+        return self._run_steps(steps, deadline)
+
     def metrics_session(
         self, session_id: str | None = None, *, initial_state: Any = None, timeout_s: float | None = None
     ) -> Any:
@@ -468,6 +481,8 @@ class RemoteFunctionalModel(FunctionalModelApi):
         def get_weights(
             self, handle: WeightsHandleApi, *, progress: Progress | None = None, timeout_s: float | None = None
         ) -> ModelWeights: ...
+
+        def average(self, results: Iterable[Any], *, timeout_s: float | None = None) -> WeightsHandle: ...
 
         def finalize_metrics(self, state: Any, *, timeout_s: float | None = None) -> Metrics: ...
 
@@ -697,6 +712,10 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         def get_weights(
             self, handle: WeightsHandleApi, *, progress: Progress | None = None, timeout_s: float | None = None
         ) -> Coroutine[Any, Any, ModelWeights]: ...
+
+        def average(
+            self, results: Iterable[Any], *, timeout_s: float | None = None
+        ) -> Coroutine[Any, Any, AsyncWeightsHandle]: ...
 
     @property
     async def initial_weights(self) -> ModelWeights:

@@ -7,7 +7,7 @@ from forwardpass.wire.chunks import Pieces
 from forwardpass_client import long_calls
 from forwardpass_client.backoff import BRIEF_S, RETRYABLE, Backoff
 from forwardpass_client.deadlines import Deadline
-from forwardpass_client.held_weights import HeldWeights
+from forwardpass_client.held_weights import Puttable
 from forwardpass_client.transfers import Pause, Steps, Unary
 
 
@@ -24,7 +24,7 @@ def is_retryable(error: Exception, request: bytes | Pieces) -> bool:
 
 def attempts(
     attempt: Unary,
-    held: HeldWeights | None,
+    held: Puttable | None,
     deadline: Deadline,
     *,
     limit_s: float = BRIEF_S,

@@ -76,7 +76,7 @@ class WeightsHandle(WeightsHandleApi):
 
     def __init__(self, held: HeldWeights, transport: Transport, timeout_s: float | None) -> None:
         super().__init__(held, timeout_s)
-        self._transport = transport
+        self.transport = transport
 
     if TYPE_CHECKING:
 
@@ -85,7 +85,7 @@ class WeightsHandle(WeightsHandleApi):
         def delete(self, *, timeout_s: float | None = None) -> None: ...
 
     def _finish(self, steps: Steps, deadline: Deadline) -> None:
-        self._transport.run(steps, deadline)
+        self.transport.run(steps, deadline)
 
 
 class AsyncWeightsHandle(WeightsHandleApi):
@@ -93,7 +93,7 @@ class AsyncWeightsHandle(WeightsHandleApi):
 
     def __init__(self, held: HeldWeights, transport: AsyncTransport, timeout_s: float | None) -> None:
         super().__init__(held, timeout_s)
-        self._transport = transport
+        self.transport = transport
 
     if TYPE_CHECKING:
 
@@ -103,4 +103,4 @@ class AsyncWeightsHandle(WeightsHandleApi):
 
     async def _finish(self, steps: Steps, deadline: Deadline) -> None:
         deadline.restart()
-        await self._transport.run(steps, deadline)
+        await self.transport.run(steps, deadline)

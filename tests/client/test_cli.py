@@ -125,6 +125,27 @@ def test_weights_are_put_named_fetched_and_deleted(run, client, tmp_path):
     assert f"does not hold weights {weights_id}" in shown
 
 
+def test_weights_are_combined_by_their_ids(run, client, tmp_path):
+    model = client.model("keras_cnn")
+    handle = model.put_weights(model.initial_weights)
+    terms = [f"{handle.id}:0.5", f"{handle.id}:-1e0", f"{handle.id}:1"]
+    output = run("combine", *terms, "--float64", "--save", tmp_path / "half.npz")
+    expected = client.combine([(handle, 0.5), (handle, -1), (handle, 1)], float64=True)
+    assert output.split()[0] == expected.id
+    assert f"arrays to {tmp_path / 'half.npz'}" in " ".join(output.split())
+    with np.load(tmp_path / "half.npz") as file:
+        for index, leaf in enumerate(model.initial_weights[0]):
+            assert np.array_equal(file[f"trainable/{index}"], leaf * np.float32(0.5))
+    for wrong, sentence in (
+        ("half", "expected ID:COEFFICIENT such as 00000000...:0.5, got 'half'"),
+        (f"{handle.id}:half", "got 'half' as the coefficient"),
+        ("ab:1", "weights_id"),
+        (f"{'ab' * 32}:1", "does not hold weights"),
+        (f"{handle.id}:nan", "expected a finite number"),
+    ):
+        assert sentence in " ".join(run("combine", wrong, code=1).split())
+
+
 def test_a_string_that_a_file_would_cut_is_refused(tmp_path):
     with pytest.raises(ValueError, match="names: a string that ends in a NUL"):
         npz.save(tmp_path / "out.npz", {"names": np.array([b"a\0"], object)})

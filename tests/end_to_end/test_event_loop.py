@@ -267,6 +267,18 @@ def test_manifests_of_many_tensors_do_not_block_the_event_loop(served, channel):
     assert len(v1.PutWeightsResponse.FromString(found).missing) == COUNT
 
 
+def test_combinations_of_many_terms_do_not_block_the_event_loop(served, client, channel):
+    model = client.model("counting")
+    weights_id = bytes.fromhex(model.put_weights(model.initial_weights).id)
+    terms = [v1.WeightsTerm(weights_id=weights_id, coefficient=1)] * COUNT
+    unknown = [v1.WeightsTerm(weights_id=b"u" * 32, coefficient=1)]
+    with served.watched():
+        for request in (terms, terms + terms, terms[1:] + unknown):
+            with contextlib.suppress(grpc.RpcError):
+                message = v1.CombineWeightsRequest(terms=request).SerializeToString()
+                channel.unary_unary(METHODS["CombineWeights"].path)(message, timeout=120)
+
+
 def test_a_call_of_a_missing_model_is_refused_before_its_structures_are_decoded(channel, session_id):
     request = request_of("PredictOnBatch", "too many leaves", session_id)
     nobody = request.replace(b"counting", b"nobody!!", 1)

@@ -55,6 +55,8 @@ CALLS: dict[str, Row] = {
     "Client.is_ready": Row(lambda w: w.client.is_ready(**w.more)),
     "Client.unready_reasons": Row(lambda w: w.client.unready_reasons(**w.more)),
     "Client.is_serving": Row(lambda w: w.client.is_serving("model/counting", **w.more)),
+    "Client.get_weights": Row(lambda w: w.client.get_weights(w.handle, **w.more)),
+    "Client.combine": Row(lambda w: w.client.combine([(w.handle, 1.0)], **w.more), needs_weights=True),
     "Client.wait_until_ready": Row(wait_until_ready),
     "Model.initial_weights": Row(lambda w: w.model.initial_weights),
     "Model.forward_pass": Row(lambda w: w.model.forward_pass(w.handle, BATCH, **w.more), needs_weights=True),
@@ -69,6 +71,7 @@ CALLS: dict[str, Row] = {
     "Model.finalize_metrics": Row(lambda w: w.model.finalize_metrics(w.state, **w.more)),
     "Model.put_weights": Row(lambda w: w.model.put_weights(w.weights, **w.more), needs_weights=True),
     "Model.get_weights": Row(lambda w: w.model.get_weights(w.handle, **w.more)),
+    "Model.average": Row(lambda w: w.model.average([(w.handle, 3)], **w.more), needs_weights=True),
     "Model.metrics_session": Row(lambda w: w.model.metrics_session(**w.more)),
     "Model.evaluate": Row(lambda w: w.model.evaluate(w.handle, [BATCH] * 3, **w.more), needs_weights=True),
     "Model.evaluate_many": Row(
@@ -96,7 +99,7 @@ ENDS = {"Pipeline.close": lambda w: (w.pipeline.predict_on_batch(BATCH[0], **w.m
 LOCAL = {
     *("Client.close", "Handle.id", "Session.id", "Session.updates", "Session.note_counted", "Session.open"),
     *(f"Model.{name}" for name in ("name", "version", "versions", "content_hash", "description", "input_spec")),
-    "Model.weights_handle",
+    *("Client.weights_handle", "Model.weights_handle"),
 }
 """What calls no server, and what only the SDK calls."""
 

@@ -158,11 +158,15 @@ def weights(host: Host, model: NamedModel, output: pathlib.Path, weights_id: str
         else:
             with _transfer("fetching") as progress:
                 found = remote.get_weights(remote.weights_handle(weights_id), progress=progress)
-        arrays: dict[str, Any] = {}
-        for name, part in zip(("trainable", "non_trainable"), found, strict=True):
-            npz.put(arrays, name, part)
-        npz.save(output, arrays)
-    _ERR.print(f"wrote {len(arrays)} arrays to {output}")
+        _save_weights(output, found)
+
+
+def _save_weights(path: pathlib.Path, found: tuple[Any, Any]) -> None:
+    arrays: dict[str, Any] = {}
+    for name, part in zip(("trainable", "non_trainable"), found, strict=True):
+        npz.put(arrays, name, part)
+    npz.save(path, arrays)
+    _ERR.print(f"wrote {len(arrays)} arrays to {path}")
 
 
 @forwardpass.command("put-weights")
@@ -180,6 +184,40 @@ def put_weights(host: Host, model: NamedModel, file: pathlib.Path, lease: float 
         if lease is not None:
             handle.lease(lease)
     click.echo(handle.id)
+
+
+@forwardpass.command()
+@host_argument
+@click.argument("terms", nargs=-1, required=True, metavar="ID:COEFFICIENT...")
+@click.option("--float64", is_flag=True, help="Compute the sums in float64, and round them at the end.")
+@click.option(
+    "--save",
+    type=click.Path(dir_okay=False, path_type=pathlib.Path),
+    help="Also write the result into this .npz file, as `forwardpass weights` does.",
+)
+def combine(host: Host, terms: tuple[str, ...], float64: bool, save: pathlib.Path | None) -> None:
+    """Compute a sum of weights on the server, each multiplied by its coefficient, and print the id of the result.
+
+    For example an average of two, with the ids that `forwardpass put-weights` printed: ID:0.5 ID:0.5.
+    """
+    with _client(host) as client:
+        pairs = [(client.weights_handle(weights_id), number) for weights_id, number in map(_term, terms)]
+        handle = client.combine(pairs, float64=float64)
+        click.echo(handle.id)
+        if save is not None:
+            with _transfer("fetching") as progress:
+                found = client.get_weights(handle, progress=progress)
+            _save_weights(save, found)
+
+
+def _term(text: str) -> tuple[str, float]:
+    """The id and the coefficient of a term. Raises ValueError."""
+    weights_id, colon, coefficient = text.partition(":")
+    try:
+        return weights_id, float(coefficient)
+    except ValueError:
+        found = f"{coefficient!r} as the coefficient" if colon else repr(text)
+        raise ValueError(f"expected ID:COEFFICIENT such as {'0' * 8}...:0.5, got {found}") from None
 
 
 @forwardpass.command("delete-weights")

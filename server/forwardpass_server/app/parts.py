@@ -41,6 +41,7 @@ from forwardpass_server.status.readiness import Readiness
 from forwardpass_server.telemetry import gpus, machine
 from forwardpass_server.telemetry.metrics import Metrics
 from forwardpass_server.weights import room as weights_room
+from forwardpass_server.weights.combinations import Combinations
 from forwardpass_server.weights.room import WeightsOptions
 from forwardpass_server.weights.store import StoreOptions, WeightStore
 
@@ -122,6 +123,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
         _server_options(settings),
         registry=catalog.registry,
         weights=weights,
+        combinations=Combinations(weights, models.placement),
         calls=calls,
         sessions=sessions,
         readiness=readiness,

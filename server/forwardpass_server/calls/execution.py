@@ -11,6 +11,7 @@ import numpy as np
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.functions import Function
 from forwardpass.wire.structures import Structure
+from forwardpass.wire.trees import Kind, TreeDef
 from forwardpass_server.calls.admission import Admission
 from forwardpass_server.calls.batching import Batcher
 from forwardpass_server.calls.model import Leaf
@@ -100,6 +101,16 @@ class Executor:
             else:
                 results = await self._run(invocation, servable, plan, leaves)
         return plan.unflatten(results)
+
+    async def keep_gradients(self, servable: Servable, principal: str, gradients: Structure) -> bytes:
+        """Publishes gradients as a set of weights that leaves the non-trainable weights unchanged. Returns its id.
+
+        Raises WeightStoreFull.
+        """
+        unchanged = servable.spec.weights.child(1).tree
+        none = unchanged.keeping([False] * unchanged.num_leaves)
+        tree = TreeDef(Kind.TUPLE, (gradients.tree, none))
+        return await self._weights.add_arrays(principal, tree, gradients.leaves)
 
     async def _run_batched(
         self, invocation: Invocation, servable: Servable, weights: Sequence[Leaf], leaves: Sequence[Array]

@@ -60,7 +60,7 @@ def _runner(concrete: Any, device: str) -> Callable[[Sequence[Leaf]], list[Array
     eager_tensor, make_tensor = private_tensorflow.eager_tensor_class(), private_tensorflow.tensor_maker()
     # np.asarray shares the tensor's buffer, .numpy() copies it (53 us at 1 MB). On a GPU both copy, to the host.
     result_types = [tensor.dtype for tensor in concrete.outputs]
-    readers = [_array if data_type == tf.bfloat16 else np.asarray for data_type in result_types]
+    readers = [placement.array_of if data_type == tf.bfloat16 else np.asarray for data_type in result_types]
 
     # No device scope for TensorFlow's default device: the scope costs as much as a small kernel.
     is_default = device == placement.CPU and not tf.config.list_logical_devices("GPU")
@@ -76,11 +76,6 @@ def _runner(concrete: Any, device: str) -> Callable[[Sequence[Leaf]], list[Array
         return [read(result) for read, result in zip(readers, results, strict=True)]
 
     return result_shapes.checked(run, concrete)
-
-
-def _array(tensor: Any) -> Array:
-    # np.asarray of a bfloat16 tensor without dimensions returns a number instead of an array.
-    return np.asarray(tensor if tensor.shape.rank else tensor.numpy())
 
 
 # The text may quote the request. It is cut to this length, and each pattern takes linear time.

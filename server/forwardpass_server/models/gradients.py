@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from forwardpass.wire import conform, trees
-from forwardpass.wire.errors import FunctionNotAvailable
 from forwardpass.wire.specs import StructureSpec
 from forwardpass_server.models.functional import FunctionalModel
 
@@ -39,7 +38,7 @@ def forward_backward(
     """The batch output of one batch, and the gradients of its loss; of the sum where the loss has several values.
 
     weights: the spec of the model's weights. sample_weight: None for equal weights.
-    Raises FunctionNotAvailable where the loss depends on no trainable weight, or takes no sample weights.
+    Raises FunctionNotAvailable where the loss takes no sample weights.
     """
     positions, leaves = _differentiable(weights.child(0), trees.flatten(model_weights)[1])
     with tf.GradientTape(watch_accessed_variables=False) as tape:
@@ -49,8 +48,6 @@ def forward_backward(
         losses = trees.flatten(output.loss)[1]
     found = tape.gradient(losses, leaves)
     unreached = frozenset(position for position, one in zip(positions, found, strict=True) if one is None)
-    if len(unreached) == len(leaves):
-        raise FunctionNotAvailable("the loss depends on no trainable weight")
     return Differentiated(output, mask, _dense(found, leaves), non_trainable, unreached)
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from forwardpass.wire import errors
 from forwardpass.wire.dtypes import Array
-from forwardpass_server.models import private_tensorflow
+from forwardpass_server.models import arithmetic, private_tensorflow
 from forwardpass_server.process import control_groups
 
 _LOGGER = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ class TensorFlowDevice:
 
     def __init__(self, name: str) -> None:
         self._name = name
+        self._is_host = name == CPU
 
     def place(self, array: Array) -> Any:
         """An eager tensor. On a CPU it shares the memory of an array whose data is aligned to 64 bytes.
@@ -46,7 +49,21 @@ class TensorFlowDevice:
 
     def fetch(self, placed: Any) -> Array:
         """A placed array in the memory of the host, read-only. On a CPU it shares the memory of the tensor."""
-        return np.asarray(placed)
+        return array_of(placed)
+
+    def add(self, total: Any | None, terms: Sequence[tuple[Any, float]], dtype: np.dtype[Any]) -> Any:
+        """See `weights.store.Device`."""
+        if self._is_host:
+            return arithmetic.add_on_host(total, [(array_of(tensor), number) for tensor, number in terms], dtype)
+        with _refusing(), tf.device(self._name):
+            return arithmetic.add_on_device(total, terms, dtype)
+
+    def rounded(self, total: Any, dtype: np.dtype[Any]) -> Any:
+        """See `weights.store.Device`."""
+        if self._is_host:
+            return self.place(arithmetic.round_on_host(total, dtype))
+        with _refusing(), tf.device(self._name):
+            return arithmetic.round_on_device(total, dtype)
 
     def try_out(self) -> None:
         """Adds two vectors and waits for the sum. Raises what TensorFlow raises, unless memory is full."""
@@ -60,6 +77,21 @@ class TensorFlowDevice:
         if self._name.startswith("/device:GPU"):
             return int(_gpu_memory_bytes() * _GPU_SHARE)
         return int(control_groups.memory_bytes() * _HOST_SHARE)
+
+
+def array_of(tensor: Any) -> Array:
+    """The elements of a tensor. On a CPU the array shares the memory of the tensor."""
+    # np.asarray of a bfloat16 tensor without dimensions fails or returns a number instead of an array.
+    return np.asarray(tensor.numpy() if tensor.dtype == tf.bfloat16 and not tensor.shape.rank else tensor)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Raises OutOfMemory where the device has too little memory."""
+    try:
+        yield
+    except tf.errors.ResourceExhaustedError:
+        raise errors.OutOfMemory() from None
 
 
 def _gpu_memory_bytes() -> int:

@@ -157,6 +157,7 @@ class _Tracer:
                 batch = self._batch_input(x, y)
                 found = gradients.forward_backward(self._model, self._weights, model_weights, batch, weight, training)
                 if training:
+                    self._check_reached(found)
                     self._unreached = found.unreached
                 new = conform.arrange(found.non_trainable, self._weights.child(1).tree, "non_trainable")
                 return (*found.output, found.mask, list(found.gradients), new)
@@ -164,8 +165,6 @@ class _Tracer:
             return method
 
         whole = self._concrete(function.title, update(True), arguments)
-        if self._unreached and not _WITHOUT_GRADIENT.isdisjoint(graphs.operations(whole)):
-            raise errors.FunctionNotAvailable(_PYTHON_WITHOUT_GRADIENT)
         self._updates[function.takes_sample_weight] = whole
 
         def without_new(*leaves: Any) -> list[tf.Tensor]:
@@ -177,6 +176,14 @@ class _Tracer:
             return update(False)(*arguments)[:-1]
 
         self._functions[function, False] = self._concrete(function.title, inferred, arguments)
+
+    def _check_reached(self, found: gradients.Differentiated) -> None:
+        """Raises FunctionNotAvailable where no gradient exists, or where a Python function may have cut it off."""
+        forward_pass = self._functions[Function.FORWARD_PASS, True]
+        if found.unreached and not _WITHOUT_GRADIENT.isdisjoint(graphs.operations(forward_pass)):
+            raise errors.FunctionNotAvailable(_PYTHON_WITHOUT_GRADIENT)
+        if len(found.unreached) == len(found.gradients):
+            raise errors.FunctionNotAvailable("the loss depends on no trainable weight")
 
     def _trace_vjp(self, arguments: Sequence[StructureSpec], predictions: StructureSpec) -> None:
         if self._unavailable.get(Function.FORWARD_BACKWARD) == _PYTHON_WITHOUT_GRADIENT:

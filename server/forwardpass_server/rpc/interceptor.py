@@ -13,7 +13,7 @@ import grpc
 from grpc._cython.cygrpc import ExecuteBatchError
 
 from forwardpass.wire import errors
-from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
+from forwardpass.wire.methods import METHODS, MODEL_SERVICE, SERVICES
 from forwardpass_server.access import principals
 from forwardpass_server.access.access import Access
 from forwardpass_server.calls.admission import Admission
@@ -32,8 +32,8 @@ Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Any]]
 # Stands for every unknown method. A name from a request must not be kept in memory or become a label of a metric.
 _UNKNOWN = "/unknown/unknown"
 
-# Unary calls that compute on the device. Any server may answer them.
-_COMPUTING = {
+# Unary calls that compute on the device.
+_COMPUTING = {METHODS["CombineWeights"].path} | {
     method.path
     for name, method in SERVICES[MODEL_SERVICE].items()
     if method.is_unary and name not in ("GetModel", "ListModels")

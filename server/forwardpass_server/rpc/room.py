@@ -22,6 +22,7 @@ from forwardpass_server.rpc.weights_servicer import WeightsServicer
 from forwardpass_server.sessions.room import SessionsRoom
 from forwardpass_server.status.readiness import Readiness
 from forwardpass_server.telemetry.metrics import Metrics
+from forwardpass_server.weights.combinations import Combinations
 from forwardpass_server.weights.store import WeightStore
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def build(
     *,
     registry: Registry,
     weights: WeightStore,
+    combinations: Combinations,
     calls: CallsRoom,
     sessions: SessionsRoom,
     readiness: Readiness,
@@ -62,7 +64,7 @@ def build(
         options,
         {
             MODEL_SERVICE: models_servicer,
-            WEIGHTS_SERVICE: WeightsServicer(weights, codec, drain),
+            WEIGHTS_SERVICE: WeightsServicer(weights, combinations, codec, admission, drain),
             SESSION_SERVICE: sessions_servicer,
         },
         metrics,

@@ -16,6 +16,7 @@ from forwardpass.wire.structures import Structure
 from forwardpass_server.access import principals
 from forwardpass_server.calls.admission import Admission
 from forwardpass_server.calls.execution import Executor, Invocation
+from forwardpass_server.calls.plans import Servable
 from forwardpass_server.catalog.registry import Entry, Registry, State
 from forwardpass_server.rpc import handlers
 from forwardpass_server.rpc.codec import Codec, Incoming
@@ -94,15 +95,19 @@ class FunctionalModelServicer:
     async def ForwardBackward(self, data: bytes, context: object) -> Any:
         incoming = self._codec.open(v1.ForwardBackwardRequest, data)
         header = incoming.header
-        function, weighted = Function.FORWARD_BACKWARD, Function.WEIGHTED_FORWARD_BACKWARD
-        return await self._call(
-            v1.ForwardBackwardResponse,
+        servable, results = await self._run(
             incoming,
-            function,
-            weighted,
+            Function.FORWARD_BACKWARD,
+            Function.WEIGHTED_FORWARD_BACKWARD,
             training=header.training,
             weights_id=header.weights_id,
         )
+        response = servable.response_header(v1.ForwardBackwardResponse)
+        if header.keep_gradients:
+            gradients = results.pop("gradients")
+            gradients_id = await self._executor.keep_gradients(servable, principals.current(), gradients)
+            response = v1.ForwardBackwardResponse(model=response.model, gradients_id=gradients_id)
+        return await self._encoded(response, results)
 
     async def Vjp(self, data: bytes, context: object) -> Any:
         incoming = self._codec.open(v1.VjpRequest, data)
@@ -175,7 +180,24 @@ class FunctionalModelServicer:
         training: bool = False,
         weights_id: bytes = b"",
     ) -> Any:
-        """Answers one call of a function. weighted: the function for a request with sample weights."""
+        """Answers one call of a function: see `_run`."""
+        servable, results = await self._run(incoming, function, weighted, training=training, weights_id=weights_id)
+        return await self._encoded(servable.response_header(response_type), results)
+
+    async def _encoded(self, response: Message, results: Mapping[str, Structure]) -> Any:
+        pieces = await self._codec.encode(response, results)
+        return pieces if len(pieces) >= _LONG_BYTES else pieces.join()
+
+    async def _run(
+        self,
+        incoming: Incoming[Any],
+        function: Function,
+        weighted: Function | None = None,
+        *,
+        training: bool = False,
+        weights_id: bytes = b"",
+    ) -> tuple[Servable, dict[str, Structure]]:
+        """Runs one call of a function. weighted: the function for a request with sample weights."""
         model = incoming.header.model
         servable = self._registry.get(model.name, self._version(model))
         principal, size_bytes = principals.current(), incoming.size_bytes
@@ -185,9 +207,7 @@ class FunctionalModelServicer:
             asked = weighted if weighted is not None and "sample_weight" in parts else function
             return Invocation(asked, parts, size_bytes, training, weights_id, principal)
 
-        results = await self._executor.admit_and_run(servable, principal, size_bytes, read)
-        pieces = await self._codec.encode(servable.response_header(response_type), results)
-        return pieces if len(pieces) >= _LONG_BYTES else pieces.join()
+        return servable, await self._executor.admit_and_run(servable, principal, size_bytes, read)
 
 
 def version_status(entry: Entry, labels: Sequence[str]) -> v1.ModelVersionStatus:

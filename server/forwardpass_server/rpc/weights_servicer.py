@@ -8,14 +8,17 @@ from forwardpass import v1
 from forwardpass.wire import chunks, errors, fields, limits, manifests
 from forwardpass.wire.manifests import WeightsManifest
 from forwardpass_server.access import principals
+from forwardpass_server.calls.admission import Admission
 from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.drain import Drain
+from forwardpass_server.weights import combinations
+from forwardpass_server.weights.combinations import Combinations, Term
 from forwardpass_server.weights.store import WeightStore
 
 _LEASE_ID_BYTES = 16
 
-# About two hundred tensors and their tree.
-_SMALL_MANIFEST_BYTES = 2**14
+# About two hundred tensors and their tree, or three hundred terms of a combination.
+_SMALL_BYTES = 2**14
 
 
 class WeightsServicer:
@@ -25,13 +28,17 @@ class WeightsServicer:
     refuses.
     """
 
-    def __init__(self, store: WeightStore, codec: Codec, drain: Drain) -> None:
+    def __init__(
+        self, store: WeightStore, sums: Combinations, codec: Codec, admission: Admission, drain: Drain
+    ) -> None:
         self._store = store
+        self._sums = sums
+        self._admission = admission
         self._codec = codec
         self._drain = drain
 
     async def PutWeights(self, data: bytes, context: object) -> bytes:
-        is_small = len(data) <= _SMALL_MANIFEST_BYTES
+        is_small = len(data) <= _SMALL_BYTES
         manifest = _decode(data) if is_small else await self._codec.offload(lambda: _decode(data))
         missing = await self._store.put(principals.current(), manifest)
         if len(missing) <= limits.SMALL_LEAVES:
@@ -61,6 +68,14 @@ class WeightsServicer:
             async for chunk in self._store.read(weights, request.leaf, request.offset):
                 yield chunks.encode(header, chunk)
 
+    async def CombineWeights(self, data: bytes, context: object) -> bytes:
+        principal = principals.current()
+        with self._admission.admitted(principal, len(data)):
+            is_small = len(data) <= _SMALL_BYTES
+            terms, float64 = _terms(data) if is_small else await self._codec.offload(lambda: _terms(data))
+            weights_id = await self._sums.combine(principal, terms, float64)
+        return v1.CombineWeightsResponse(weights_id=weights_id).SerializeToString()
+
     async def LeaseWeights(self, data: bytes, context: object) -> bytes:
         request = fields.parse(v1.LeaseWeightsRequest, data)
         if len(request.lease_id) != _LEASE_ID_BYTES:
@@ -81,6 +96,14 @@ def _decode(data: bytes) -> WeightsManifest:
     # Compute these cached properties here, on the codec's thread, instead of later on the event loop.
     _ = manifest.weights_id, manifest.size_bytes
     return manifest
+
+
+def _terms(data: bytes) -> tuple[list[Term], bool]:
+    """The terms of a combination, and whether it is computed in float64."""
+    request = fields.parse(v1.CombineWeightsRequest, data)
+    terms = [(term.weights_id, term.coefficient) for term in request.terms]
+    combinations.check(terms)
+    return terms, request.float64
 
 
 def _encode_missing(manifest: WeightsManifest, missing: Sequence[tuple[bytes, int]]) -> bytes:

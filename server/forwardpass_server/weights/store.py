@@ -48,6 +48,17 @@ class Device(Protocol):
     def fetch(self, placed: Any) -> Array:
         """A placed array in the memory of the host, read-only, with the shape that it had."""
 
+    def add(self, total: Any | None, terms: Sequence[tuple[Any, float]], dtype: np.dtype[Any]) -> Any:
+        """The sum of `total` and of each placed tensor times its coefficient, in the order of the terms.
+
+        total: what an earlier call returned, which is not used afterwards; None to begin with the first term.
+        terms: at least one; tensors of one shape. dtype: of the sum; terms are converted to it first.
+        For `rounded` and further calls only. Raises OutOfMemory.
+        """
+
+    def rounded(self, total: Any, dtype: np.dtype[Any]) -> Any:
+        """A sum of `add` as a placed tensor of a dtype. The sum is not used afterwards. Raises OutOfMemory."""
+
 
 class StoreObserver(Protocol):
     """Receives the events of the store."""
@@ -177,6 +188,11 @@ class WeightStore:
         return len(self._sets)
 
     @property
+    def has_files(self) -> bool:
+        """Whether sets are written to disk, so that an evicted set can be read again."""
+        return self._files is not None
+
+    @property
     def tensor_count(self) -> int:
         """The number of different tensors on the device."""
         return len(self._tensors)
@@ -228,6 +244,11 @@ class WeightStore:
             yield room
         finally:
             room.give_back()
+
+    async def add_arrays(self, principal: str, tree: TreeDef, arrays: Sequence[Array]) -> bytes:
+        """`add` for arrays in the memory of the host. Raises OutOfMemory where the device has no room for them."""
+        placed = await asyncio.to_thread(lambda: [self._device.place(array) for array in arrays])
+        return await self.add(principal, tree, placed)
 
     async def add(self, principal: str, tree: TreeDef, leaves: Sequence[Any], room: Room | None = None) -> bytes:
         """Publishes a set that the server has computed, as if this principal had put it. Returns its id.
