@@ -38,9 +38,9 @@ def functional_model(model: RemoteFunctionalModel) -> Any:
     model: of `connect(...).model(name)`.
     Where TFF is installed, the result is an instance of its `tff.learning.models.FunctionalModel` too, which
     `tff.learning.models.model_from_functional` takes, for training loops under `tf.GradientTape`. TFF's learning
-    processes (`tff.learning.algorithms`) cannot use it: they run graphs in another process, which fails with
-    "InvalidArgumentError: No OpKernel was registered to support Op 'PyFunc'" or, in a newer TFF, with "ValueError:
-    callback pyfunc_0 is not found". Give them the SavedModel itself.
+    processes (`tff.learning.algorithms`) cannot use it, because TFF's C++ runtime runs graphs in another process, which
+    has no Python: `next` raises `grpc.RpcError` with "Failed to run computation: No OpKernel was registered to support
+    Op 'PyFunc'". Give them the SavedModel itself.
     Raises TypeError for another object, the model of an AsyncClient included.
     """
     base = _tff_class()
@@ -217,6 +217,7 @@ class TensorModel:
     @_AS_IT_IS
     def initialize_metrics_state(self) -> Any:
         """The metrics state before the first batch, as tensors. Raises what the model's function raises."""
+        self._check_available(Function.INITIALIZE_METRICS_STATE)
         spec = self._flat.spec.metrics_state
 
         def initialize() -> list[Array]:
@@ -234,6 +235,8 @@ class TensorModel:
         sample_weight: as of `loss`.
         Raises what the model's `update_metrics_state` raises.
         """
+        weighted = Function.WEIGHTED_UPDATE_METRICS_STATE
+        self._check_available(Function.UPDATE_METRICS_STATE if sample_weight is None else weighted)
         spec = self._flat.spec
         values = batch_output_values(batch_output)
         present = {place: value for place, value in values.items() if value is not None}
@@ -258,6 +261,7 @@ class TensorModel:
 
         Raises what the model's `finalize_metrics` raises.
         """
+        self._check_available(Function.FINALIZE_METRICS)
         spec = self._flat.spec
 
         def finalize(state: Any) -> list[Array]:
@@ -266,6 +270,12 @@ class TensorModel:
 
         found = _run(finalize, [_tensors(state, spec.metrics_state, "state")], spec.metrics.leaves)
         return spec.metrics.tree.unflatten(found)
+
+    def _check_available(self, function: Function) -> None:
+        """Raises FunctionNotAvailable: in a graph without outputs nothing else would."""
+        reason = self._flat.spec.unavailable.get(function)
+        if reason is not None:
+            raise errors.FunctionNotAvailable(f"{function.title} is not available: {reason}")
 
     def _call(self, model_weights: Any, x: Any, training: Any) -> _Call:
         inputs = _tensors(x, self._flat.spec.x, "x")
