@@ -189,6 +189,49 @@ def test_predictions_that_no_gradient_uses_cost_no_call(local, counted):
         assert counted.since() == ["predict_on_batch", "forward_backward"]
 
 
+def through_a_jacobian(model, kernel, rest):
+    with tf.GradientTape() as tape:
+        tape.watch(kernel)
+        predictions = model.predict_on_batch(((kernel, rest[0]), rest[1]), linear_batch(4)[0])
+    return tape.jacobian(predictions, kernel)
+
+
+def through_a_loop(model, kernel, rest):
+    def step(number, total):
+        weights = (kernel * tf.cast(number + 1, tf.float32), rest[0]), rest[1]
+        return number + 1, total + model.forward_pass(weights, linear_batch(4)).loss
+
+    def loop(kernel):
+        return tf.while_loop(lambda number, _: number < 3, step, (tf.constant(0), tf.constant(0.0)))[1]
+
+    with tf.GradientTape() as tape:
+        tape.watch(kernel)
+        total = loop(kernel)
+    return tape.gradient(total, kernel)
+
+
+def through_a_persistent_tape(model, kernel, rest):
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(kernel)
+        output = model.forward_pass(((kernel, rest[0]), rest[1]), linear_batch(4))
+    return tape.gradient(output.loss, kernel) + tape.gradient(output.predictions, kernel)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("through", [through_a_jacobian, through_a_loop, through_a_persistent_tape])
+def test_other_uses_of_a_tape_give_the_gradients_of_the_local_model(client, through, compiled):
+    local = trainable_models.linear()
+    remote = forwardpass_client.tensorflow.functional_model(client.model("linear"))
+    (kernel, bias), fixed = local.initial_weights
+    kernel = tf.constant(kernel)
+
+    def differentiate(model):
+        return through(model, kernel, (bias, fixed))
+
+    run = tf.function(differentiate, autograph=False) if compiled else differentiate
+    np.testing.assert_allclose(run(remote), run(local), rtol=TOLERANCE, atol=TOLERANCE)
+
+
 def train(model, compile_step):
     """20 steps of SGD on variables: the weights and losses."""
     trainable, fixed = model.initial_weights
@@ -316,6 +359,14 @@ def test_predictions_of_a_forward_pass_of_its_own_have_no_gradient(client):
     np.testing.assert_allclose(found, expected, rtol=TOLERANCE)
     with pytest.raises(errors.FunctionNotAvailable, match="a function of its own"):
         eagerly(lambda kernel: tf.reduce_sum(output(remote, kernel).predictions), kernel)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_metrics_of_a_model_without_metrics_are_refused(client, compiled):
+    remote = forwardpass_client.tensorflow.functional_model(client.model("without_metrics"))
+    initialize = remote.initialize_metrics_state
+    with pytest.raises(errors.FunctionNotAvailable, match="written without metrics"):
+        tf.function(initialize, autograph=False)() if compiled else initialize()
 
 
 def test_a_handle_has_gradients_with_respect_to_x_only(client, local, remote):

@@ -161,6 +161,19 @@ def penalised() -> FunctionalModel:
     )
 
 
+def without_metrics() -> FunctionalModel:
+    """`linear` as TFF saves it: without its metrics."""
+    plain = linear()
+    return FunctionalModel(
+        initial_weights=plain.initial_weights,
+        predict_on_batch_fn=tf.function(plain.predict_on_batch),
+        loss_fn=_cross_entropy,
+        metrics_fns=None,
+        input_spec=plain.input_spec,
+    )
+
+
 FACTORIES = tuple(
-    f"{name}=support.trainable_models:{name}" for name in ("perceptron", "sequence", "linear", "penalised")
+    f"{name}=support.trainable_models:{name}"
+    for name in ("perceptron", "sequence", "linear", "penalised", "without_metrics")
 )

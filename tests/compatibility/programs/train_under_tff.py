@@ -30,7 +30,7 @@ def train(functional_model, batches):
             output = model.forward_pass(batch)
         gradients = tape.gradient(output.loss, model.trainable_variables)
         for variable, gradient in zip(model.trainable_variables, gradients, strict=True):
-            variable.assign_sub(0.1 * tf.convert_to_tensor(gradient))
+            variable.assign_sub(0.02 * tf.convert_to_tensor(gradient))
         losses.append(float(output.loss))
     return [variable.numpy() for variable in model.trainable_variables], losses
 
