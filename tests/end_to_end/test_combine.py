@@ -117,6 +117,16 @@ def test_an_average_weights_each_result_by_its_examples(model):
         model.average([(handles[0], 0), Result(handles[1], 0)])
 
 
+def test_kept_gradients_are_a_change_of_weights(client, model):
+    weights = zoo.wide_weights(4 * KIB, 5)
+    handle = model.put_weights(weights)
+    x = np.float32([[1, 2, 3, 4], [5, 6, 7, 8]])
+    _, gradients = model.forward_backward(handle, (x, np.zeros(2, np.float32)), keep=True)
+    # The loss is the sum of x times the sum of the weights, so each derivative is the sum of x: 36, exactly.
+    stepped = client.combine([(handle, 1.0), (gradients, -0.5)])
+    assert_bits(model.get_weights(stepped), [[weights[0][0] - np.float32(18)], []])
+
+
 def test_the_async_client_combines_too(combining):
     server, secrets = combining
 

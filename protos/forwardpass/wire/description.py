@@ -243,7 +243,7 @@ def decode(message: v1.ModelDescription) -> ModelDescription:
             expected=f"a named tuple {BatchOutput._fields}",
             found=structures["batch_output"].tree.describe(),
         )
-    found = {item.function: item for item in message.functions}
+    found: dict[int, v1.FunctionDescription] = {item.function: item for item in message.functions}
     spec = ModelSpec(
         unavailable={
             function: found[function.value].unavailable_reason if function.value in found else _OLDER_SERVER

@@ -28,7 +28,8 @@ def add_on_host(total: Array | None, terms: Sequence[tuple[Array, float]], dtype
     if total is None:
         total = _aligned(terms[0][0].shape, dtype)
     sums = _real(total)
-    parts = [(_bits(_real(array)), sums.dtype.type(coefficient)) for array, coefficient in terms]
+    convert = sums.dtype.type
+    parts = [(_bits(_real(array)), convert(coefficient)) for array, coefficient in terms]
     scaled = np.empty(min(_BLOCK, len(sums)), sums.dtype)
     # Sums may overflow, as they do on a GPU.
     with np.errstate(all="ignore"):

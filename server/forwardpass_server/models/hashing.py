@@ -42,7 +42,7 @@ def of_traced(model: TracedModel) -> bytes:
     described = ModelDescription(ModelIdentity("", 0, b""), "", model.spec)
     message = description.encode(described)
     # Gradients follow from the other functions.
-    others = [one for one in message.functions if one.function not in GRADIENT_FUNCTIONS]
+    others = [one for one in message.functions if int(one.function) not in GRADIENT_FUNCTIONS]
     del message.functions[:]
     message.functions.extend(others)
     digest = hashlib.sha256(message.SerializeToString(deterministic=True))

@@ -54,7 +54,9 @@ class TensorFlowDevice:
     def add(self, total: Any | None, terms: Sequence[tuple[Any, float]], dtype: np.dtype[Any]) -> Any:
         """See `weights.store.Device`."""
         if self._is_host:
-            return arithmetic.add_on_host(total, [(array_of(tensor), number) for tensor, number in terms], dtype)
+            # All have one dtype: comparing each one's would cost more than reading it.
+            read = array_of if terms[0][0].dtype == tf.bfloat16 else np.asarray
+            return arithmetic.add_on_host(total, [(read(tensor), number) for tensor, number in terms], dtype)
         with _refusing(), tf.device(self._name):
             return arithmetic.add_on_device(total, terms, dtype)
 

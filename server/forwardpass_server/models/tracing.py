@@ -124,9 +124,7 @@ class _Tracer:
             (Function.FORWARD_BACKWARD, batch),
             (Function.WEIGHTED_FORWARD_BACKWARD, [*batch, sample_weight]),
         ):
-            self._trace_gradient(
-                function, lambda function=function, arguments=arguments: self._differentiate(function, arguments)
-            )
+            self._trace_gradient(function, functools.partial(self._differentiate, function, arguments))
         cotangents = predictions.differentiable
         self._trace_gradient(Function.VJP, lambda: self._trace_vjp([self._weights, x, cotangents], predictions))
 

@@ -219,10 +219,10 @@ class _Combination:
             if index is None:
                 continue
             wanted, found = first.tensors[leaf], manifest.tensors[index]
-            if found.spec.data_type is not wanted.spec.data_type:
-                self._refuse(errors.DTypeMismatch, number, leaf, str(wanted.spec), str(found.spec))
-            if found.shape != wanted.shape:
-                self._refuse(errors.ShapeMismatch, number, leaf, str(wanted.spec), str(found.spec))
+            if found.spec != wanted.spec:
+                is_same_dtype = found.spec.data_type is wanted.spec.data_type
+                error = errors.ShapeMismatch if is_same_dtype else errors.DTypeMismatch
+                self._refuse(error, number, leaf, str(wanted.spec), str(found.spec))
             if self._dtypes[leaf] is None and found.digest != wanted.digest:
                 expected = f"the same {wanted.spec} as in terms[0], because such leaves are not combined"
                 self._refuse(errors.InvalidRequest, number, leaf, expected, "other values")

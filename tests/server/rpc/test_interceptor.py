@@ -13,7 +13,7 @@ import h2.events
 import prometheus_client
 import pytest
 
-from forwardpass.wire.methods import MODEL_SERVICE, SERVICES
+from forwardpass.wire.methods import MODEL_SERVICE, SERVICES, WEIGHTS_SERVICE
 from forwardpass_server.access.access import Access
 from forwardpass_server.calls.admission import Admission, Limits
 from forwardpass_server.calls.arrivals import Arrivals
@@ -119,6 +119,8 @@ async def model_service(interceptor: Interceptor) -> AsyncIterator[str]:
     server = grpc.aio.server(interceptors=[interceptor])
     handlers = {name: grpc.unary_unary_rpc_method_handler(answer) for name in UNARY_OF_MODELS}
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(MODEL_SERVICE, handlers)])
+    handlers = {name: grpc.unary_unary_rpc_method_handler(answer) for name in UNARY_OF_WEIGHTS}
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(WEIGHTS_SERVICE, handlers)])
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
@@ -128,7 +130,9 @@ async def model_service(interceptor: Interceptor) -> AsyncIterator[str]:
 
 
 UNARY_OF_MODELS = {name: method.path for name, method in SERVICES[MODEL_SERVICE].items() if method.is_unary}
-DESCRIBING = {"GetModel", "ListModels"}
+UNARY_OF_WEIGHTS = {name: method.path for name, method in SERVICES[WEIGHTS_SERVICE].items() if method.is_unary}
+UNARY_OF_BOTH = {**UNARY_OF_MODELS, **UNARY_OF_WEIGHTS}
+COMPUTING = {*(UNARY_OF_MODELS.keys() - {"GetModel", "ListModels"}), "CombineWeights"}
 
 
 def rpc_metrics() -> RpcMetrics:
@@ -146,8 +150,8 @@ def test_only_calls_that_compute_are_refused_when_the_device_fails_or_a_limit_is
     status = grpc.StatusCode.UNAVAILABLE if missing == "device" else grpc.StatusCode.RESOURCE_EXHAUSTED
 
     async def refused(channel: grpc.aio.Channel) -> set[str]:
-        found = {name: await status_of(channel, path) for name, path in UNARY_OF_MODELS.items()}
-        assert {name for name, one in found.items() if one is grpc.StatusCode.OK} >= DESCRIBING
+        found = {name: await status_of(channel, path) for name, path in UNARY_OF_BOTH.items()}
+        assert {name for name, one in found.items() if one is grpc.StatusCode.OK} >= UNARY_OF_BOTH.keys() - COMPUTING
         return {name for name, one in found.items() if one is status}
 
     async def main() -> None:
@@ -157,7 +161,7 @@ def test_only_calls_that_compute_are_refused_when_the_device_fails_or_a_limit_is
         async with model_service(interceptor) as address, grpc.aio.insecure_channel(address) as channel:
             for size_bytes in entered:
                 admission.enter("", size_bytes)
-            assert await refused(channel) == UNARY_OF_MODELS.keys() - DESCRIBING
+            assert await refused(channel) == COMPUTING
             for size_bytes in entered:
                 admission.leave("", size_bytes)
             works.set()
