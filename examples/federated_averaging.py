@@ -49,7 +49,9 @@ SEED = 0
 BATCH = 7
 EPOCHS = 2
 LEARNING_RATE = 0.3
-PROXIMAL = 0.1
+PROXIMAL = 0.3
+HEAD_EPOCHS = 5
+HEAD_LEARNING_RATE = 0.03
 # For each leaf of the trainable weights, whether it belongs to the last layer: its kernel and its bias.
 HEAD = (False, False, False, False, True, True)
 BODY = tuple(not is_head for is_head in HEAD)
@@ -162,9 +164,11 @@ def personal_heads(model: Any, clients: list[Client], weights: Any, rounds: int)
     """`federated_averaging` with a head of each client. The images of each client count under its own weights."""
     for number in range(rounds):
         updates = [(client.batches(number), None) for client in clients]
-        options = {"learning_rate": LEARNING_RATE, "epochs": EPOCHS}
-        weights = model.average(model.train_many(updates, weights=weights, trainable=BODY, **options))
-        personal = model.train_many(updates, weights=weights, trainable=HEAD, **options)
+        results = model.train_many(updates, weights=weights, learning_rate=LEARNING_RATE, epochs=EPOCHS, trainable=BODY)
+        weights = model.average(results)
+        personal = model.train_many(
+            updates, weights=weights, learning_rate=HEAD_LEARNING_RATE, epochs=HEAD_EPOCHS, trainable=HEAD
+        )
         with model.metrics_session() as session:
             for client, result in zip(clients, personal, strict=True):
                 metrics = model.evaluate(result.weights, [(client.test_x, client.test_y)], session=session)
@@ -216,7 +220,7 @@ class Progressing:
     def __init__(self, console: Console, rounds: int) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
-        self._task = self._bar.add_task("")
+        self._task = self._bar.add_task("starting a server", total=None)
         self._console = console
         self._rounds = rounds
 
@@ -258,24 +262,26 @@ def transfer(model: Any, weights: Any, traffic: Traffic) -> int:
     return sum(after.values()) - sum(before.values())
 
 
-def draw(runs: list[Run], local: Run, path: pathlib.Path) -> None:
-    """Writes a picture of the accuracy and the loss after each round."""
+def draw(runs: list[Run], local: Run, title: str, path: pathlib.Path) -> None:
+    """Writes a picture of the accuracy and the loss after each round. title: of the picture."""
     matplotlib.use("Agg")
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
-    for plot, values, title in zip(axes, ("accuracy", "loss"), ("accuracy", "cross-entropy, nats"), strict=True):
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    for plot, values, label in zip(axes, ("accuracy", "loss"), ("accuracy", "cross-entropy in nats"), strict=True):
         for run, colour in zip(runs, ("tab:blue", "tab:orange", "tab:green"), strict=True):
             numbers = getattr(run, values)
             plot.plot(range(1, len(numbers) + 1), numbers, color=colour, label=run.name)
         numbers = getattr(local, values)
         plot.plot(range(1, len(numbers) + 1), numbers, "o", color="black", fillstyle="none", label=local.name)
         plot.set_xlabel("round")
-        plot.set_ylabel(f"{title}, on 360 test images")
+        plot.set_ylabel(f"{label}, on 360 test images")
         plot.xaxis.get_major_locator().set_params(integer=True)
         plot.grid(alpha=0.3)
         plot.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylim(0, 1)
     axes[1].set_ylim(bottom=0)
-    axes[0].legend(frameon=False, loc="lower right")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, ncols=len(labels), loc="outside lower center")
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
 
@@ -338,7 +344,7 @@ def main() -> None:
         f"FedAvg moved {(fedavg.sent + fedavg.received) / 2**20:.1f} MiB: batches, ids and metrics. "
         f"With weights by value, {len(clients) * rounds} client updates would move {by_value / 2**20:.1f} MiB more."
     )
-    draw(runs, local, arguments.picture)
+    draw(runs, local, f"{len(clients)} clients, each with images of at most two digits", arguments.picture)
     print(f"wrote {arguments.picture}")
     difference = max(float(np.abs(one - other).max()) for one, other in zip(there, local.weights, strict=True))
     print(f"largest difference of the weights of FedAvg from those in one program: {difference:.1e}")
