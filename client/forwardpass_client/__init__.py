@@ -16,6 +16,7 @@ from forwardpass_client.credentials import Tls
 from forwardpass_client.masks import MaskedPredictions, MaskMissing
 from forwardpass_client.metrics_sessions import AsyncMetricsSession, MetricsSession
 from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
+from forwardpass_client.training_calls import TrainingResult
 from forwardpass_client.weights_handles import AsyncWeightsHandle, WeightsHandle
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ __all__ = [
     "RemoteFunctionalModel",
     "TensorSpec",
     "Tls",
+    "TrainingResult",
     "WeightsHandle",
     "connect",
     "connect_async",

@@ -17,6 +17,7 @@ from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.metrics_sessions import ID_BYTES, MetricsSessionApi
 from forwardpass_client.session_calls import SessionCalls
 from forwardpass_client.streams import Completed, Future
+from forwardpass_client.training_batches import split
 from forwardpass_client.transfers import Steps
 from forwardpass_client.weights_handles import WeightsHandleApi
 
@@ -173,10 +174,5 @@ class BatchesInFlight:
 
 def encode(calls: SessionCalls, batch: Any) -> bytes:
     """A batch as an EvaluationBatch. batch: (x, y), (x, y, sample_weight), or a mapping with these keys."""
-    sample_weight = None
-    if isinstance(batch, Mapping) and "sample_weight" in batch:
-        sample_weight = batch["sample_weight"]
-        batch = {name: value for name, value in batch.items() if name != "sample_weight"}
-    elif isinstance(batch, (tuple, list)) and len(batch) == 3:
-        *batch, sample_weight = batch
-    return calls.evaluation_batch(batch, sample_weight, secrets.token_bytes(ID_BYTES))
+    batch_input, sample_weight = split(batch)
+    return calls.evaluation_batch(batch_input, sample_weight, secrets.token_bytes(ID_BYTES))

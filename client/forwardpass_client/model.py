@@ -17,7 +17,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from forwardpass.wire import errors
 from forwardpass.wire.description import BatchOutput, ModelDescription
@@ -43,10 +43,14 @@ from forwardpass_client.options import Options
 from forwardpass_client.pipeline import AsyncPipeline, Pipeline
 from forwardpass_client.processes import Connected
 from forwardpass_client.reuse import Reuse
-from forwardpass_client.session_calls import SessionCalls
+from forwardpass_client.stream_pools import MAX_STREAMS, AsyncStreamPool, StreamPool
 from forwardpass_client.streams import AsyncStream, Stream
+from forwardpass_client.training import AsyncTrainingStream, TrainingProgress, TrainingStream, abandoning
+from forwardpass_client.training_batches import BatchSource, each
+from forwardpass_client.training_calls import TrainingCalls, TrainingResult, UpdateOptions
 from forwardpass_client.transfers import Progress, Steps
 from forwardpass_client.transport import AsyncTransport, Transport
+from forwardpass_client.updates_in_flight import Answer
 from forwardpass_client.weights_handles import AsyncWeightsHandle, WeightsHandle, WeightsHandleApi
 
 # For closing the sessions of an evaluation, together: where the server is away, they expire there.
@@ -72,7 +76,7 @@ class FunctionalModelApi(Connected, abc.ABC):
     def __init__(self, found: FoundModel, options: Options) -> None:
         super().__init__(options.timeout_s)
         self._found = found
-        self._calls = SessionCalls(
+        self._calls = TrainingCalls(
             found.description,
             min(found.max_request_bytes, options.max_message_bytes),
             Reuse() if options.reuse_weights else None,
@@ -395,6 +399,124 @@ class FunctionalModelApi(Connected, abc.ABC):
         Raises ValueError where the numbers of sessions and weights differ, and what `evaluate` raises.
         """
 
+    @abc.abstractmethod
+    def train(
+        self,
+        model_weights: Any,
+        batches: Any,
+        *,
+        optimizer: Any = "sgd",
+        learning_rate: float | None = None,
+        epochs: int = 1,
+        proximal: float = 0.0,
+        trainable: Any = None,
+        checkpoint_steps: int | None = None,
+        optimizer_state: WeightsHandleApi | None = None,
+        keep_optimizer_state: bool = False,
+        progress: TrainingProgress | None = None,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """Trains weights on the server: one optimizer step for each batch. The trained weights stay there.
+
+        model_weights: a handle of `put_weights`, or (trainable, non_trainable), which is put first. They do not change.
+        batches: an iterable of (x, y), (x, y, sample_weight), or mappings with these keys: x and y like `input_spec`,
+          leaves of shape [B, ...]; sample_weight float32[B] unless the model says otherwise, in all batches or in none.
+          Or a function that returns such an iterable. Asynchronous iterables too, for asyncio.
+        optimizer: the name of a Keras optimizer, a mapping with "class_name" and "config", or a Keras optimizer.
+        learning_rate: replaces the optimizer's own, which may be a schedule; None where the optimizer has one.
+        epochs: how often the batches are read, in the order in which they come.
+        proximal: FedProx's mu: mu / 2 times the squared distance from `model_weights` is added to the loss.
+        trainable: which trainable weights change: booleans in the containers of the trainable weights; one boolean in
+          place of a container stands for all leaves in it. None for all.
+        checkpoint_steps: the server keeps the state after each so many steps, so that a training that was interrupted
+          goes on from there; None to begin again.
+        optimizer_state: `TrainingResult.optimizer_state` of an earlier training, to go on with it; None for a new one.
+        keep_optimizer_state: whether the result has the state of the optimizer.
+        progress: called with the number of batches that were trained on, from another thread. After an interruption
+          the number may be lower than before.
+        timeout_s: seconds until DeadlineExceeded for the whole training; None for the client's own while the server
+          makes no progress.
+        Returns a `TrainingResult`, with the handle of the trained weights.
+        When the connection breaks, the training goes on from its last checkpoint, or begins again, for half a minute at
+        most: `batches` is then read again, and must give the same batches. An iterator cannot be read again, which
+        raises ServerUnavailable. The same batches give the same weights, however often the training was interrupted.
+        Raises, before anything is sent, FunctionNotAvailable, OptimizerNotSupported, TypeError and ValueError; then
+        StructureMismatch, DTypeMismatch or ShapeMismatch (naming the leaf), ModelRefusedInput (naming the batch),
+        WeightsNotFound, WeightStoreFull, OutOfMemory, ServerOverloaded, ServerUnavailable, DeadlineExceeded.
+        """
+
+    @abc.abstractmethod
+    def train_many(
+        self,
+        clients: Any,
+        *,
+        weights: Any = None,
+        optimizer: Any = "sgd",
+        learning_rate: float | None = None,
+        epochs: int = 1,
+        proximal: float = 0.0,
+        trainable: Any = None,
+        checkpoint_steps: int | None = None,
+        max_streams: int = 4,
+        timeout_s: float | None = None,
+    ) -> Any:
+        """Yields the `TrainingResult` of each of many trainings, in order. Several run at once.
+
+        clients: an iterable of (batches, weights): batches as of `train`, leaves of shape [B, ...]; weights as of
+          `train`, or None for `weights`. It is read as results come; the batches are read on other threads.
+        weights: those at the start of each training that has no weights of its own.
+        max_streams: how many trainings run at once. Twice as many clients are read before their results are yielded.
+        timeout_s: seconds until DeadlineExceeded for all trainings together; None as of `train`.
+        The other arguments and the errors are those of `train`. The first error ends all trainings.
+        """
+
+    def _answered(self, answer: Answer) -> TrainingResult:
+        """The result of an update."""
+        result = answer.result
+        state_id = result.optimizer_state_id
+        return TrainingResult(
+            weights=self._handle(HeldWeights(result.weights_id)),
+            loss=result.loss,
+            num_examples=result.num_examples,
+            num_steps=result.num_steps,
+            metrics=answer.metrics,
+            optimizer_state=self._handle(HeldWeights(state_id)) if state_id else None,
+        )
+
+    def _client(self, client: Any, weights: Any) -> tuple[Any, Any]:
+        """The batches and the weights of one client. weights: the default. Raises TypeError and ValueError."""
+        if not isinstance(client, (tuple, list)) or len(client) != 2:
+            raise TypeError(f"clients: expected pairs (batches, weights), got {type(client).__name__}")
+        batches, own = client
+        if own is None and weights is None:
+            raise ValueError("weights: expected weights, because a client has none of its own, got None")
+        return batches, weights if own is None else own
+
+    def _many_options(
+        self,
+        max_streams: Any,
+        *,
+        optimizer: Any,
+        learning_rate: Any,
+        proximal: Any,
+        trainable: Any,
+        checkpoint_steps: Any,
+    ) -> UpdateOptions:
+        """Checks the options of `train_many`."""
+        if isinstance(max_streams, bool) or not isinstance(max_streams, int):
+            raise TypeError(f"max_streams: expected an int, got {max_streams!r}")
+        if not 1 <= max_streams <= MAX_STREAMS:
+            raise ValueError(f"max_streams: expected 1 to {MAX_STREAMS}, got {max_streams}")
+        return self._calls.update_options(
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            proximal=proximal,
+            trainable=trainable,
+            checkpoint_steps=checkpoint_steps,
+            optimizer_state=None,
+            keep_optimizer_state=False,
+        )
+
     def _check_many(self, model_weights: Any, sessions: Any, training: Any) -> bool:
         """Checks the arguments of an evaluation: whether it is to be in training mode."""
         if isinstance(model_weights, (WeightsHandleApi, str, bytes)) or not isinstance(model_weights, Sequence):
@@ -623,6 +745,99 @@ class RemoteFunctionalModel(FunctionalModelApi):
                 futures.popleft().result()
         return [session.result(timeout_s=deadline.part_s()) for session in sessions]
 
+    def train(
+        self,
+        model_weights: Any,
+        batches: Any,
+        *,
+        optimizer: Any = "sgd",
+        learning_rate: float | None = None,
+        epochs: int = 1,
+        proximal: float = 0.0,
+        trainable: Any = None,
+        checkpoint_steps: int | None = None,
+        optimizer_state: WeightsHandleApi | None = None,
+        keep_optimizer_state: bool = False,
+        progress: TrainingProgress | None = None,
+        timeout_s: float | None = None,
+    ) -> TrainingResult:
+        deadline = self._deadline(timeout_s, is_renewable=True)
+        source = BatchSource(batches, epochs)
+        options = self._calls.update_options(
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            proximal=proximal,
+            trainable=trainable,
+            checkpoint_steps=checkpoint_steps,
+            optimizer_state=optimizer_state,
+            keep_optimizer_state=keep_optimizer_state,
+        )
+        handle = self._put_at_start(model_weights, deadline)
+        training = TrainingStream(self._transport, self._calls, deadline)
+        with training.stream:
+            answer = training.run(options, handle.held, source, progress)
+        return self._answered(answer)
+
+    def train_many(
+        self,
+        clients: Iterable[tuple[Any, Any]],
+        *,
+        weights: Any = None,
+        optimizer: Any = "sgd",
+        learning_rate: float | None = None,
+        epochs: int = 1,
+        proximal: float = 0.0,
+        trainable: Any = None,
+        checkpoint_steps: int | None = None,
+        max_streams: int = 4,
+        timeout_s: float | None = None,
+    ) -> Iterator[TrainingResult]:
+        deadline = self._deadline(timeout_s, is_renewable=True)
+        options = self._many_options(
+            max_streams,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            proximal=proximal,
+            trainable=trainable,
+            checkpoint_steps=checkpoint_steps,
+        )
+        return self._train_many(clients, weights, options, epochs, max_streams, deadline)
+
+    def _train_many(
+        self,
+        clients: Iterable[tuple[Any, Any]],
+        weights: Any,
+        options: UpdateOptions,
+        epochs: int,
+        max_streams: int,
+        deadline: Deadline,
+    ) -> Iterator[TrainingResult]:
+        default = None if weights is None else self._put_at_start(weights, deadline)
+
+        def run(training: TrainingStream, batches: Any, own: Any) -> Answer:
+            held = self._put_at_start(own, deadline).held
+            return training.run(options, held, BatchSource(batches, epochs), None)
+
+        def open_stream() -> TrainingStream:
+            # Each has its own progress.
+            own = Deadline(self._timeout_s, is_renewable=True) if deadline.is_renewable else deadline
+            return TrainingStream(self._transport, self._calls, own)
+
+        with StreamPool(open_stream, max_streams) as pool:
+            for client in clients:
+                batches, own = self._client(client, default)
+                pool.submit(run, batches, own)
+                while pool.is_full:
+                    yield self._answered(pool.next_result())
+            while pool.has_results:
+                yield self._answered(pool.next_result())
+
+    def _put_at_start(self, model_weights: Any, deadline: Deadline) -> WeightsHandle:
+        """The handle of weights at the start of a training, which are put first where they are arrays."""
+        if isinstance(model_weights, WeightsHandleApi):
+            return cast(WeightsHandle, model_weights)
+        return self.put_weights(model_weights, timeout_s=deadline.part_s())
+
     @property
     def _session_type(self) -> type[MetricsSession]:
         return MetricsSession
@@ -775,7 +990,7 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         """
         async with self.pipeline(model_weights) as pipeline:
             futures: collections.deque[asyncio.Future[Any]] = collections.deque()
-            with _abandoning(futures):
+            with abandoning(futures):
                 for x in batches:
                     futures.append(pipeline.predict_on_batch(x, training, timeout_s=timeout_s))
                     while len(futures) >= MAX_CALLS or (futures and futures[0].done()):
@@ -864,14 +1079,95 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
             self._transport, batches_in_flight.PATH, flying, batches_in_flight.TITLE, deadline
         ) as stream:
             futures: collections.deque[asyncio.Future[Any]] = collections.deque()
-            with _abandoning(futures):
-                async for batch in _each(batches):
+            with abandoning(futures):
+                async for batch in each(batches):
                     futures.append(stream.submit(batches_in_flight.encode(self._calls, batch), deadline))
                     while len(futures) >= batches_in_flight.MAX_BATCHES or (futures and futures[0].done()):
                         await futures.popleft()
                 while futures:
                     await futures.popleft()
         return [await session.result(timeout_s=deadline.part_s()) for session in sessions]
+
+    async def train(
+        self,
+        model_weights: Any,
+        batches: Any,
+        *,
+        optimizer: Any = "sgd",
+        learning_rate: float | None = None,
+        epochs: int = 1,
+        proximal: float = 0.0,
+        trainable: Any = None,
+        checkpoint_steps: int | None = None,
+        optimizer_state: WeightsHandleApi | None = None,
+        keep_optimizer_state: bool = False,
+        progress: TrainingProgress | None = None,
+        timeout_s: float | None = None,
+    ) -> TrainingResult:
+        deadline = self._deadline(timeout_s, is_renewable=True)
+        source = BatchSource(batches, epochs, is_async=True)
+        options = self._calls.update_options(
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            proximal=proximal,
+            trainable=trainable,
+            checkpoint_steps=checkpoint_steps,
+            optimizer_state=optimizer_state,
+            keep_optimizer_state=keep_optimizer_state,
+        )
+        handle = await self._put_at_start(model_weights, deadline)
+        training = AsyncTrainingStream(self._transport, self._calls, deadline)
+        async with training.stream:
+            answer = await training.run(options, handle.held, source, progress)
+        return self._answered(answer)
+
+    async def train_many(
+        self,
+        clients: Iterable[tuple[Any, Any]] | AsyncIterable[tuple[Any, Any]],
+        *,
+        weights: Any = None,
+        optimizer: Any = "sgd",
+        learning_rate: float | None = None,
+        epochs: int = 1,
+        proximal: float = 0.0,
+        trainable: Any = None,
+        checkpoint_steps: int | None = None,
+        max_streams: int = 4,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[TrainingResult]:
+        deadline = self._deadline(timeout_s, is_renewable=True)
+        options = self._many_options(
+            max_streams,
+            optimizer=optimizer,
+            learning_rate=learning_rate,
+            proximal=proximal,
+            trainable=trainable,
+            checkpoint_steps=checkpoint_steps,
+        )
+        default = None if weights is None else await self._put_at_start(weights, deadline)
+
+        async def run(training: AsyncTrainingStream, batches: Any, own: Any) -> Answer:
+            handle = await self._put_at_start(own, deadline)
+            return await training.run(options, handle.held, BatchSource(batches, epochs, is_async=True), None)
+
+        def open_stream() -> AsyncTrainingStream:
+            own = Deadline(self._timeout_s, is_renewable=True) if deadline.is_renewable else deadline
+            return AsyncTrainingStream(self._transport, self._calls, own)
+
+        async with AsyncStreamPool(open_stream, max_streams) as pool:
+            async for client in each(clients):
+                batches, own = self._client(client, default)
+                pool.submit(run, batches, own)
+                while pool.is_full:
+                    yield self._answered(await pool.next_result())
+            while pool.has_results:
+                yield self._answered(await pool.next_result())
+
+    async def _put_at_start(self, model_weights: Any, deadline: Deadline) -> AsyncWeightsHandle:
+        """See `RemoteFunctionalModel._put_at_start`."""
+        if isinstance(model_weights, WeightsHandleApi):
+            return cast(AsyncWeightsHandle, model_weights)
+        return await self.put_weights(model_weights, timeout_s=deadline.part_s())
 
     async def _run_steps(self, steps: Steps, deadline: Deadline) -> Any:
         deadline.restart()
@@ -886,17 +1182,6 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         return self._handle(held)
 
 
-@contextlib.contextmanager
-def _abandoning(futures: Iterable[asyncio.Future[Any]]) -> Iterator[None]:
-    """At the end, futures that are left have no reader: asyncio must not log their errors."""
-    try:
-        yield
-    finally:
-        for future in futures:
-            if not future.cancel() and not future.cancelled():
-                future.exception()
-
-
 def _closing(deadline: Deadline, failure: BaseException | None) -> Deadline:
     """For closing the sessions of an evaluation at its end.
 
@@ -906,12 +1191,3 @@ def _closing(deadline: Deadline, failure: BaseException | None) -> Deadline:
     if wait_s is None or (deadline.is_renewable and not isinstance(failure, errors.ForwardPassError)):
         return Deadline(_CLOSE_S)
     return Deadline(min(_CLOSE_S, wait_s))
-
-
-async def _each(items: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-    else:
-        for item in items:
-            yield item

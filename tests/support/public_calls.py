@@ -77,6 +77,11 @@ CALLS: dict[str, Row] = {
     "Model.evaluate_many": Row(
         lambda w: w.model.evaluate_many([w.handle], [BATCH], sessions=[w.session], **w.more), needs_weights=True
     ),
+    "Model.train": Row(lambda w: w.model.train(w.handle, [BATCH] * 3, learning_rate=0.1, **w.more), needs_weights=True),
+    "Model.train_many": Row(
+        lambda w: w.model.train_many([([BATCH] * 3, None)], weights=w.handle, learning_rate=0.1, **w.more),
+        needs_weights=True,
+    ),
     "Model.pipeline": Row(lambda w: w.model.pipeline(w.weights), needs_weights=True),
     "Model.predict_many": Row(lambda w: w.model.predict_many(w.handle, [BATCH[0]] * 3, **w.more), needs_weights=True),
     "Handle.lease": Row(lambda w: w.handle.lease(10, **w.more), needs_weights=True),

@@ -327,6 +327,76 @@ def evaluate(
     _show(metrics, named_weights, slices.examples)
 
 
+@forwardpass.command()
+@host_argument
+@model_argument
+@_data_option
+@_weights_option
+@_batch_size_option
+@click.option(
+    "--optimizer",
+    default="sgd",
+    show_default=True,
+    metavar="NAME|JSON",
+    help='A Keras optimizer, such as adam or {"class_name": "SGD", "config": {"momentum": 0.9}}.',
+)
+@click.option("--learning-rate", type=click.FloatRange(min=0), help="Replaces that of the optimizer's config.")
+@click.option("--epochs", default=1, show_default=True, type=click.IntRange(min=1))
+@click.option("--proximal", default=0.0, show_default=True, type=click.FloatRange(min=0), help="FedProx's mu.")
+@click.option("--checkpoint-steps", type=click.IntRange(min=1), help="Keep a checkpoint after each so many batches.")
+@click.option(
+    "--save", type=click.Path(dir_okay=False, path_type=pathlib.Path), help="Write the weights into an .npz file."
+)
+def train(
+    host: Host,
+    model: NamedModel,
+    data: pathlib.Path,
+    weights: str | None,
+    batch_size: int,
+    optimizer: str,
+    learning_rate: float | None,
+    epochs: int,
+    proximal: float,
+    checkpoint_steps: int | None,
+    save: pathlib.Path | None,
+) -> None:
+    """Train weights on the examples in an .npz file, in their order, and print the id of the trained weights.
+
+    The server runs the optimizer and keeps the weights. Where the connection breaks, the training goes on from its last
+    checkpoint, or begins again. The loss and the metrics are computed while the weights change.
+    """
+    with _model(host, model) as remote:
+        slices = Slices(_examples(remote, npz.load(data)), batch_size)
+        handle = _weights(remote, weights)
+
+        def examples_in(batches: int) -> int:
+            epoch, rest = divmod(batches, len(slices))
+            return epoch * slices.examples + slices.examples_in(rest)
+
+        with _bar("training", epochs * slices.examples) as show:
+            result = remote.train(
+                handle,
+                slices,
+                optimizer=optimizer,
+                learning_rate=learning_rate,
+                epochs=epochs,
+                proximal=proximal,
+                checkpoint_steps=checkpoint_steps,
+                progress=lambda count: show(examples_in(count)),
+            )
+        if save is not None:
+            with _transfer("fetching") as fetching:
+                found = remote.get_weights(result.weights, progress=fetching)
+            _save_weights(save, found)
+    _ERR.print(f"loss {result.loss:.6g} over {result.num_examples:,} examples in {result.num_steps:,} steps")
+    if result.metrics is not None:
+        tree, values = trees.flatten(result.metrics)
+        names = [name.strip("[]'") or "metric" for name in tree.paths("")]
+        for name, value in zip(names, values, strict=True):
+            _ERR.print(Text(f"{name} {value[()]}"))
+    click.echo(result.weights.id)
+
+
 def _examples(model: RemoteFunctionalModel, arrays: dict[str, Any]) -> tuple[Any, ...]:
     """(x, y), or (x, y, sample_weight) where a file has some."""
     spec = model.description.spec

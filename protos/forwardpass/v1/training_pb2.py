@@ -17,7 +17,7 @@ from forwardpass.v1 import service_pb2 as forwardpass_dot_v1_dot_service__pb2
 from forwardpass.v1 import structure_pb2 as forwardpass_dot_v1_dot_structure__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66orwardpass/v1/training.proto\x12\x0e\x66orwardpass.v1\x1a\x1a\x66orwardpass/v1/model.proto\x1a\x1c\x66orwardpass/v1/service.proto\x1a\x1e\x66orwardpass/v1/structure.proto\"w\n\x0cTrainRequest\x12)\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x19.forwardpass.v1.CallFrame\x12,\n\x05start\x18\x02 \x01(\x0b\x32\x1d.forwardpass.v1.TrainingStart\x12\x0e\n\x06\x66inish\x18\x03 \x01(\x08\"\xd4\x02\n\rTrainingStart\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\x12\x12\n\nweights_id\x18\x02 \x01(\x0c\x12\x11\n\toptimizer\x18\x03 \x01(\t\x12\x1a\n\rlearning_rate\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08proximal\x18\x05 \x01(\x01\x12\x11\n\ttrainable\x18\x06 \x03(\x08\x12\x1a\n\x12optimizer_state_id\x18\x07 \x01(\x0c\x12\x10\n\x08weighted\x18\x08 \x01(\x08\x12\x18\n\x10\x63heckpoint_steps\x18\t \x01(\x03\x12\x1c\n\x14keep_optimizer_state\x18\n \x01(\x08\x12\x1b\n\x13\x63heckpoint_sequence\x18\x0b \x01(\x03\x12\x18\n\x10start_weights_id\x18\x0c \x01(\x0c\x42\x10\n\x0e_learning_rate\"m\n\rTrainingBatch\x12*\n\x0b\x62\x61tch_input\x18\x01 \x01(\x0b\x32\x15.forwardpass.v1.Batch\x12\x30\n\rsample_weight\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"\xd8\x01\n\rTrainResponse\x12+\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x1b.forwardpass.v1.AnswerFrame\x12\x32\n\x08position\x18\x02 \x01(\x0b\x32 .forwardpass.v1.TrainingPosition\x12\x36\n\ncheckpoint\x18\x03 \x01(\x0b\x32\".forwardpass.v1.TrainingCheckpoint\x12.\n\x06result\x18\x04 \x01(\x0b\x32\x1e.forwardpass.v1.TrainingResult\"R\n\x10TrainingPosition\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12\x10\n\x08sequence\x18\x02 \x01(\x03\"V\n\x12TrainingCheckpoint\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x12\n\nweights_id\x18\x02 \x01(\x0c\x12\x1a\n\x12optimizer_state_id\x18\x03 \x01(\x0c\"\xa3\x01\n\x0eTrainingResult\x12\x12\n\nweights_id\x18\x01 \x01(\x0c\x12\x0c\n\x04loss\x18\x02 \x01(\x01\x12\x14\n\x0cnum_examples\x18\x03 \x01(\x03\x12\x11\n\tnum_steps\x18\x04 \x01(\x03\x12*\n\x07metrics\x18\x05 \x01(\x0b\x32\x19.forwardpass.v1.Structure\x12\x1a\n\x12optimizer_state_id\x18\x06 \x01(\x0c\x32[\n\x0fTrainingService\x12H\n\x05Train\x12\x1c.forwardpass.v1.TrainRequest\x1a\x1d.forwardpass.v1.TrainResponse(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66orwardpass/v1/training.proto\x12\x0e\x66orwardpass.v1\x1a\x1a\x66orwardpass/v1/model.proto\x1a\x1c\x66orwardpass/v1/service.proto\x1a\x1e\x66orwardpass/v1/structure.proto\"w\n\x0cTrainRequest\x12)\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x19.forwardpass.v1.CallFrame\x12,\n\x05start\x18\x02 \x01(\x0b\x32\x1d.forwardpass.v1.TrainingStart\x12\x0e\n\x06\x66inish\x18\x03 \x01(\x08\"\xd4\x02\n\rTrainingStart\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelSelector\x12\x12\n\nweights_id\x18\x02 \x01(\x0c\x12\x11\n\toptimizer\x18\x03 \x01(\t\x12\x1a\n\rlearning_rate\x18\x04 \x01(\x01H\x00\x88\x01\x01\x12\x10\n\x08proximal\x18\x05 \x01(\x01\x12\x11\n\ttrainable\x18\x06 \x03(\x08\x12\x1a\n\x12optimizer_state_id\x18\x07 \x01(\x0c\x12\x10\n\x08weighted\x18\x08 \x01(\x08\x12\x18\n\x10\x63heckpoint_steps\x18\t \x01(\x03\x12\x1c\n\x14keep_optimizer_state\x18\n \x01(\x08\x12\x1b\n\x13\x63heckpoint_sequence\x18\x0b \x01(\x03\x12\x18\n\x10start_weights_id\x18\x0c \x01(\x0c\x42\x10\n\x0e_learning_rate\"m\n\rTrainingBatch\x12*\n\x0b\x62\x61tch_input\x18\x01 \x01(\x0b\x32\x15.forwardpass.v1.Batch\x12\x30\n\rsample_weight\x18\x02 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"\x84\x02\n\rTrainResponse\x12+\n\x06\x66rames\x18\x01 \x03(\x0b\x32\x1b.forwardpass.v1.AnswerFrame\x12\x32\n\x08position\x18\x02 \x01(\x0b\x32 .forwardpass.v1.TrainingPosition\x12\x36\n\ncheckpoint\x18\x03 \x01(\x0b\x32\".forwardpass.v1.TrainingCheckpoint\x12.\n\x06result\x18\x04 \x01(\x0b\x32\x1e.forwardpass.v1.TrainingResult\x12*\n\x07metrics\x18\x05 \x01(\x0b\x32\x19.forwardpass.v1.Structure\"R\n\x10TrainingPosition\x12,\n\x05model\x18\x01 \x01(\x0b\x32\x1d.forwardpass.v1.ModelIdentity\x12\x10\n\x08sequence\x18\x02 \x01(\x03\"V\n\x12TrainingCheckpoint\x12\x10\n\x08sequence\x18\x01 \x01(\x03\x12\x12\n\nweights_id\x18\x02 \x01(\x0c\x12\x1a\n\x12optimizer_state_id\x18\x03 \x01(\x0c\"w\n\x0eTrainingResult\x12\x12\n\nweights_id\x18\x01 \x01(\x0c\x12\x0c\n\x04loss\x18\x02 \x01(\x01\x12\x14\n\x0cnum_examples\x18\x03 \x01(\x03\x12\x11\n\tnum_steps\x18\x04 \x01(\x03\x12\x1a\n\x12optimizer_state_id\x18\x05 \x01(\x0c\x32[\n\x0fTrainingService\x12H\n\x05Train\x12\x1c.forwardpass.v1.TrainRequest\x1a\x1d.forwardpass.v1.TrainResponse(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -31,13 +31,13 @@ if _descriptor._USE_C_DESCRIPTORS == False:
   _globals['_TRAININGBATCH']._serialized_start=603
   _globals['_TRAININGBATCH']._serialized_end=712
   _globals['_TRAINRESPONSE']._serialized_start=715
-  _globals['_TRAINRESPONSE']._serialized_end=931
-  _globals['_TRAININGPOSITION']._serialized_start=933
-  _globals['_TRAININGPOSITION']._serialized_end=1015
-  _globals['_TRAININGCHECKPOINT']._serialized_start=1017
-  _globals['_TRAININGCHECKPOINT']._serialized_end=1103
-  _globals['_TRAININGRESULT']._serialized_start=1106
-  _globals['_TRAININGRESULT']._serialized_end=1269
-  _globals['_TRAININGSERVICE']._serialized_start=1271
-  _globals['_TRAININGSERVICE']._serialized_end=1362
+  _globals['_TRAINRESPONSE']._serialized_end=975
+  _globals['_TRAININGPOSITION']._serialized_start=977
+  _globals['_TRAININGPOSITION']._serialized_end=1059
+  _globals['_TRAININGCHECKPOINT']._serialized_start=1061
+  _globals['_TRAININGCHECKPOINT']._serialized_end=1147
+  _globals['_TRAININGRESULT']._serialized_start=1149
+  _globals['_TRAININGRESULT']._serialized_end=1268
+  _globals['_TRAININGSERVICE']._serialized_start=1270
+  _globals['_TRAININGSERVICE']._serialized_end=1361
 # @@protoc_insertion_point(module_scope)

@@ -55,16 +55,18 @@ class TrainingBatch(_message.Message):
     def __init__(self, batch_input: _Optional[_Union[_model_pb2.Batch, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
 
 class TrainResponse(_message.Message):
-    __slots__ = ("frames", "position", "checkpoint", "result")
+    __slots__ = ("frames", "position", "checkpoint", "result", "metrics")
     FRAMES_FIELD_NUMBER: _ClassVar[int]
     POSITION_FIELD_NUMBER: _ClassVar[int]
     CHECKPOINT_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
+    METRICS_FIELD_NUMBER: _ClassVar[int]
     frames: _containers.RepeatedCompositeFieldContainer[_service_pb2.AnswerFrame]
     position: TrainingPosition
     checkpoint: TrainingCheckpoint
     result: TrainingResult
-    def __init__(self, frames: _Optional[_Iterable[_Union[_service_pb2.AnswerFrame, _Mapping]]] = ..., position: _Optional[_Union[TrainingPosition, _Mapping]] = ..., checkpoint: _Optional[_Union[TrainingCheckpoint, _Mapping]] = ..., result: _Optional[_Union[TrainingResult, _Mapping]] = ...) -> None: ...
+    metrics: _structure_pb2.Structure
+    def __init__(self, frames: _Optional[_Iterable[_Union[_service_pb2.AnswerFrame, _Mapping]]] = ..., position: _Optional[_Union[TrainingPosition, _Mapping]] = ..., checkpoint: _Optional[_Union[TrainingCheckpoint, _Mapping]] = ..., result: _Optional[_Union[TrainingResult, _Mapping]] = ..., metrics: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
 
 class TrainingPosition(_message.Message):
     __slots__ = ("model", "sequence")
@@ -85,17 +87,15 @@ class TrainingCheckpoint(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., weights_id: _Optional[bytes] = ..., optimizer_state_id: _Optional[bytes] = ...) -> None: ...
 
 class TrainingResult(_message.Message):
-    __slots__ = ("weights_id", "loss", "num_examples", "num_steps", "metrics", "optimizer_state_id")
+    __slots__ = ("weights_id", "loss", "num_examples", "num_steps", "optimizer_state_id")
     WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
     LOSS_FIELD_NUMBER: _ClassVar[int]
     NUM_EXAMPLES_FIELD_NUMBER: _ClassVar[int]
     NUM_STEPS_FIELD_NUMBER: _ClassVar[int]
-    METRICS_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZER_STATE_ID_FIELD_NUMBER: _ClassVar[int]
     weights_id: bytes
     loss: float
     num_examples: int
     num_steps: int
-    metrics: _structure_pb2.Structure
     optimizer_state_id: bytes
-    def __init__(self, weights_id: _Optional[bytes] = ..., loss: _Optional[float] = ..., num_examples: _Optional[int] = ..., num_steps: _Optional[int] = ..., metrics: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., optimizer_state_id: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, weights_id: _Optional[bytes] = ..., loss: _Optional[float] = ..., num_examples: _Optional[int] = ..., num_steps: _Optional[int] = ..., optimizer_state_id: _Optional[bytes] = ...) -> None: ...

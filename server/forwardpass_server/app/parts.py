@@ -40,6 +40,8 @@ from forwardpass_server.sessions.stores import opening
 from forwardpass_server.status.readiness import Readiness
 from forwardpass_server.telemetry import gpus, machine
 from forwardpass_server.telemetry.metrics import Metrics
+from forwardpass_server.training import room as training_room
+from forwardpass_server.training.service import Trainings
 from forwardpass_server.weights import room as weights_room
 from forwardpass_server.weights.combinations import Combinations
 from forwardpass_server.weights.room import WeightsOptions
@@ -80,6 +82,7 @@ class Parts:
     capacity: Capacity
     calls: CallsRoom
     sessions: SessionsRoom
+    trainings: Trainings
     server: Server
     liveness: Liveness
     readiness: Readiness
@@ -116,6 +119,9 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
         metrics.sessions,
         max_state_bytes=settings.max_state_bytes,
     )
+    trainings = training_room.build(
+        catalog.registry, weights, calls, metrics.training, optimizers=settings.training_optimizers
+    )
     liveness = Liveness(models.placement, _TRIAL_INTERVAL_S, settings.device_timeout_s)
     required = RequiredModels(catalog.registry, settings.required_models)
     readiness = Readiness(required, sessions.store_watch, liveness)
@@ -126,6 +132,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
         combinations=Combinations(weights, models.placement),
         calls=calls,
         sessions=sessions,
+        trainings=trainings,
         readiness=readiness,
         guard=guard,
         metrics=metrics,
@@ -157,6 +164,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
         capacity=capacity,
         calls=calls,
         sessions=sessions,
+        trainings=trainings,
         server=server,
         liveness=liveness,
         readiness=readiness,
@@ -178,6 +186,7 @@ def _show(parts: Parts) -> None:
         metrics.models.in_state(state.value, functools.partial(parts.catalog.registry.count, state))
     metrics.rpcs.messages(lambda: admission.size_bytes, lambda: admission.limit_bytes)
     metrics.sessions.store(store.count, store.is_shared, lambda: not store.problem)
+    metrics.training.states(lambda: parts.trainings.states_bytes)
     metrics.health.read = parts.health.reading
 
 
@@ -307,5 +316,6 @@ async def _model_changed(
         loader.forget(source)
     if source.name not in dict(known):
         metrics.models.forget(source.name)
+        metrics.training.forget(source.name)
     capacity.refresh()
     await health.model_changed(source)

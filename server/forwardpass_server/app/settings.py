@@ -17,6 +17,7 @@ from forwardpass_server.app.options import FILE, FOLDER, MIB, Option
 from forwardpass_server.catalog.repository import MODEL_NAME
 from forwardpass_server.errors import SettingsError
 from forwardpass_server.process import control_groups, onednn
+from forwardpass_server.training.preparation import ANY, PREPARED
 
 _SESSION_STORE = re.compile(r"sqlite:///.|rediss?://.|memory://$")
 
@@ -284,6 +285,19 @@ class Settings:
         int,
         Option("--max-batch-examples", "Limit of examples in a batch of several calls.", least=1),
     ] = 1024
+
+    # Any, because a client cannot know beforehand which optimizers it will need, and the load of a model would take
+    # seconds for each of them. Each preparation takes a thread of low priority, and some MiB.
+    training_optimizers: Annotated[
+        str,
+        Option(
+            "--training-optimizers",
+            "Optimizers that may train on this server. any: those that TensorFlow can run without state of their own; "
+            "another one than the model was loaded with is prepared at its first use. prepared: only those of the "
+            "model's forwardpass.json, so that no request makes the server trace a graph.",
+            choices=(ANY, PREPARED),
+        ),
+    ] = ANY
 
     # 64 million float32 values. A message costs several times its size in memory on both sides. At least two chunks of
     # weights must fit; gRPC cannot handle messages over 2 GiB.

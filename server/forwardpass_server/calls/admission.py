@@ -57,6 +57,11 @@ class Admission:
         return self._in_all.size_bytes
 
     @property
+    def principal_limit_bytes(self) -> int:
+        """The limit of the bytes of one principal."""
+        return self._each.size_bytes
+
+    @property
     def is_full(self) -> bool:
         """Whether no further call can enter, however short its request is."""
         return self._use.calls >= self._in_all.calls or self._use.size_bytes >= self._in_all.size_bytes

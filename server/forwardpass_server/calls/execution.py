@@ -91,11 +91,11 @@ class Executor:
         """
         plan = servable.plan(invocation.function, invocation.training)
         if not invocation.weights_id:
-            leaves = await _flattened(plan, invocation.parts, None)
+            leaves = await flattened(plan, invocation.parts, None)
             return plan.unflatten(await self._run(invocation, servable, plan, leaves))
         async with self._weights.use(invocation.principal, invocation.weights_id) as weights:
             placed = weights.leaves(servable.identity.content_hash, servable.spec.weights)
-            leaves = await _flattened(plan, invocation.parts, placed)
+            leaves = await flattened(plan, invocation.parts, placed)
             if servable.is_batchable and plan.is_prediction and not invocation.training and not invocation.is_alone:
                 results = await self._run_batched(invocation, servable, placed, leaves[len(placed) :])
             else:
@@ -152,7 +152,7 @@ class Executor:
             self._observe_end(invocation, servable, times)
 
 
-async def _flattened(plan: Plan, parts: Mapping[str, Structure], weights: Sequence[Leaf] | None) -> list[Leaf]:
+async def flattened(plan: Plan, parts: Mapping[str, Structure], weights: Sequence[Leaf] | None) -> list[Leaf]:
     """See `Plan.flatten`. Arguments with many leaves are checked on another thread than the event loop's."""
     if plan.is_small:
         return plan.flatten(parts, weights)

@@ -33,10 +33,13 @@ Reader = Callable[[], Awaitable[Mapping[str, Structure]]]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """One batch. sequence: its number, from 1. parts: its structures, named as in its message."""
+    """One batch. sequence: its number, from 1. parts: its structures, named as in its message.
+
+    update_id: of the update that the batch is; None in a stream whose batches are no updates of a session.
+    """
 
     sequence: int
-    update_id: bytes
+    update_id: bytes | None
     parts: Mapping[str, Structure]
     size_bytes: int
 
@@ -94,14 +97,15 @@ class OrderedBatches(Generic[ResultT]):
         """How many batches were added and are not committed in every lane yet."""
         return len(self._in_progress)
 
-    async def add(self, sequence: int, update_id: bytes, size_bytes: int, read: Reader) -> None:
+    async def add(self, sequence: int, update_id: bytes | None, size_bytes: int, read: Reader) -> None:
         """Adds the next batch; waits while too many are in progress.
 
-        size_bytes: of its message. read: decodes its structures.
+        update_id: see `Batch`. size_bytes: of its message. read: decodes its structures.
         Raises InvalidRequest for a batch that does not follow the one before. All other errors of a batch, such as
         ServerOverloaded where too many requests wait already, are raised by `advance`.
         """
-        ids.check(update_id, "update_id")
+        if update_id is not None:
+            ids.check(update_id, "update_id")
         # A client may send batches again that were committed before the last stream broke.
         expected = (
             range(self._last_added + 1, self._last_added + 2) if self._last_added else range(1, self.position + 2)
@@ -145,6 +149,11 @@ class OrderedBatches(Generic[ResultT]):
                     await asyncio.sleep(error.retry_after_s)
             else:
                 return stack
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no further batch will be added."""
+        return self._is_complete
 
     def complete(self) -> None:
         """Tells that no further batch will be added."""

@@ -80,7 +80,17 @@ class Scheduler:
     """
 
     def __init__(self, threads: int) -> None:
+        self.threads = threads
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, thread_name_prefix="execute")
+        # One object for each computation that waits for a thread. The threads remove them: a set needs no lock for it.
+        self._waiting: set[object] = set()
+        # Called on the event loop after each computation on a thread.
+        self.on_end: Callable[[], None] = _do_nothing
+
+    @property
+    def has_waiting(self) -> bool:
+        """Whether a computation waits for a thread."""
+        return bool(self._waiting)
 
     async def run(
         self,
@@ -97,8 +107,19 @@ class Scheduler:
         bucket = size_bytes.bit_length()
         if estimates.is_short(bucket):
             return _timed(compute, leaves, estimates, bucket, True, times_of_calls)
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._pool, _timed, compute, leaves, estimates, bucket, False, times_of_calls)
+        place = object()
+        self._waiting.add(place)
+
+        def begin_and_compute() -> ResultT:
+            self._waiting.discard(place)
+            return _timed(compute, leaves, estimates, bucket, False, times_of_calls)
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, begin_and_compute)
+        finally:
+            # A computation that was cancelled before it began has not removed itself.
+            self._waiting.discard(place)
+            self.on_end()
 
     async def close(self, timeout_s: float) -> bool:
         """Stops the pool, and waits for running computations until the timeout. Returns whether all have ended."""
@@ -113,6 +134,10 @@ class Scheduler:
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(ended.wait(), timeout_s)
         return ended.is_set()
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _timed(

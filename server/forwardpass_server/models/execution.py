@@ -27,10 +27,14 @@ _call: Any = tf.raw_ops.StatefulPartitionedCall
 
 
 class Execution:
-    """The functions of one model on one device. Any number of threads may call at once."""
+    """The functions of one model on one device. Any number of threads may call at once.
+
+    functions: the same ones in TensorFlow's runtime.
+    """
 
     def __init__(self, functions: Mapping[Key, Any], device: str) -> None:
-        self._runners = {key: _runner(concrete, device) for key, concrete in functions.items()}
+        self.functions = {key: RuntimeFunction(concrete) for key, concrete in functions.items()}
+        self._runners = {key: _runner(self.functions[key], concrete, device) for key, concrete in functions.items()}
         self._with_loops = {key for key, concrete in functions.items() if graphs.has_loops(concrete)}
 
     def has_loops(self, function: Function, training: bool) -> bool:
@@ -41,41 +45,64 @@ class Execution:
         """One call: see `calls.model.LoadedModel.run`. Placed leaves are eager tensors."""
         try:
             return self._runners[function, training](leaves)
-        except (tf.errors.InvalidArgumentError, tf.errors.OutOfRangeError) as error:
-            raise errors.ModelRefusedInput(_without_values(error.message)) from None
-        except UnicodeDecodeError:
-            # TensorFlow's message quotes a string of the caller that is not UTF-8.
-            raise errors.ModelRefusedInput() from None
-        except tf.errors.ResourceExhaustedError:
-            raise errors.OutOfMemory() from None
+        except CAUSED_BY_ARGUMENTS as error:
+            raise explained(error) from None
 
 
-def _runner(concrete: Any, device: str) -> Callable[[Sequence[Leaf]], list[Array]]:
-    function = RuntimeFunction(concrete)
-    captured = list(concrete.captured_inputs)
+CAUSED_BY_ARGUMENTS = (
+    tf.errors.InvalidArgumentError,
+    tf.errors.OutOfRangeError,
+    tf.errors.ResourceExhaustedError,
+    UnicodeDecodeError,
+)
+"""What a call of a graph may raise because of its arguments."""
+
+
+def explained(error: Exception) -> errors.ForwardPassError:
+    """The error of the service for one of `CAUSED_BY_ARGUMENTS`: ModelRefusedInput or OutOfMemory."""
+    if isinstance(error, tf.errors.ResourceExhaustedError):
+        return errors.OutOfMemory()
+    if isinstance(error, UnicodeDecodeError):
+        # TensorFlow's message quotes a string of the caller that is not UTF-8.
+        return errors.ModelRefusedInput()
+    return errors.ModelRefusedInput(_without_values(error.message))  # type: ignore[attr-defined]
+
+
+def _runner(function: RuntimeFunction, concrete: Any, device: str) -> Callable[[Sequence[Leaf]], list[Array]]:
+    call = caller(function, concrete, device)
+    # np.asarray shares the tensor's buffer, .numpy() copies it (53 us at 1 MB). On a GPU both copy, to the host.
+    readers = [placement.array_of if spec.dtype == tf.bfloat16 else np.asarray for spec in function.results]
+
+    def run(leaves: Sequence[Leaf]) -> list[Array]:
+        return [read(result) for read, result in zip(readers, call(leaves), strict=True)]
+
+    return result_shapes.checked(run, concrete)
+
+
+def caller(function: RuntimeFunction, concrete: Any, device: str) -> Callable[[Sequence[Leaf]], list[Any]]:
+    """What calls a function with arrays or tensors, and returns its results as tensors. concrete: the same function."""
+    captured = function.captured
     arguments = [
         (tensor.dtype.as_datatype_enum, placement.device_of(tensor.dtype, device))
         for tensor in concrete.inputs[: -len(captured) or None]
     ]
     eager_tensor, make_tensor = private_tensorflow.eager_tensor_class(), private_tensorflow.tensor_maker()
-    # np.asarray shares the tensor's buffer, .numpy() copies it (53 us at 1 MB). On a GPU both copy, to the host.
-    result_types = [tensor.dtype for tensor in concrete.outputs]
-    readers = [placement.array_of if data_type == tf.bfloat16 else np.asarray for data_type in result_types]
+    result_types = [spec.dtype for spec in function.results]
 
     # No device scope for TensorFlow's default device: the scope costs as much as a small kernel.
     is_default = device == placement.CPU and not tf.config.list_logical_devices("GPU")
     on_device = contextlib.nullcontext if is_default else functools.partial(tf.device, device)
 
-    def run(leaves: Sequence[Leaf]) -> list[Array]:
+    def call(leaves: Sequence[Leaf]) -> list[Any]:
         with on_device():
             tensors = [
                 leaf if type(leaf) is eager_tensor else make_tensor(leaf, place, data_type)
                 for leaf, (data_type, place) in zip(leaves, arguments, strict=True)
             ]
-            results = _call(args=tensors + captured, Tout=result_types, f=function)
-        return [read(result) for read, result in zip(readers, results, strict=True)]
+            results: list[Any] = _call(args=tensors + captured, Tout=result_types, f=function)
+            return results
 
-    return result_shapes.checked(run, concrete)
+    return call
 
 
 # The text may quote the request. It is cut to this length, and each pattern takes linear time.

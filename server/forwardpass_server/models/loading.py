@@ -15,7 +15,7 @@ from forwardpass.wire import description
 from forwardpass.wire.description import ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.functions import Function
-from forwardpass_server.calls.model import ModelSource
+from forwardpass_server.calls.model import ModelSource, Trainer, TrainingOptions
 from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import (
     custom_objects,
@@ -42,8 +42,11 @@ from forwardpass_server.models.examples import Examples
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
 from forwardpass_server.models.model_config import ModelConfig
+from forwardpass_server.models.optimizers import Probes
 from forwardpass_server.models.runtime_functions import KERNELS
 from forwardpass_server.models.tracing import TracedModel
+from forwardpass_server.models.trainers import DEFAULT_OPTIMIZERS, Trainers
+from forwardpass_server.models.training import TrainableModel
 from forwardpass_server.models.trial import Trial
 from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.process import garbage
@@ -62,6 +65,7 @@ class TensorFlowModel:
     description: ModelDescription
     initial_weights: Sequence[Array]
     execution: Execution
+    trainers: Trainers
 
     def has_loops(self, function: Function, training: bool) -> bool:
         """See `calls.model.LoadedModel.has_loops`."""
@@ -70,6 +74,15 @@ class TensorFlowModel:
     def run(self, function: Function, training: bool, leaves: Sequence[Array]) -> list[Array]:
         """See `calls.model.LoadedModel.run`."""
         return self.execution.run(function, training, leaves)
+
+    def trainer(self, options: TrainingOptions) -> Trainer | None:
+        """See `calls.model.LoadedModel.trainer`."""
+        return self.trainers.get(options)
+
+    @garbage.young_only()
+    def prepare_trainer(self, options: TrainingOptions) -> Trainer:
+        """See `calls.model.LoadedModel.prepare_trainer`."""
+        return self.trainers.prepare(options)
 
 
 class TensorFlowLoader:
@@ -101,6 +114,7 @@ class TensorFlowLoader:
             private_keras.check()
         self.tensorflow_version: str = tf.__version__
         self._on_trace = on_trace
+        self._probes = Probes(on_trace)
         self._batching = batching
         self._trial = None if trial_process is None else Trial(trial_process)
         custom_objects.import_modules(imports, "--import")
@@ -153,6 +167,9 @@ class TensorFlowLoader:
         found = verdict.found or examples.find(execution, traced.spec, weights, given)
         with failures.of_code(f"the first call of {source}"):
             warming.warm(execution, traced.functions, found, weights, str(source))
+        trainable = TrainableModel.of(traced, execution, self.device)
+        trainers = Trainers(trainable, found, weights, self._probes, self._on_trace)
+        prepared = _prepared(trainers, config, bool(traced.updates), source)
         warnings = _warnings(model, execution, found, weights)
         for warning in warnings:
             _LOGGER.warning("model %s: %s", source, warning)
@@ -165,10 +182,11 @@ class TensorFlowLoader:
             verdict.guard,
             tuple(warnings),
             traced.unreached_weights,
+            prepared,
         )
         # Fails here if a client could not decode it.
         description.decode(description.encode(described))
-        return TensorFlowModel(described, traced.initial_weights, execution)
+        return TensorFlowModel(described, traced.initial_weights, execution, trainers)
 
     def _unbatchable_reason(
         self, config: ModelConfig, traced: TracedModel, execution: Execution, found: Examples
@@ -189,6 +207,30 @@ def _judged(judge: Callable[[], JudgementT], otherwise: Callable[[Exception], Ju
     except Exception as error:  # The model's code, or TensorFlow.
         _LOGGER.warning("a probe of the model failed", exc_info=True)
         return otherwise(error)
+
+
+def _prepared(trainers: Trainers, config: ModelConfig, has_gradients: bool, source: ModelSource) -> tuple[str, ...]:
+    """Prepares the trainers that the operator names, or else the default ones, and returns their optimizers.
+
+    Raises ModelLoadError where one that the operator names cannot be used.
+    """
+    named = config.optimizers
+    if not has_gradients:
+        if named:
+            raise ModelLoadError("forwardpass.json: optimizers: the model has no gradients: remove the optimizers")
+        return ()
+    prepared = []
+    for optimizer in DEFAULT_OPTIMIZERS if named is None else named:
+        try:
+            trainers.prepare(TrainingOptions(optimizer=optimizer), keep=True)
+        except Exception as error:  # The model's code, or Keras.
+            if named is not None:
+                with failures.explained("forwardpass.json: optimizers", "name others, or [] for none"):
+                    raise
+            _LOGGER.info("model %s: training with %s is not prepared: %s", source, optimizer, error)
+            continue
+        prepared.append(optimizer)
+    return tuple(prepared)
 
 
 def _warnings(model: FunctionalModel, execution: Execution, found: Examples, weights: Sequence[Array]) -> list[str]:

@@ -9,7 +9,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from forwardpass.wire import dtypes
+from forwardpass.wire import dtypes, optimizers
+from forwardpass.wire.errors import OptimizerNotSupported
 from forwardpass_server.errors import ModelLoadError
 
 FILE_NAME = "forwardpass.json"
@@ -27,6 +28,8 @@ class ModelConfig:
     batching: False where concurrent calls are not to be run as one batch. True changes nothing: whether they can be is
       for the model to show.
     gradients: False where forward_backward, vjp and training are not to be served. They take time at each load.
+    optimizers: those for which training is prepared at the load, as `forwardpass.wire.optimizers.canonical` returns
+      them; () for none.
     example_input: the name of an .npz file in the same folder with a batch that the model accepts (`example_file`).
     """
 
@@ -40,6 +43,7 @@ class ModelConfig:
     batching: bool | None = None
     example_input: str | None = None
     gradients: bool | None = None
+    optimizers: tuple[str, ...] | None = None
 
 
 def read(path: pathlib.Path) -> ModelConfig:
@@ -83,9 +87,28 @@ def read(path: pathlib.Path) -> ModelConfig:
         imports=tuple(imports),
         batching=content.get("batching"),
         gradients=content.get("gradients"),
+        optimizers=_optimizers(content.get("optimizers")),
         example_input=example_input,
         sample_weight_spec=None if sample_weight is None else _spec(sample_weight, "sample_weight_spec"),
     )
+
+
+def _optimizers(value: Any) -> tuple[str, ...] | None:
+    """The canonical texts of names and Keras configurations. Learning rates in them are ignored."""
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise ModelLoadError(f"{FILE_NAME}: optimizers: expected an array, got {type(value).__name__}")
+    found = []
+    for index, one in enumerate(value):
+        place = f"{FILE_NAME}: optimizers[{index}]"
+        if not isinstance(one, (str, dict)):
+            raise ModelLoadError(f"{place}: expected a name or a Keras configuration, got {type(one).__name__}")
+        try:
+            found.append(optimizers.canonical(one, place).text)
+        except OptimizerNotSupported as error:
+            raise ModelLoadError(str(error)) from None
+    return tuple(found)
 
 
 def _spec(value: Any, place: str) -> Any:

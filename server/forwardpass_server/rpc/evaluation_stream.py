@@ -6,14 +6,11 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from forwardpass import v1
-from forwardpass.wire import errors, frames
 from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
+from forwardpass_server.rpc.batch_reader import BatchReader
 from forwardpass_server.rpc.codec import Codec
 from forwardpass_server.rpc.drain import Drain
 from forwardpass_server.sessions.evaluation import Evaluation
-
-# After so many frames other tasks of the event loop get a turn.
-_FRAMES_PER_TURN = 64
 
 
 class EvaluationStream:
@@ -25,9 +22,11 @@ class EvaluationStream:
     def __init__(self, evaluation: Evaluation, codec: Codec, inbox: AdmittedInbox, drain: Drain) -> None:
         self._identity = evaluation.identity
         self._batches = evaluation.batches
-        self._codec = codec
         self._drain = drain
         self._inbox = inbox
+        self._reader = BatchReader(
+            v1.EvaluationBatch, lambda header: header.update_id, codec, inbox, evaluation.batches
+        )
 
     async def run(self, requests: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The responses, until the requests have ended and every batch is counted.
@@ -51,22 +50,8 @@ class EvaluationStream:
     async def _read(self, requests: AsyncIterator[bytes]) -> None:
         try:
             async for message in requests:
-                for index, frame in enumerate(frames.decode_calls(message), 1):
-                    whole = await self._inbox.take_when_admitted(frame)
-                    if whole is not None:
-                        first, data = whole
-                        await self._add(first.call, data)
-                    if not index % _FRAMES_PER_TURN:
-                        await asyncio.sleep(0)
+                await self._reader.take(message)
         except Exception as error:
             self._batches.fail(error)
         else:
             self._batches.complete()
-
-    async def _add(self, sequence: int, data: bytes | memoryview) -> None:
-        try:
-            # protobuf parses a memoryview like bytes.
-            incoming = self._codec.open(v1.EvaluationBatch, data)  # type: ignore[arg-type]
-        except errors.InvalidRequest as error:
-            raise type(error)(f"batch {sequence}: {error}") from None
-        await self._batches.add(sequence, incoming.header.update_id, incoming.size_bytes, incoming.parts)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from forwardpass.wire.methods import MANAGEMENT_SERVICE, MODEL_SERVICE, SESSION_SERVICE, WEIGHTS_SERVICE
+from forwardpass.wire.methods import (
+    MANAGEMENT_SERVICE,
+    MODEL_SERVICE,
+    SESSION_SERVICE,
+    TRAINING_SERVICE,
+    WEIGHTS_SERVICE,
+)
 from forwardpass_server.access.guard import Guard
 from forwardpass_server.access.tokens import Role
 from forwardpass_server.calls.arrivals import Arrivals
@@ -18,10 +24,12 @@ from forwardpass_server.rpc.management_servicer import ManagementServicer
 from forwardpass_server.rpc.server import Server, ServerOptions
 from forwardpass_server.rpc.servicer import FunctionalModelServicer
 from forwardpass_server.rpc.sessions_servicer import SessionsServicer
+from forwardpass_server.rpc.training_servicer import TrainingServicer
 from forwardpass_server.rpc.weights_servicer import WeightsServicer
 from forwardpass_server.sessions.room import SessionsRoom
 from forwardpass_server.status.readiness import Readiness
 from forwardpass_server.telemetry.metrics import Metrics
+from forwardpass_server.training.service import Trainings
 from forwardpass_server.weights.combinations import Combinations
 from forwardpass_server.weights.store import WeightStore
 
@@ -37,6 +45,7 @@ def build(
     combinations: Combinations,
     calls: CallsRoom,
     sessions: SessionsRoom,
+    trainings: Trainings,
     readiness: Readiness,
     guard: Guard,
     metrics: Metrics,
@@ -66,6 +75,7 @@ def build(
             MODEL_SERVICE: models_servicer,
             WEIGHTS_SERVICE: WeightsServicer(weights, combinations, codec, admission, drain),
             SESSION_SERVICE: sessions_servicer,
+            TRAINING_SERVICE: TrainingServicer(trainings, codec, max_message_bytes, admission, drain),
         },
         metrics,
         guard.access(Role.CALL),

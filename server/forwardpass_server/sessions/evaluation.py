@@ -112,6 +112,7 @@ class _Target:
             is_alone=True,
         )
         results = await self.executor.run(self.session.servable, invocation)
+        assert batch.update_id is not None
         identity = UpdateIdentity(self.session.key.session_id, self.writer_id, batch.sequence, batch.update_id)
         return updates.counting(self.executor, identity, updates.update_parts(batch.parts, results), batch.size_bytes)
 

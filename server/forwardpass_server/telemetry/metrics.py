@@ -11,6 +11,7 @@ from forwardpass_server.telemetry.machine import MachineMetrics
 from forwardpass_server.telemetry.models import ModelMetrics
 from forwardpass_server.telemetry.rpcs import RpcMetrics
 from forwardpass_server.telemetry.sessions import SessionMetrics
+from forwardpass_server.telemetry.training import TrainingMetrics
 from forwardpass_server.telemetry.weights import WeightMetrics
 
 
@@ -25,6 +26,7 @@ class Metrics:
         self.models = ModelMetrics(self._about("Models"))
         self.weights = WeightMetrics(self._about("Weights"))
         self.sessions = SessionMetrics(self._about("Metric sessions"))
+        self.training = TrainingMetrics(self._about("Training"))
         self.files = FileMetrics(self._about("Files"))
         self.machine = MachineMetrics(self._about("Process and device"))
 

@@ -118,15 +118,18 @@ class WeightSet:
         """
         fitted = self._fitted.get(content_hash)
         if fitted is None:
-            fitted = self._fitted[content_hash] = self._fit(spec)
+            fitted = self._fitted[content_hash] = self.fit(spec, "model_weights")
         return fitted
 
     def leaf(self, index: int) -> Any:
         """The placed tensor of one leaf, in the order of the manifest."""
         return self._leaves[index]
 
-    def _fit(self, spec: StructureSpec) -> Sequence[Any]:
-        place = "model_weights"
+    def fit(self, spec: StructureSpec, place: str) -> Sequence[Any]:
+        """The placed tensors in the order of a spec. place: the name of the set in errors.
+
+        Raises StructureMismatch, DTypeMismatch or ShapeMismatch if the set does not fit the spec.
+        """
         order = conform.order(self.manifest.tree, spec, place)
         # Stand-ins with the shapes and dtypes of the tensors. They take no memory.
         ordered = [self.manifest.tensors[index] for index in order]
@@ -429,6 +432,12 @@ class WeightStore:
             self._drop(key)
         if self._files is not None:
             await asyncio.to_thread(self._files.delete, principal, weights_id)
+
+    def evict_first(self, principal: str, weights_id: bytes) -> None:
+        """Marks a set as the least recently used one. A set that is used again is so no more."""
+        key = principal, weights_id
+        if key in self._sets:
+            self._sets.move_to_end(key, last=False)
 
     async def read(self, weights: WeightSet, leaf: int, offset: int) -> AsyncIterator[list[memoryview]]:
         """The elements of one leaf in chunks, from the byte `offset` on.
