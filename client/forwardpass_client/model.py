@@ -469,7 +469,9 @@ class FunctionalModelApi(Connected, abc.ABC):
         weights: those at the start of each training that has no weights of its own.
         max_streams: how many trainings run at once. Twice as many clients are read before their results are yielded.
         timeout_s: seconds until DeadlineExceeded for all trainings together; None as of `train`.
-        The other arguments and the errors are those of `train`. The first error ends all trainings.
+        optimizer, learning_rate, epochs, proximal, trainable, checkpoint_steps: as of `train`, for each training.
+        Raises what `train` raises, and TypeError or ValueError for clients that are not such pairs. The first error
+        ends all trainings.
         """
 
     def _answered(self, answer: Answer) -> TrainingResult:

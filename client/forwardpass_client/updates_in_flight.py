@@ -251,7 +251,10 @@ class UpdatesInFlight:
             ) from error
 
     def recovery(self, error: Exception) -> Steps | None:
-        """The steps after which the update may go on; None for an error that is final."""
+        """The steps after which the update may go on; None for an error that is final.
+
+        Raises ServerUnavailable where its batches cannot be read again.
+        """
         if self._update is None:
             return None
         if isinstance(error, errors.ServerOverloaded):

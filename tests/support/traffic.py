@@ -48,6 +48,7 @@ def send(server: ServerProcess) -> None:
         _call_by_value(client)
         _call_with_weights(client)
         _count_in_sessions(client)
+        _train(client)
         _fail(client)
     with grpc.insecure_channel(server.address) as channel:
         health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
@@ -85,6 +86,14 @@ def _count_in_sessions(client: forwardpass_client.Client) -> None:
         session.forward_pass(weights, batch)
         session.result()
     model.evaluate(weights, [batch] * 3)
+
+
+def _train(client: forwardpass_client.Client) -> None:
+    model = client.model("counting")
+    model.train(model.initial_weights, [zoo.counting_batch(1)] * 3, optimizer="rmsprop", learning_rate=0.1)
+    unknown = {"class_name": "SGD", "config": {"nonsense": 1}}
+    with pytest.raises(errors.OptimizerNotSupported):
+        model.train(model.initial_weights, [], optimizer=unknown, learning_rate=0.1)
 
 
 def _fail(client: forwardpass_client.Client) -> None:

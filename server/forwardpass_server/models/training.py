@@ -73,32 +73,26 @@ class GraphTrainer:
         self, model: TrainableModel, optimizer: str, options: TrainingOptions, on_trace: Callable[[], None]
     ) -> None:
         self._model = model
-        self._options = options
-        self._update = _update_of(model, options)
-        self._update_metrics = _metrics_update_of(model, options)
-        self._changed = _changed_leaves(model, options)
-        trainable = model.spec.weights.child(0).leaves
-        active = [
-            tf.TensorSpec(trainable[index].shape, trainable[index].data_type.name, f"trainable_{index}")
-            for index in self._changed
-        ]
+        self._is_proximal = options.proximal
+        # What builds the graphs has cycles of references, and is dropped.
+        graphs = _Graphs(model, optimizer, options)
         try:
-            self._optimizer = GraphOptimizer(optimizer, active)
-            self._spec = self._spec_of_state()
-            self._begin = self._compiled(self._first, [], on_trace)
-            self._step = self._compiled(self._next, self._arguments(), on_trace)
+            self._begin = graphs.compiled(graphs.first, [], on_trace)
+            self._step = graphs.compiled(graphs.next, graphs.arguments(), on_trace)
         except errors.ForwardPassError:
             raise
         except Exception as error:  # Keras, for a data type or a shape that an optimizer does not take.
-            raise errors.OptimizerNotSupported(
-                f"cannot change the weights of this model: {failures.sentence(error)}", place="optimizer"
-            ) from error
-        num_weights = len(model.spec.weights.leaves)
-        num_state = num_weights + len(self._spec.leaves)
-        self._num_weights = num_weights
-        self._kept = [index for index in range(len(trainable)) if index not in self._changed]
-        self._positions = [*self._changed, *range(len(trainable), num_state)]
-        self._place = functools.lru_cache(maxsize=64)(self._number)
+            raise _unfit(error) from error
+        self._spec = graphs.spec
+        self._changed = graphs.changed
+        self._has_schedule = graphs.optimizer.has_schedule
+        self._num_metrics = graphs.num_metrics
+        self._num_weights = len(model.spec.weights.leaves)
+        num_trainable = len(model.spec.weights.child(0).leaves)
+        self._changes_all = len(self._changed) == num_trainable
+        self._positions = [*self._changed, *range(num_trainable, self._num_weights + len(self._spec.leaves))]
+        # Most steps of an update take the same learning rate.
+        self._number = functools.lru_cache(maxsize=64)(functools.partial(_number, model.device))
 
     @property
     def state_bytes(self) -> int:
@@ -111,7 +105,7 @@ class GraphTrainer:
     @property
     def has_schedule(self) -> bool:
         """See `calls.model.Trainer.has_schedule`."""
-        return self._optimizer.has_schedule
+        return self._has_schedule
 
     @property
     def state_spec(self) -> StructureSpec:
@@ -120,7 +114,7 @@ class GraphTrainer:
 
     def begin(self, weights: Sequence[Leaf]) -> Sequence[Leaf]:
         """See `calls.model.Trainer.begin`."""
-        placed = self._placed(weights, self._model.spec.weights.leaves)
+        placed = _placed(weights, self._model.spec.weights.leaves, self._model.device)
         try:
             return [*placed, *self._begin([])]
         except execution.CAUSED_BY_ARGUMENTS as error:
@@ -128,10 +122,10 @@ class GraphTrainer:
 
     def restored(self, weights: Sequence[Leaf], saved: Sequence[Leaf], *, with_totals: bool) -> Sequence[Leaf]:
         """See `calls.model.Trainer.restored`."""
-        placed = self._placed(saved, self._spec.leaves)
+        placed = _placed(saved, self._spec.leaves, self._model.device)
         if with_totals:
-            return [*self._placed(weights, self._model.spec.weights.leaves), *placed]
-        begun, count = self.begin(weights), len(self._optimizer.variables)
+            return [*_placed(weights, self._model.spec.weights.leaves, self._model.device), *placed]
+        begun, count = self.begin(weights), len(self._spec.named_child("optimizer").leaves)
         return [*begun[: self._num_weights], *placed[:count], *begun[self._num_weights + count :]]
 
     def step(
@@ -144,16 +138,16 @@ class GraphTrainer:
     ) -> Sequence[Leaf]:
         """See `calls.model.Trainer.step`."""
         leaves = [*state, *batch]
-        if not self._optimizer.has_schedule:
-            leaves.append(self._place(learning_rate))
-        if self._options.proximal:
-            leaves.append(self._place(proximal))
+        if not self._has_schedule:
+            leaves.append(self._number(learning_rate))
+        if self._is_proximal:
+            leaves.append(self._number(proximal))
             leaves += [start[index] for index in self._changed]
         try:
             results = self._step(leaves)
         except execution.CAUSED_BY_ARGUMENTS as error:
             raise execution.explained(error) from None
-        if not self._kept:
+        if self._changes_all:
             return results
         following = list(state)
         for position, result in zip(self._positions, results, strict=True):
@@ -172,14 +166,41 @@ class GraphTrainer:
         """See `calls.model.Trainer.totals`."""
         *before, loss, num_examples, num_steps = state
         metrics: Sequence[Any] = ()
-        if self._update_metrics is not None:
-            count = len(self._model.spec.metrics_state.leaves)
-            metrics_state = before[len(before) - count :]
+        if self._num_metrics:
+            metrics_state = before[len(before) - self._num_metrics :]
             metrics = self._model.execution.run(Function.FINALIZE_METRICS, False, metrics_state)
         return Totals(float(loss), int(num_examples), int(num_steps), metrics)
 
+
+class _Graphs:
+    """Builds the graphs of a trainer.
+
+    spec: of the state behind the weights. changed: the indices of the trainable leaves that a step changes.
+    num_metrics: the number of leaves of the metrics state; 0 for a model without metrics.
+    """
+
+    def __init__(self, model: TrainableModel, optimizer: str, options: TrainingOptions) -> None:
+        self._model = model
+        self._options = options
+        self._update = _update_of(model, options)
+        self._update_metrics = _metrics_update_of(model, options)
+        self.changed = _changed_leaves(model, options)
+        self.num_metrics = len(model.spec.metrics_state.leaves) if self._update_metrics is not None else 0
+        trainable = model.spec.weights.child(0).leaves
+        specs = [
+            tf.TensorSpec(trainable[index].shape, trainable[index].data_type.name, f"trainable_{index}")
+            for index in self.changed
+        ]
+        try:
+            self.optimizer = GraphOptimizer(optimizer, specs)
+        except errors.ForwardPassError:
+            raise
+        except Exception as error:  # Keras, for a data type or a shape that an optimizer does not take.
+            raise _unfit(error) from error
+        self.spec = self._spec_of_state()
+
     def _spec_of_state(self) -> StructureSpec:
-        variables = {spec.name: tf_specs.to_wire(spec, spec.name).leaves[0] for spec in self._optimizer.variables}
+        variables = {spec.name: tf_specs.to_wire(spec, spec.name).leaves[0] for spec in self.optimizer.variables}
         nested = {
             "optimizer": variables,
             "metrics": self._model.spec.metrics_state.nested() if self._update_metrics is not None else None,
@@ -187,22 +208,24 @@ class GraphTrainer:
         }
         return StructureSpec.of(nested, "optimizer_state")
 
-    def _arguments(self) -> list[tf.TensorSpec]:
+    def arguments(self) -> list[tf.TensorSpec]:
         """The specs of a step's arguments."""
         spec = self._model.spec
         weighted = spec.sample_weight.leaves if self._options.weighted else ()
-        leaves = [*spec.weights.leaves, *self._spec.leaves, *spec.x.leaves, *spec.y.leaves, *weighted]
+        leaves = [*spec.weights.leaves, *self.spec.leaves, *spec.x.leaves, *spec.y.leaves, *weighted]
         arguments = list(map(tf_specs.to_tf, leaves))
-        if not self._optimizer.has_schedule:
+        if not self.optimizer.has_schedule:
             arguments.append(tf.TensorSpec([], tf.float32))
         if self._options.proximal:
             arguments.append(tf.TensorSpec([], tf.float32))
-            arguments += [tf_specs.to_tf(spec.weights.leaves[index]) for index in self._changed]
+            arguments += [tf_specs.to_tf(spec.weights.leaves[index]) for index in self.changed]
         return arguments
 
-    def _compiled(
+    def compiled(
         self, function: Callable[..., list[tf.Tensor]], arguments: Sequence[tf.TensorSpec], on_trace: Callable[[], None]
     ) -> Callable[[Sequence[Leaf]], list[Any]]:
+        """A function of tensors as a graph: what calls it. arguments: their specs."""
+
         @tf.function(autograph=False)
         def traced(*leaves: tf.Tensor) -> list[tf.Tensor]:
             on_trace()
@@ -212,24 +235,24 @@ class GraphTrainer:
         concrete = traced.get_concrete_function(*unnamed)
         return execution.caller(RuntimeFunction(concrete), concrete, self._model.device)
 
-    def _first(self) -> list[tf.Tensor]:
+    def first(self) -> list[tf.Tensor]:
         """The state behind the weights before the first step."""
         metrics: list[tf.Tensor] = []
         if self._update_metrics is not None:
             metrics = self._model.execution.functions[Function.INITIALIZE_METRICS_STATE, False].in_graph([])
         sums = [tf.zeros([], leaf.data_type.name) for leaf in _TOTALS.leaves]
-        return [*self._optimizer.initial(), *metrics, *sums]
+        return [*self.optimizer.initial(), *metrics, *sums]
 
-    def _next(self, *leaves: tf.Tensor) -> list[tf.Tensor]:
+    def next(self, *leaves: tf.Tensor) -> list[tf.Tensor]:
         """The changed trainable weights, and the state behind them, after one batch."""
         spec, remaining = self._model.spec, _Remaining(leaves)
         trainable, non_trainable = (remaining.take(len(spec.weights.child(index).leaves)) for index in (0, 1))
-        variables = remaining.take(len(self._optimizer.variables))
-        metrics = remaining.take(len(spec.metrics_state.leaves) if self._update_metrics is not None else 0)
+        variables = remaining.take(len(self.optimizer.variables))
+        metrics = remaining.take(self.num_metrics)
         totals = remaining.take(len(_TOTALS.leaves))
         x, y = remaining.take(len(spec.x.leaves)), remaining.take(len(spec.y.leaves))
         sample_weight = remaining.take(len(spec.sample_weight.leaves) if self._options.weighted else 0)
-        learning_rate = None if self._optimizer.has_schedule else remaining.take(1)[0]
+        learning_rate = None if self.optimizer.has_schedule else remaining.take(1)[0]
 
         output = _Remaining(self._update.in_graph([*trainable, *non_trainable, *x, *y, *sample_weight]))
         parts = {
@@ -240,8 +263,8 @@ class GraphTrainer:
         gradients = _by_leaf(spec, output.take(len(spec.gradients.leaves)))
         new_non_trainable = output.take(len(non_trainable))
 
-        changed = [trainable[index] for index in self._changed]
-        slopes = [gradients[index] for index in self._changed]
+        changed = [trainable[index] for index in self.changed]
+        slopes = [gradients[index] for index in self.changed]
         if self._options.proximal:
             coefficient = remaining.take(1)[0]
             slopes = [
@@ -249,7 +272,7 @@ class GraphTrainer:
                 for slope, weight, begun in zip(slopes, changed, remaining.take(len(changed)), strict=True)
             ]
         if changed:
-            changed, variables = self._optimizer.step(variables, slopes, changed, learning_rate)
+            changed, variables = self.optimizer.step(variables, slopes, changed, learning_rate)
         if self._update_metrics is not None:
             function, parts["state"], parts["labels"] = self._update_metrics, metrics, y
             parts["sample_weight"] = sample_weight
@@ -259,20 +282,28 @@ class GraphTrainer:
         sums = _added(totals, parts["batch_output.loss"], parts["batch_output.num_examples"])
         return [tf.identity(leaf) for leaf in (*changed, *new_non_trainable, *variables, *metrics, *sums)]
 
-    def _placed(self, leaves: Sequence[Leaf], wanted: Sequence[TensorSpec]) -> list[Any]:
-        eager_tensor, make_tensor = private_tensorflow.eager_tensor_class(), private_tensorflow.tensor_maker()
-        placed = []
-        for leaf, spec in zip(leaves, wanted, strict=True):
-            dtype = tf.dtypes.as_dtype(spec.data_type.name)
-            place = placement.device_of(dtype, self._model.device)
-            placed.append(
-                leaf if type(leaf) is eager_tensor else make_tensor(np.asarray(leaf), place, dtype.as_datatype_enum)
-            )
-        return placed
 
-    def _number(self, value: float) -> Any:
-        """A float32 on the device. Most steps of an update take the same one."""
-        return self._placed([np.float32(value)], [TensorSpec((), dtypes.BY_NAME["float32"])])[0]
+def _unfit(error: Exception) -> errors.OptimizerNotSupported:
+    return errors.OptimizerNotSupported(
+        f"cannot change the weights of this model: {failures.sentence(error)}", place="optimizer"
+    )
+
+
+def _placed(leaves: Sequence[Leaf], wanted: Sequence[TensorSpec], device: str) -> list[Any]:
+    """The leaves as tensors on the device. They fit these specs."""
+    eager_tensor, make_tensor = private_tensorflow.eager_tensor_class(), private_tensorflow.tensor_maker()
+    placed = []
+    for leaf, spec in zip(leaves, wanted, strict=True):
+        dtype = tf.dtypes.as_dtype(spec.data_type.name)
+        place = placement.device_of(dtype, device)
+        is_placed = type(leaf) is eager_tensor
+        placed.append(leaf if is_placed else make_tensor(np.asarray(leaf), place, dtype.as_datatype_enum))
+    return placed
+
+
+def _number(device: str, value: float) -> Any:
+    """A float32 on the device."""
+    return _placed([np.float32(value)], [TensorSpec((), dtypes.BY_NAME["float32"])], device)[0]
 
 
 class _Remaining:

@@ -26,6 +26,7 @@ class TrainingServicer:
         self._drain = drain
 
     def Train(self, requests: AsyncIterator[bytes], context: object) -> AsyncIterator[bytes]:
+        """The responses of one stream of client updates."""
         principal = principals.current()
         inbox = AdmittedInbox(self._max_message_bytes, self._admission, principal)
         return TrainingStream(self._trainings, principal, self._codec, inbox, self._drain).run(requests)

@@ -48,7 +48,8 @@ class ModelMetrics:
         for outcome in ("loaded", "failed"):
             self._load_seconds.labels(outcome)
         self._traces = families.counter(
-            "forwardpass_traces_total", "Graphs traced from Python: by the load of a model, and by the preparation of an optimizer. Calls never trace."
+            "forwardpass_traces_total",
+            "Graphs traced from Python: by the load of a model, and by the preparation of an optimizer. Calls never trace.",
         )
         self._decode_seconds = families.histogram(
             "forwardpass_decode_seconds", "Seconds to decode a request to arrays."

@@ -93,6 +93,12 @@ def break_masks():
     masks.ATTRIBUTE = "_mask_of_keras"
 
 
+def break_optimizers():
+    from keras.src.optimizers.base_optimizer import BaseOptimizer
+
+    del BaseOptimizer._backend_update_step
+
+
 def break_nothing():
     pass
 
@@ -162,6 +168,7 @@ REFUSED = {
     ("definitions", False, True): TENSORFLOW
     + "the trial of models needs its private Context.add_function_def, which failed (AttributeError: ",
     ("seed_generators", False, False): KERAS + "the list of a model's seed generators failed (AttributeError: ",
+    ("optimizers", False, False): KERAS + "an optimizer step on tensors failed (KeyError: '_backend_update_step')",
     ("masks", False, False): KERAS
     + "the mask of a tensor failed (ValueError: a Masking layer sets no attribute _mask_of_keras)",
 }
