@@ -321,11 +321,13 @@ class FunctionalModelApi(Connected, abc.ABC):
         results: objects with `weights` (a handle) and `num_examples`, such as the results of training, or pairs of a
           handle and a number.
         timeout_s: seconds until DeadlineExceeded; None for the client's own.
+        Leaves of integers, booleans and strings are those of the first result with examples. Training changes such
+        leaves in Keras models with Dropout: the states of their random numbers, which cannot be averaged.
         Raises TypeError or ValueError for other results, and for no examples in total, before anything is sent; then
         what `combine` of the client raises, with its default of `float64`.
         """
         deadline = self._deadline(timeout_s)
-        steps = combinations.combine(combinations.average_terms(results), False, self._handle, deadline)
+        steps = combinations.combine(combinations.average_terms(results), False, "first", self._handle, deadline)
         return self._run_steps(steps, deadline)
 
     def metrics_session(
