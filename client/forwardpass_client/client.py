@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from forwardpass.wire import errors
 from forwardpass.wire.manifests import DIGEST_BYTES
 from forwardpass_client import calls, combinations, ids, replicas, targets, transfers
+from forwardpass_client.async_model import AsyncRemoteFunctionalModel
 from forwardpass_client.call import Call
 from forwardpass_client.calls import FoundModel, ModelVersion, ModelWeights
+from forwardpass_client.combinations import Integers
 from forwardpass_client.credentials import Credentials, Tls, Token
 from forwardpass_client.deadlines import Deadline, check_timeout
 from forwardpass_client.held_weights import HeldWeights
-from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
+from forwardpass_client.model import RemoteFunctionalModel
 from forwardpass_client.options import Options
 from forwardpass_client.processes import Connected, check_fork, check_gevent
 from forwardpass_client.replicas import Transports
@@ -211,26 +213,34 @@ class ClientApi(Connected, abc.ABC):
         return self._run_steps(transfers.get(weights_id, deadline, progress), deadline, handle)
 
     def combine(
-        self, terms: Iterable[tuple[Any, float]], *, float64: bool = False, timeout_s: float | None = None
+        self,
+        terms: Iterable[tuple[Any, float]],
+        *,
+        float64: bool = False,
+        integers: Integers = "equal",
+        timeout_s: float | None = None,
     ) -> Any:
         """Computes a linear combination of weights on the server: the handle of the sum of coefficient * weights.
 
         For averages of weights, differences, and updates such as weights - 0.1 * gradients. Only ids are sent.
         terms: pairs of a handle and a finite number, at least one and at most 16,384. Structures, shapes and dtypes
           must agree with those of the first term, except that leaves of the others may be None: these terms do not
-          change the leaf. Leaves of integers, booleans and strings must be equal in all terms.
+          change the leaf.
         float64: whether sums are computed in float64 (complex128) and rounded at the end. Otherwise they are computed
           in the dtype of each leaf, and in float32 for float16 and bfloat16. The order is that of the terms.
+        integers: how leaves of integers, booleans and strings are treated, which are never multiplied. "equal": they
+          must be equal in all terms. "first": the result has those of the first term. Use "first" for trained weights
+          of Keras models with Dropout, whose random number states differ.
         timeout_s: seconds until DeadlineExceeded; None for the client's own.
         Where the server lacks weights whose arrays a handle keeps, they are put again.
-        Raises TypeError or ValueError for other terms before anything is sent; then StructureMismatch, DTypeMismatch,
-        ShapeMismatch or InvalidRequest (naming the term and the leaf), WeightsNotFound, WeightStoreFull, OutOfMemory,
-        ServerUnavailable, DeadlineExceeded.
+        Raises TypeError or ValueError for other arguments before anything is sent; then StructureMismatch,
+        DTypeMismatch, ShapeMismatch or InvalidRequest (naming the term and the leaf), WeightsNotFound, WeightStoreFull,
+        OutOfMemory, ServerUnavailable, DeadlineExceeded.
         """
         deadline = self._deadline(timeout_s)
         pairs = combinations.terms_of(terms)
         first, _ = pairs[0]
-        steps = combinations.combine(pairs, float64, functools.partial(self._handle, near=first), deadline)
+        steps = combinations.combine(pairs, float64, integers, functools.partial(self._handle, near=first), deadline)
         return self._run_steps(steps, deadline, first)
 
     @abc.abstractmethod
@@ -282,7 +292,12 @@ class Client(ClientApi):
         ) -> ModelWeights: ...
 
         def combine(
-            self, terms: Iterable[tuple[Any, float]], *, float64: bool = False, timeout_s: float | None = None
+            self,
+            terms: Iterable[tuple[Any, float]],
+            *,
+            float64: bool = False,
+            integers: Integers = "equal",
+            timeout_s: float | None = None,
         ) -> WeightsHandle: ...
 
     @property
@@ -388,7 +403,12 @@ class AsyncClient(ClientApi):
         ) -> Coroutine[Any, Any, ModelWeights]: ...
 
         def combine(
-            self, terms: Iterable[tuple[Any, float]], *, float64: bool = False, timeout_s: float | None = None
+            self,
+            terms: Iterable[tuple[Any, float]],
+            *,
+            float64: bool = False,
+            integers: Integers = "equal",
+            timeout_s: float | None = None,
         ) -> Coroutine[Any, Any, AsyncWeightsHandle]: ...
 
     @property

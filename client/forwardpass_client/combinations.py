@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from forwardpass import v1
 from forwardpass.wire import errors, fields
@@ -20,15 +20,26 @@ Term = tuple[WeightsHandleApi, float]
 """A handle and its coefficient."""
 
 
+Integers = Literal["equal", "first"]
+"""Where leaves of integers, booleans and strings come from: they are equal in all terms, or those of the first term."""
+
+
 def combine(
-    terms: Sequence[Term], float64: bool, handle: Callable[[HeldWeights], WeightsHandleApi], deadline: Deadline
+    terms: Sequence[Term],
+    float64: bool,
+    integers: Integers,
+    handle: Callable[[HeldWeights], WeightsHandleApi],
+    deadline: Deadline,
 ) -> Steps:
     """The steps that sum weights, each multiplied by its coefficient: the handle of the result.
 
-    terms: at least one. handle: makes the handle. Raises TypeError for a `float64` that is no bool.
+    terms: at least one. handle: makes the handle.
+    Raises TypeError for a `float64` that is no bool, ValueError for other `integers`.
     """
     if not isinstance(float64, bool):
         raise TypeError(f"float64: expected True or False, got {float64!r}")
+    if integers not in ("equal", "first"):
+        raise ValueError(f"integers: expected 'equal' or 'first', got {integers!r}")
     held = [one.held for one, _ in terms]
     request = v1.CombineWeightsRequest(
         terms=[
@@ -36,6 +47,7 @@ def combine(
             for one, (_, coefficient) in zip(held, terms, strict=True)
         ],
         float64=float64,
+        integers_of_first=integers == "first",
     )
 
     attempt = Unary(METHODS["CombineWeights"].path, request.SerializeToString())

@@ -129,7 +129,7 @@ def test_weights_are_combined_by_their_ids(run, client, tmp_path):
     model = client.model("keras_cnn")
     handle = model.put_weights(model.initial_weights)
     terms = [f"{handle.id}:0.5", f"{handle.id}:-1e0", f"{handle.id}:1"]
-    output = run("combine", *terms, "--float64", "--save", tmp_path / "half.npz")
+    output = run("combine", *terms, "--float64", "--integers", "first", "--save", tmp_path / "half.npz")
     expected = client.combine([(handle, 0.5), (handle, -1), (handle, 1)], float64=True)
     assert output.split()[0] == expected.id
     assert f"arrays to {tmp_path / 'half.npz'}" in " ".join(output.split())

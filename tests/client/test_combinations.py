@@ -63,6 +63,12 @@ def test_float64_must_be_a_bool(client, handle):
         client.combine([(handle, 1)], float64="yes")
 
 
+@pytest.mark.parametrize("integers", ["last", None, True])
+def test_integers_are_equal_or_of_the_first(client, handle, integers):
+    with pytest.raises(ValueError, match="integers: expected 'equal' or 'first', got "):
+        client.combine([(handle, 1)], integers=integers)
+
+
 def test_an_average_takes_results_and_pairs_and_leaves_out_those_without_examples(handle):
     result = types.SimpleNamespace(weights=handle, num_examples=np.int64(3))
     found = combinations.average_terms([result, (handle, 1), (handle, 0)])

@@ -8,8 +8,10 @@ import math
 from typing import Any
 
 import grpc
+import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import forwardpass_client
 from forwardpass import v1
@@ -18,11 +20,16 @@ from forwardpass.wire.methods import METHODS
 from forwardpass.wire.structures import Structure
 from forwardpass_server.access import tokens
 from forwardpass_server.access.tokens import Role
+from forwardpass_server.models.functional import FunctionalModel
+from forwardpass_server.models.keras_models import functional_model_from_keras
 from support import zoo
 from support.servers import ServerProcess
 
 KIB = 1024
-FACTORIES = [f"--factory={name}=support.zoo:{name}" for name in ("wide_4k", "wide_1m", "structures")]
+FACTORIES = [
+    *(f"--factory={name}=support.zoo:{name}" for name in ("wide_4k", "wide_1m", "structures")),
+    "--factory=dropout=end_to_end.test_combine:dropout",
+]
 TERMS = [(seed, 1 / (seed + 3) - 0.1) for seed in range(9)]
 
 
@@ -32,6 +39,21 @@ class Result:
 
     weights: Any
     num_examples: int
+
+
+def dropout() -> FunctionalModel:
+    """A model whose non-trainable weights have moving statistics and the state of random numbers."""
+    keras.utils.set_random_seed(1)
+    network = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.BatchNormalization(),
+            keras.layers.Dropout(0.5, seed=2),
+            keras.layers.Dense(3),
+        ]
+    )
+    spec = tf.TensorSpec([None, 8], tf.float32), tf.TensorSpec([None], tf.int64)
+    return functional_model_from_keras(network, keras.losses.SparseCategoricalCrossentropy(from_logits=True), spec)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +137,32 @@ def test_an_average_weights_each_result_by_its_examples(model):
     assert model.average([(handles[2], 5)]).id == handles[2].id
     with pytest.raises(ValueError, match=r"^results: expected at least one example in total, got 0 in 2 results$"):
         model.average([(handles[0], 0), Result(handles[1], 0)])
+
+
+def test_trained_weights_of_a_model_with_dropout_are_averaged(client):
+    model = client.model("dropout")
+    rng = np.random.default_rng(0)
+    batches = [(rng.standard_normal((4, 8)).astype(np.float32), rng.integers(0, 3, 4)) for _ in range(5)]
+    results = [model.train(model.initial_weights, part, learning_rate=0.1) for part in (batches[:2], batches[2:])]
+    trained = [model.get_weights(result.weights) for result in results]
+    average = model.get_weights(model.average(results))
+    kinds = []
+    for found, first, second in zip(*([*one[0], *one[1]] for one in (average, *trained)), strict=True):
+        kinds.append(found.dtype.kind)
+        is_float = found.dtype.kind == "f"
+        expected = first * np.float32(0.4) + second * np.float32(0.6) if is_float else first
+        assert np.array_equal(found, expected)
+        assert not np.array_equal(first, second)
+    assert kinds.count("i") == 1
+    # `combine` names the leaf, and takes it from the first term on request.
+    terms = [(result.weights, result.num_examples / 20) for result in results]
+    with pytest.raises(
+        errors.InvalidRequest, match=r"^terms\[1\]\.non_trainable\[\d\]: expected the same int64\[2\] as in terms"
+    ):
+        client.combine(terms)
+    assert client.combine(terms, integers="first").id == model.average(results).id
+    # The average can be trained again.
+    assert model.train(model.average(results), batches, learning_rate=0.1).num_steps == 5
 
 
 def test_kept_gradients_are_a_change_of_weights(client, model):

@@ -40,6 +40,7 @@ from forwardpass_client.cli.evaluation import Evaluation
 from forwardpass_client.cli.hosts import Host, host_argument
 from forwardpass_client.cli.named_models import NamedModel, model_argument
 from forwardpass_client.cli.slices import Slices
+from forwardpass_client.combinations import Integers
 from forwardpass_client.metrics_sessions import MetricsSession
 from forwardpass_client.model import RemoteFunctionalModel
 from forwardpass_client.weights_handles import WeightsHandle
@@ -191,18 +192,25 @@ def put_weights(host: Host, model: NamedModel, file: pathlib.Path, lease: float 
 @click.argument("terms", nargs=-1, required=True, metavar="ID:COEFFICIENT...")
 @click.option("--float64", is_flag=True, help="Compute the sums in float64, and round them at the end.")
 @click.option(
+    "--integers",
+    type=click.Choice(["equal", "first"]),
+    default="equal",
+    show_default=True,
+    help="Whether integers, booleans and strings must be equal, or are taken from the first term.",
+)
+@click.option(
     "--save",
     type=click.Path(dir_okay=False, path_type=pathlib.Path),
     help="Also write the result into this .npz file, as `forwardpass weights` does.",
 )
-def combine(host: Host, terms: tuple[str, ...], float64: bool, save: pathlib.Path | None) -> None:
+def combine(host: Host, terms: tuple[str, ...], float64: bool, integers: Integers, save: pathlib.Path | None) -> None:
     """Compute a sum of weights on the server, each multiplied by its coefficient, and print the id of the result.
 
     For example an average of two, with the ids that `forwardpass put-weights` printed: ID:0.5 ID:0.5.
     """
     with _client(host) as client:
         pairs = [(client.weights_handle(weights_id), number) for weights_id, number in map(_term, terms)]
-        handle = client.combine(pairs, float64=float64)
+        handle = client.combine(pairs, float64=float64, integers=integers)
         click.echo(handle.id)
         if save is not None:
             with _transfer("fetching") as progress:

@@ -114,12 +114,14 @@ class DeleteWeightsResponse(_message.Message):
     def __init__(self) -> None: ...
 
 class CombineWeightsRequest(_message.Message):
-    __slots__ = ("terms", "float64")
+    __slots__ = ("terms", "float64", "integers_of_first")
     TERMS_FIELD_NUMBER: _ClassVar[int]
     FLOAT64_FIELD_NUMBER: _ClassVar[int]
+    INTEGERS_OF_FIRST_FIELD_NUMBER: _ClassVar[int]
     terms: _containers.RepeatedCompositeFieldContainer[WeightsTerm]
     float64: bool
-    def __init__(self, terms: _Optional[_Iterable[_Union[WeightsTerm, _Mapping]]] = ..., float64: bool = ...) -> None: ...
+    integers_of_first: bool
+    def __init__(self, terms: _Optional[_Iterable[_Union[WeightsTerm, _Mapping]]] = ..., float64: bool = ..., integers_of_first: bool = ...) -> None: ...
 
 class WeightsTerm(_message.Message):
     __slots__ = ("weights_id", "coefficient")

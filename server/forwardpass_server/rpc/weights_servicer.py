@@ -72,8 +72,8 @@ class WeightsServicer:
         principal = principals.current()
         with self._admission.admitted(principal, len(data)):
             is_small = len(data) <= _SMALL_BYTES
-            terms, float64 = _terms(data) if is_small else await self._codec.offload(lambda: _terms(data))
-            weights_id = await self._sums.combine(principal, terms, float64)
+            request = _combination(data) if is_small else await self._codec.offload(lambda: _combination(data))
+            weights_id = await self._sums.combine(principal, *request)
         return v1.CombineWeightsResponse(weights_id=weights_id).SerializeToString()
 
     async def LeaseWeights(self, data: bytes, context: object) -> bytes:
@@ -98,12 +98,12 @@ def _decode(data: bytes) -> WeightsManifest:
     return manifest
 
 
-def _terms(data: bytes) -> tuple[list[Term], bool]:
-    """The terms of a combination, and whether it is computed in float64."""
+def _combination(data: bytes) -> tuple[list[Term], bool, bool]:
+    """The terms of a combination, `float64` and `integers_of_first`."""
     request = fields.parse(v1.CombineWeightsRequest, data)
     terms = [(term.weights_id, term.coefficient) for term in request.terms]
     combinations.check(terms)
-    return terms, request.float64
+    return terms, request.float64, request.integers_of_first
 
 
 def _encode_missing(manifest: WeightsManifest, missing: Sequence[tuple[bytes, int]]) -> bytes:

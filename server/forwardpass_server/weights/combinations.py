@@ -45,17 +45,20 @@ class Combinations:
         # Sums are as fast as the memory, so more threads would not be faster.
         self._turn = asyncio.Lock()
 
-    async def combine(self, principal: str, terms: Sequence[Term], float64: bool) -> bytes:
+    async def combine(
+        self, principal: str, terms: Sequence[Term], float64: bool = False, integers_of_first: bool = False
+    ) -> bytes:
         """Publishes the sum of sets, each multiplied by its coefficient. Returns the id of the result.
 
-        terms: see `check`. float64: see CombineWeightsRequest. The sets are pinned while they are read.
+        terms: see `check`. float64, integers_of_first: see CombineWeightsRequest. The sets are pinned while they are
+        read.
         Raises InvalidRequest or a subclass, which names the term and the leaf, WeightsNotFound, WeightStoreFull,
         OutOfMemory.
         """
         pins = _Pins(self._store, principal, [weights_id for weights_id, _ in terms])
         try:
             await pins.hold_present()
-            combination = _Combination((await pins.get(0)).manifest, self._device, float64)
+            combination = _Combination((await pins.get(0)).manifest, self._device, float64, integers_of_first)
             with self._room(principal, combination.size_bytes, pins) as room:
                 start = 0
                 while start < len(terms):
@@ -157,11 +160,12 @@ class _Combination:
     first: the manifest of the first set, whose structure the others must have.
     """
 
-    def __init__(self, first: WeightsManifest, device: Device, float64: bool) -> None:
+    def __init__(self, first: WeightsManifest, device: Device, float64: bool, integers_of_first: bool) -> None:
         self.tree = first.tree
         self._manifest = first
         self._device = device
         self._dtypes = [_sum_dtype(tensor.spec.data_type, float64) for tensor in first.tensors]
+        self._integers_of_first = integers_of_first
         self._results: list[Any] = [None] * len(first.tensors)
 
     @property
@@ -223,8 +227,12 @@ class _Combination:
                 is_same_dtype = found.spec.data_type is wanted.spec.data_type
                 error = errors.ShapeMismatch if is_same_dtype else errors.DTypeMismatch
                 self._refuse(error, number, leaf, str(wanted.spec), str(found.spec))
-            if self._dtypes[leaf] is None and found.digest != wanted.digest:
-                expected = f"the same {wanted.spec} as in terms[0], because such leaves are not combined"
+            is_summed = self._dtypes[leaf] is not None
+            if not is_summed and not self._integers_of_first and found.digest != wanted.digest:
+                expected = (
+                    f"the same {wanted.spec} as in terms[0], because such leaves are not combined, or the option to "
+                    "take them from the first term"
+                )
                 self._refuse(errors.InvalidRequest, number, leaf, expected, "other values")
         return indices
 

@@ -52,9 +52,9 @@ class World:
             leaves = [np.copy(self.device.fetch(weights.leaf(index))) for index in range(len(weights.manifest.tensors))]
             return weights.manifest.tree.unflatten(leaves)
 
-    async def combine(self, *terms, float64: bool = False, principal: str = "") -> bytes:
+    async def combine(self, *terms, principal: str = "", **options: bool) -> bytes:
         combinations.check(terms)
-        return await self.combinations.combine(principal, terms, float64)
+        return await self.combinations.combine(principal, terms, **options)
 
 
 @pytest.fixture(params=["memory", "disk"])
@@ -189,6 +189,31 @@ def test_integers_and_strings_that_differ_are_refused(one, other):
             errors.InvalidRequest, match=r"^terms\[1\]\.non_trainable\[0\]: expected the same .* as in terms\[0\]"
         ):
             await world.combine((ids[0], 1.0), (ids[1], 1.0))
+
+    asyncio.run(run())
+
+
+def test_integers_and_strings_of_the_first_set_are_taken_on_request(make):
+    def weights(seed: int) -> tuple:
+        return (vector(seed),), (np.uint32([seed, 7]), np.array(seed > 1), np.array([b"a" * seed], object))
+
+    async def run():
+        world = make()
+        ids = [await world.add(*weights(seed)) for seed in (1, 2, 3)]
+        terms = [(one, coefficient) for one, coefficient in zip(ids, (0.5, 0.25, 0.25), strict=True)]
+        (leaf,), integers = await world.get(await world.combine(*terms, integers_of_first=True))
+        assert np.array_equal(leaf, vector(1) * np.float32(0.5) + vector(2) / 4 + vector(3) / 4)
+        for found, wanted in zip(integers, weights(1)[1], strict=True):
+            assert found.dtype == wanted.dtype
+            assert np.array_equal(found, wanted)
+        # Shapes and dtypes must agree still.
+        for wrong, error, found in [
+            (np.uint32([1]), errors.ShapeMismatch, r"uint32\[1\]"),
+            (np.int32([1, 7]), errors.DTypeMismatch, r"int32\[2\]"),
+        ]:
+            other = await world.add((vector(1),), (wrong, *weights(1)[1][1:]))
+            with pytest.raises(error, match=rf"^terms\[1\]\.non_trainable\[0\]: expected uint32\[2\], got {found}$"):
+                await world.combine((ids[0], 1.0), (other, 1.0), integers_of_first=True)
 
     asyncio.run(run())
 
