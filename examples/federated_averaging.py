@@ -1,6 +1,6 @@
 """Federated learning of handwritten digits with 100 clients. No weights travel after the first upload.
 
-python examples/federated_averaging.py    # takes two to three minutes and writes federated_averaging.png
+python examples/federated_averaging.py    # takes about two minutes and writes federated_averaging.png
 
 Each client has images of two digits at most. Three methods run for 20 rounds on a server that this program starts:
 
