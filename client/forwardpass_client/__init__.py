@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from forwardpass.wire import errors
 from forwardpass.wire.description import BatchOutput
 from forwardpass.wire.specs import TensorSpec
+from forwardpass_client.async_model import AsyncRemoteFunctionalModel
 from forwardpass_client.calls import ModelVersion
 from forwardpass_client.client import AsyncClient, Client, connect, connect_async
 from forwardpass_client.credentials import Tls
 from forwardpass_client.masks import MaskedPredictions, MaskMissing
 from forwardpass_client.metrics_sessions import AsyncMetricsSession, MetricsSession
-from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
+from forwardpass_client.model import RemoteFunctionalModel
 from forwardpass_client.training_calls import TrainingResult
 from forwardpass_client.weights_handles import AsyncWeightsHandle, WeightsHandle
 

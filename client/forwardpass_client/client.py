@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from forwardpass.wire import errors
 from forwardpass.wire.manifests import DIGEST_BYTES
 from forwardpass_client import calls, combinations, ids, replicas, targets, transfers
+from forwardpass_client.async_model import AsyncRemoteFunctionalModel
 from forwardpass_client.call import Call
 from forwardpass_client.calls import FoundModel, ModelVersion, ModelWeights
 from forwardpass_client.combinations import Integers
 from forwardpass_client.credentials import Credentials, Tls, Token
 from forwardpass_client.deadlines import Deadline, check_timeout
 from forwardpass_client.held_weights import HeldWeights
-from forwardpass_client.model import AsyncRemoteFunctionalModel, RemoteFunctionalModel
+from forwardpass_client.model import RemoteFunctionalModel
 from forwardpass_client.options import Options
 from forwardpass_client.processes import Connected, check_fork, check_gevent
 from forwardpass_client.replicas import Transports

@@ -572,3 +572,45 @@ def test_the_command_trains_prints_the_id_and_saves_the_weights(server, model, t
     assert expected.weights.id not in command("--optimizer", momentum, "--weights", str(saved))
     assert "learning_rate: expected a number" in command(code=1)
     assert "expected one of Adadelta" in command("--optimizer", "sgdd", code=1)
+
+
+def test_callers_of_the_same_optimizer_share_its_preparation(server, model):
+    name = 'forwardpass_training_prepare_seconds_count{outcome="prepared"}'
+    before = server.metrics()[name]
+    optimizer = {"class_name": "RMSprop", "config": {"rho": 0.75}}
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        trainings = [
+            pool.submit(model.train, model.initial_weights, batches(2), optimizer=optimizer, learning_rate=0.01)
+            for _ in range(6)
+        ]
+        assert len({training.result().weights.id for training in trainings}) == 1
+    assert server.metrics()[name] == before + 1
+
+
+def test_states_take_half_of_the_messages_memory_and_others_wait():
+    x, y = np.ones((2, 4), np.float32), np.ones(2, np.float32)
+    go_on, began = threading.Event(), threading.Event()
+
+    def slowly():
+        yield x, y
+        began.set()
+        assert go_on.wait(60)
+
+    with ServerProcess("--factory", "wide=support.zoo:wide_1m", "--max-concurrent-mib", "4") as server:
+        with forwardpass_client.connect(server.address) as client, concurrent.futures.ThreadPoolExecutor(2) as pool:
+            model = client.model("wide")
+            start = model.put_weights(model.initial_weights)
+            with pytest.raises(errors.OutOfMemory, match="the state of this training: expected at most 2097152 bytes"):
+                model.train(start, [], optimizer="adam", learning_rate=0.1)
+            first = pool.submit(model.train, start, slowly(), learning_rate=0.1)
+            assert began.wait(60)
+            states = server.metrics()["forwardpass_training_states_bytes"]
+            assert 2**20 <= states < 2**21
+            second = pool.submit(model.train, start, [(x, y)], learning_rate=0.1)
+            wait_until(lambda: server.metrics()['forwardpass_training_updates_total{outcome="failed"}'] >= 2)
+            assert not second.done()
+            # Calls, and batches of the first training, still have room.
+            model.predict_on_batch(start, x)
+            go_on.set()
+            assert first.result(60).weights.id == second.result(60).weights.id
+            wait_until(lambda: states_are_freed(server))

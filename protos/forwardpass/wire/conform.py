@@ -296,7 +296,7 @@ def _cast(array: Array, spec: TensorSpec, place: str) -> Array:
         return strings
     if array.dtype.newbyteorder("=") == target:
         return array.astype(target)
-    if not _can_cast(array.dtype, spec.data_type):
+    if not can_cast(array.dtype, spec.data_type):
         raise _dtype_mismatch(array, spec, place)
     if array.dtype.kind in "iu" and target.kind in "iu" and array.size:
         low, high = array.min(), array.max()
@@ -309,7 +309,8 @@ def _cast(array: Array, spec: TensorSpec, place: str) -> Array:
         return array.astype(target)
 
 
-def _can_cast(source: np.dtype[Any], target: dtypes.DType) -> bool:
+def can_cast(source: np.dtype[Any], target: dtypes.DType) -> bool:
+    """Whether arrays of a dtype are cast to an element type: see `conform`."""
     if target is dtypes.BFLOAT16:
         return source.kind in "biuf"
     if source == dtypes.BFLOAT16.numpy:

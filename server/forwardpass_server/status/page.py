@@ -100,6 +100,7 @@ def _summary(recent: Window) -> str:
         [
             ("calls per second", _number(calls)),
             ("examples per second", _number(examples)),
+            ("training steps per second", _number(recent.rate("forwardpass_training_step_seconds_count"))),
             ("failed by the server", _share(failed / calls if calls else None)),
             ("median call", _seconds(recent.quantile(0.5, all_calls))),
             ("99% of calls within", _seconds(recent.quantile(0.99, all_calls))),

@@ -49,7 +49,7 @@ class ModelMetrics:
             self._load_seconds.labels(outcome)
         self._traces = families.counter(
             "forwardpass_traces_total",
-            "Graphs traced from Python: by the load of a model, and by the preparation of an optimizer. Calls never trace.",
+            "Graphs traced from Python: by loads of models, and by preparations of optimizers. Calls never trace.",
         )
         self._decode_seconds = families.histogram(
             "forwardpass_decode_seconds", "Seconds to decode a request to arrays."
