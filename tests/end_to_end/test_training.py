@@ -624,8 +624,8 @@ def test_states_take_half_of_the_messages_memory_and_others_wait():
                 model.train(start, [], optimizer="adam", learning_rate=0.1)
             first = pool.submit(model.train, start, slowly(), learning_rate=0.1)
             assert began.wait(60)
-            states = server.metrics()["forwardpass_training_states_bytes"]
-            assert 2**20 <= states < 2**21
+            # The client reads its second batch before the server has begun.
+            wait_until(lambda: 2**20 <= server.metrics()["forwardpass_training_states_bytes"] < 2**21)
             second = pool.submit(model.train, start, [(x, y)], learning_rate=0.1)
             wait_until(lambda: server.metrics()['forwardpass_training_updates_total{outcome="failed"}'] >= 2)
             assert not second.done()
