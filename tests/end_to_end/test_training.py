@@ -8,6 +8,7 @@ import signal
 import threading
 
 import grpc
+import keras
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -521,10 +522,26 @@ def test_only_prepared_optimizers_train_where_the_operator_says_so():
         with forwardpass_client.connect(server.address) as client:
             model = client.model("curves")
             traced = server.metrics()["forwardpass_traces_total"]
-            assert model.train(model.initial_weights, batches(2), optimizer="adam", learning_rate=1e-3).num_steps == 2
-            for options in ({"optimizer": "rmsprop"}, {"proximal": 1.0}):
+            # A Keras optimizer writes all of its options.
+            spellings = [
+                "adam",
+                {"class_name": "adam", "config": {"beta_1": 0.9}},
+                keras.optimizers.serialize(keras.optimizers.Adam(1e-3)),
+                keras.optimizers.Adam(1e-3),
+            ]
+            for _ in range(2):
+                ids = {
+                    model.train(model.initial_weights, batches(2), optimizer=one, learning_rate=1e-3).weights.id
+                    for one in spellings
+                }
+                assert len(ids) == 1
+            refused = {"optimizer": {"class_name": "Adam", "config": {"beta_1": 0.8}}}
+            for options in ({"optimizer": "rmsprop"}, refused, {"proximal": 1.0}):
                 with pytest.raises(errors.OptimizerNotSupported, match="prepares optimizers only with their model"):
                     model.train(model.initial_weights, batches(2), learning_rate=1e-3, **options)
+            unknown = {"class_name": "Adam", "config": {"nonsense": 1}}
+            with pytest.raises(errors.OptimizerNotSupported, match="keys among"):
+                model.train(model.initial_weights, batches(2), learning_rate=1e-3, optimizer=unknown)
             assert server.metrics()["forwardpass_traces_total"] == traced
 
 
