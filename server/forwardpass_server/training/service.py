@@ -173,7 +173,7 @@ class Trainings:
                 found="more",
                 retry_after_s=0.5,
             )
-        with self._admission.admitted(principal, size_bytes):
+        with self._admission.admitted_state(principal, size_bytes):
             self._states[principal] += size_bytes
             self._states_bytes += size_bytes
             try:
