@@ -6,10 +6,11 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Protocol
 
-from forwardpass.wire import errors
+from forwardpass.wire import errors, limits
 from forwardpass.wire.functions import Function
 from forwardpass_server.calls.admission import Admission
 from forwardpass_server.calls.model import Leaf, TrainingOptions
@@ -129,7 +130,8 @@ class Trainings:
         room = stack.enter_context(self._weights.room(principal, sum(map(_size_of, servable.model.initial_weights))))
         if start.optimizer_state_id:
             saved = await stack.enter_async_context(self._weights.use(principal, start.optimizer_state_id))
-            state_leaves = saved.fit(trainer.state_spec, "optimizer_state")
+            # Some 20 calls for each leaf: on a thread.
+            state_leaves = await asyncio.to_thread(saved.fit, trainer.state_spec, "optimizer_state")
             with_totals = start.checkpoint_sequence > 0
             state = await asyncio.to_thread(trainer.restored, leaves, state_leaves, with_totals=with_totals)
         else:
@@ -153,7 +155,10 @@ class Trainings:
         self, stack: contextlib.AsyncExitStack, principal: str, weights_id: bytes, servable: Servable
     ) -> Sequence[Leaf]:
         weights = await stack.enter_async_context(self._weights.use(principal, weights_id))
-        return weights.leaves(servable.identity.content_hash, servable.spec.weights)
+        fit = functools.partial(weights.leaves, servable.identity.content_hash, servable.spec.weights)
+        if len(servable.spec.weights.leaves) > limits.SMALL_LEAVES:
+            return await asyncio.to_thread(fit)
+        return fit()
 
     @contextlib.contextmanager
     def _admitted(self, principal: str, size_bytes: int) -> Iterator[None]:
