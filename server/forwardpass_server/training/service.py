@@ -127,7 +127,16 @@ class Trainings:
             first = await self._weights_leaves(stack, principal, start.start_weights_id, servable)
         trainer = await self._preparations.trainer(servable, options)
         stack.enter_context(self._admitted(principal, trainer.state_bytes))
-        room = stack.enter_context(self._weights.room(principal, sum(map(_size_of, servable.model.initial_weights))))
+        weights_bytes = sum(map(_size_of, servable.model.initial_weights))
+        saved_bytes = max(trainer.state_bytes - weights_bytes, 0)
+        room = stack.enter_context(self._weights.room(principal, weights_bytes))
+        state_room = None
+        if start.keep_optimizer_state:
+            state_room = stack.enter_context(self._weights.room(principal, saved_bytes))
+        if start.checkpoint_steps:
+            # A store that has no room for a checkpoint refuses the update before its first step.
+            with self._weights.room(principal, weights_bytes + saved_bytes):
+                pass
         if start.optimizer_state_id:
             saved = await stack.enter_async_context(self._weights.use(principal, start.optimizer_state_id))
             # Some 20 calls for each leaf: on a thread.
@@ -146,8 +155,8 @@ class Trainings:
             proximal=start.proximal,
             start=first[: len(trainable.leaves)],
             checkpoint_steps=start.checkpoint_steps,
-            keep_optimizer_state=start.keep_optimizer_state,
             room=room,
+            state_room=state_room,
         )
         return Update(job, state, start.checkpoint_sequence, self._turns, self._weights, self._observer)
 
