@@ -321,6 +321,7 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         trainable: Any = None,
         checkpoint_steps: int | None = None,
         max_streams: int = 4,
+        progress: TrainingProgress | None = None,
         timeout_s: float | None = None,
     ) -> AsyncIterator[TrainingResult]:
         deadline = self._deadline(timeout_s, is_renewable=True)
@@ -342,7 +343,7 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
             own = Deadline(self._timeout_s, is_renewable=True) if deadline.is_renewable else deadline
             return AsyncTrainingStream(self._transport, self._calls, own)
 
-        async with AsyncStreamPool(open_stream, max_streams) as pool:
+        async with AsyncStreamPool(open_stream, max_streams, progress) as pool:
             async for client in each(clients):
                 pool.submit(run, *self._client(pool.count, client, default))
                 while pool.is_full:

@@ -268,6 +268,7 @@ class RemoteFunctionalModel(FunctionalModelApi):
         trainable: Any = None,
         checkpoint_steps: int | None = None,
         max_streams: int = 4,
+        progress: TrainingProgress | None = None,
         timeout_s: float | None = None,
     ) -> Iterator[TrainingResult]:
         deadline = self._deadline(timeout_s, is_renewable=True)
@@ -279,7 +280,7 @@ class RemoteFunctionalModel(FunctionalModelApi):
             trainable=trainable,
             checkpoint_steps=checkpoint_steps,
         )
-        return self._train_many(clients, weights, options, epochs, max_streams, deadline)
+        return self._train_many(clients, weights, options, epochs, max_streams, progress, deadline)
 
     def _train_many(
         self,
@@ -288,6 +289,7 @@ class RemoteFunctionalModel(FunctionalModelApi):
         options: UpdateOptions,
         epochs: int,
         max_streams: int,
+        progress: TrainingProgress | None,
         deadline: Deadline,
     ) -> Iterator[TrainingResult]:
         default = None if weights is None else self._put_at_start(weights, deadline)
@@ -301,7 +303,7 @@ class RemoteFunctionalModel(FunctionalModelApi):
             own = Deadline(self._timeout_s, is_renewable=True) if deadline.is_renewable else deadline
             return TrainingStream(self._transport, self._calls, own)
 
-        with StreamPool(open_stream, max_streams) as pool:
+        with StreamPool(open_stream, max_streams, progress) as pool:
             for client in clients:
                 pool.submit(run, *self._client(pool.count, client, default))
                 while pool.is_full:

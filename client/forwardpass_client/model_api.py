@@ -442,6 +442,7 @@ class FunctionalModelApi(Connected, abc.ABC):
         trainable: Any = None,
         checkpoint_steps: int | None = None,
         max_streams: int = 4,
+        progress: TrainingProgress | None = None,
         timeout_s: float | None = None,
     ) -> Any:
         """Yields the `TrainingResult` of each of many trainings, in order. Several run at once.
@@ -450,6 +451,8 @@ class FunctionalModelApi(Connected, abc.ABC):
           of `train`, or None for `weights`. It is read as results come; the batches are read on other threads.
         weights: those at the start of each training that has no weights of its own.
         max_streams: how many trainings run at once. Twice as many clients are read before their results are yielded.
+        progress: called with the number of trainings that have ended, from other threads but one call at a time. A
+          training may end before one that comes earlier in the order.
         timeout_s: seconds until DeadlineExceeded for all trainings together; None as of `train`.
         optimizer, learning_rate, epochs, proximal, trainable, checkpoint_steps: as of `train`, for each training.
         Raises what `train` raises, and TypeError or ValueError for clients that are not such pairs. The first error

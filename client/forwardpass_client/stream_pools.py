@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from forwardpass.wire import errors
-from forwardpass_client.training import AsyncTrainingStream, TrainingStream, abandoning
+from forwardpass_client.training import AsyncTrainingStream, TrainingProgress, TrainingStream, abandoning
 from forwardpass_client.updates_in_flight import Answer
 
 MAX_STREAMS = 64
@@ -37,9 +37,12 @@ class StreamPool:
 
     A context manager: leaving it after an error, or before all results were read, ends all trainings.
     open_stream: opens another stream. max_streams: how many there are at most.
+    progress: called with the number of trainings that have ended, one call after the other.
     """
 
-    def __init__(self, open_stream: Callable[[], TrainingStream], max_streams: int) -> None:
+    def __init__(
+        self, open_stream: Callable[[], TrainingStream], max_streams: int, progress: TrainingProgress | None
+    ) -> None:
         self._open_stream = open_stream
         self._max_streams = max_streams
         self._threads = concurrent.futures.ThreadPoolExecutor(max_streams, "forwardpass-training")
@@ -50,6 +53,10 @@ class StreamPool:
         self._is_closed = False
         # How many trainings were submitted.
         self.count = 0
+        self._progress = progress
+        self._ended = 0
+        # Apart from `_changing`: a callback that takes long must not keep other trainings from their streams.
+        self._telling = threading.Lock()
 
     def submit(self, run: Callable[[TrainingStream, Any, Any], Answer], batches: Any, weights: Any) -> None:
         """Runs run(stream, batches, weights) when a thread is free."""
@@ -71,6 +78,10 @@ class StreamPool:
             answer = run(stream, batches, weights)
         with self._changing:
             self._free.append(stream)
+        with self._telling:
+            self._ended += 1
+            if self._progress is not None:
+                self._progress(self._ended)
         return answer
 
     @property
@@ -116,10 +127,14 @@ class StreamPool:
 class AsyncStreamPool:
     """`StreamPool` for asyncio: trainings are tasks."""
 
-    def __init__(self, open_stream: Callable[[], AsyncTrainingStream], max_streams: int) -> None:
+    def __init__(
+        self, open_stream: Callable[[], AsyncTrainingStream], max_streams: int, progress: TrainingProgress | None
+    ) -> None:
         self._open_stream = open_stream
         self._max_streams = max_streams
         self._places = asyncio.Semaphore(max_streams)
+        self._progress = progress
+        self._ended = 0
         self._results: collections.deque[asyncio.Task[Answer]] = collections.deque()
         self._streams: list[AsyncTrainingStream] = []
         self._free: list[AsyncTrainingStream] = []
@@ -144,6 +159,9 @@ class AsyncStreamPool:
             with _naming(number):
                 answer = await run(stream, batches, weights)
             self._free.append(stream)
+            self._ended += 1
+            if self._progress is not None:
+                self._progress(self._ended)
             return answer
 
     @property

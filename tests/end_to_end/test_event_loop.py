@@ -21,13 +21,14 @@ from forwardpass.wire.structures import Structure
 from forwardpass.wire.trees import LEAF, NONE, Kind, TreeDef
 from forwardpass_server.app import parts as app_parts
 from forwardpass_server.app.settings import Settings
+from support import trainable_models
 from support.turns import Turns
 
 # A message of the limits that the event loop decodes itself takes a tenth of it, and a slice of a manifest as much.
 # Each of the structures below would take a million.
 MAX_CALLS = 30_000
 
-PIPELINE, EVALUATE = METHODS["Pipeline"].path, METHODS["Evaluate"].path
+PIPELINE, EVALUATE, TRAIN = (METHODS[name].path for name in ("Pipeline", "Evaluate", "Train"))
 
 
 class Served:
@@ -41,6 +42,7 @@ class Served:
 
     async def _serve(self) -> None:
         factories = {name: f"support.zoo:{name}" for name in ("counting", "words")}
+        factories["many_leaves"] = "support.trainable_models:many_leaves"
         settings = Settings(host="127.0.0.1", port=0, factories=factories, metrics_port=None)
         parts = await app_parts.join(settings, None)
         await parts.management.load_all()
@@ -58,7 +60,7 @@ class Served:
         self._thread.join()
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
+    def watched(self, most: int = MAX_CALLS) -> Iterator[None]:
         """Asserts that no turn meanwhile was a long one."""
         self.turns.most = 0
         self.turns.start()
@@ -66,7 +68,7 @@ class Served:
             yield
         finally:
             self.turns.stop()
-        assert 0 < self.turns.most <= MAX_CALLS, (self.turns.most, self.turns.where)
+        assert 0 < self.turns.most <= most, (self.turns.most, self.turns.where)
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +218,78 @@ def test_an_answer_of_many_strings_does_not_block_the_event_loop(served, client)
         assert model.predict_on_batch(model.initial_weights, x).shape == x.shape
 
 
+# A model of 2,000 leaves, whose load takes minutes, would need MAX_CALLS in a turn.
+MAX_CALLS_OF_MANY_LEAVES = MAX_CALLS * trainable_models.MANY_LEAVES // 2_000
+MASK = tuple(not index % 2 for index in range(trainable_models.MANY_LEAVES))
+
+
+@pytest.mark.parametrize("options", [{}, {"trainable": MASK}], ids=["all leaves", "some leaves"])
+def test_a_training_of_many_leaves_does_not_block_the_event_loop(served, client, options):
+    model = client.model("many_leaves")
+    handle = model.put_weights(model.initial_weights)
+    batches = [(np.ones(3, np.float32), np.zeros(3, np.float32))] * 4
+    options = {"learning_rate": 0.1, "optimizer": {"class_name": "SGD", "config": {"momentum": 0.9}}, **options}
+    with served.watched(MAX_CALLS_OF_MANY_LEAVES):
+        result = model.train(handle, batches, checkpoint_steps=2, keep_optimizer_state=True, **options)
+        model.train(result.weights, batches, optimizer_state=result.optimizer_state, proximal=1.0, **options)
+    assert result.num_steps == 4
+
+
+def test_gradients_of_many_leaves_do_not_block_the_event_loop(served, client):
+    model = client.model("many_leaves")
+    handle = model.put_weights(model.initial_weights)
+    batch = np.ones(3, np.float32), np.zeros(3, np.float32)
+    with served.watched(MAX_CALLS_OF_MANY_LEAVES):
+        _, kept = model.forward_backward(handle, batch, keep=True)
+        _, gradients = model.forward_backward(handle, batch)
+        model.vjp(handle, batch[0], np.ones(3, np.float32))
+    assert len(gradients) == len(model.get_weights(kept)[0]) == trainable_models.MANY_LEAVES
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"trainable": [True] * 10_000_000},
+        {"optimizer": '{"class_name":"SGD","config":{' + ",".join(f'"{n}":0' for n in range(400_000)) + "}}"},
+        {"optimizer": '{"class_name":"SGD","config":{' + ",".join(f'"{n}":0' for n in range(1_500)) + "}}"},
+        {"optimizer": "[" * 16_000},
+    ],
+    ids=["many booleans", "long optimizer", "optimizer of many options", "deep optimizer"],
+)
+def test_a_large_start_of_a_training_does_not_block_the_event_loop(served, client, channel, changes):
+    model = client.model("many_leaves")
+    weights_id = bytes.fromhex(model.put_weights(model.initial_weights).id)
+    values = {"optimizer": "sgd", "learning_rate": 0.1, **changes}
+    start = v1.TrainingStart(model=v1.ModelSelector(name="many_leaves"), weights_id=weights_id, **values)
+    request = v1.TrainRequest(start=start, finish=True).SerializeToString()
+    with served.watched(), pytest.raises(grpc.RpcError) as raised:
+        list(channel.stream_stream(TRAIN)(iter([request]), timeout=120))
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(raised.value.details()) < 4000
+
+
+@pytest.mark.parametrize("kind", ["many leaves", "many strings"])
+def test_a_training_batch_of_many_parts_does_not_block_the_event_loop(served, client, channel, kind):
+    model = client.model("many_leaves")
+    weights_id = bytes.fromhex(model.put_weights(model.initial_weights).id)
+    start = v1.TrainingStart(
+        model=v1.ModelSelector(name="many_leaves"), weights_id=weights_id, optimizer="sgd", learning_rate=0.1
+    )
+    request = messages.encode(v1.TrainingBatch(), {"batch_input.x": STRUCTURES[kind]()})
+    outbox = Outbox(answers=False, in_order=True)
+    outbox.put(1, frames.encode_call("", None, len(request)), request)
+
+    def requests() -> Iterator[bytes]:
+        yield v1.TrainRequest(start=start).SerializeToString()
+        while outbox:
+            yield outbox.next_message()
+
+    with served.watched(), pytest.raises(grpc.RpcError) as raised:
+        list(channel.stream_stream(TRAIN)(requests(), timeout=120))
+    assert raised.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "batch 1: " in raised.value.details()
+
+
 UNKNOWN = b"\xa0\x06\x01"
 
 
@@ -245,7 +319,7 @@ def test_unknown_fields_of_tensors_do_not_block_the_event_loop(served, channel):
     assert "at most 524288 fields in a message" in found.details()
 
 
-@pytest.mark.parametrize("path", [PIPELINE, EVALUATE])
+@pytest.mark.parametrize("path", [PIPELINE, EVALUATE, TRAIN])
 def test_messages_of_many_frames_do_not_block_the_event_loop(served, channel, path):
     message = v1.PipelineRequest(frames=[v1.CallFrame(call=1, method="?")] * 50_000).SerializeToString()
     many_fields = b"\x0a" + frames.fields.varint(3 * 100_000) + UNKNOWN * 100_000

@@ -21,8 +21,9 @@ from grpc_reflection.v1alpha import reflection_pb2
 
 import forwardpass_client
 from forwardpass import v1
-from forwardpass.wire import errors
+from forwardpass.wire import errors, messages
 from forwardpass.wire.methods import MANAGEMENT_SERVICE, METHODS, MODEL_SERVICE, SERVICES
+from forwardpass.wire.structures import Structure
 from forwardpass_server.access import tokens
 from forwardpass_server.access.tokens import Role
 from support import zoo
@@ -74,6 +75,7 @@ class Guarded:
     alice: str
     bob: str
     operator: str
+    manager: str
     expired: str
 
     def add(self, token: tokens.Token) -> None:
@@ -89,6 +91,7 @@ def guarded(tmp_path_factory, repository):
         "alice": tokens.create("alice", [Role.CALL], None),
         "bob": tokens.create("bob", [Role.CALL], time.time() + 3600),
         "operator": tokens.create("operator", [Role.CALL, Role.MANAGE], None),
+        "manager": tokens.create("manager", [Role.MANAGE], None),
         "expired": tokens.create("late", [Role.CALL], time.time() - 1),
     }
     file = tmp_path_factory.mktemp("tokens") / "tokens"
@@ -200,6 +203,56 @@ def test_weights_of_one_principal_are_not_found_by_another(guarded):
         assert alice.model("keras_cnn").get_weights(ours)
 
 
+def requests_with(weights_id: bytes, ours: bytes) -> dict[str, tuple[str, bytes]]:
+    """Requests that use a set of weights: the method, and the request. ours: a set that the caller may use."""
+    model = v1.ModelSelector(name="keras_cnn")
+
+    def train(**values) -> tuple[str, bytes]:
+        start = v1.TrainingStart(model=model, optimizer="sgd", learning_rate=0.1, **values)
+        return "Train", v1.TrainRequest(start=start, finish=True).SerializeToString()
+
+    def combine(*ids: bytes) -> tuple[str, bytes]:
+        terms = [v1.WeightsTerm(weights_id=one, coefficient=1) for one in ids]
+        return "CombineWeights", v1.CombineWeightsRequest(terms=terms).SerializeToString()
+
+    x = Structure.of(np.ones((2, 6, 6, 1), np.float32))
+    labelled = {"batch_input.x": x, "batch_input.y": Structure.of(np.zeros(2, np.int64))}
+    cotangents = {"x": x, "cotangents": Structure.of(np.ones((2, 4), np.float32))}
+    forward_backward = v1.ForwardBackwardRequest(model=model, weights_id=weights_id)
+    return {
+        "train": train(weights_id=weights_id),
+        "train from a start": train(weights_id=ours, start_weights_id=weights_id, proximal=1.0),
+        "train with a state": train(weights_id=ours, optimizer_state_id=weights_id),
+        "train from a checkpoint": train(weights_id=ours, optimizer_state_id=weights_id, checkpoint_sequence=1),
+        "forward_backward": ("ForwardBackward", messages.encode(forward_backward, labelled)),
+        "vjp": ("Vjp", messages.encode(v1.VjpRequest(model=model, weights_id=weights_id), cotangents)),
+        "combine, first": combine(weights_id, ours),
+        "combine, second": combine(ours, weights_id),
+    }
+
+
+@pytest.mark.parametrize("name", requests_with(b"", b""))
+def test_sets_of_another_principal_do_not_exist_for_training_gradients_and_combinations(guarded, name):
+    x, y = np.ones((2, 6, 6, 1), np.float32), np.zeros(2, np.int64)
+    with connect(guarded, guarded.alice) as alice, connect(guarded, guarded.bob) as bob:
+        model, other = alice.model("keras_cnn"), bob.model("keras_cnn")
+        # Sets that bob does not have.
+        result = model.train(model.initial_weights, [(x, y)] * 3, learning_rate=0.1, keep_optimizer_state=True)
+        theirs = result.optimizer_state.id if "state" in name or "checkpoint" in name else result.weights.id
+        ours = bytes.fromhex(other.put_weights(other.initial_weights).id)
+
+        def refused(weights_id: bytes, token: str) -> str:
+            method, request = requests_with(weights_id, ours)[name]
+            streams = METHODS[method].streams_requests, METHODS[method].streams_responses
+            with pytest.raises(errors.WeightsNotFound) as caught:
+                call(guarded.server.address, METHODS[method].path, streams, token, request)
+            return str(caught.value).replace(weights_id.hex(), "ID")
+
+        assert refused(bytes.fromhex(theirs), guarded.bob) == refused(b"\x01" * 32, guarded.bob)
+        # They still exist for their owner.
+        model.get_weights(result.weights)
+
+
 def test_tokens_are_added_and_revoked_without_a_restart(guarded):
     secret, token = tokens.create("carol", [Role.CALL], None)
     with connect(guarded, secret) as client:
@@ -249,6 +302,15 @@ def test_a_call_beyond_a_principals_share_is_refused_and_another_principal_is_se
     assert caught.value.retry_after_s > 0
 
 
+def test_trainings_at_once_end_although_a_principal_has_one_call(guarded):
+    x, y = np.ones((2, 6, 6, 1), np.float32), np.zeros(2, np.int64)
+    with connect(guarded, guarded.alice) as alice:
+        model = alice.model("keras_cnn")
+        clients = [([(x, y)] * 3, None)] * 4
+        results = list(model.train_many(clients, weights=model.initial_weights, learning_rate=0.1, max_streams=4))
+    assert [result.num_steps for result in results] == [3] * 4
+
+
 def test_weights_beyond_a_principals_share_are_refused_and_another_principal_has_room(guarded):
     # A share is half of what there is, 2.5 MiB.
     with connect(guarded, guarded.alice) as alice, connect(guarded, guarded.bob) as bob:
@@ -284,6 +346,17 @@ def test_management_requires_its_role_and_its_own_port(guarded):
         with pytest.raises(errors.MethodNotSupported):
             call(guarded.server.address, method.path, token=guarded.operator)
     assert management(guarded, "DescribeModels", guarded.operator).models
+
+
+@pytest.mark.parametrize(
+    "method",
+    [method for name, methods in SERVICES.items() if name != MANAGEMENT_SERVICE for method in methods.values()],
+    ids=lambda method: method.path,
+)
+def test_every_other_method_requires_the_role_call(guarded, method):
+    streams = method.streams_requests, method.streams_responses
+    with pytest.raises(errors.PermissionDenied, match="'manager' lacks the role 'call', which this port requires"):
+        call(guarded.server.address, method.path, streams, guarded.manager)
 
 
 def test_versions_are_loaded_reloaded_and_unloaded_by_name(guarded, repository):

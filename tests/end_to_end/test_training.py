@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import shutil
 import signal
+import subprocess
+import sys
 import threading
 
 import grpc
+import keras
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -136,7 +140,10 @@ def test_many_trainings_come_in_order(model):
     data = batches(8)
     starts = [None, model.initial_weights, model.train(model.initial_weights, data, learning_rate=0.1).weights]
     clients = [(data[: index % 9], starts[index % 3]) for index in range(20)]
-    results = list(model.train_many(clients, weights=model.initial_weights, learning_rate=0.1, max_streams=3))
+    told = []
+    options = {"learning_rate": 0.1, "max_streams": 3, "progress": told.append}
+    results = list(model.train_many(clients, weights=model.initial_weights, **options))
+    assert told == list(range(1, 21))
     for (own, start), result in zip(clients, results, strict=True):
         expected = model.train(model.initial_weights if start is None else start, own, learning_rate=0.1)
         assert (result.weights.id, result.num_steps) == (expected.weights.id, len(own))
@@ -202,7 +209,10 @@ def test_asyncio_does_the_same(server):
             with pytest.raises(ValueError, match="got an iterator"):
                 await model.train(start, slowly(), learning_rate=0.1, epochs=2)
             clients = [(data[:count], None) for count in range(10)]
-            found = [result async for result in model.train_many(clients, weights=start, learning_rate=0.1)]
+            told = []
+            options = {"learning_rate": 0.1, "progress": told.append}
+            found = [result async for result in model.train_many(clients, weights=start, **options)]
+            assert told == list(range(1, 11))
             assert [result.num_steps for result in found] == list(range(10))
             with pytest.raises(errors.OptimizerNotSupported):
                 await model.train(start, data, optimizer="nobody", learning_rate=0.1)
@@ -536,15 +546,176 @@ def test_a_training_over_an_iterator_says_why_it_cannot_go_on():
                 training.result(60)
 
 
+def test_an_optimizer_state_of_another_optimizer_or_model_names_what_differs(model):
+    adam = {"optimizer": "adam", "learning_rate": 0.01}
+    state = model.train(model.initial_weights, batches(2), keep_optimizer_state=True, **adam).optimizer_state
+    frozen = {**adam, "trainable": (False, True, True, True)}
+    for options in ({**adam, "optimizer": "rmsprop"}, {**adam, "optimizer": "adamax"}, frozen):
+        with pytest.raises(errors.StructureMismatch, match=r"optimizer_state\['optimizer'\]: expected keys"):
+            model.train(model.initial_weights, batches(2), optimizer_state=state, **options)
+    # A change of numbers only: the state fits.
+    changed = {"optimizer": {"class_name": "Adam", "config": {"beta_1": 0.8}}, "learning_rate": 0.5}
+    assert model.train(model.initial_weights, batches(2), optimizer_state=state, **changed).num_steps == 2
+
+
+def test_trainings_of_the_same_weights_by_different_optimizers_do_not_disturb_each_other(model):
+    handle, data = model.put_weights(model.initial_weights), batches(20)
+    optimizers = ["sgd", "adam", {"class_name": "SGD", "config": {"momentum": 0.9}}] * 3
+
+    def train(optimizer) -> str:
+        return model.train(handle, data, optimizer=optimizer, learning_rate=0.1).weights.id
+
+    expected = [train(optimizer) for optimizer in optimizers]
+    with concurrent.futures.ThreadPoolExecutor(len(optimizers)) as pool:
+        assert list(pool.map(train, optimizers)) == expected
+    assert len(set(expected)) == 3
+
+
+ENDLESS = """
+import sys
+import forwardpass_client
+from support import zoo
+
+def forever():
+    while True:
+        yield zoo.curves_batch(16, 0)[:2]
+
+with forwardpass_client.connect(sys.argv[1]) as client:
+    model = client.model("curves")
+    progress = lambda count: print(count, flush=True)
+    model.train(model.initial_weights, forever(), learning_rate=0.1, checkpoint_steps=5, progress=progress)
+"""
+
+
+def test_a_client_that_is_killed_leaves_no_state(server):
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, server.address], stdout=subprocess.PIPE, text=True
+    ) as process:
+        while int(process.stdout.readline()) < 30:
+            pass
+        assert server.metrics()["forwardpass_training_states_bytes"] > 0
+        process.kill()
+    wait_until(lambda: states_are_freed(server))
+
+
+def test_a_weights_store_without_room_refuses_a_training_before_its_first_step():
+    batch = np.ones((2, 4), np.float32), np.ones(2, np.float32)
+    arguments = ("--factory", "wide=support.zoo:wide_1m", "--weights-mib", "5")
+    with ServerProcess(*arguments) as server, forwardpass_client.connect(server.address) as client:
+        model = client.model("wide")
+        held = [model.put_weights(zoo.wide_weights(2**20, seed)) for seed in range(5)]
+        for handle in held:
+            handle.lease(600)
+        told = []
+        adam = {"optimizer": "adam", "learning_rate": 0.1, "progress": told.append}
+
+        def steps_before_the_refusal(**options) -> list[int]:
+            with pytest.raises(errors.WeightStoreFull, match="no room for"):
+                model.train(held[0], [batch] * 40, **adam, **options)
+            return told
+
+        assert steps_before_the_refusal() == []
+        held[1].lease(0)
+        # There is room for the weights, and none for the two moments of each weight.
+        for options in ({"keep_optimizer_state": True}, {"checkpoint_steps": 30}):
+            assert steps_before_the_refusal(**options) == []
+        assert model.train(held[0], [batch] * 40, **adam).num_steps == 40
+        for handle in held[1:]:
+            handle.lease(0)
+        assert model.train(held[0], [batch] * 40, keep_optimizer_state=True, **adam).optimizer_state is not None
+        wait_until(lambda: states_are_freed(server))
+
+
+@pytest.mark.parametrize("method", ["ReloadModel", "UnloadModel"])
+def test_a_training_goes_on_with_the_model_that_it_began_with(tmp_path, method):
+    folder = tmp_path / "models"
+    zoo.write_repository(folder)
+    shutil.move(folder / "keras_cnn" / "1", tmp_path / "served" / "cnn" / "1")
+    data = [(np.full((2, 6, 6, 1), value, np.float32), np.zeros(2, np.int64)) for value in range(20)]
+    arguments = ("--model-repository", str(tmp_path / "served"), "--management-port", "0")
+    with ServerProcess(*arguments) as server, forwardpass_client.connect(server.address) as client:
+        model = client.model("cnn")
+        expected = model.train(model.initial_weights, data, learning_rate=0.1).weights.id
+        told = []
+
+        def changing():
+            yield from data[:10]
+            wait_until(lambda: told[-1:] == [10])
+            request = METHODS[method].request(model=v1.ModelSelector(name="cnn", version=1))
+            with grpc.insecure_channel(server.management_address) as channel:
+                channel.unary_unary(METHODS[method].path)(request.SerializeToString(), timeout=60)
+            yield from data[10:]
+
+        result = model.train(model.initial_weights, changing(), learning_rate=0.1, progress=told.append)
+        assert result.weights.id == expected
+        if method == "UnloadModel":
+            with pytest.raises(errors.ModelNotFound):
+                model.train(model.initial_weights, data, learning_rate=0.1)
+
+
+class WithoutTraining(grpc.GenericRpcHandler):
+    """Passes calls on to a server, as if it were an older one that has no training."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._channel = channel
+
+    def service(self, details):
+        path, metadata = details.method, details.invocation_metadata
+        if path == METHODS["Train"].path:
+            return None
+        own = next((method for method in METHODS.values() if method.path == path), None)
+        if own is None or own.is_unary:
+            call = self._channel.unary_unary(path)
+            return grpc.unary_unary_rpc_method_handler(lambda request, context: call(request, metadata=metadata))
+        stream = self._channel.stream_stream(path)
+        return grpc.stream_stream_rpc_method_handler(lambda requests, context: stream(requests, metadata=metadata))
+
+
+def test_a_server_without_training_says_so(server):
+    options = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
+    with grpc.insecure_channel(server.address, options) as channel:
+        older = grpc.server(concurrent.futures.ThreadPoolExecutor(8), handlers=[WithoutTraining(channel)])
+        port = older.add_insecure_port("127.0.0.1:0")
+        older.start()
+        try:
+            with forwardpass_client.connect(f"127.0.0.1:{port}") as client:
+                model = client.model("curves")
+                data = batches(3)
+                with pytest.raises(errors.MethodNotSupported, match="older than the client"):
+                    model.train(model.initial_weights, data, learning_rate=0.1)
+                with pytest.raises(errors.MethodNotSupported, match="older than the client"):
+                    list(model.train_many([(data, None)] * 3, weights=model.initial_weights, learning_rate=0.1))
+                # What the server has goes on.
+                assert model.forward_backward(model.initial_weights, data[0])[0].num_examples == 16
+        finally:
+            older.stop(None).wait()
+
+
 def test_only_prepared_optimizers_train_where_the_operator_says_so():
     with ServerProcess(*CURVES, "--training-optimizers", "prepared") as server:
         with forwardpass_client.connect(server.address) as client:
             model = client.model("curves")
             traced = server.metrics()["forwardpass_traces_total"]
-            assert model.train(model.initial_weights, batches(2), optimizer="adam", learning_rate=1e-3).num_steps == 2
-            for options in ({"optimizer": "rmsprop"}, {"proximal": 1.0}):
+            # A Keras optimizer writes all of its options.
+            spellings = [
+                "adam",
+                {"class_name": "adam", "config": {"beta_1": 0.9}},
+                keras.optimizers.serialize(keras.optimizers.Adam(1e-3)),
+                keras.optimizers.Adam(1e-3),
+            ]
+            for _ in range(2):
+                ids = {
+                    model.train(model.initial_weights, batches(2), optimizer=one, learning_rate=1e-3).weights.id
+                    for one in spellings
+                }
+                assert len(ids) == 1
+            refused = {"optimizer": {"class_name": "Adam", "config": {"beta_1": 0.8}}}
+            for options in ({"optimizer": "rmsprop"}, refused, {"proximal": 1.0}):
                 with pytest.raises(errors.OptimizerNotSupported, match="prepares optimizers only with their model"):
                     model.train(model.initial_weights, batches(2), learning_rate=1e-3, **options)
+            unknown = {"class_name": "Adam", "config": {"nonsense": 1}}
+            with pytest.raises(errors.OptimizerNotSupported, match="keys among"):
+                model.train(model.initial_weights, batches(2), learning_rate=1e-3, optimizer=unknown)
             assert server.metrics()["forwardpass_traces_total"] == traced
 
 

@@ -161,6 +161,26 @@ def penalised() -> FunctionalModel:
     )
 
 
+# More than a server handles on its event loop. A load prepares three optimizers: some 50 ms for each leaf.
+MANY_LEAVES = 264
+
+
+def many_leaves() -> FunctionalModel:
+    """Predicts multiples of x. Its trainable weights are many numbers."""
+
+    @tf.function
+    def predict_on_batch(model_weights: Any, x: Any, training: bool) -> Any:
+        return x * tf.add_n(list(model_weights[0]))
+
+    return FunctionalModel(
+        initial_weights=(tuple(np.float32(index) / MANY_LEAVES for index in range(MANY_LEAVES)), ()),
+        predict_on_batch_fn=predict_on_batch,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_mean((output - label) ** 2),
+        metrics_fns=None,
+        input_spec=(tf.TensorSpec([None], tf.float32), tf.TensorSpec([None], tf.float32)),
+    )
+
+
 def without_metrics() -> FunctionalModel:
     """`linear` as TFF saves it: without its metrics."""
     plain = linear()

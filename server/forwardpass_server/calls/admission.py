@@ -27,10 +27,14 @@ class Limits:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Use:
-    """What is in use, by all principals or by one. waiting_bytes: of requests that wait for room."""
+    """What is in use, by all principals or by one.
+
+    size_bytes: with state_bytes, those of states. waiting_bytes: of requests that wait for room.
+    """
 
     calls: int = 0
     size_bytes: int = 0
+    state_bytes: int = 0
     waiting_bytes: int = 0
 
 
@@ -118,6 +122,24 @@ class Admission:
             self.leave(principal, size_bytes)
 
     @contextlib.contextmanager
+    def admitted_state(self, principal: str, size_bytes: int) -> Iterator[None]:
+        """Admits the state of a training for the duration of the context. Raises ServerOverloaded.
+
+        It does not count as a call, and a single request is admitted beside it, whatever its size: its training ends
+        only after its batches, so that none of them may wait for room which the state takes.
+        """
+        self.enter(principal, size_bytes, calls=0)
+        own = self._by_principal[principal]
+        for use in (own, self._use):
+            use.state_bytes += size_bytes
+        try:
+            yield
+        finally:
+            for use in (own, self._use):
+                use.state_bytes -= size_bytes
+            self.leave(principal, size_bytes, calls=0)
+
+    @contextlib.contextmanager
     def waiting(self, principal: str, held_bytes: int, refusal: errors.ServerOverloaded) -> Iterator[None]:
         """Counts a request that waits for room, for the duration of the context.
 
@@ -149,7 +171,7 @@ def _check(use: _Use, limits: Limits, size_bytes: int, calls: int, place: str, t
     if use.calls + calls > limits.calls:
         raise _refusal(place, f"{limits.calls}", f"{use.calls + calls}" if tells_total else "more")
     # A single request is always admitted: the message size limit bounds it.
-    if use.size_bytes and use.size_bytes + size_bytes > limits.size_bytes:
+    if use.size_bytes > use.state_bytes and use.size_bytes + size_bytes > limits.size_bytes:
         raise _refusal(place, f"{limits.size_bytes} bytes", f"{use.size_bytes + size_bytes}" if tells_total else "more")
 
 

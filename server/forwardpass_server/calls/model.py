@@ -40,7 +40,13 @@ class LoadedModel(Protocol):
         """
 
     def trainer(self, options: TrainingOptions) -> Trainer | None:
-        """The trainer for these options; None if it is not prepared."""
+        """The trainer for these options; None if it is not prepared. May miss another spelling of the optimizer."""
+
+    def find_trainer(self, options: TrainingOptions) -> Trainer | None:
+        """The trainer for these options, whatever the spelling of the optimizer; None if it is not prepared.
+
+        Takes milliseconds, and traces no graph. Raises OptimizerNotSupported.
+        """
 
     def prepare_trainer(self, options: TrainingOptions) -> Trainer:
         """Prepares a trainer, which takes from tenths of a second to seconds. For a thread of its own.

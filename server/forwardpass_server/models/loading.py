@@ -79,6 +79,10 @@ class TensorFlowModel:
         """See `calls.model.LoadedModel.trainer`."""
         return self.trainers.get(options)
 
+    def find_trainer(self, options: TrainingOptions) -> Trainer | None:
+        """See `calls.model.LoadedModel.find_trainer`."""
+        return self.trainers.find(options)
+
     @garbage.young_only()
     def prepare_trainer(self, options: TrainingOptions) -> Trainer:
         """See `calls.model.LoadedModel.prepare_trainer`."""

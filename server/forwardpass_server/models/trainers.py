@@ -70,6 +70,18 @@ class Trainers:
                 return self._others[name]
             return self._kept.get(name)
 
+    def find(self, options: TrainingOptions) -> Trainer | None:
+        """Like `get`, and also finds a trainer whose optimizer was prepared under another spelling.
+
+        It makes the optimizer, which takes milliseconds, and traces no graph. Raises OptimizerNotSupported.
+        """
+        name = dataclasses.replace(options, optimizer=resolved(options.optimizer))
+        found = self.get(name)
+        if found is not None:
+            with self._lock:
+                self._remember(options, name)
+        return found
+
     def prepare(self, options: TrainingOptions, *, keep: bool = False) -> Trainer:
         """Prepares a trainer, or returns the one that was prepared meanwhile.
 
@@ -90,14 +102,14 @@ class Trainers:
                     self._others[name] = found
                     while len(self._others) > _MAX_OTHERS:
                         self._others.popitem(last=False)
-                for spelling in (options, name):
-                    self._names[spelling] = name
-                    self._names.move_to_end(spelling)
-                self._forget_names()
+                self._remember(options, name)
             return found
 
-    def _forget_names(self) -> None:
-        """Drops spellings of trainers that are gone, and the oldest others."""
+    def _remember(self, options: TrainingOptions, name: TrainingOptions) -> None:
+        """Notes a spelling. Drops spellings of trainers that are gone, and the oldest others."""
+        for spelling in (options, name):
+            self._names[spelling] = name
+            self._names.move_to_end(spelling)
         gone = [key for key, name in self._names.items() if name not in self._others and name not in self._kept]
         for key in gone:
             del self._names[key]

@@ -84,6 +84,10 @@ class GraphTrainer:
         except Exception as error:  # Keras, for a data type or a shape that an optimizer does not take.
             raise _unfit(error) from error
         self._spec = graphs.spec
+        self._state_bytes = sum(
+            math.prod(1 if dim is None else dim for dim in leaf.shape or ()) * max(leaf.data_type.itemsize, 1)
+            for leaf in (*model.spec.weights.leaves, *self._spec.leaves)
+        )
         self._changed = graphs.changed
         self._has_schedule = graphs.optimizer.has_schedule
         self._num_metrics = graphs.num_metrics
@@ -97,10 +101,7 @@ class GraphTrainer:
     @property
     def state_bytes(self) -> int:
         """See `calls.model.Trainer.state_bytes`. A dimension that may vary counts as 1."""
-        return sum(
-            math.prod(1 if dim is None else dim for dim in leaf.shape or ()) * max(leaf.data_type.itemsize, 1)
-            for leaf in (*self._model.spec.weights.leaves, *self._spec.leaves)
-        )
+        return self._state_bytes
 
     @property
     def has_schedule(self) -> bool:

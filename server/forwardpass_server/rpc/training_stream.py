@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import NamedTuple
 
 from forwardpass import v1
-from forwardpass.wire import errors, fields
+from forwardpass.wire import errors, fields, limits
 from forwardpass.wire.structures import Structure
 from forwardpass_server.rpc.admitted_inbox import AdmittedInbox
 from forwardpass_server.rpc.batch_reader import BatchReader
@@ -19,6 +19,12 @@ from forwardpass_server.training.starts import Start
 from forwardpass_server.training.update import Checkpoint, Result
 
 _FRAMES = v1.TrainRequest.DESCRIPTOR.fields_by_name["frames"].number
+
+# Fields of a request besides its frames: there are two.
+_MAX_OTHERS = 16
+
+# After so many fields of a request other tasks of the event loop get a turn.
+_FIELDS_PER_TURN = 1024
 
 
 class TrainingStream:
@@ -115,9 +121,21 @@ class _Message(NamedTuple):
 async def _next(requests: AsyncIterator[bytes]) -> _Message | None:
     """The next request; None at the end. Raises InvalidRequest."""
     async for data in requests:
-        others = [data[start:end] for number, _, start, _, end in fields.scan(data, 0, len(data)) if number != _FRAMES]
-        return _Message(data, fields.parse(v1.TrainRequest, b"".join(others)))
+        return _Message(data, await _head(data))
     return None
+
+
+async def _head(data: bytes) -> v1.TrainRequest:
+    """A request without its frames. Raises InvalidRequest."""
+    others: list[bytes] = []
+    for count, (number, _, start, _, end) in enumerate(fields.scan(data, 0, len(data)), 1):
+        if number != _FRAMES:
+            if len(others) >= _MAX_OTHERS:
+                raise fields.malformed(f"more than {_MAX_OTHERS} fields besides frames", start)
+            others.append(data[start:end])
+        if not count % _FIELDS_PER_TURN:
+            await asyncio.sleep(0)
+    return fields.parse(v1.TrainRequest, b"".join(others))
 
 
 def _start(message: _Message) -> Start:
@@ -125,6 +143,12 @@ def _start(message: _Message) -> Start:
     if not message.head.HasField("start"):
         raise errors.InvalidRequest(place="first message", expected="start", found="another message")
     start = message.head.start
+    if len(start.trainable) > limits.DEFAULT.max_leaves:
+        raise errors.InvalidRequest(
+            place="start.trainable",
+            expected=f"at most {limits.DEFAULT.max_leaves} booleans",
+            found=f"{len(start.trainable)}",
+        )
     model = checked(start.model)
     return Start(
         name=model.name,

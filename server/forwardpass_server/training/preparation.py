@@ -1,4 +1,4 @@
-"""Prepares trainers: on a thread of low priority, one at a time, once for all who wait for the same one."""
+"""Finds and prepares trainers: on a thread of low priority, one at a time, once for all who wait for the same one."""
 
 from __future__ import annotations
 
@@ -56,20 +56,13 @@ class Preparations:
         key = servable.identity.content_hash, options
         preparing = self._preparing.get(key)
         if preparing is None:
-            self._check(servable, options)
+            self._check_room()
             preparing = self._preparing[key] = asyncio.ensure_future(self._prepare(servable, options))
             preparing.add_done_callback(lambda done: self._forget(key, done))
         # A caller that leaves must not end the preparation for the others.
         return await asyncio.shield(preparing)
 
-    def _check(self, servable: Servable, options: TrainingOptions) -> None:
-        if self._allowed == PREPARED:
-            prepared = ", ".join(servable.model.description.optimizers)
-            raise errors.OptimizerNotSupported(
-                place="start.optimizer",
-                expected=f"one of {prepared or 'none'}, because this server prepares optimizers only with their model",
-                found=_quoted(options),
-            )
+    def _check_room(self) -> None:
         if len(self._preparing) >= _MAX_WAITING:
             raise errors.ServerOverloaded(
                 place="preparations of optimizers",
@@ -80,6 +73,11 @@ class Preparations:
 
     async def _prepare(self, servable: Servable, options: TrainingOptions) -> Trainer:
         async with self._turn:
+            if self._allowed == PREPARED:
+                found = await background.run(lambda: servable.model.find_trainer(options), "find")
+                if found is None:
+                    raise _not_prepared(servable, options)
+                return found
             began, is_sound = time.perf_counter(), False
             try:
                 trainer = await background.run(lambda: servable.model.prepare_trainer(options), "prepare")
@@ -93,6 +91,15 @@ class Preparations:
         if not done.cancelled():
             # Perhaps everybody who waited has left: asyncio must not log it.
             done.exception()
+
+
+def _not_prepared(servable: Servable, options: TrainingOptions) -> errors.OptimizerNotSupported:
+    prepared = ", ".join(servable.model.description.optimizers)
+    return errors.OptimizerNotSupported(
+        place="start.optimizer",
+        expected=f"one of {prepared or 'none'}, because this server prepares optimizers only with their model",
+        found=_quoted(options),
+    )
 
 
 def _quoted(options: TrainingOptions) -> str:

@@ -6,10 +6,11 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
+import functools
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Protocol
 
-from forwardpass.wire import errors
+from forwardpass.wire import errors, limits
 from forwardpass.wire.functions import Function
 from forwardpass_server.calls.admission import Admission
 from forwardpass_server.calls.model import Leaf, TrainingOptions
@@ -126,10 +127,20 @@ class Trainings:
             first = await self._weights_leaves(stack, principal, start.start_weights_id, servable)
         trainer = await self._preparations.trainer(servable, options)
         stack.enter_context(self._admitted(principal, trainer.state_bytes))
-        room = stack.enter_context(self._weights.room(principal, sum(map(_size_of, servable.model.initial_weights))))
+        weights_bytes = sum(map(_size_of, servable.model.initial_weights))
+        saved_bytes = max(trainer.state_bytes - weights_bytes, 0)
+        room = stack.enter_context(self._weights.room(principal, weights_bytes))
+        state_room = None
+        if start.keep_optimizer_state:
+            state_room = stack.enter_context(self._weights.room(principal, saved_bytes))
+        if start.checkpoint_steps:
+            # A store that has no room for a checkpoint refuses the update before its first step.
+            with self._weights.room(principal, weights_bytes + saved_bytes):
+                pass
         if start.optimizer_state_id:
             saved = await stack.enter_async_context(self._weights.use(principal, start.optimizer_state_id))
-            state_leaves = saved.fit(trainer.state_spec, "optimizer_state")
+            # Some 20 calls for each leaf: on a thread.
+            state_leaves = await asyncio.to_thread(saved.fit, trainer.state_spec, "optimizer_state")
             with_totals = start.checkpoint_sequence > 0
             state = await asyncio.to_thread(trainer.restored, leaves, state_leaves, with_totals=with_totals)
         else:
@@ -144,8 +155,8 @@ class Trainings:
             proximal=start.proximal,
             start=first[: len(trainable.leaves)],
             checkpoint_steps=start.checkpoint_steps,
-            keep_optimizer_state=start.keep_optimizer_state,
             room=room,
+            state_room=state_room,
         )
         return Update(job, state, start.checkpoint_sequence, self._turns, self._weights, self._observer)
 
@@ -153,7 +164,10 @@ class Trainings:
         self, stack: contextlib.AsyncExitStack, principal: str, weights_id: bytes, servable: Servable
     ) -> Sequence[Leaf]:
         weights = await stack.enter_async_context(self._weights.use(principal, weights_id))
-        return weights.leaves(servable.identity.content_hash, servable.spec.weights)
+        fit = functools.partial(weights.leaves, servable.identity.content_hash, servable.spec.weights)
+        if len(servable.spec.weights.leaves) > limits.SMALL_LEAVES:
+            return await asyncio.to_thread(fit)
+        return fit()
 
     @contextlib.contextmanager
     def _admitted(self, principal: str, size_bytes: int) -> Iterator[None]:
@@ -173,7 +187,7 @@ class Trainings:
                 found="more",
                 retry_after_s=0.5,
             )
-        with self._admission.admitted(principal, size_bytes):
+        with self._admission.admitted_state(principal, size_bytes):
             self._states[principal] += size_bytes
             self._states_bytes += size_bytes
             try:

@@ -57,7 +57,8 @@ class Result:
 class Job:
     """What an update needs. `start`: the leaves of the trainable weights of the proximal term.
 
-    plan: of the function that takes the batches. room: that the store keeps for the trained weights.
+    plan: of the function that takes the batches. room: that the store keeps for the trained weights. state_room: that
+    it keeps for the state of the optimizer; None where the caller does not want it.
     """
 
     servable: Servable
@@ -69,8 +70,8 @@ class Job:
     proximal: float
     start: Sequence[Leaf]
     checkpoint_steps: int
-    keep_optimizer_state: bool
     room: Room
+    state_room: Room | None
 
 
 class Update:
@@ -167,7 +168,7 @@ class Update:
         totals: Totals = await asyncio.to_thread(job.trainer.totals, self._state)
         self._supersede()
         weights_id = await self._add_weights(job.room)
-        optimizer_state_id = await self._add_state() if job.keep_optimizer_state else b""
+        optimizer_state_id = b"" if job.state_room is None else await self._add_state(job.state_room)
         metrics = job.servable.spec.metrics
         return Result(
             weights_id,
@@ -182,9 +183,9 @@ class Update:
         tree = self._job.servable.spec.weights.tree
         return await self._weights.add(self._job.principal, tree, self._job.trainer.weights(self._state), room)
 
-    async def _add_state(self) -> bytes:
+    async def _add_state(self, room: Room | None = None) -> bytes:
         trainer = self._job.trainer
-        return await self._weights.add(self._job.principal, trainer.state_spec.tree, trainer.saved(self._state))
+        return await self._weights.add(self._job.principal, trainer.state_spec.tree, trainer.saved(self._state), room)
 
 
 def _step(job: Job, state: Sequence[Leaf], batch: Sequence[Leaf]) -> Sequence[Leaf]:

@@ -62,6 +62,22 @@ def test_arriving_bytes_count_without_counting_as_calls():
     admission.enter("alice", 10)
 
 
+def test_a_state_takes_no_call_and_leaves_room_for_one_request_of_any_size():
+    admission = Admission(Limits(calls=1, size_bytes=10), Limits(calls=1, size_bytes=10))
+    with admission.admitted_state("alice", 4), admission.admitted_state("alice", 4):
+        assert not admission.is_full
+        with admission.admitted("alice", 100):
+            with pytest.raises(errors.ServerOverloaded, match="10 bytes at once"):
+                admission.enter("alice", 1, calls=0)
+        admission.enter("alice", 2, calls=0)
+        with pytest.raises(errors.ServerOverloaded, match="10 bytes at once"), admission.admitted_state("alice", 4):
+            pass
+        admission.leave("alice", 2, calls=0)
+    assert admission.size_bytes == 0
+    with admission.admitted("alice", 10), pytest.raises(errors.ServerOverloaded), admission.admitted_state("alice", 4):
+        pass
+
+
 def test_names_of_principals_without_calls_are_dropped():
     class Name(str):
         """A name that can be referred to weakly."""

@@ -116,6 +116,20 @@ def test_a_trainer_is_prepared_once_for_all_spellings_of_its_options(model):
     assert len(TRACES) == after
 
 
+def test_a_prepared_optimizer_is_found_in_another_spelling_without_a_trace(model):
+    kept, before = model.trainer(options("sgd")), len(TRACES)
+    # A Keras optimizer writes all of its options.
+    assert model.trainer(options(keras.optimizers.serialize(keras.optimizers.SGD(0.5)))) is kept
+    partial = options({"class_name": "SGD", "config": {"momentum": 0.0}})
+    assert model.trainer(partial) is None
+    assert model.find_trainer(partial) is kept
+    assert model.trainer(partial) is kept
+    assert model.find_trainer(options({"class_name": "SGD", "config": {"momentum": 0.5}})) is None
+    with pytest.raises(errors.OptimizerNotSupported, match="keys among"):
+        model.find_trainer(options({"class_name": "SGD", "config": {"typo": 1}}))
+    assert len(TRACES) == before
+
+
 def test_threads_that_ask_for_one_trainer_get_the_same(model):
     found: list[Any] = []
     threads = [
