@@ -262,7 +262,7 @@ class FunctionalModelApi(Connected, abc.ABC):
     ) -> Any:
         """Puts weights on the server once: a handle that is accepted wherever `model_weights` is.
 
-        Sends only the tensors that the server lacks. An upload that breaks goes on where it stopped. Weights may have
+        Sends only the tensors that the server lacks. An upload that breaks continues where it stopped. Weights may have
         any size: the limit of messages does not apply.
         model_weights: (trainable, non_trainable) in the containers and shapes of `initial_weights`. The handle keeps
           the arrays, not a copy.
@@ -317,7 +317,7 @@ class FunctionalModelApi(Connected, abc.ABC):
     ) -> Any:
         """Opens a metrics session: a state on the server to which each update is applied exactly once.
 
-        session_id: `id` of an open session, to go on with it; None for a new one.
+        session_id: `id` of an open session, to continue it; None for a new one.
         initial_state: of a new session, as `session.state()` or `update_metrics_state` returns it, in the shapes of
           `description.spec.metrics_state`; None for the state before the first batch.
         timeout_s: seconds until DeadlineExceeded for opening it; None for the client's own.
@@ -413,16 +413,16 @@ class FunctionalModelApi(Connected, abc.ABC):
         trainable: which trainable weights change: booleans in the containers of the trainable weights; one boolean in
           place of a container stands for all leaves in it. None for all.
         checkpoint_steps: the server keeps the state after each so many steps, so that a training that was interrupted
-          goes on from there; None to begin again.
-        optimizer_state: `TrainingResult.optimizer_state` of an earlier training, to go on with it; None for a new one.
+          continues from there; None to begin again.
+        optimizer_state: `TrainingResult.optimizer_state` of an earlier training, to continue it; None for a new one.
         keep_optimizer_state: whether the result has the state of the optimizer.
         progress: called with the number of batches that were trained on, from another thread. After an interruption
           the number may be lower than before.
         timeout_s: seconds until DeadlineExceeded for the whole training; None for the client's own while the server
           makes no progress.
         Returns a `TrainingResult`, with the handle of the trained weights.
-        When the connection breaks, the training goes on from its last checkpoint, or begins again, for half a minute at
-        most: `batches` is then read again, and must give the same batches. An iterator cannot be read again, which
+        If the connection breaks, the training continues from its last checkpoint, or begins again, for half a minute at
+        most. `batches` is then read again, and must give the same batches. An iterator cannot be read again, which
         raises ServerUnavailable. The same batches give the same weights, however often the training was interrupted.
         Raises, before anything is sent, FunctionNotAvailable, OptimizerNotSupported, TypeError and ValueError; then
         StructureMismatch, DTypeMismatch or ShapeMismatch (naming the leaf), ModelRefusedInput (naming the batch),

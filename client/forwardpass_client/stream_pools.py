@@ -55,7 +55,7 @@ class StreamPool:
         self.count = 0
         self._progress = progress
         self._ended = 0
-        # Apart from `_changing`: a callback that takes long must not keep other trainings from their streams.
+        # A lock of its own, so that a slow callback does not block other trainings, which need `_changing`.
         self._telling = threading.Lock()
 
     def submit(self, run: Callable[[TrainingStream, Any, Any], Answer], batches: Any, weights: Any) -> None:

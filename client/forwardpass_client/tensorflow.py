@@ -183,8 +183,8 @@ class TensorModel:
         The server does not give the derivatives of the loss with respect to predictions. But if `output` is what
         `predict_on_batch` or `forward_pass` returned, unchanged, the result is differentiable with respect to the
         trainable weights of that call, though not to `output`: the server then runs the forward pass again, with its
-        gradients. Otherwise, and for models whose
-        forward pass is a function of its own, the gradient raises FunctionNotAvailable: use `forward_pass`.
+        gradients. Otherwise, and for models whose forward pass is a function of its own, the gradient raises
+        FunctionNotAvailable: use `forward_pass`.
         Raises what the model's `loss` raises.
         """
         spec = self._flat.spec
@@ -349,7 +349,7 @@ class TensorModel:
 
         def run(*groups: Any) -> list[Array]:
             if not is_wanted[0]:
-                # Nobody reads gradients that were not asked for.
+                # These gradients are never read.
                 return [
                     *_of_groups(compute, groups),
                     *(np.zeros(0, leaf.dtype) for leaf in self._flat.spec.gradients.leaves),

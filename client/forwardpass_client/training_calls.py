@@ -27,7 +27,7 @@ class TrainingResult:
     loss: the mean over all examples, computed while the weights changed; 0.0 without examples.
     num_examples, num_steps: how many examples and batches it was trained on.
     metrics: by name, over all batches, computed while the weights changed; None for a model without metrics.
-    optimizer_state: the handle of the optimizer's state, for a training that goes on; None unless it was asked for.
+    optimizer_state: the handle of the optimizer's state, for a training that continues; None unless it was asked for.
     """
 
     weights: Any

@@ -1,4 +1,4 @@
-"""The client updates of one training stream, without I/O: what to send, and where an update goes on after a break."""
+"""The client updates of one training stream, without I/O: what to send, and where an update continues after a break."""
 
 from __future__ import annotations
 
@@ -228,7 +228,7 @@ class UpdatesInFlight:
 
     @property
     def _position(self) -> int:
-        """Where the update goes on."""
+        """Where the update continues."""
         return 0 if self._checkpoint is None else self._checkpoint.sequence
 
     @property
@@ -237,7 +237,7 @@ class UpdatesInFlight:
         return next(iter(self._untrained), self._last + 1) > self._position + 1
 
     def broke(self, error: Exception) -> None:
-        """Notes the error that ended the stream. Raises ServerUnavailable where the update cannot go on."""
+        """Notes the error that ended the stream. Raises ServerUnavailable where the update cannot continue."""
         self._deadline.last_error = error
         if isinstance(error, RETRYABLE):
             self._check_rewind(error)
@@ -245,13 +245,13 @@ class UpdatesInFlight:
     def _check_rewind(self, error: Exception) -> None:
         if self._update is not None and self._must_rewind and not self._update.can_rewind:
             raise errors.ServerUnavailable(
-                f"the training was interrupted ({type(error).__name__}: {error}) and cannot go on, because its batches "
-                "are an iterator, which can be read once: pass a sequence, a dataset, or a function that returns an "
+                f"the training was interrupted ({type(error).__name__}: {error}) and cannot continue, because its "
+                "batches are an iterator, which can be read once: pass a sequence, a dataset, or a function that returns an "
                 "iterator"
             ) from error
 
     def recovery(self, error: Exception) -> Steps | None:
-        """The steps after which the update may go on; None for an error that is final.
+        """The steps after which the update may continue; None for an error that is final.
 
         Raises ServerUnavailable where its batches cannot be read again.
         """

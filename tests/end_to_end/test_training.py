@@ -542,7 +542,7 @@ def test_a_training_over_an_iterator_says_why_it_cannot_go_on():
             # The drain does not wait for batches that have not been sent.
             assert first.terminate() == 0
             go_on.set()
-            with pytest.raises(errors.ServerUnavailable, match="cannot go on, because its batches are an iterator"):
+            with pytest.raises(errors.ServerUnavailable, match="cannot continue, because its batches are an iterator"):
                 training.result(60)
 
 

@@ -370,7 +370,7 @@ def train(
 ) -> None:
     """Train weights on the examples in an .npz file, in their order, and print the id of the trained weights.
 
-    The server runs the optimizer and keeps the weights. Where the connection breaks, the training goes on from its last
+    The server runs the optimizer and keeps the weights. If the connection breaks, the training continues from its last
     checkpoint, or begins again. The loss and the metrics are computed while the weights change.
     """
     with _model(host, model) as remote:

@@ -1,4 +1,4 @@
-"""Finds and prepares trainers: on a thread of low priority, one at a time, once for all who wait for the same one."""
+"""Finds trainers, and prepares them on a thread of low priority. Callers of the same trainer share one preparation."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Preparations:
     def _forget(self, key: _Key, done: asyncio.Task[Trainer]) -> None:
         del self._preparing[key]
         if not done.cancelled():
-            # Perhaps everybody who waited has left: asyncio must not log it.
+            # Marks the error as read. Otherwise asyncio logs it if all callers were cancelled.
             done.exception()
 
 

@@ -199,7 +199,7 @@ class Trainings:
                     del self._states[principal]
 
     def _estimates_of(self, servable: Servable, options: TrainingOptions) -> Estimates:
-        """The estimates of the steps of a trainer. Those of models that are gone are dropped."""
+        """The estimates of the steps of a trainer. Drops those of unloaded models."""
         key = servable.identity.content_hash, options
         estimates = self._estimates.get(key)
         if estimates is None:

@@ -23,8 +23,8 @@ _LONGEST_WAIT_S = 0.1
 # never send it: steps wait so many turns and no more.
 _TURNS_FOR_ARRIVALS = 16
 
-# A stream asks for its next step some turns of the event loop after the last one has ended. Who is served next is
-# decided then: otherwise a principal with one stream would never wait while another one is served.
+# A stream asks for its next step a few turns of the event loop after its last step has ended. The next principal is
+# chosen only then. Otherwise a principal with one stream would never wait when the choice is made.
 _TURNS_TO_RETURN = 3
 
 
@@ -56,7 +56,7 @@ class Turns:
         self._most = max(scheduler.threads - 1, 1)
         self._running = 0
         self._principals: dict[str, _Principal] = {}
-        # The time of the principal that ran last: a principal that comes anew begins with it.
+        # The time of the principal that ran last: a new principal starts with it.
         self._least_s = 0.0
         # Whether `_next` is about to run: in the next turn of the event loop.
         self._is_due = False
@@ -76,10 +76,10 @@ class Turns:
     ) -> ResultT:
         """The result of compute(leaves), one step of a stream of this principal, when its turn has come.
 
-        estimates, size_bytes: see `Scheduler.run`. After a cancellation a running computation goes on to its end.
+        estimates, size_bytes: see `Scheduler.run`. A cancellation does not stop a running computation.
         """
         own = self._principals.setdefault(principal, _Principal())
-        # Who comes back does not make up for the time in which it had nothing to run.
+        # A principal that returns gets no credit for the time in which it had nothing to run.
         own.used_s = max(own.used_s, self._least_s)
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         own.waiting.append(turn)
@@ -103,7 +103,7 @@ class Turns:
 
     def _ended(self, done: asyncio.Future[ResultT], own: _Principal, began: float) -> None:
         if not done.cancelled():
-            # After a cancellation nobody reads it: asyncio must not log it.
+            # Marks the error as read. Otherwise asyncio logs it after a cancellation.
             done.exception()
         self._end(own, time.perf_counter() - began)
 
@@ -117,7 +117,7 @@ class Turns:
         """Lets the next step begin in the next turn of the event loop, if it may."""
         if not self._is_due and self._principals and self._running < self._most:
             self._is_due = True
-            # One principal competes with nobody.
+            # A single principal has no others to wait for.
             self._later(_TURNS_TO_RETURN if len(self._principals) > 1 else 0)
 
     def _later(self, turns: int) -> None:

@@ -146,7 +146,7 @@ class Update:
         self._checkpoints.append(checkpoint)
 
     def _supersede(self) -> None:
-        """Nobody needs the last checkpoint any more: the store evicts it before other sets."""
+        """Marks the last checkpoint as the first one to evict, because a newer one replaces it."""
         last = self._last_checkpoint
         if last is not None:
             for weights_id in (last.weights_id, last.optimizer_state_id):
