@@ -1,4 +1,4 @@
-"""Finds trainers, and prepares them on a thread of low priority. Callers of the same trainer share one preparation."""
+"""Finds trainers, and prepares them on a thread of low priority, once for all callers of the same trainer."""
 
 from __future__ import annotations
 
