@@ -7,10 +7,13 @@ REPOSITORY := .cache/models
 COMPILE = UV_CUSTOM_COMPILE_COMMAND="make requirements" $(VENV)/bin/uv pip compile --quiet --upgrade \
 	--generate-hashes --python-version 3.11 --python-platform x86_64-manylinux_2_28
 
-.PHONY: demo test tools test-image serve lint protos requirements benchmark clean
+.PHONY: demo federated test tools test-image serve lint protos requirements benchmark clean
 
 demo: $(STAMP)  ## Train, export, serve and call a model on real data, and compare the results.
 	$(VENV)/bin/python examples/demo.py
+
+federated: $(STAMP)  ## Train 100 clients by federated averaging on a server, and compare with a local program.
+	$(VENV)/bin/python examples/federated_averaging.py
 
 test: $(STAMP) tools  ## Run all tests in two processes, because most tests wait for a server of their own.
 	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile

@@ -1,12 +1,15 @@
 """What training on the server is worth: steps and gradients beside Keras in one process, as Markdown.
 
-    python benchmarks/training.py [--seconds 1] [--rounds 9] [--models mlp,cnn]
+    python benchmarks/training.py [--seconds 1] [--rounds 9] [--models mlp,cnn] [--onednn off]
 
 Keras models of MLP 784-128-10 and of a CNN with 1M parameters, batch 32, SGD, with a sparse cross-entropy and the
 accuracy. The server and the local loop have the same model, metrics, batches, and TensorFlow settings: all cores, and
 no XLA (`jit_compile`), as is Keras's default on a machine without a GPU. Each side is one process that stays, and the
 kinds take turns within each round. A step of `train` and of `train_on_batch` updates weights, loss and metrics; the
 figure of `train` includes the publication of the weights, and that of the loop returns the metrics of each step.
+
+--onednn: on both sides. `default` leaves it to each: on some processors TensorFlow turns it on, and our server turns it
+off.
 """
 
 from __future__ import annotations
@@ -140,7 +143,8 @@ def local_round(name: str) -> Callable[[str, float], dict[str, float]]:
     model = network(name)
     model.compile(optimizer="sgd", loss=cross_entropy(), metrics=accuracy())
     model.optimizer.learning_rate = _RATE
-    assert not model.jit_compile
+    if model.jit_compile:
+        raise SystemExit("expected Keras not to use XLA on a CPU")
     loss_of = cross_entropy()
     found = batches(name)
 
@@ -326,7 +330,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--onednn", choices=("off", "on", "default"), default="off")
     options = parser.parse_args()
+    if options.onednn != "default":
+        run.ENVIRONMENT["TF_ENABLE_ONEDNN_OPTS"] = str(int(options.onednn == "on"))
+    print(f"oneDNN: {options.onednn}")
     print(f"load at the start: {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores")
     print("steps/s: median (best), processor time of a step in all processes; p50: median (best)\n")
     print("| | measured | figures | ratio | of the best rounds | target |\n|---|---|---|---|---|---|")

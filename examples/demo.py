@@ -6,13 +6,13 @@ import argparse
 import dataclasses
 import functools
 import pathlib
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
+import local_server
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
@@ -123,23 +123,6 @@ def metrics(local: Any, remote: Any, weights: Any, x: Any, y: Any) -> list[Row]:
     ]
 
 
-def start_server(repository: pathlib.Path) -> tuple[subprocess.Popen[str], str]:
-    """Starts a server on a free loopback port, and returns its process and address when it is ready."""
-    command = [sys.executable, "-m", "forwardpass_server.app.cli", "serve", "--port", "0", "--metrics-port", "-1"]
-    process = subprocess.Popen(
-        [*command, "--model-repository", str(repository), "--log-level", "error"],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith("ready"):
-            return process, lines[0].removeprefix("listening on ").strip()
-    raise SystemExit(f"the server ended with {process.wait()} before it was ready")
-
-
 def show(console: Console, rows: list[Row]) -> None:
     table = Table(title="the digits model, local and remote", title_style="bold", header_style="bold")
     table.add_column("function", no_wrap=True)
@@ -199,17 +182,12 @@ def run(console: Console, folder: pathlib.Path) -> list[Row]:
             task = progress.add_task("exporting and serving", total=2)
             save_functional_model(local, folder / "digits" / "1")
         progress.advance(task)
-        process, address = start_server(folder)
-        progress.advance(task)
-        try:
-            with forwardpass_client.connect(address) as client:
-                remote = client.model("digits")
-                task = progress.add_task(f"calling {address}", total=8)
-                _, (x, y) = digits.data()
-                return compare(local, remote, x, y, lambda: progress.advance(task))
-        finally:
-            process.terminate()
-            process.wait()
+        with local_server.serve(folder) as server, forwardpass_client.connect(server.address) as client:
+            progress.advance(task)
+            remote = client.model("digits")
+            task = progress.add_task(f"calling {server.address}", total=8)
+            _, (x, y) = digits.data()
+            return compare(local, remote, x, y, lambda: progress.advance(task))
 
 
 if __name__ == "__main__":

@@ -345,8 +345,7 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
 
         async with AsyncStreamPool(open_stream, max_streams, progress) as pool:
             async for client in each(clients):
-                batches, own = self._client(client, default)
-                pool.submit(run, batches, own)
+                pool.submit(run, *self._client(pool.count, client, default))
                 while pool.is_full:
                     yield self._answered(await pool.next_result())
             while pool.has_results:

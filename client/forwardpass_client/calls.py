@@ -347,7 +347,7 @@ class ModelCalls:
     def _weights(self, model_weights: Any) -> Structure:
         """Weights as the structure that the model takes."""
         if not isinstance(model_weights, (tuple, list)):
-            _refuse_id(model_weights, "model_weights")
+            _refuse_other(model_weights, "model_weights")
         elif any(isinstance(item, WeightsHandleApi) for item in model_weights):
             raise errors.StructureMismatch(
                 place="model_weights",
@@ -508,20 +508,27 @@ def check_training(training: Any) -> bool:
 
 
 def check_handle(handle: Any, place: str) -> WeightsHandleApi:
-    """The handle. Raises StructureMismatch for an id of weights, and TypeError for anything else that is no handle."""
+    """The handle.
+
+    Raises StructureMismatch for an id of weights or a result of training, and TypeError for anything else.
+    """
     if not isinstance(handle, WeightsHandleApi):
-        _refuse_id(handle, place)
+        _refuse_other(handle, place)
         raise TypeError(f"{place}: expected a handle of put_weights or weights_handle, got {conform.kind_of(handle)}")
     return handle
 
 
-def _refuse_id(value: Any, place: str) -> None:
+def _refuse_other(value: Any, place: str) -> None:
+    """Raises StructureMismatch for an object from which a caller can get a handle."""
     if isinstance(value, (str, bytes)):
-        raise errors.StructureMismatch(
-            place=place,
-            expected="(trainable, non_trainable) or a handle",
-            found=f"{type(value).__name__}: for the id of weights, pass model.weights_handle(id)",
-        )
+        remedy = "for the id of weights, pass model.weights_handle(id)"
+    elif isinstance(getattr(value, "weights", None), WeightsHandleApi):
+        remedy = "pass its attribute weights"
+    else:
+        return
+    raise errors.StructureMismatch(
+        place=place, expected="(trainable, non_trainable) or a handle", found=f"{type(value).__name__}: {remedy}"
+    )
 
 
 def x_and_y(batch_input: Any) -> tuple[Any, Any]:

@@ -114,11 +114,8 @@ def _pair(item: Any, expectation: str) -> tuple[Any, Any]:
 def _handle(value: Any, place: str) -> WeightsHandleApi:
     try:
         return check_handle(value, place)
-    except errors.StructureMismatch:
-        raise TypeError(
-            f"{place}: expected a handle, got {type(value).__name__}: for the id of weights, pass "
-            "client.weights_handle(id)"
-        ) from None
+    except errors.StructureMismatch as error:
+        raise TypeError(f"{place}: expected a handle, got {error.found.replace('model.', 'client.')}") from None
 
 
 def _number(value: Any, what: str) -> float:

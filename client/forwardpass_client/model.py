@@ -305,8 +305,7 @@ class RemoteFunctionalModel(FunctionalModelApi):
 
         with StreamPool(open_stream, max_streams, progress) as pool:
             for client in clients:
-                batches, own = self._client(client, default)
-                pool.submit(run, batches, own)
+                pool.submit(run, *self._client(pool.count, client, default))
                 while pool.is_full:
                     yield self._answered(pool.next_result())
             while pool.has_results:

@@ -447,8 +447,8 @@ class FunctionalModelApi(Connected, abc.ABC):
     ) -> Any:
         """Yields the `TrainingResult` of each of many trainings, in order. Several run at once.
 
-        clients: an iterable of (batches, weights): batches as of `train`, leaves of shape [B, ...]; weights as of
-          `train`, or None for `weights`. It is read as results come; the batches are read on other threads.
+        clients: an iterable of tuples (batches, weights): batches as of `train`, leaves of shape [B, ...]; weights as
+          of `train`, or None for `weights`. It is read as results come; the batches are read on other threads.
         weights: those at the start of each training that has no weights of its own.
         max_streams: how many trainings run at once. Twice as many clients are read before their results are yielded.
         progress: called with the number of trainings that have ended, from other threads but one call at a time. A
@@ -472,13 +472,17 @@ class FunctionalModelApi(Connected, abc.ABC):
             optimizer_state=self._handle(HeldWeights(state_id)) if state_id else None,
         )
 
-    def _client(self, client: Any, weights: Any) -> tuple[Any, Any]:
+    def _client(self, number: int, client: Any, weights: Any) -> tuple[Any, Any]:
         """The batches and the weights of one client. weights: the default. Raises TypeError and ValueError."""
-        if not isinstance(client, (tuple, list)) or len(client) != 2:
-            raise TypeError(f"clients: expected pairs (batches, weights), got {type(client).__name__}")
+        # A list of two batches is not a pair.
+        if not isinstance(client, tuple) or len(client) != 2:
+            raise TypeError(
+                f"clients[{number}]: expected a tuple (batches, weights), with None for the weights of all, got "
+                f"{type(client).__name__}"
+            )
         batches, own = client
         if own is None and weights is None:
-            raise ValueError("weights: expected weights, because a client has none of its own, got None")
+            raise ValueError(f"weights: expected weights, because clients[{number}] has none of its own, got None")
         return batches, weights if own is None else own
 
     def _many_options(

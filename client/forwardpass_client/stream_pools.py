@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import contextvars
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -17,6 +18,18 @@ from forwardpass_client.updates_in_flight import Answer
 
 MAX_STREAMS = 64
 """The most streams of one pool."""
+
+
+@contextlib.contextmanager
+def _naming(number: int) -> Iterator[None]:
+    """Adds the client to the message and to the place of an error. number: of the client, from 0."""
+    try:
+        yield
+    except errors.ForwardPassError as error:
+        client = f"clients[{number}]"
+        error.args = (f"{client}: {error}",)
+        error.place = f"{client}.{error.place}" if error.place else client
+        raise
 
 
 class StreamPool:
@@ -42,13 +55,18 @@ class StreamPool:
         self._ended = 0
         # Apart from `_changing`: a callback that takes long must not keep other trainings from their streams.
         self._telling = threading.Lock()
+        # How many trainings were submitted.
+        self.count = 0
 
     def submit(self, run: Callable[[TrainingStream, Any, Any], Answer], batches: Any, weights: Any) -> None:
         """Runs run(stream, batches, weights) when a thread is free."""
         context = contextvars.copy_context()
-        self._results.append(self._threads.submit(context.run, self._run, run, batches, weights))
+        self._results.append(self._threads.submit(context.run, self._run, self.count, run, batches, weights))
+        self.count += 1
 
-    def _run(self, run: Callable[[TrainingStream, Any, Any], Answer], batches: Any, weights: Any) -> Answer:
+    def _run(
+        self, number: int, run: Callable[[TrainingStream, Any, Any], Answer], batches: Any, weights: Any
+    ) -> Answer:
         with self._changing:
             if self._is_closed:
                 raise errors.CallCancelled("another training has failed, or the results are not read any more")
@@ -56,7 +74,8 @@ class StreamPool:
                 self._free.append(self._open_stream())
                 self._streams += self._free
             stream = self._free.pop()
-        answer = run(stream, batches, weights)
+        with _naming(number):
+            answer = run(stream, batches, weights)
         with self._changing:
             self._free.append(stream)
         with self._telling:
@@ -119,22 +138,26 @@ class AsyncStreamPool:
         self._results: collections.deque[asyncio.Task[Answer]] = collections.deque()
         self._streams: list[AsyncTrainingStream] = []
         self._free: list[AsyncTrainingStream] = []
+        # How many trainings were submitted.
+        self.count = 0
 
     def submit(
         self, run: Callable[[AsyncTrainingStream, Any, Any], Awaitable[Answer]], batches: Any, weights: Any
     ) -> None:
         """Runs run(stream, batches, weights) when a stream is free."""
-        self._results.append(asyncio.ensure_future(self._run(run, batches, weights)))
+        self._results.append(asyncio.ensure_future(self._run(self.count, run, batches, weights)))
+        self.count += 1
 
     async def _run(
-        self, run: Callable[[AsyncTrainingStream, Any, Any], Awaitable[Answer]], batches: Any, weights: Any
+        self, number: int, run: Callable[[AsyncTrainingStream, Any, Any], Awaitable[Answer]], batches: Any, weights: Any
     ) -> Answer:
         async with self._places:
             if not self._free:
                 self._free.append(self._open_stream())
                 self._streams += self._free
             stream = self._free.pop()
-            answer = await run(stream, batches, weights)
+            with _naming(number):
+                answer = await run(stream, batches, weights)
             self._free.append(stream)
             self._ended += 1
             if self._progress is not None:

@@ -29,7 +29,7 @@ BLOCKS = {page: blocks_of(page, (ROOT / page).read_text()) for page in PAGES}
 # Each block that does not run, by its page and first line. A block that is marked is added here, so that it is seen.
 NOT_RUN = {
     "README.md": [
-        "make demo    # trains a small model on real data, serves it,",
+        "make demo       # trains a small model on real data, serves ",
     ],
     "CONTRIBUTING.md": [
         "make lint    # format, lint, types, layers, protocol",

@@ -664,6 +664,7 @@ ROWS = [
 # Shown where they can be brought about: a server that starts, changes, is full, waits for long, or asks who calls.
 ELSEWHERE = {
     "ModelLoading",
+    "OptimizerNotSupported",
     "ModelInUse",
     "ModelChanged",
     "ServerOverloaded",

@@ -166,8 +166,28 @@ def test_the_first_failure_of_many_trainings_ends_them_all(model, server):
     next(trainings)
     trainings.close()
     wait_until(lambda: states_are_freed(server))
-    with pytest.raises(ValueError, match="a client has none of its own"):
+    with pytest.raises(ValueError, match=r"clients\[0\] has none of its own"):
         list(model.train_many([(data, None)], learning_rate=0.1))
+
+
+def test_an_error_of_many_trainings_names_the_client(model):
+    data, options = batches(2), {"weights": model.put_weights(model.initial_weights), "learning_rate": 0.1}
+    with pytest.raises(errors.ShapeMismatch) as raised:
+        list(model.train_many([(data, None), (data, None), ([*data, ("a", "b")], None)], **options))
+    assert str(raised.value).startswith("clients[2]: batch_input.x")
+    assert raised.value.place.startswith("clients[2].batch_input.x")
+    # The batches themselves are no pair, also where they are two.
+    with pytest.raises(TypeError, match=r"clients\[1\]: expected a tuple \(batches, weights\).*got list"):
+        list(model.train_many([(data, None), data], **options))
+
+
+def test_a_result_in_place_of_its_weights_is_refused_with_advice(client, model):
+    result = model.train(model.initial_weights, [], learning_rate=0.1)
+    for call in (model.evaluate, model.forward_pass):
+        with pytest.raises(errors.StructureMismatch, match="got TrainingResult: pass its attribute weights"):
+            call(result, batches(1)[0])
+    with pytest.raises(TypeError, match="got TrainingResult: pass its attribute weights"):
+        client.combine([(result, 1)])
 
 
 def test_asyncio_does_the_same(server):
@@ -196,7 +216,7 @@ def test_asyncio_does_the_same(server):
             assert [result.num_steps for result in found] == list(range(10))
             with pytest.raises(errors.OptimizerNotSupported):
                 await model.train(start, data, optimizer="nobody", learning_rate=0.1)
-            with pytest.raises(errors.ShapeMismatch):
+            with pytest.raises(errors.ShapeMismatch, match=r"^clients\[[0-2]\]: batch_input\.x"):
                 async for _ in model.train_many([([("a", "b")], start)] * 3, learning_rate=0.1):
                     pass
 
@@ -775,8 +795,8 @@ def test_states_take_half_of_the_messages_memory_and_others_wait():
                 model.train(start, [], optimizer="adam", learning_rate=0.1)
             first = pool.submit(model.train, start, slowly(), learning_rate=0.1)
             assert began.wait(60)
-            states = server.metrics()["forwardpass_training_states_bytes"]
-            assert 2**20 <= states < 2**21
+            # The client reads its second batch before the server has begun.
+            wait_until(lambda: 2**20 <= server.metrics()["forwardpass_training_states_bytes"] < 2**21)
             second = pool.submit(model.train, start, [(x, y)], learning_rate=0.1)
             wait_until(lambda: server.metrics()['forwardpass_training_updates_total{outcome="failed"}'] >= 2)
             assert not second.done()

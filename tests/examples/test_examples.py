@@ -3,45 +3,16 @@
 from __future__ import annotations
 
 import ast
-import os
-import pathlib
 import re
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
 import pytest
 
 import forwardpass_client
+from support.environments import ROOT
+from support.examples import EXAMPLES, execute, run
 from support.servers import ServerProcess
-
-ROOT = pathlib.Path(__file__).parents[2]
-EXAMPLES = ROOT / "examples"
-
-
-# What a user's shell has not set. The tests set it, and TensorFlow prints less where it is set.
-QUIET = "TF_CPP_MIN_LOG_LEVEL"
-
-
-def execute(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, **variables}
-    environment.pop(QUIET, None)
-    return subprocess.run(
-        [sys.executable, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=300,
-        check=False,
-        env=environment,
-    )
-
-
-def run(*arguments: str, **variables: str) -> str:
-    done = execute(*arguments, **variables)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +48,10 @@ def test_an_example_without_its_argument_prints_its_usage(example, argument):
 
 def test_every_example_that_is_a_program_is_run_without_arguments_here():
     programs = {path.name for path in EXAMPLES.glob("*.py") if "argparse" in path.read_text()}
-    # The demo needs none. python_model.py is a module for `--factory` and `export`.
-    assert programs == {"call_digits.py", "evaluate_clients.py", "digits.py", "demo.py"}
-    assert {path.name for path in EXAMPLES.glob("*.py")} - programs == {"python_model.py"}
+    # The demo and federated_averaging.py need none. python_model.py is a module for `--factory` and `export`, and
+    # local_server.py is one for other examples.
+    assert programs == {"call_digits.py", "evaluate_clients.py", "digits.py", "demo.py", "federated_averaging.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} - programs == {"python_model.py", "local_server.py"}
     assert "sys.argv" not in "".join(path.read_text() for path in EXAMPLES.glob("*.py"))
 
 

@@ -110,7 +110,8 @@ def encode_pieces(header: Message, parts: Mapping[str, Structure], max_bytes: in
     Raises MessageTooLarge.
     """
     pieces: list[tensors.Buffer] = [header.SerializeToString()]
-    size_bytes = len(pieces[0]) + _encode_fields(_fields_of(header.DESCRIPTOR, tuple(parts)), parts, pieces)
+    start = len(pieces[0])
+    size_bytes = start + _encode_fields(_fields_of(header.DESCRIPTOR, tuple(parts)), parts, pieces, start)
     if max_bytes is not None and size_bytes > max_bytes:
         raise errors.MessageTooLarge(
             place=header.DESCRIPTOR.name, expected=f"at most {max_bytes} bytes", found=f"{size_bytes} bytes"
@@ -118,19 +119,37 @@ def encode_pieces(header: Message, parts: Mapping[str, Structure], max_bytes: in
     return Pieces(pieces, size_bytes)
 
 
-def _encode_fields(schema: Mapping[int, _Field], parts: Mapping[str, Structure], pieces: list[tensors.Buffer]) -> int:
+def _encode_fields(
+    schema: Mapping[int, _Field], parts: Mapping[str, Structure], pieces: list[tensors.Buffer], start: int
+) -> int:
+    """Adds the fields to `pieces`. Returns their length. start: their position in the message."""
     total_bytes = 0
     for number, field in schema.items():
+        # The length of the prefix depends on the length of the field. If the estimate is wrong, its arrays are not
+        # aligned, and a reader copies them.
+        offset = start + total_bytes + len(fields.prefix(number, _estimate(field, parts)))
         if field.inner:
             inner: list[tensors.Buffer] = []
-            size_bytes = _encode_fields(field.inner, parts, inner)
+            size_bytes = _encode_fields(field.inner, parts, inner, offset)
         else:
-            inner, size_bytes = structures.encode(parts[field.path], field.path)
+            inner, size_bytes = structures.encode(parts[field.path], field.path, offset)
         prefix = fields.prefix(number, size_bytes)
         pieces.append(prefix)
         pieces += inner
         total_bytes += len(prefix) + size_bytes
     return total_bytes
+
+
+# What the framing of an array takes: tags, lengths, shape and padding.
+_FRAMING_BYTES = 24
+
+
+def _estimate(field: _Field, parts: Mapping[str, Structure]) -> int:
+    """About the length of a field, without its tag and length."""
+    if field.inner:
+        return sum(_estimate(inner, parts) for inner in field.inner.values())
+    structure = parts[field.path]
+    return len(structure.tree.encoded) + sum(leaf.nbytes + _FRAMING_BYTES for leaf in structure.leaves)
 
 
 def decode(

@@ -16,7 +16,7 @@ from forwardpass.wire.limits import DEFAULT, Budget, Limits
 Buffer = bytes | memoryview | Array
 """Any argument of `bytes.join`; arrays are C-contiguous."""
 
-_DATA_TYPE, _SHAPE, _DATA = 1, 2, 3
+_DATA_TYPE, _SHAPE, _DATA, _PADDING = 1, 2, 3, 4
 _LENGTH = struct.Struct("<I")
 STRING_LENGTH_BYTES = _LENGTH.size
 
@@ -58,12 +58,18 @@ def element_bytes(array: Array, dtype: dtypes.DType | None = None, place: str = 
     return data.reshape(-1).view(np.uint8).data if isinstance(data, np.ndarray) else memoryview(data)
 
 
-def encode_header(code: int, shape: tuple[int, ...], data_bytes: int) -> bytes:
-    """The bytes of a Tensor message before its elements. code: of the data type. data_bytes: length of the elements."""
+def encode_header(code: int, shape: tuple[int, ...], data_bytes: int, padding_bytes: int = 0) -> bytes:
+    """The bytes of a Tensor message before its elements.
+
+    code: of the data type. data_bytes: length of the elements. padding_bytes: by how much the header is longer than it
+    must be: 0, or 2 to 129.
+    """
     encoded = bytes((_DATA_TYPE << 3 | fields.VARINT, code))
     if shape:
         dims = b"".join(map(fields.varint, shape))
         encoded += fields.prefix(_SHAPE, len(dims)) + dims
+    if padding_bytes:
+        encoded += fields.prefix(_PADDING, padding_bytes - 2) + bytes(padding_bytes - 2)
     return encoded + fields.prefix(_DATA, data_bytes)
 
 

@@ -5,8 +5,10 @@ It keeps what TFF's format lacks: sample weights, a custom forward pass, metrics
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -30,8 +32,9 @@ FORMAT = "forwardpass"
 def save_functional_model(functional_model: FunctionalModel, path: str | os.PathLike[str]) -> None:
     """Writes a functional model to the folder `path`, which must not exist or be empty.
 
-    Kept: initial weights, predict_on_batch, loss and metrics with and without sample weight, a custom forward pass,
-    the containers of everything. Names of classes of named tuples are kept, the classes are not.
+    Kept: initial weights, predict_on_batch, loss and metrics with and without sample weight, a custom forward pass, how
+    an optimizer step changes non-trainable weights, the containers of everything. Names of classes of named tuples are
+    kept, the classes are not.
     Raises FileExistsError, ModelLoadError for a model with lookup tables or calls of Python, and what tracing the model
     raises.
     Source: tff.learning.models.save_functional_model.
@@ -44,11 +47,46 @@ def save_functional_model(functional_model: FunctionalModel, path: str | os.Path
     _check_saveable(traced)
     module = tf.Module()
     module.functions = {_attribute(*key): concrete for key, concrete in traced.functions.items()}
+    module.updates = _updates(functional_model, traced.spec) if functional_model.changes_weights else {}
     module.initial_weights = [tf.Variable(weight, trainable=False) for weight in traced.initial_weights]
     tf.saved_model.save(module, str(folder))
     message = description.encode(ModelDescription(ModelIdentity("", 0, b""), FORMAT, traced.spec))
     # Last: a folder with this file is whole.
     (folder / SPEC_FILE_NAME).write_bytes(message.SerializeToString(deterministic=True))
+
+
+def _updates(model: FunctionalModel, spec: ModelSpec) -> dict[str, Any]:
+    """The forward passes of an optimizer step, which return the new non-trainable weights too: see `_update_name`."""
+    found = {}
+    for weighted in (False, True):
+        if weighted and Function.WEIGHTED_LOSS in spec.unavailable:
+            continue
+        arguments = [spec.weights, spec.x, spec.y, *([spec.sample_weight] if weighted else [])]
+        for training in (False, True):
+            update = functools.partial(_flat_update, model, spec, arguments, training)
+            leaves = (tf_specs.to_tf(leaf) for one in arguments for leaf in one.leaves)
+            concrete = tf.function(update, autograph=False).get_concrete_function(*leaves)
+            found[_update_name(weighted, training)] = concrete
+    return found
+
+
+def _flat_update(
+    model: FunctionalModel, spec: ModelSpec, arguments: Sequence[StructureSpec], training: bool, *leaves: Any
+) -> list[tf.Tensor]:
+    """The leaves of the batch output, of its masks, and of the new non-trainable weights."""
+    model_weights, x, y, *sample_weight = tracing.nested(leaves, arguments)
+    batch = tracing.batch_input(spec.input, x, y)
+    output, mask, non_trainable = model.update(
+        model_weights, batch, sample_weight[0] if sample_weight else None, training
+    )
+    found = trees.flatten((*output, mask))[1]
+    found += conform.arrange(non_trainable, spec.weights.child(1).tree, "non_trainable")
+    # An argument that is returned as it is has no name of its own in a SavedModel.
+    return [tf.identity(leaf) for leaf in found]
+
+
+def _update_name(weighted: bool, training: bool) -> str:
+    return ("weighted_" if weighted else "") + ("update_training" if training else "update_inference")
 
 
 def _check_saveable(traced: TracedModel) -> None:
@@ -104,6 +142,8 @@ def _load_own(folder: pathlib.Path) -> FunctionalModel:
             function: reason for function, reason in spec.unavailable.items() if function not in GRADIENT_FUNCTIONS
         },
         has_prediction_masks=bool(spec.prediction_mask.leaves),
+        # Exports of an earlier version have no updates.
+        update_fn=saved.update_weights if getattr(root, "updates", None) else None,
     )
 
 
@@ -134,6 +174,18 @@ class _SavedFunctions:
             (self._spec.y, y),
             training=training,
         )
+
+    def update_weights(self, model_weights: Any, batch_input: Any, sample_weight: Any, training: bool) -> Any:
+        spec, (x, y) = self._spec, x_and_y(batch_input)
+        arguments = [(spec.weights, model_weights), (spec.x, x), (spec.y, y), *self._weight(sample_weight)]
+        update = self._root.updates[_update_name(sample_weight is not None, training)]
+        returned = iter(update(*_flat(arguments, "batch_input")))
+        results = [
+            one.tree.unflatten([tf.ensure_shape(next(returned), leaf.shape) for leaf in one.leaves])
+            for one in (spec.batch_output, spec.prediction_mask, spec.weights.child(1))
+        ]
+        output, mask, non_trainable = results
+        return ((output, mask) if spec.prediction_mask.leaves else output), non_trainable
 
     def loss(self, output: Any, label: Any, sample_weight: Any = None, prediction_mask: Any = None) -> Any:
         function = Function.LOSS if sample_weight is None else Function.WEIGHTED_LOSS
@@ -203,7 +255,11 @@ class _SavedFunctions:
         *arguments: tuple[StructureSpec, Any],
         training: bool = False,
     ) -> Any:
-        flat = [leaf for spec, value in arguments for leaf in conform.arrange(value, spec.tree, function.title)]
+        flat = _flat(arguments, function.title)
         returned = self._root.functions[_attribute(function, bool(training))](*flat)
         leaves = [tf.ensure_shape(leaf, spec.shape) for leaf, spec in zip(returned, result.leaves, strict=True)]
         return result.tree.unflatten(leaves)
+
+
+def _flat(arguments: Sequence[tuple[StructureSpec, Any]], place: str) -> list[Any]:
+    return [leaf for spec, value in arguments for leaf in conform.arrange(value, spec.tree, place)]

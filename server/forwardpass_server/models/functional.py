@@ -133,6 +133,11 @@ class FunctionalModel:
         return self._forward_pass_fn is not None
 
     @property
+    def changes_weights(self) -> bool:
+        """Whether an optimizer step changes the non-trainable weights."""
+        return self._update_fn is not None
+
+    @property
     def unavailable(self) -> Mapping[Function, str]:
         """Why the model lacks a function, for each that it lacks."""
         return self._unavailable

@@ -108,13 +108,7 @@ class _Tracer:
         )
 
     def _forward_pass(self, model_weights: Any, x: Any, y: Any, training: bool) -> Any:
-        return self._model.forward_pass_with_masks(model_weights, self._batch_input(x, y), training)
-
-    def _batch_input(self, x: Any, y: Any) -> Any:
-        """The batch in the container of the input spec."""
-        names = self._input.tree.names or ("x", "y")
-        pair = trees.TreeDef(self._input.tree.kind, (trees.LEAF, trees.LEAF), self._input.tree.names)
-        return pair.unflatten([{"x": x, "y": y}[name] for name in names])
+        return self._model.forward_pass_with_masks(model_weights, batch_input(self._input, x, y), training)
 
     def _trace_gradients(
         self, x: StructureSpec, y: StructureSpec, sample_weight: StructureSpec, predictions: StructureSpec
@@ -152,7 +146,7 @@ class _Tracer:
 
         def update(training: bool) -> Callable[..., Any]:
             def method(model_weights: Any, x: Any, y: Any, weight: Any = None) -> Any:
-                batch = self._batch_input(x, y)
+                batch = batch_input(self._input, x, y)
                 found = gradients.forward_backward(self._model, self._weights, model_weights, batch, weight, training)
                 if training:
                     self._check_reached(found)
@@ -291,7 +285,7 @@ class _Tracer:
         found: list[StructureSpec] = []
 
         def flat(*leaves: Any) -> list[tf.Tensor]:
-            returned = method(*_nested(leaves, arguments))
+            returned = method(*nested(leaves, arguments))
             returned, mask = returned if key[0].has_training else (returned, None)
             if result_tree is None:
                 tree, results = trees.flatten(returned, name)
@@ -310,7 +304,7 @@ class _Tracer:
         """The concrete function of a method of structures; it returns the leaves of what the method returns."""
 
         def flat(*leaves: Any) -> list[tf.Tensor]:
-            tree, results = trees.flatten(method(*_nested(leaves, arguments)), name)
+            tree, results = trees.flatten(method(*nested(leaves, arguments)), name)
             return [_to_tensor(leaf, path) for leaf, path in zip(results, tree.paths(name), strict=True)]
 
         return self._concrete_flat(name, flat, arguments)
@@ -331,7 +325,14 @@ class _Tracer:
         return concrete
 
 
-def _nested(leaves: Sequence[Any], arguments: Sequence[StructureSpec]) -> list[Any]:
+def batch_input(spec: StructureSpec, x: Any, y: Any) -> Any:
+    """A batch in the container of an input spec."""
+    names = spec.tree.names or ("x", "y")
+    pair = trees.TreeDef(spec.tree.kind, (trees.LEAF, trees.LEAF), spec.tree.names)
+    return pair.unflatten([{"x": x, "y": y}[name] for name in names])
+
+
+def nested(leaves: Sequence[Any], arguments: Sequence[StructureSpec]) -> list[Any]:
     """Flat leaves as the structures of these specs."""
     values = iter(leaves)
     return [spec.tree.unflatten([next(values) for _ in range(spec.tree.num_leaves)]) for spec in arguments]

@@ -168,3 +168,26 @@ HOSTILE = {
 def test_bytes_that_are_not_a_message_are_refused(data):
     with pytest.raises(errors.InvalidRequest):
         messages.decode(v1.PredictOnBatchRequest, data)
+
+
+@pytest.mark.parametrize("name", ["m" * length for length in range(1, 9)])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.complex128])
+def test_long_arrays_are_aligned_in_the_message(name, dtype):
+    weights = Structure.of((np.ones(700, dtype), np.ones((3, 50_000), dtype), np.ones(3, dtype), np.ones(900, dtype)))
+    parts = {
+        "model_weights.trainable": weights,
+        "model_weights.non_trainable": Structure.of(()),
+        "batch_input.x": Structure.of(np.ones((32, 28, 28, 1), dtype)),
+        "batch_input.y": Structure.of(np.ones(3, np.int64)),
+    }
+    header = v1.ForwardBackwardRequest(model=v1.ModelSelector(name=name, version=1))
+    data = messages.encode(header, parts)
+    _, found = messages.decode(v1.ForwardBackwardRequest, data)
+    for place, structure in parts.items():
+        for leaf, expected in zip(found[place].leaves, structure.leaves, strict=True):
+            assert same_bits(leaf, expected)
+            assert expected.nbytes < 1024 or leaf.flags.aligned
+    # Other readers skip the padding.
+    other = v1.ForwardBackwardRequest.FromString(data).model_weights.trainable.leaves
+    assert [one.data for one in other] == [leaf.tobytes() for leaf in weights.leaves]
+    assert all(not any(one.padding) for one in other)

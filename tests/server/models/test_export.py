@@ -101,6 +101,22 @@ def test_a_keras_model_with_batch_normalisation_and_dropout_is_kept(tmp_path):
         )
 
 
+def test_a_step_of_a_loaded_keras_model_changes_the_same_non_trainable_weights(tmp_path):
+    spec = (tf.TensorSpec([None, 6, 6, 1], tf.float32), tf.TensorSpec([None], tf.int64))
+    original = functional_model_from_keras(zoo.keras_cnn(3), "sparse_categorical_crossentropy", spec, ["accuracy"])
+    loaded = saved(original, tmp_path)
+    batch, weights = zoo.keras_batch(4), original.initial_weights
+    for sample_weight in (None, np.float32([1, 0, 2, 1])):
+        for training in (True, False):
+            output, mask, non_trainable = original.update(weights, batch, sample_weight, training)
+            found, found_mask, found_non_trainable = loaded.update(weights, batch, sample_weight, training)
+            assert (mask, found_mask) == (None, None)
+            assert_same(tuple(found), tuple(output))
+            assert_same(tuple(found_non_trainable), tuple(non_trainable))
+            changed = [not np.array_equal(*pair) for pair in zip(found_non_trainable, weights[1], strict=True)]
+            assert any(changed) is training
+
+
 def test_every_dtype_is_kept(tmp_path):
     loaded = saved(zoo.every_dtype(), tmp_path)
     assert [leaf.dtype.name for leaf in loaded.input_spec[0].values()] == zoo.DTYPES
