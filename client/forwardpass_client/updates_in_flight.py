@@ -246,8 +246,8 @@ class UpdatesInFlight:
         if self._update is not None and self._must_rewind and not self._update.can_rewind:
             raise errors.ServerUnavailable(
                 f"the training was interrupted ({type(error).__name__}: {error}) and cannot continue, because its "
-                "batches are an iterator, which can be read once: pass a sequence, a dataset, or a function that returns an "
-                "iterator"
+                "batches are an iterator, which can be read once: pass a sequence, a dataset, or a function that "
+                "returns an iterator"
             ) from error
 
     def recovery(self, error: Exception) -> Steps | None:
