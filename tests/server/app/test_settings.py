@@ -24,6 +24,7 @@ FACTORIES = {"slow": "support.zoo:slow"}
 
 # Options of other programs that these pages mention.
 OTHERS = {
+    "docs/benchmarks.md": {"--rounds", "--seconds"},
     "docs/reliability.md": {"--callers", "--log-cli-level", "--mib", "--rounds"},
     "docs/security.md": {"--http", "--protocol", "--reflect-header"},
 }
