@@ -386,6 +386,7 @@ def hostile(weights_id: bytes):
         "no weights": (invalid, "start.weights_id: expected 32 bytes", with_start(weights_id=b"")),
         "unknown weights": ("NOT_FOUND", "does not hold weights", with_start(weights_id=bytes(32))),
         "unknown model": ("NOT_FOUND", "model", with_start(model=v1.ModelSelector(name="nobody"))),
+        "unknown label": ("NOT_FOUND", "label", with_start(model=v1.ModelSelector(name="curves", label="none"))),
         "other weights": (invalid, "model_weights", with_start(model=v1.ModelSelector(name="counting"))),
         "short mask": (invalid, "start.trainable: expected 4", with_start(trainable=[True])),
         "frozen": (invalid, "start.trainable: expected a leaf", with_start(trainable=[False] * 4)),

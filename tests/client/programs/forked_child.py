@@ -15,7 +15,9 @@ from typing import Any
 import numpy as np
 
 import forwardpass_client
-from support.public_calls import BATCH, CALLS, ENDS, WEIGHTS, World
+from support.public_calls import BATCH, CALLS, ENDS, World
+
+WEIGHTS = ((np.arange(10, dtype=np.float32) + 3,), ())
 
 # grpc.aio crashes one forked child in ten, in Python's own code after the fork (grpc/grpc#19793).
 ATTEMPTS = {"sync": 1, "async": 20}
@@ -97,7 +99,7 @@ def sync_ways(address: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     pending = slow_pipeline.predict_on_batch([10**9])
     predicting = model.predict_many(handle, [BATCH[0]] * 2000)
     next(predicting)
-    world = World(client, model, handle, session, other, pipeline, model.initialize_metrics_state(), {})
+    world = World(client, model, WEIGHTS, handle, session, other, pipeline, model.initialize_metrics_state(), {})
     for name, row in CALLS.items():
         yield name, lambda row=row: finished(row.call(world))
     for name, end in ENDS.items():
@@ -126,7 +128,9 @@ def async_ways(address: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         session, other = await model.metrics_session(), await model.metrics_session()
         pipeline = await model.pipeline(handle)
         await pipeline.predict_on_batch(BATCH[0])
-        return World(client, model, handle, session, other, pipeline, await model.initialize_metrics_state(), {})
+        return World(
+            client, model, WEIGHTS, handle, session, other, pipeline, await model.initialize_metrics_state(), {}
+        )
 
     world = loop.run_until_complete(prepare())
     for name, row in CALLS.items():

@@ -322,6 +322,6 @@ def test_another_keras_backend_raises_an_error_that_says_what_to_set():
         except ImportError as error:
             print(error)
     """
-    # No other backend is installed.
-    said = script(code, environment={"KERAS_BACKEND": "jax"})
+    # This backend is not installed.
+    said = script(code, environment={"KERAS_BACKEND": "torch"})
     assert "set KERAS_BACKEND=tensorflow before Keras is imported" in said
