@@ -5,21 +5,48 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+from forwardpass_server.calls import scheduling
 from forwardpass_server.calls.scheduling import Estimates, Scheduler
 
 SMALL, LARGE = 100, 100_000
 
 
-def quick(leaves) -> threading.Thread:
-    return threading.current_thread()
+class Clock:
+    """Time that passes only in the computations below, on whatever machine they run."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now_s
+
+    monotonic = process_time = perf_counter
 
 
-def long(leaves) -> threading.Thread:
-    time.sleep(0.005)
-    return threading.current_thread()
+CLOCK = Clock()
+
+
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "time", CLOCK)
+
+
+def computation(seconds: float) -> Callable[[Any], threading.Thread]:
+    """A computation that takes this time, and returns its thread."""
+
+    def compute(leaves: Any) -> threading.Thread:
+        CLOCK.now_s += seconds
+        return threading.current_thread()
+
+    return compute
+
+
+quick, long, stalling = computation(1e-5), computation(0.005), computation(0.05)
 
 
 async def threads(*steps) -> list[bool]:
@@ -93,11 +120,7 @@ def test_a_computation_with_a_loop_never_runs_inline():
 
 
 def test_a_computation_that_delayed_the_event_loop_runs_on_a_thread_afterwards():
-    def stall(leaves) -> threading.Thread:
-        time.sleep(0.05)
-        return threading.current_thread()
-
-    steps = [(SMALL, quick), (SMALL, stall), *[(SMALL, quick)] * 5]
+    steps = [(SMALL, quick), (SMALL, stalling), *[(SMALL, quick)] * 5]
     assert asyncio.run(threads(*steps)) == [False, True, False, False, False, False, False]
 
 
