@@ -169,28 +169,18 @@ class FunctionalModel:
             return _batch_output(result), prediction_mask
         return self._predict_and_loss(model_weights, batch_input, None, training)
 
-    def weighted_forward_pass_with_masks(
-        self, model_weights: Any, batch_input: Any, sample_weight: Any, training: bool
-    ) -> tuple[BatchOutput, Any]:
-        """`forward_pass_with_masks` whose loss weights the examples.
-
-        Raises FunctionNotAvailable where the model has a forward pass of its own that takes no sample weights.
-        """
-        if self._forward_pass_fn is not None and self._update_fn is None:
-            raise FunctionNotAvailable("the model has a forward pass of its own, which takes no sample weights")
-        self._require(Function.WEIGHTED_LOSS)
-        if self._update_fn is not None:
-            output, prediction_mask, _ = self.update(model_weights, batch_input, sample_weight, training)
-            return output, prediction_mask
-        return self._predict_and_loss(model_weights, batch_input, sample_weight, training)
-
     def update(
         self, model_weights: Any, batch_input: Any, sample_weight: Any = None, training: bool = True
     ) -> tuple[BatchOutput, Any, Any]:
         """The forward pass of a training step: its batch output, its masks, and the new non-trainable weights.
 
-        sample_weight: None for equal weights. Raises FunctionNotAvailable as `weighted_forward_pass_with_masks`.
+        sample_weight: None for equal weights. Raises FunctionNotAvailable where the loss takes no sample weights, or
+        where the model has a forward pass of its own that takes none.
         """
+        if sample_weight is not None:
+            if self._forward_pass_fn is not None and self._update_fn is None:
+                raise FunctionNotAvailable("the model has a forward pass of its own, which takes no sample weights")
+            self._require(Function.WEIGHTED_LOSS)
         if self._update_fn is not None:
             result, non_trainable = self._update_fn(model_weights, batch_input, sample_weight, training)
             output, prediction_mask = self._with_masks(result)
@@ -198,9 +188,7 @@ class FunctionalModel:
         if sample_weight is None:
             output, prediction_mask = self.forward_pass_with_masks(model_weights, batch_input, training)
         else:
-            output, prediction_mask = self.weighted_forward_pass_with_masks(
-                model_weights, batch_input, sample_weight, training
-            )
+            output, prediction_mask = self._predict_and_loss(model_weights, batch_input, sample_weight, training)
         return output, prediction_mask, model_weights[1]
 
     def _predict_and_loss(
