@@ -268,7 +268,7 @@ class ModelCalls:
             gradients = nested(parts, "gradients") if keep is None else keep(HeldWeights(header.gradients_id))
             return self._batch_output(parts), gradients
 
-        # Kept gradients are on the server that computed them: the one that has the weights.
+        # Kept gradients stay on the server that computed them. Naming the weights by id makes the call sticky.
         return self._call_with_weights(
             function, "ForwardBackward", request, model_weights, values, read, names_weights=keep is not None
         )

@@ -227,7 +227,7 @@ class ClientApi(Connected, abc.ABC):
           must agree with those of the first term, except that leaves of the others may be None: these terms do not
           change the leaf.
         float64: whether sums are computed in float64 (complex128) and rounded at the end. Otherwise they are computed
-          in the dtype of each leaf, and in float32 for float16 and bfloat16. The order is that of the terms.
+          in the dtype of each leaf, and in float32 for float16 and bfloat16. The terms are added in their order.
         integers: how leaves of integers, booleans and strings are treated, which are never multiplied. "equal": they
           must be equal in all terms. "first": the result has those of the first term. Use "first" for trained weights
           of Keras models with Dropout, whose random number states differ.

@@ -21,7 +21,7 @@ from forwardpass_client.weights_handles import WeightsHandleApi
 
 @dataclasses.dataclass(frozen=True)
 class TrainingResult:
-    """What a training has led to.
+    """The result of a training.
 
     weights: the handle of the trained weights, which stay on the server.
     loss: the mean over all examples, computed while the weights changed; 0.0 without examples.

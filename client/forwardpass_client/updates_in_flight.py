@@ -32,7 +32,7 @@ class Rewound(Exception):
 
 
 class Place(NamedTuple):
-    """Where the batches of an update are to be read. attempt: of the reading. position: how many to skip."""
+    """Where to read the batches of an update. attempt: the number of the reading. position: the batches to skip."""
 
     attempt: int
     position: int
@@ -233,7 +233,7 @@ class UpdatesInFlight:
 
     @property
     def _must_rewind(self) -> bool:
-        """Whether batches after the position are not in memory any more."""
+        """Whether batches after the position were dropped from memory."""
         return next(iter(self._untrained), self._last + 1) > self._position + 1
 
     def broke(self, error: Exception) -> None:

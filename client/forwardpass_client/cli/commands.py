@@ -348,7 +348,9 @@ def evaluate(
     metavar="NAME|JSON",
     help='A Keras optimizer, such as adam or {"class_name": "SGD", "config": {"momentum": 0.9}}.',
 )
-@click.option("--learning-rate", type=click.FloatRange(min=0), help="Replaces that of the optimizer's config.")
+@click.option(
+    "--learning-rate", type=click.FloatRange(min=0), help="Replaces the learning rate of the optimizer's config."
+)
 @click.option("--epochs", default=1, show_default=True, type=click.IntRange(min=1))
 @click.option("--proximal", default=0.0, show_default=True, type=click.FloatRange(min=0), help="FedProx's mu.")
 @click.option("--checkpoint-steps", type=click.IntRange(min=1), help="Keep a checkpoint after each so many batches.")

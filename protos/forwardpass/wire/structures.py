@@ -57,7 +57,7 @@ def encode(
     return pieces, size_bytes
 
 
-# NumPy requires no more for any data type of the protocol. gRPC puts a message at an aligned address.
+# NumPy requires no larger alignment for any data type of the protocol. gRPC puts a message at an aligned address.
 _ALIGNMENT = 8
 
 # Shorter arrays are copied by a reader in less than a microsecond.

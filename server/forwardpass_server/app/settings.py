@@ -292,9 +292,9 @@ class Settings:
         str,
         Option(
             "--training-optimizers",
-            "Optimizers that may train on this server. any: those that TensorFlow can run without state of their own; "
-            "another one than the model was loaded with is prepared at its first use. prepared: only those of the "
-            "model's forwardpass.json, so that no request makes the server trace a graph.",
+            "Optimizers that may train on this server. any: every Keras optimizer that the server supports; one that "
+            "the load of the model has not prepared is prepared at its first use. prepared: only those that the load "
+            "has prepared, so that no request makes the server trace a graph.",
             choices=(ANY, PREPARED),
         ),
     ] = ANY

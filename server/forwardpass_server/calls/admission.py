@@ -125,8 +125,8 @@ class Admission:
     def admitted_state(self, principal: str, size_bytes: int) -> Iterator[None]:
         """Admits the state of a training for the duration of the context. Raises ServerOverloaded.
 
-        It does not count as a call, and a single request is admitted beside it, whatever its size: its training ends
-        only after its batches, so that none of them may wait for room which the state takes.
+        A state does not count as a call, and one request is admitted beside it, whatever its size. A training holds its
+        state until its last batch has run. If the state took the room of its batches, the training would never end.
         """
         self.enter(principal, size_bytes, calls=0)
         own = self._by_principal[principal]

@@ -97,7 +97,7 @@ def _refusing() -> Iterator[None]:
 
 
 def _gpu_memory_bytes() -> int:
-    """The memory of the smallest GPU. Read through NVML: TensorFlow has no public function for it."""
+    """The memory of the smallest GPU, as NVML reports it. TensorFlow has no public function for this number."""
     try:
         import pynvml
     except ImportError:

@@ -75,7 +75,7 @@ _UNINITIALIZED = "uninitialized_variables"
 
 @functools.cache
 def _stateless_base() -> Any:
-    """A class between a class of optimizers and the one of TensorFlow's, in the order in which methods are found."""
+    """A class that comes, in the method resolution order, between an optimizer's class and TensorFlow's base class."""
 
     def add_variable(self: Any, *arguments: Any, **options: Any) -> Any:
         # The variables of an optimizer can take twice the memory of the weights.

@@ -140,7 +140,7 @@ class _Tracer:
     def _differentiate(self, function: Function, arguments: Sequence[StructureSpec]) -> None:
         """Traces forward_backward, with or without sample weights.
 
-        The graph for training calls the one of an optimizer step, and drops the new non-trainable weights.
+        The graph for training calls the graph of an optimizer step, and drops the new non-trainable weights.
         """
         num_new = len(self._weights.child(1).leaves)
 

@@ -35,7 +35,7 @@ _TOTALS = StructureSpec.of(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainableModel:
-    """What a step calls of a model. The Python graphs of these functions need not exist any more.
+    """What a step calls of a model. It does not need the Python graphs of these functions.
 
     updates: as `tracing.TracedModel.updates`. unreached: the indices of the trainable leaves on which the loss does not
     depend. device: of the tensors.

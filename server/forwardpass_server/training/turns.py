@@ -20,7 +20,7 @@ ResultT = TypeVar("ResultT")
 _LONGEST_WAIT_S = 0.1
 
 # A call takes some turns of the event loop from its announcement to its computation. A client may announce a call and
-# never send it: steps wait so many turns and no more.
+# never send it, so steps wait for this number of turns at most.
 _TURNS_FOR_ARRIVALS = 16
 
 # A stream asks for its next step a few turns of the event loop after its last step has ended. The next principal is

@@ -40,7 +40,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Result:
-    """What an update has led to. loss: the mean over all examples; 0.0 without examples.
+    """The result of an update. loss: the mean over all examples; 0.0 without examples.
 
     metrics: None for a model without metrics. optimizer_state_id: b"" where the caller does not want it.
     """
@@ -153,7 +153,7 @@ class Update:
                 self._weights.evict_first(self._job.principal, weights_id)
 
     async def end(self) -> None:
-        """Lets the store evict the last checkpoint. To be called when the update has ended, in whatever way."""
+        """Lets the store evict the last checkpoint. Call it at the end of the update, after a failure too."""
         await self._pins.aclose()
 
     def new_checkpoints(self) -> list[Checkpoint]:

@@ -170,7 +170,7 @@ class _Combination:
 
     @property
     def size_bytes(self) -> int:
-        """The memory of the sums. The result takes no more: each sum is freed as soon as it is rounded."""
+        """The memory of the sums. The result needs no further memory, because each sum is freed when it is rounded."""
         return sum(
             math.prod(tensor.shape) * dtype.itemsize
             for tensor, dtype in zip(self._manifest.tensors, self._dtypes, strict=True)

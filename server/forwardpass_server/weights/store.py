@@ -434,7 +434,7 @@ class WeightStore:
             await asyncio.to_thread(self._files.delete, principal, weights_id)
 
     def evict_first(self, principal: str, weights_id: bytes) -> None:
-        """Marks a set as the least recently used one. A set that is used again is so no more."""
+        """Marks a set as the least recently used one, until it is used again."""
         key = principal, weights_id
         if key in self._sets:
             self._sets.move_to_end(key, last=False)
