@@ -27,6 +27,7 @@ from forwardpass.v1.model_pb2 import (
     ModelState,
     ModelVersionStatus,
     ModelWeights,
+    Vectorization,
 )
 from forwardpass.v1.service_pb2 import (
     DESCRIPTOR as SERVICE_FILE,

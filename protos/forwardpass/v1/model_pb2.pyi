@@ -126,7 +126,7 @@ class FunctionDescription(_message.Message):
     def __init__(self, function: _Optional[_Union[Function, str]] = ..., available: bool = ..., unavailable_reason: _Optional[str] = ...) -> None: ...
 
 class ModelDescription(_message.Message):
-    __slots__ = ("identity", "format", "functions", "has_own_forward_pass", "weights", "input", "predictions", "batch_output", "sample_weight", "loss", "metrics_state", "metrics", "unused_batch_output_fields", "unbatchable_reason", "unmergeable_reason", "prediction_mask", "guard", "warnings", "unreached_weights", "optimizers")
+    __slots__ = ("identity", "format", "functions", "has_own_forward_pass", "weights", "input", "predictions", "batch_output", "sample_weight", "loss", "metrics_state", "metrics", "unused_batch_output_fields", "unbatchable_reason", "unmergeable_reason", "prediction_mask", "guard", "warnings", "unreached_weights", "optimizers", "vectorization")
     IDENTITY_FIELD_NUMBER: _ClassVar[int]
     FORMAT_FIELD_NUMBER: _ClassVar[int]
     FUNCTIONS_FIELD_NUMBER: _ClassVar[int]
@@ -147,6 +147,7 @@ class ModelDescription(_message.Message):
     WARNINGS_FIELD_NUMBER: _ClassVar[int]
     UNREACHED_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     OPTIMIZERS_FIELD_NUMBER: _ClassVar[int]
+    VECTORIZATION_FIELD_NUMBER: _ClassVar[int]
     identity: ModelIdentity
     format: str
     functions: _containers.RepeatedCompositeFieldContainer[FunctionDescription]
@@ -167,4 +168,15 @@ class ModelDescription(_message.Message):
     warnings: _containers.RepeatedScalarFieldContainer[str]
     unreached_weights: _containers.RepeatedScalarFieldContainer[str]
     optimizers: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., format: _Optional[str] = ..., functions: _Optional[_Iterable[_Union[FunctionDescription, _Mapping]]] = ..., has_own_forward_pass: bool = ..., weights: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., input: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., predictions: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., batch_output: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., loss: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics_state: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., unused_batch_output_fields: _Optional[_Iterable[str]] = ..., unbatchable_reason: _Optional[str] = ..., unmergeable_reason: _Optional[str] = ..., prediction_mask: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., guard: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., unreached_weights: _Optional[_Iterable[str]] = ..., optimizers: _Optional[_Iterable[str]] = ...) -> None: ...
+    vectorization: Vectorization
+    def __init__(self, identity: _Optional[_Union[ModelIdentity, _Mapping]] = ..., format: _Optional[str] = ..., functions: _Optional[_Iterable[_Union[FunctionDescription, _Mapping]]] = ..., has_own_forward_pass: bool = ..., weights: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., input: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., predictions: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., batch_output: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., sample_weight: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., loss: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics_state: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., metrics: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., unused_batch_output_fields: _Optional[_Iterable[str]] = ..., unbatchable_reason: _Optional[str] = ..., unmergeable_reason: _Optional[str] = ..., prediction_mask: _Optional[_Union[_structure_pb2.StructureSpec, _Mapping]] = ..., guard: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., unreached_weights: _Optional[_Iterable[str]] = ..., optimizers: _Optional[_Iterable[str]] = ..., vectorization: _Optional[_Union[Vectorization, _Mapping]] = ...) -> None: ...
+
+class Vectorization(_message.Message):
+    __slots__ = ("unavailable_reason", "largest_difference", "allows_rounding")
+    UNAVAILABLE_REASON_FIELD_NUMBER: _ClassVar[int]
+    LARGEST_DIFFERENCE_FIELD_NUMBER: _ClassVar[int]
+    ALLOWS_ROUNDING_FIELD_NUMBER: _ClassVar[int]
+    unavailable_reason: str
+    largest_difference: float
+    allows_rounding: bool
+    def __init__(self, unavailable_reason: _Optional[str] = ..., largest_difference: _Optional[float] = ..., allows_rounding: bool = ...) -> None: ...

@@ -8,18 +8,20 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ForwardPassRequest(_message.Message):
-    __slots__ = ("model", "training", "model_weights", "weights_id", "batch_input")
+    __slots__ = ("model", "training", "model_weights", "weights_id", "batch_input", "allow_rounding")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     MODEL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
     BATCH_INPUT_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_ROUNDING_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelSelector
     training: bool
     model_weights: _model_pb2.ModelWeights
     weights_id: bytes
     batch_input: _model_pb2.Batch
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., training: bool = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ..., weights_id: _Optional[bytes] = ..., batch_input: _Optional[_Union[_model_pb2.Batch, _Mapping]] = ...) -> None: ...
+    allow_rounding: bool
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., training: bool = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ..., weights_id: _Optional[bytes] = ..., batch_input: _Optional[_Union[_model_pb2.Batch, _Mapping]] = ..., allow_rounding: bool = ...) -> None: ...
 
 class ForwardPassResponse(_message.Message):
     __slots__ = ("model", "batch_output")
@@ -30,18 +32,20 @@ class ForwardPassResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[_model_pb2.ModelIdentity, _Mapping]] = ..., batch_output: _Optional[_Union[_model_pb2.BatchOutput, _Mapping]] = ...) -> None: ...
 
 class PredictOnBatchRequest(_message.Message):
-    __slots__ = ("model", "training", "model_weights", "weights_id", "x")
+    __slots__ = ("model", "training", "model_weights", "weights_id", "x", "allow_rounding")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     MODEL_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_ID_FIELD_NUMBER: _ClassVar[int]
     X_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_ROUNDING_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelSelector
     training: bool
     model_weights: _model_pb2.ModelWeights
     weights_id: bytes
     x: _structure_pb2.Structure
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., training: bool = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ..., weights_id: _Optional[bytes] = ..., x: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ...) -> None: ...
+    allow_rounding: bool
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ..., training: bool = ..., model_weights: _Optional[_Union[_model_pb2.ModelWeights, _Mapping]] = ..., weights_id: _Optional[bytes] = ..., x: _Optional[_Union[_structure_pb2.Structure, _Mapping]] = ..., allow_rounding: bool = ...) -> None: ...
 
 class PredictOnBatchResponse(_message.Message):
     __slots__ = ("model", "predictions", "prediction_mask")
@@ -190,14 +194,16 @@ class GetModelRequest(_message.Message):
     def __init__(self, model: _Optional[_Union[_model_pb2.ModelSelector, _Mapping]] = ...) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("model", "versions", "max_request_bytes")
+    __slots__ = ("model", "versions", "max_request_bytes", "shares_weights")
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSIONS_FIELD_NUMBER: _ClassVar[int]
     MAX_REQUEST_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHARES_WEIGHTS_FIELD_NUMBER: _ClassVar[int]
     model: _model_pb2.ModelDescription
     versions: _containers.RepeatedCompositeFieldContainer[_model_pb2.ModelVersionStatus]
     max_request_bytes: int
-    def __init__(self, model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., versions: _Optional[_Iterable[_Union[_model_pb2.ModelVersionStatus, _Mapping]]] = ..., max_request_bytes: _Optional[int] = ...) -> None: ...
+    shares_weights: bool
+    def __init__(self, model: _Optional[_Union[_model_pb2.ModelDescription, _Mapping]] = ..., versions: _Optional[_Iterable[_Union[_model_pb2.ModelVersionStatus, _Mapping]]] = ..., max_request_bytes: _Optional[int] = ..., shares_weights: bool = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()

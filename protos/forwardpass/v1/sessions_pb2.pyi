@@ -147,14 +147,16 @@ class EvaluateRequest(_message.Message):
     def __init__(self, frames: _Optional[_Iterable[_Union[_service_pb2.CallFrame, _Mapping]]] = ..., start: _Optional[_Union[EvaluationStart, _Mapping]] = ...) -> None: ...
 
 class EvaluationStart(_message.Message):
-    __slots__ = ("writer_id", "training", "targets")
+    __slots__ = ("writer_id", "training", "targets", "allow_rounding")
     WRITER_ID_FIELD_NUMBER: _ClassVar[int]
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     TARGETS_FIELD_NUMBER: _ClassVar[int]
+    ALLOW_ROUNDING_FIELD_NUMBER: _ClassVar[int]
     writer_id: bytes
     training: bool
     targets: _containers.RepeatedCompositeFieldContainer[EvaluationTarget]
-    def __init__(self, writer_id: _Optional[bytes] = ..., training: bool = ..., targets: _Optional[_Iterable[_Union[EvaluationTarget, _Mapping]]] = ...) -> None: ...
+    allow_rounding: bool
+    def __init__(self, writer_id: _Optional[bytes] = ..., training: bool = ..., targets: _Optional[_Iterable[_Union[EvaluationTarget, _Mapping]]] = ..., allow_rounding: bool = ...) -> None: ...
 
 class EvaluationTarget(_message.Message):
     __slots__ = ("session_id", "weights_id")

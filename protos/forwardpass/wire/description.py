@@ -163,6 +163,31 @@ class ModelIdentity:
         return f"{self.name}/{self.version}"
 
 
+_NO_VECTORIZATION = "the server does not compute calls of different weights together"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Vectorization:
+    """Whether calls of predict_on_batch with different weights are computed together.
+
+    unavailable_reason: why they are not; "" if they are.
+    largest_difference: from single calls, relative to the largest number of a result; 0.0 for equal bits.
+    allows_rounding: the operator allows this difference for all calls. Otherwise each call must allow it.
+    """
+
+    unavailable_reason: str = ""
+    largest_difference: float = 0.0
+    allows_rounding: bool = False
+
+    def __str__(self) -> str:
+        if self.unavailable_reason:
+            return f"no: {self.unavailable_reason}"
+        if not self.largest_difference:
+            return "yes, with equal bits"
+        difference = f"differences up to {self.largest_difference:.1e} of the largest number"
+        return f"yes, with {difference}" if self.allows_rounding else f"only for calls that allow {difference}"
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelDescription:
     """A model of a server. format: that of its files.
@@ -173,6 +198,7 @@ class ModelDescription:
     warnings: problems of this model that an operator should know, one sentence each.
     unreached_weights: the places of trainable weights on which the loss does not depend; their gradients are zeros.
     optimizers: those for which training is prepared, as JSON.
+    vectorization: whether calls with different weights are computed together.
     """
 
     identity: ModelIdentity
@@ -184,6 +210,7 @@ class ModelDescription:
     warnings: tuple[str, ...] = ()
     unreached_weights: tuple[str, ...] = ()
     optimizers: tuple[str, ...] = ()
+    vectorization: Vectorization = Vectorization(_NO_VECTORIZATION)
 
 
 _OLDER_SERVER = "the server is older than this function"
@@ -225,6 +252,11 @@ def encode(description: ModelDescription) -> v1.ModelDescription:
         warnings=description.warnings,
         unreached_weights=description.unreached_weights,
         optimizers=description.optimizers,
+        vectorization=v1.Vectorization(
+            unavailable_reason=description.vectorization.unavailable_reason,
+            largest_difference=description.vectorization.largest_difference,
+            allows_rounding=description.vectorization.allows_rounding,
+        ),
         **structures,
     )
 
@@ -265,6 +297,13 @@ def decode(message: v1.ModelDescription) -> ModelDescription:
         tuple(message.warnings),
         tuple(message.unreached_weights),
         tuple(message.optimizers),
+        Vectorization(
+            message.vectorization.unavailable_reason,
+            message.vectorization.largest_difference,
+            message.vectorization.allows_rounding,
+        )
+        if message.HasField("vectorization")
+        else Vectorization(_NO_VECTORIZATION),
     )
 
 
@@ -303,6 +342,7 @@ def facts(description: ModelDescription) -> list[tuple[str, str]]:
         ("forward_pass", "the model's own" if spec.has_own_forward_pass else "predict_on_batch and loss"),
         ("metrics", str(spec.metrics)),
         ("batching", _yes_unless(description.unbatchable_reason)),
+        ("vectorization over weights", str(description.vectorization)),
         ("merging metrics states", _yes_unless(description.unmergeable_reason)),
         *(
             [("gradients that are zeros", ", ".join(description.unreached_weights))]
