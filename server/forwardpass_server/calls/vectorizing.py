@@ -28,8 +28,8 @@ _LOGGER = logging.getLogger(__name__)
 # One computation takes the place of several where it needs at most this share of their time.
 _WORTH = 0.85
 
-# Trials of one kind of group before the first decision; one less where one computation is clearly slower. The first trial
-# makes the kernels. Later trials take at most 1 % of the time.
+# Trials of one kind of group before the first decision; one less where one computation is clearly slower. The first one
+# makes the kernels. Later ones take at most 1 % of the time.
 _TRIALS = 3
 _CLEARLY = 1.5
 _TRIAL_SHARE = 100
