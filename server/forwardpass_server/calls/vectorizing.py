@@ -109,7 +109,7 @@ class _Variant:
     def __init__(self, differing: tuple[bool, ...]) -> None:
         self.differing = differing
         self.function: StackedPredictions | None = None
-        self.times: dict[tuple[int, Any], _Times] = {}
+        self.times: dict[tuple[int, tuple[tuple[int, ...], ...]], _Times] = {}
         # A trial found other bits than the probe of the load.
         self.is_inexact = False
 
@@ -139,11 +139,15 @@ class Vectorizer:
         """Whether a call may run as one computation with calls of other weights. allow_rounding: the call allows it."""
         return self._can and (self._is_exact or self._allows_rounding or allow_rounding)
 
-    def choose(self, sets: Sequence[FittedWeights], shapes: Any, allow_rounding: bool) -> Together | None:
+    def choose(
+        self, sets: Sequence[FittedWeights], shapes: tuple[tuple[int, ...], ...], allow_rounding: bool
+    ) -> Together | None:
         """How to run a group of calls: one by one (None), or as one computation.
 
-        sets: the weights of each call, at least two; not all the same. shapes: of the inputs of each call.
+        sets: the weights of each call, at least two. shapes: of the inputs of each call.
         """
+        if any(0 in shape for shape in shapes):
+            return None
         order = tuple([weights.number for weights in sets])
         differing = self._known_differing(order, sets)
         if not any(differing):
@@ -156,6 +160,8 @@ class Vectorizer:
         allow_rounding = allow_rounding or self._allows_rounding
         if function is None or (not allow_rounding and (function.difference or variant.is_inexact)):
             return None
+        if len(variant.times) > _MAX_KNOWN:
+            variant.times.clear()
         times = variant.times.setdefault((len(sets).bit_length(), shapes), _Times())
         leaves = self._weights.stack_of(order)
         is_repeated = order in self._seen
