@@ -44,6 +44,7 @@ from forwardpass_server.training import room as training_room
 from forwardpass_server.training.service import Trainings
 from forwardpass_server.weights import room as weights_room
 from forwardpass_server.weights.combinations import Combinations
+from forwardpass_server.weights.deletions import Deletions
 from forwardpass_server.weights.room import WeightsOptions
 from forwardpass_server.weights.store import StoreOptions, WeightStore
 
@@ -78,6 +79,7 @@ class Parts:
     models: ModelsRoom
     loader: ObservedLoader
     weights: WeightStore
+    deletions: Deletions | None
     weights_bytes: int
     capacity: Capacity
     calls: CallsRoom
@@ -102,7 +104,11 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
     models = models_room.build(_models_options(settings), metrics.models.trace, trial_process)
     catalog = catalog_room.build(settings.model_repository, settings.factories)
     weights_bytes = settings.weights_bytes or models.placement.default_budget_bytes()
-    weights = weights_room.build(_weights_options(settings, weights_bytes), models.placement, metrics.weights)
+    # On a thread: a tier that does not answer takes seconds.
+    in_weights = await asyncio.to_thread(
+        weights_room.build, _weights_options(settings, weights_bytes), models.placement, metrics.weights
+    )
+    weights = in_weights.store
     capacity = _capacity(settings, catalog, weights_bytes if models.is_on_cpu else 0)
     calls = calls_room.build(
         CallsOptions(threads=settings.execution_threads, max_batch_rows=settings.max_batch_examples),
@@ -160,6 +166,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
         models=models,
         loader=loader,
         weights=weights,
+        deletions=in_weights.deletions,
         weights_bytes=weights_bytes,
         capacity=capacity,
         calls=calls,

@@ -13,10 +13,11 @@ import click
 from forwardpass.wire.chunks import CHUNK_BYTES
 from forwardpass.wire.hosts import is_loopback
 from forwardpass_server.app import logs, options
-from forwardpass_server.app.options import FILE, FOLDER, MIB, Option
+from forwardpass_server.app.options import FILE, FOLDER_OR_URL, MIB, Option
 from forwardpass_server.catalog.repository import MODEL_NAME
 from forwardpass_server.errors import SettingsError
 from forwardpass_server.process import control_groups, onednn
+from forwardpass_server.storage import urls
 from forwardpass_server.training.preparation import ANY, PREPARED
 
 _SESSION_STORE = re.compile(r"sqlite:///.|rediss?://.|memory://$")
@@ -405,11 +406,13 @@ class Settings:
     ] = None
     # None: weights are kept in memory only, and are lost at a restart.
     weights_folder: Annotated[
-        pathlib.Path | None,
+        pathlib.Path | str | None,
         Option(
             "--weights-folder",
-            "Also store the weights that clients put in this folder, so that they survive a restart.",
-            type=FOLDER,
+            "Also store the weights that clients put in this folder, so that they survive a restart. Servers with the "
+            "same URL instead of a path (file:///FOLDER, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX) share them.",
+            metavar="FOLDER|URL",
+            type=FOLDER_OR_URL,
         ),
     ] = None
     # Fits on a small disk, and holds thousands of sets of a usual model.
@@ -417,7 +420,8 @@ class Settings:
         int,
         Option(
             "--weights-disk-mib",
-            "Limit of the weights in that folder, in MiB; beyond it the least recently used are deleted.",
+            "Limit of the weights in that folder, in MiB; beyond it the least recently used are deleted. A URL has no "
+            "limit.",
             unit=MIB,
             least=1,
         ),
@@ -553,6 +557,8 @@ class Settings:
                 raise SettingsError(f"--required-models: expected NAME or NAME/VERSION, got {required!r}")
 
     def _check_places(self) -> None:
+        if isinstance(self.weights_folder, str):
+            urls.check(self.weights_folder, "--weights-folder")
         if self.session_store is not None and not _SESSION_STORE.match(self.session_store):
             # The message does not quote the URL: it may hold a password.
             raise SettingsError("--session-store: expected sqlite:///PATH, redis://..., rediss://... or memory://")

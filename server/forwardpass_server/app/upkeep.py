@@ -27,6 +27,7 @@ def works(parts: Parts, recent: Recent, loading: asyncio.Task[None]) -> list[Cor
     """The tasks, each of which runs until it is cancelled. loading: the task that loads the models of the start."""
     return [
         _sweep_weights(parts.weights),
+        *([] if parts.deletions is None else [parts.deletions.watch()]),
         _sweep_sessions(parts.sessions),
         _release_models(parts.sessions.models),
         _watch_files(parts.guard),
