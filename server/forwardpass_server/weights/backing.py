@@ -11,19 +11,11 @@ from forwardpass.wire.manifests import TensorManifest, WeightsManifest
 
 
 class Backing(Protocol):
-    """Where sets are kept besides the device: a folder of this server, or a tier that servers share. Thread-safe.
+    """A folder of this server, or a tier that servers share. Thread-safe.
 
-    The methods block, except `has` of a folder. A principal has no access to the sets of another one.
+    The methods block, except `has` of a folder. A principal has no access to the sets of another one. Each method
+    raises OSError where it fails; that of a tier raises WeightStoreUnavailable or WeightStoreFull.
     """
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether other servers write and delete sets here.
-
-        Then a set counts as put only when it is kept here, and the methods raise WeightStoreUnavailable or
-        WeightStoreFull where they fail, and FileNotFoundError where a set is not there. Otherwise a set that cannot be
-        kept is served from memory, and failures are OSError.
-        """
 
     @property
     def threads(self) -> concurrent.futures.Executor | None:

@@ -56,7 +56,6 @@ class WeightFiles:
     Each method raises OSError if the disk fails.
     """
 
-    is_shared = False
     # The threads of the event loop: a disk answers at once.
     threads = None
 

@@ -21,6 +21,7 @@ from forwardpass.wire.structures import Structure
 from forwardpass.wire.trees import TreeDef
 from forwardpass_server.weights import files as weight_files
 from forwardpass_server.weights.backing import Backing
+from forwardpass_server.weights.tier import WeightTier
 from forwardpass_server.weights.uploads import Uploads
 
 _LOGGER = logging.getLogger(__name__)
@@ -33,6 +34,9 @@ _MAX_LEASES = 1024
 
 # Announced in one turn of the event loop, before other calls get their turn.
 _TENSORS_AT_ONCE = 256
+
+# Smaller tensors are uploaded without looking whether the tier has them: that takes a request for each.
+_LOOKED_UP_BYTES = 2**16
 
 Key = tuple[str, bytes]
 """A principal, and a weights id or the digest of a tensor.
@@ -165,6 +169,7 @@ class WeightStore:
         self._device = device
         self._observer = observer
         self._files = files
+        self._tier = files if isinstance(files, WeightTier) else None
         self._sets: collections.OrderedDict[Key, WeightSet] = collections.OrderedDict()
         self._tensors: dict[bytes, _Tensor] = {}
         self._tensor_bytes = 0
@@ -200,7 +205,7 @@ class WeightStore:
     @property
     def is_shared(self) -> bool:
         """Whether sets are kept in a tier, so that other servers can use them."""
-        return self._files is not None and self._files.is_shared
+        return self._tier is not None
 
     def keys(self) -> Sequence[Key]:
         """The sets on the device, each by its principal and its id."""
@@ -225,6 +230,8 @@ class WeightStore:
                 return []
             self._check_size(manifest.size_bytes, "manifest")
             missing, unfinished = await self._announce(principal, manifest)
+            if unfinished and await self._supply(principal, missing):
+                continue
             if unfinished:
                 return unfinished
             # Tensors may have been dropped, saved or published while this coroutine waited: check again.
@@ -360,6 +367,25 @@ class WeightStore:
             missing.update((tensor.digest, tensor) for tensor in absent)
         return missing, unfinished
 
+    async def _supply(self, principal: str, missing: Mapping[bytes, TensorManifest]) -> bool:
+        """Takes tensors from the tier instead of from the client, if this principal has put them with another set.
+
+        Returns whether there were any.
+        """
+        wanted = [
+            tensor
+            for tensor in missing.values()
+            if tensor.size_bytes >= _LOOKED_UP_BYTES and self._uploads.is_waiting(principal, tensor.digest)
+        ]
+        if self._tier is None or not wanted:
+            return False
+        size_bytes = sum(tensor.size_bytes for tensor in wanted)
+        self._reserve(principal, size_bytes)
+        with self._uploads.reserved(principal, size_bytes):
+            found = await self._run(self._tier.known, principal, wanted)
+            placed = await asyncio.to_thread(lambda: {name: self._device.place(one) for name, one in found.items()})
+        return sum(self._uploads.supply(principal, digest, tensor) for digest, tensor in placed.items()) > 0
+
     def _holds(self, principal: str, digest: bytes) -> bool:
         """Whether the store holds a tensor that this principal has uploaded."""
         return (principal, digest) in self._held
@@ -413,7 +439,7 @@ class WeightStore:
         key = principal, weights_id
         self._observer.weights_missed()
         manifests.check_digest(weights_id, "weights_id")
-        if self._files is not None and (self._files.is_shared or self._files.has(*key)):
+        if self._files is not None and (self._tier is not None or self._files.has(*key)):
             await self._read(key)
         weights = self._sets.get(key)
         if weights is None:
@@ -479,7 +505,7 @@ class WeightStore:
         """Whether a set needs no upload and no write. Marks it as used now."""
         if self._files is None:
             is_complete = key in self._sets
-        elif self._files.is_shared:
+        elif self._tier is not None:
             # Although the device may hold it: other servers must be able to read it.
             is_complete = await self._run(self._files.has, *key)
         else:

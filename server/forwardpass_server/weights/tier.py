@@ -74,8 +74,6 @@ class WeightTier:
     Each method raises WeightStoreUnavailable, and WeightStoreFull if the store has no space.
     """
 
-    is_shared = True
-
     def __init__(self, store: ObjectStore, observer: TierObserver) -> None:
         self._store = store
         self._observer = observer
@@ -166,18 +164,23 @@ class WeightTier:
     def _read(self, principal: str, weights_id: bytes, wanted: Collection[TensorManifest]) -> dict[bytes, Array]:
         """The elements of tensors as on the wire, by digest."""
         folder = _folder(principal)
-        buffers = {tensor.digest: aligned_buffer(tensor.size_bytes) for tensor in wanted}
-        lost: list[TensorManifest] = list(wanted)
-        # A second time where it failed: a connection may have ended in the middle, or another server has just written
-        # the object on a volume that shows it late.
-        for _ in range(2):
-            parts = [(tensor, start) for tensor in lost for start in range(0, max(tensor.size_bytes, 1), _PART_BYTES)]
-            self._all(lambda part: self._read_part(folder, buffers[part[0].digest], *part), parts)
-            lost = [tensor for tensor in lost if not _is_sound(tensor, buffers[tensor.digest])]
+        buffers = self._buffers(folder, wanted)
+        lost = [tensor for tensor in wanted if not _is_sound(tensor, buffers)]
+        if lost:
+            # Again: a connection may have ended in the middle, or a volume shows late what another server has written.
+            buffers.update(self._buffers(folder, lost))
+            lost = [tensor for tensor in lost if not _is_sound(tensor, buffers)]
         if lost:
             # The tensors too: the next put of the set would find them, and would not write them again.
             names = [_tensor_name(folder, tensor.digest) for tensor in lost]
             raise self._damaged(names[0], [_set_name(principal, weights_id), *names])
+        return buffers
+
+    def _buffers(self, folder: str, wanted: Collection[TensorManifest]) -> dict[bytes, Array]:
+        """Reads tensors, in parts at the same time. A missing one gives zeros."""
+        buffers = {tensor.digest: aligned_buffer(tensor.size_bytes) for tensor in wanted}
+        parts = ((tensor, start) for tensor in wanted for start in range(0, max(tensor.size_bytes, 1), _PART_BYTES))
+        self._all(lambda part: self._read_part(folder, buffers[part[0].digest], *part), parts)
         return buffers
 
     def _read_part(self, folder: str, buffer: Array, tensor: TensorManifest, start: int) -> None:
@@ -193,6 +196,22 @@ class WeightTier:
         for name in names:
             self._store.remove(name)
         return FileNotFoundError(place)
+
+    def known(self, principal: str, wanted: Iterable[TensorManifest]) -> dict[bytes, Array]:
+        """The elements of those tensors that the principal has put with any set, by digest: see `tensors`."""
+
+        def read() -> dict[bytes, Array]:
+            folder = _folder(principal)
+            there = [one for one in self._all(functools.partial(self._found, folder), wanted) if one is not None]
+            buffers = self._buffers(folder, there)
+            # A damaged one is uploaded, and written, again.
+            return {one.digest: one.decode(buffers[one.digest], "tensor") for one in there if _is_sound(one, buffers)}
+
+        return self._call("read", read)
+
+    def _found(self, folder: str, tensor: TensorManifest) -> TensorManifest | None:
+        state = self._store.state(_tensor_name(folder, tensor.digest))
+        return tensor if state is not None and state.size_bytes == tensor.size_bytes else None
 
     def delete(self, principal: str, weights_id: bytes) -> None:
         """Deletes a set for all servers. Those that hold it on their device drop it at their next `follow`."""
@@ -338,7 +357,7 @@ def _tensor_name(folder: str, digest: bytes) -> str:
     return f"tensors/{folder}/{digest.hex()}"
 
 
-def _is_sound(tensor: TensorManifest, buffer: Array) -> bool:
+def _is_sound(tensor: TensorManifest, buffers: dict[bytes, Array]) -> bool:
     hasher = manifests.hasher_of(tensor.spec)
-    hasher.update(buffer.data)
+    hasher.update(buffers[tensor.digest].data)
     return hasher.digest() == tensor.digest
