@@ -102,7 +102,10 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
     metrics, tracing = Metrics(), _tracing(settings.trace_endpoint)
     guard = _guard(settings)
     models = models_room.build(_models_options(settings), metrics.models.trace, trial_process)
-    catalog = catalog_room.build(settings.model_repository, settings.factories)
+    # On a thread: the versions of a repository with a URL are copied.
+    catalog = await asyncio.to_thread(
+        catalog_room.build, settings.model_repository, settings.factories, settings.repository_cache
+    )
     weights_bytes = settings.weights_bytes or models.placement.default_budget_bytes()
     # On a thread: a tier that does not answer takes seconds.
     in_weights = await asyncio.to_thread(
@@ -149,12 +152,13 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
     management = RegistryManagement(
         catalog.registry,
         loader,
-        settings.model_repository,
+        catalog.folder,
         settings.factories,
         catalog.policies,
         functools.partial(_model_changed, health, capacity, catalog, loader, metrics),
         sessions.models,
         settings.unload_with_sessions == "refuse",
+        catalog.refresh,
     )
     parts = Parts(
         settings=settings,

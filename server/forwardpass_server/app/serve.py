@@ -171,6 +171,7 @@ async def _end(parts: Parts) -> bool:
     if not has_ended:
         _LOGGER.warning("a computation was still running at the end of the drain timeout")
     await parts.sessions.store.close()
+    await asyncio.to_thread(parts.catalog.close)
     if parts.tracing is not None:
         await asyncio.to_thread(parts.tracing.close)
     return has_ended

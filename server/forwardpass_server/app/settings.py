@@ -13,7 +13,7 @@ import click
 from forwardpass.wire.chunks import CHUNK_BYTES
 from forwardpass.wire.hosts import is_loopback
 from forwardpass_server.app import logs, options
-from forwardpass_server.app.options import FILE, FOLDER_OR_URL, MIB, Option
+from forwardpass_server.app.options import FILE, FOLDER, FOLDER_OR_URL, MIB, Option
 from forwardpass_server.catalog.repository import MODEL_NAME
 from forwardpass_server.errors import SettingsError
 from forwardpass_server.process import control_groups, onednn
@@ -53,8 +53,25 @@ class Settings:
 
     # None if only factories are served.
     model_repository: Annotated[
+        pathlib.Path | str | None,
+        Option(
+            "--model-repository",
+            "Folder of models: NAME/VERSION/ for each version. Or a URL (file:///FOLDER, s3://BUCKET/PREFIX, "
+            "gs://BUCKET/PREFIX), to which `forwardpass-server upload` has written them.",
+            metavar="FOLDER|URL",
+            type=FOLDER_OR_URL,
+            begins="Models",
+        ),
+    ] = None
+    # None for the folder of temporary files: the copies are removed at the end, and after a kill by the next server.
+    repository_cache: Annotated[
         pathlib.Path | None,
-        Option("--model-repository", "Folder of models: NAME/VERSION/ for each version.", begins="Models"),
+        Option(
+            "--repository-cache",
+            "Folder for local copies of the versions that are served, for a --model-repository with a URL.",
+            otherwise="the folder of temporary files",
+            type=FOLDER,
+        ),
     ] = None
     # Off by default: the server runs the models that it finds, so a file that somebody adds by accident would be run.
     # Replicas also would not change at the same moment.
@@ -541,8 +558,12 @@ class Settings:
     def _check_models(self) -> None:
         if self.model_repository is None and not self.factories:
             raise SettingsError("--model-repository: expected a folder; without one, give at least one --factory")
-        if self.model_repository is not None and not self.model_repository.is_dir():
+        if isinstance(self.model_repository, str):
+            urls.check(self.model_repository, "--model-repository")
+        elif self.model_repository is not None and not self.model_repository.is_dir():
             raise SettingsError(f"--model-repository: expected a folder, got {str(self.model_repository)!r}")
+        if self.repository_cache is not None and not isinstance(self.model_repository, str):
+            raise SettingsError("--repository-cache: requires --model-repository with a URL")
         if self.repository_poll_s and self.model_repository is None:
             raise SettingsError("--repository-poll: requires --model-repository")
         for name, factory in self.factories.items():

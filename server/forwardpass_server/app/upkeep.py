@@ -71,10 +71,11 @@ async def _sample_metrics(recent: Recent) -> None:
 
 async def _follow_repository(parts: Parts, loading: asyncio.Task[None]) -> None:
     settings = parts.settings
-    if settings.model_repository is None or not settings.repository_poll_s:
+    catalog = parts.catalog
+    if catalog.folder is None or not settings.repository_poll_s:
         return
-    known = [entry.source for entry in parts.catalog.registry.entries() if entry.source.folder is not None]
-    watch = RepositoryWatch(parts.management, settings.model_repository, parts.catalog.policies, known)
+    known = [entry.source for entry in catalog.registry.entries() if entry.source.folder is not None]
+    watch = RepositoryWatch(parts.management, catalog.folder, catalog.policies, known, catalog.refresh)
     parts.metrics.files.watched("models", lambda: watch.is_good)
     # The models of the start are loaded first.
     await asyncio.wait([loading])

@@ -21,8 +21,10 @@ class FolderObjects:
     A file that a power failure damaged may be visible: callers compare a hash.
     """
 
-    def __init__(self, folder: pathlib.Path) -> None:
+    def __init__(self, folder: pathlib.Path, is_written: bool) -> None:
+        """is_written: whether this process writes objects. Otherwise no permission to write is needed."""
         self._folder = folder
+        self._is_written = is_written
 
     @property
     def url(self) -> str:
@@ -30,8 +32,10 @@ class FolderObjects:
         return self._folder.as_uri()
 
     def open(self) -> None:
-        """Creates the folder where it does not exist. See `ObjectStore`."""
-        (self._folder / _NEW).mkdir(parents=True, exist_ok=True)
+        """Creates the folder where it does not exist, if this process writes. See `ObjectStore`."""
+        if self._is_written:
+            (self._folder / _NEW).mkdir(parents=True, exist_ok=True)
+        self._check_mounted()
 
     def read(self, name: str) -> bytes:
         """See `ObjectStore`."""
@@ -53,8 +57,10 @@ class FolderObjects:
 
     def _check_mounted(self) -> None:
         """Raises StoreUnreachable if the folder is missing: then no object is known to be missing."""
-        if not (self._folder / _NEW).is_dir():
-            raise StoreUnreachable(f"{self._folder} is missing, or was not created by a server: is the volume mounted?")
+        # A mount point exists without its volume, too.
+        expected = self._folder / _NEW if self._is_written else self._folder
+        if not expected.is_dir():
+            raise StoreUnreachable(f"there is no folder {expected}: is the volume mounted?")
 
     def write(self, name: str, data: Any) -> None:
         """See `ObjectStore`."""

@@ -26,14 +26,14 @@ def check(url: str, flag: str) -> None:
         raise SettingsError(f"{flag}: expected {EXPECTED}, got {url!r}")
 
 
-def open_store(url: str, flag: str) -> ObjectStore:
+def open_store(url: str, flag: str, *, is_written: bool) -> ObjectStore:
     """The store of a URL that `check` has accepted. Does not connect.
 
-    Raises SettingsError if a package is missing.
+    is_written: whether this process writes objects. Raises SettingsError if a package is missing.
     """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == "file":
-        return FolderObjects(pathlib.Path(urllib.parse.unquote(parts.path)))
+        return FolderObjects(pathlib.Path(urllib.parse.unquote(parts.path)), is_written)
     make, package, extra = _BUCKETS[parts.scheme]
     root = f"{parts.netloc}{parts.path}".rstrip("/")
     try:

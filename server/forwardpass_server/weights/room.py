@@ -74,7 +74,7 @@ def build(options: WeightsOptions, device: Device, observer: WeightsObserver) ->
 
 
 def _tier(url: str, observer: WeightsObserver) -> WeightTier:
-    tier = WeightTier(urls.open_store(url, _FLAG), observer)
+    tier = WeightTier(urls.open_store(url, _FLAG, is_written=True), observer)
     try:
         tier.open()
     except OSError as error:

@@ -41,7 +41,7 @@ _PART_BYTES = 16 * 2**20
 _NOTICE_S = 15 * 60.0
 
 GRACE_S = 24 * 3600.0
-"""The sweep deletes a tensor without a set only if it was written so long ago: a set may be about to use it."""
+"""A sweep deletes a tensor without a set only if it was written so long ago: a set may be about to use it."""
 
 Name = tuple[str, str]
 """A set by the names in the store: those of the principal's folder and of the set."""
@@ -70,7 +70,7 @@ class WeightTier:
 
     deleted/PRINCIPAL-ID is the notice of a deletion, for servers that hold the set on their device.
 
-    Tensors are deleted by `sweep` only: a server cannot know which sets others are writing.
+    Tensors are deleted by `weights.sweep` only: a server cannot know which sets others are writing.
     Each method raises WeightStoreUnavailable, and WeightStoreFull if the store has no space.
     """
 
@@ -249,46 +249,6 @@ class WeightTier:
             return None
         pairs = (name.removeprefix("deleted/").split("-") for name in found)
         return frozenset((pair[0], pair[1]) for pair in pairs if len(pair) == 2)
-
-    def sweep(self, sets_older_than_s: float | None = None) -> tuple[int, int, int]:
-        """Deletes the tensors that no set uses and that were written `GRACE_S` ago, and unfinished files as old.
-
-        sets_older_than_s: deletes sets that were written longer ago, too. None for no set.
-        Returns the numbers of deleted sets, tensors and bytes. Raises OSError.
-        """
-        now = time.time()
-        sets = size_bytes = count = 0
-        # First the tensors, then the sets: a set that is written in between uses tensors that are young, or that it
-        # has made young.
-        old: dict[str, dict[str, int]] = collections.defaultdict(dict)
-        for one in self._store.list("tensors/"):
-            if now - one.modified > GRACE_S:
-                _, folder, digest = one.name.split("/")
-                old[folder][digest] = one.size_bytes
-        for one in self._store.list("sets/"):
-            _, folder, weights_id = one.name.split("/")
-            if sets_older_than_s is not None and now - one.modified > sets_older_than_s:
-                self._store.write(f"deleted/{folder}-{weights_id}", b"")
-                self._store.remove(one.name)
-                sets += 1
-                continue
-            # A damaged set needs no tensors.
-            with contextlib.suppress(FileNotFoundError, errors.InvalidRequest):
-                message = fields.parse(v1.WeightsManifest, self._store.read(one.name))
-                for tensor in message.tensors:
-                    old[folder].pop(tensor.digest.hex(), None)
-        for folder, digests in old.items():
-            for digest, size in digests.items():
-                name = f"tensors/{folder}/{digest}"
-                found = self._store.state(name)
-                if found is not None and now - found.modified > GRACE_S:
-                    self._store.remove(name)
-                    count += 1
-                    size_bytes += size
-        for one in self._store.unfinished():
-            if now - one.modified > GRACE_S:
-                self._store.remove(one.name)
-        return sets, count, size_bytes
 
     def _all(self, work: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
         """Runs work for each item on the threads for requests. Raises the first error, after all have ended."""
