@@ -14,7 +14,7 @@ import pytest
 import forwardpass_server
 
 ROOT = pathlib.Path(forwardpass_server.__file__).parent
-PRIVATE = {"private_tensorflow.py", "private_keras.py"}
+PRIVATE = {"private_tensorflow.py", "private_keras.py", "private_pfor.py"}
 
 # Public although they begin with an underscore; the last is a name of typeshed, for annotations.
 PUBLIC = {"_fields", "_replace", "_exit", "_Hash"}
