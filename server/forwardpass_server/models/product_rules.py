@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from forwardpass_server.models.row_kinds import Counts, Free, Kind, Other, Rows
 from forwardpass_server.models.row_rules import COUNT, PARAMETERS, TIES, Rule, Step, broadcast, known, replaced, require
-from forwardpass_server.models.sizes import Size
+from forwardpass_server.models.sizes import ONE, Size
 
 _SUMS = "sums over the batch"
 
@@ -56,36 +56,48 @@ def _matrix_product(step: Step, is_first_transposed: bool, is_second_transposed:
 def _size_before(step: Step, first: tuple[Size, ...], second: tuple[Size, ...], axis: int) -> Size:
     """One of the dimensions in front of two matrices, which broadcast."""
     present = [one[axis] for one in (first, second) if len(one) >= -axis]
-    large = [size for size in present if size != Size(1)]
+    large = [size for size in present if size != ONE]
     if not large:
-        return Size(1)
+        return ONE
     constant = next((size for size in large if size.constant is not None), None)
     return constant or (large[0] if len(set(large)) == 1 else step.unknown(axis))
 
 
 def _einsum(step: Step) -> Kind:
     arguments, _, result = step.attribute("equation").decode().replace(" ", "").partition("->")
-    labels = arguments.split(",")
-    require("." not in arguments + result and bool(result), "has an equation that is not looked into")
     require(not any(isinstance(kind, Counts) for kind in step.kinds), COUNT)
+    every = [step.dims(index) for index in range(len(step.kinds))]
+    labels = [_labels(label, len(dims)) for label, dims in zip(arguments.split(","), every, strict=True)]
+    # The dimensions of an ellipsis are counted from its end.
+    count = max((sum(isinstance(one, int) for one in label) for label in labels), default=0)
+    target = _labels(result, len(result.replace("...", "")) + count)
     rows = [(kind, label[kind.axis]) for kind, label in zip(step.kinds, labels, strict=True) if isinstance(kind, Rows)]
     first, batch = rows[0]
-    require(batch in result, _SUMS)
-    require(result.count(batch) == 1, "spreads the batch over a diagonal")
-    sizes: dict[str, Size] = {}
-    for index, (kind, label) in enumerate(zip(step.kinds, labels, strict=True)):
-        dims = step.dims(index)
-        require(len(dims) == len(label), "has an equation of another rank")
+    require(batch in target, _SUMS)
+    require(target.count(batch) == 1, "spreads the batch over a diagonal")
+    found: dict[str | int, Size] = {}
+    for kind, label, dims in zip(step.kinds, labels, every, strict=True):
         for name, size in zip(label, dims, strict=True):
-            if size.constant is not None or name not in sizes:
-                sizes[name] = size
-        is_batch = isinstance(kind, Rows)
-        require(label.count(batch) == is_batch, "ties the number of rows to something else")
+            if name not in found or (size.constant is not None and size != ONE) or found[name] == ONE:
+                found[name] = size
         if isinstance(kind, Rows):
-            require(label[kind.axis] == batch, "multiplies rows by rows")
+            require(label[kind.axis] == batch and label.count(batch) == 1, "ties the number of rows to something else")
             require(kind.layout == first.layout, "joins rows with parts of rows")
-    require(set(result) <= sizes.keys(), "has an equation that is not looked into")
-    return dataclasses.replace(first, axis=result.index(batch), dims=tuple(sizes[name] for name in result))
+        else:
+            # Only the dimensions of an ellipsis broadcast.
+            is_one = isinstance(batch, int) and batch in label and dims[label.index(batch)] == ONE
+            require(is_one or batch not in label, "ties the number of rows to something else")
+    found[batch] = first.dims[first.axis]
+    require(set(target) <= found.keys(), "has an equation that is not looked into")
+    return dataclasses.replace(first, axis=target.index(batch), dims=tuple(found[name] for name in target))
+
+
+def _labels(equation: str, rank: int) -> list[str | int]:
+    """The names of the dimensions of one tensor in an equation. Those of an ellipsis are numbers from the end: -1."""
+    before, ellipsis, behind = equation.partition("...")
+    count = rank - len(before) - len(behind)
+    require("." not in before + behind and (count >= 0 if ellipsis else count == 0), "has an equation of another rank")
+    return [*before, *range(-count, 0), *behind]
 
 
 def _window(step: Step) -> Kind:

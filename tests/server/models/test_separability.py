@@ -124,7 +124,17 @@ ATTACKS = {
         "ties the number of rows",
     ),
     "einsum sums over the batch": (lambda x: raw.Einsum(inputs=[x, x], equation="ab,ac->bc"), [None], "sums over"),
-    "einsum with an ellipsis": (lambda x: raw.Einsum(inputs=[x], equation="...b->b..."), [None], "not looked into"),
+    "einsum with an ellipsis": (lambda x: raw.Einsum(inputs=[x], equation="...b->b..."), [None], "dimension 1"),
+    "einsum with an ellipsis of several rows": (
+        lambda x: raw.Einsum(inputs=[x, tf.ones([3, 4])], equation="...b,...b->...b"),
+        [4],
+        "ties the number of rows",
+    ),
+    "einsum with an ellipsis of two batches": (
+        lambda x: raw.Einsum(inputs=[x[:, None], x[None]], equation="...b,...b->...b")[:, 0],
+        [None],
+        "ties the number of rows",
+    ),
     # StridedSlice: a dimension that is dropped has no masks.
     "a dropped dimension of a shape with a begin mask": (
         lambda x: tf.fill(tf.stack([part_of_shape(x, 1, 2, begin_mask=1, shrink_axis_mask=1), 1]), 1.0),
