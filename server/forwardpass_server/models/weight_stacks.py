@@ -156,7 +156,8 @@ class WeightStacks:
         self._probed = probed
         self._reason = reason
         self._lock = threading.Lock()
-        self._variants: dict[tuple[bool, ...], Stacked | CannotVectorize] = {}
+        # The variants, or why there is none. Not the exception itself: it would keep what its frames hold.
+        self._variants: dict[tuple[bool, ...], Stacked | str] = {}
 
     def get(self, differing: Sequence[bool]) -> Stacked:
         """See `calls.model.LoadedModel.stack`."""
@@ -169,10 +170,10 @@ class WeightStacks:
                 try:
                     found = self._made(key)
                 except CannotVectorize as error:
-                    found = error
+                    found = str(error)
                 self._variants[key] = found
-        if isinstance(found, CannotVectorize):
-            raise found
+        if isinstance(found, str):
+            raise CannotVectorize(found)
         return found
 
     def judged(self, *, allows_rounding: bool) -> Vectorization:

@@ -30,6 +30,7 @@ import keras, numpy as np, tensorflow as tf
 from tensorflow.python.eager import context
 from tensorflow.python.eager.polymorphic_function import atomic_function
 from tensorflow.python.framework import convert_to_constants, function_def_to_graph
+from tensorflow.python.ops.parallel_for import pfor
 from forwardpass.wire.functions import Function
 from forwardpass_server.calls.model import ModelSource
 from forwardpass_server.errors import UnsupportedLibrary
@@ -79,6 +80,10 @@ def break_inlining():
 
 def break_function_bodies():
     del function_def_to_graph.function_def_to_graph_def
+
+
+def break_pfor():
+    del pfor.PFor
 
 
 def break_calls():
@@ -200,8 +205,10 @@ SERVED = {
         "TensorFlow {tensorflow}: the private Context.clear_kernel_cache failed (AttributeError: "
     ],
     ("function_bodies", True, False): [
-        "TensorFlow {tensorflow}: the private function_def_to_graph_def failed (AttributeError: "
+        "TensorFlow {tensorflow}: the private function_def_to_graph_def failed (AttributeError: ",
+        "TensorFlow {tensorflow}: the private PFor failed (",
     ],
+    ("pfor", True, False): ["TensorFlow {tensorflow}: the private PFor failed (CannotVectorize: "],
 }
 
 
