@@ -28,28 +28,27 @@ def versions(client: forwardpass_client.Client) -> dict[str, str]:
     return {f"{one.name}/{one.version}": one.state for one in client.models()}
 
 
-def test_versions_are_served_from_a_url_as_from_a_folder(places, repository, tmp_path):
+def test_versions_are_served_from_a_url_as_from_a_folder(places, repository, server, tmp_path):
     place, cache = places.make(), tmp_path / "cache"
     source = repository / "keras_cnn" / "1"
     upload(source, f"{place.url}/cnn/1")
     arguments = ("--model-repository", place.url, "--repository-poll", "0.2", "--repository-cache", str(cache))
-    with ServerProcess(*arguments, environment=dict(place.environment)) as server:
-        with forwardpass_client.connect(server.address) as client:
+    with ServerProcess(*arguments, environment=dict(place.environment)) as shared:
+        with forwardpass_client.connect(shared.address) as client:
             model = client.model("cnn")
             x = zoo.inputs(model, 3)
             expected = model.predict_on_batch(model.initial_weights, x)
-            with ServerProcess("--model-repository", str(source.parent.parent), "--required-models", "none") as other:
-                with forwardpass_client.connect(other.address) as there:
-                    local = there.model("keras_cnn")
-                    assert local.content_hash == model.content_hash
-                    np.testing.assert_array_equal(local.predict_on_batch(model.initial_weights, x), expected)
+            with forwardpass_client.connect(server.address) as there:
+                local = there.model("keras_cnn", version=1)
+                assert local.content_hash == model.content_hash
+                np.testing.assert_array_equal(local.predict_on_batch(model.initial_weights, x), expected)
 
             # A version whose upload has not ended is not loaded.
             store = place.store()
             for path in source.rglob("*"):
                 if path.is_file():
                     store.write(f"cnn/2/{path.relative_to(source).as_posix()}", path.read_bytes())
-            server.wait_for_log(f"cnn/2 is skipped: it has no {COMPLETE}")
+            shared.wait_for_log(f"cnn/2 is skipped: it has no {COMPLETE}")
             assert versions(client) == {"cnn/1": "available"}
             store.write(f"cnn/2/{COMPLETE}", b"")
             wait_until(lambda: versions(client) == {"cnn/1": "available", "cnn/2": "available"})
@@ -61,7 +60,7 @@ def test_versions_are_served_from_a_url_as_from_a_folder(places, repository, tmp
             with pytest.raises(errors.ModelVersionNotFound):
                 client.model("cnn", version=1)
             wait_until(lambda: len([one for one in cache.glob("*/.versions/*") if one.is_dir()]) == 1)
-        assert server.terminate() == 0
+        assert shared.terminate() == 0
     assert list(cache.iterdir()) == []
 
 
