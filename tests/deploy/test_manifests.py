@@ -173,7 +173,7 @@ def test_the_limits_of_the_manifests_fit_into_the_memory_limit(name):
 
 
 @each
-def test_the_pod_has_no_capabilities_and_two_writable_folders(name):
+def test_the_pod_has_no_capabilities_and_few_writable_folders(name):
     pod, container = pod_of(name)["spec"], container_of(name)
     assert not pod["automountServiceAccountToken"]
     assert pod["securityContext"]["runAsNonRoot"]
@@ -187,7 +187,8 @@ def test_the_pod_has_no_capabilities_and_two_writable_folders(name):
         "capabilities": {"drop": ["ALL"]},
     }
     writable = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
-    assert writable == {"/tmp", "/data"}
+    # With a bucket the models are copies, which the server writes.
+    assert writable == {"/tmp", "/data"} | ({"/models"} if name == "overlays/bucket" else set())
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
 
 
@@ -252,6 +253,21 @@ def test_the_address_of_redis_comes_from_a_secret(name):
     assert store["valueFrom"]["secretKeyRef"] == {"name": "forwardpass-sessions", "key": "url"}
 
 
+def test_a_bucket_replaces_the_volume_of_models():
+    entries = {entry["name"]: entry for entry in container_of("overlays/bucket")["env"]}
+    for name, key in (("FORWARDPASS_MODEL_REPOSITORY", "models"), ("FORWARDPASS_WEIGHTS_FOLDER", "weights")):
+        assert entries[name] == {
+            "name": name,
+            "valueFrom": {"secretKeyRef": {"name": "forwardpass-bucket", "key": key}},
+        }
+    assert not [found for found in render("overlays/bucket") if found["kind"] == "PersistentVolumeClaim"]
+    (volume,) = (volume for volume in pod_of("overlays/bucket")["spec"]["volumes"] if volume["name"] == "models")
+    (mount,) = (mount for mount in container_of("overlays/bucket")["volumeMounts"] if mount["name"] == "models")
+    assert volume.keys() == {"name", "emptyDir"}
+    assert mount["mountPath"] == entries["FORWARDPASS_REPOSITORY_CACHE"]["value"]
+    assert not mount.get("readOnly")
+
+
 @each
 def test_the_network_policies_allow_only_the_configured_connections_of_the_server(name):
     policies = [found["spec"] for found in render(name) if found["kind"] == "NetworkPolicy"]
@@ -263,6 +279,8 @@ def test_the_network_policies_allow_only_the_configured_connections_of_the_serve
     environment = environment_of(name)
     if "FORWARDPASS_SESSION_STORE" in environment:
         called += [53, 53, 6379]
+    if "FORWARDPASS_WEIGHTS_FOLDER" in environment and name == "overlays/bucket":
+        called += [53, 53, 443]
     if "FORWARDPASS_TRACE_ENDPOINT" in environment:
         called += [53, 53, int(environment["FORWARDPASS_TRACE_ENDPOINT"].rpartition(":")[2])]
     assert sorted(opened) == sorted(called)

@@ -9,9 +9,10 @@ import subprocess
 import pytest
 import yaml
 
+import forwardpass_client
 from forwardpass_server.telemetry.machine import ON_A_GPU
 from forwardpass_server.telemetry.metrics import Metrics
-from support import traffic
+from support import traffic, zoo
 from support.environments import ROOT
 from support.prometheus_servers import PrometheusProcess
 from support.servers import ServerProcess, wait_until
@@ -45,16 +46,25 @@ EXPRESSIONS = [
 def prometheus(tmp_path_factory):
     """A Prometheus with the rules that has scraped a server before and after it was called in every way.
 
-    And another one, that watches files.
+    And another one, that watches files, and one that keeps weights in a tier.
     """
     watching = traffic.watching_files(tmp_path_factory.mktemp("watched"))
-    with ServerProcess(*traffic.ARGUMENTS) as server, ServerProcess(*watching) as other:
-        urls = [server.metrics_url, other.metrics_url]
+    tier = ("--factory", "wide_4k=support.zoo:wide_4k", "--weights-folder", tmp_path_factory.mktemp("tier").as_uri())
+    with (
+        ServerProcess(*traffic.ARGUMENTS) as server,
+        ServerProcess(*watching) as other,
+        ServerProcess(*tier) as sharing,
+        forwardpass_client.connect(sharing.address) as client,
+    ):
+        urls = [server.metrics_url, other.metrics_url, sharing.metrics_url]
         with PrometheusProcess(tmp_path_factory.mktemp("prometheus"), urls, [RULES]) as found:
-            wait_until(lambda: len(found.query("up == 1")) == 2)
+            wait_until(lambda: len(found.query("up == 1")) == 3)
+            written = 'forwardpass_weights_tier_seconds_count{operation="write"}'
             pipelined = 'forwardpass_pipeline_calls_total{code="OK",method="PredictOnBatch"}'
             # A series that is seen for the first time has not grown.
-            for _ in range(2):
+            for seed in range(2):
+                client.model("wide_4k").put_weights(zoo.wide_weights(4096, seed))
+                wait_until(lambda seed=seed: found.query(f"{written} == {seed + 1}") != [])
                 traffic.send(server)
                 calls = server.metrics()[pipelined]
                 wait_until(lambda calls=calls: found.query(f"{pipelined} == {calls}") != [])

@@ -159,7 +159,7 @@ async def _announce_start(parts: Parts, announce: Announce) -> None:
 
 
 async def _end(parts: Parts) -> bool:
-    """Drains the server and commits session updates. Returns whether all computations have ended."""
+    """Drains the server and commits session updates. Returns whether all computations and waits have ended."""
     began = time.monotonic()
     if parts.managing is not None:
         await parts.managing.drain()
@@ -174,4 +174,4 @@ async def _end(parts: Parts) -> bool:
     await asyncio.to_thread(parts.catalog.close)
     if parts.tracing is not None:
         await asyncio.to_thread(parts.tracing.close)
-    return has_ended
+    return has_ended and (parts.deletions is None or parts.deletions.is_answered)

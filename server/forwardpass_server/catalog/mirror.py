@@ -182,7 +182,8 @@ class RepositoryMirror:
                     for name in names
                 ]
                 size_bytes = sum(size.result() for size in sizes)
-            if {one.name.removeprefix(prefix): one for one in self._store.list(prefix)} != objects:
+            after = {one.name.removeprefix(prefix): one for one in self._store.list(prefix)}
+            if {name: one for name, one in after.items() if upload.is_inside(name)} != objects:
                 raise ModelLoadError("it was changed while it was copied")
             link = self.folder / version[0] / str(version[1])
             new = self._copies / "link"
@@ -236,7 +237,11 @@ def _text(contents: FileContents) -> str:
 def _locked(folder: pathlib.Path) -> TextIO:
     """Locks a folder until the file that is returned is closed, or the process ends. Raises OSError."""
     file = (folder / _LOCK).open("w")
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise
     return file
 
 
@@ -246,5 +251,5 @@ def _remove_stale(cache: pathlib.Path) -> None:
         with contextlib.suppress(OSError):
             state = folder.lstat()
             if state.st_uid == os.getuid() and time.time() - state.st_mtime > _STALE_S:
-                _locked(folder)
-                shutil.rmtree(folder)
+                with _locked(folder):
+                    shutil.rmtree(folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pathlib
-import tempfile
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -66,9 +66,10 @@ class FolderObjects:
         """See `ObjectStore`."""
         path = self._folder / name
         self._check_mounted()
-        handle, temporary = tempfile.mkstemp(dir=self._folder / _NEW)
+        # Not by tempfile, whose files other users cannot read.
+        temporary = self._folder / _NEW / uuid.uuid4().hex
         try:
-            with open(handle, "wb") as file:
+            with temporary.open("xb") as file:
                 file.write(data)
             try:
                 os.replace(temporary, path)
@@ -76,7 +77,7 @@ class FolderObjects:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(temporary, path)
         except OSError:
-            pathlib.Path(temporary).unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
     def remove(self, name: str) -> None:

@@ -26,6 +26,11 @@ class Deletions:
         self._store = store
         self._tier = weights
 
+    @property
+    def is_answered(self) -> bool:
+        """Whether the tier answers. Otherwise threads may wait for it, and a normal exit would wait for them."""
+        return not self._tier.problem
+
     async def watch(self) -> None:
         """Calls `follow` every few seconds, until it is cancelled."""
         while True:

@@ -88,6 +88,18 @@ def test_nothing_unfinished_is_left_by_writes(place):
     assert list(store.unfinished()) == []
 
 
+def test_files_of_a_folder_have_the_rights_of_the_umask(tmp_path):
+    """Servers that share a volume, and whoever uploads models, may be different users."""
+    store = FolderObjects(tmp_path, is_written=True)
+    store.open()
+    before = os.umask(0o022)
+    try:
+        store.write("folder/one", b"1")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "folder" / "one").stat().st_mode & 0o777 == 0o644
+
+
 def test_a_folder_lists_what_an_interrupted_write_has_left(tmp_path):
     store = FolderObjects(tmp_path, is_written=True)
     store.open()
