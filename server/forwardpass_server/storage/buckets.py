@@ -65,7 +65,16 @@ class BucketObjects:
             if self.state(name) is None:
                 raise FileNotFoundError(name)
             return 0
-        data = _translated(lambda: self._files.cat_file(self._path(name), start=start, end=end, timeout=timeout_s))
+        try:
+            data = _translated(lambda: self._files.cat_file(self._path(name), start=start, end=end, timeout=timeout_s))
+        except FileNotFoundError:
+            raise
+        except OSError:
+            # The stores refuse a range that begins at the end or after it.
+            found_state = self.state(name)
+            if found_state is None or found_state.size_bytes > start:
+                raise
+            return 0
         found = np.frombuffer(data, np.uint8)[: len(buffer)]
         # By numpy, which releases Python's lock.
         np.frombuffer(buffer, np.uint8)[: len(found)] = found
