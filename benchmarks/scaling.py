@@ -40,15 +40,26 @@ PERIOD_US = 20_000
 GROUPS = pathlib.Path("/sys/fs/cgroup/cpu")
 
 
+class ProcessorGroup:
+    """A control group with a quota of the processor. entering: a command that runs another one in it."""
+
+    def __init__(self, folder: pathlib.Path) -> None:
+        self._quota = folder / "cpu.cfs_quota_us"
+        (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
+        self.entering = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(folder)]
+
+    def limit(self, cores: float | None) -> None:
+        """Leaves so much of the processor to the group; None for no limit."""
+        self._quota.write_text("-1" if cores is None else str(int(PERIOD_US * cores)))
+
+
 @contextlib.contextmanager
-def processor_group(cores: float) -> Iterator[list[str]]:
-    """A command that runs another one with so much of the processor."""
+def processor_group() -> Iterator[ProcessorGroup]:
+    """A new control group."""
     folder = GROUPS / f"forwardpass-{uuid.uuid4().hex[:8]}"
     folder.mkdir()
     try:
-        (folder / "cpu.cfs_period_us").write_text(str(PERIOD_US))
-        (folder / "cpu.cfs_quota_us").write_text(str(int(PERIOD_US * cores)))
-        yield ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(folder)]
+        yield ProcessorGroup(folder)
     finally:
         folder.rmdir()
 
@@ -58,20 +69,25 @@ class Fleet:
 
     def __init__(self, number: int, cores: float, tier: str) -> None:
         self._stack = contextlib.ExitStack()
-        self._prefixes = [self._stack.enter_context(processor_group(cores)) for _ in range(number)]
+        self._groups = [self._stack.enter_context(processor_group()) for _ in range(number)]
+        self._cores = cores
         self._tier = tier
         self.servers = [self._start(index, 0) for index in range(number)]
         # Bytes that replicas had received of uploads when they ended.
         self._former: collections.Counter[str] = collections.Counter()
 
     def _start(self, index: int, port: int) -> ServerProcess:
-        return ServerProcess(
+        # A start takes seconds of the processor: it is not limited.
+        self._groups[index].limit(None)
+        server = ServerProcess(
             "--factory=turns=models:turns",
             f"--weights-folder=file://{self._tier}",
-            prefix=self._prefixes[index],
+            prefix=self._groups[index].entering,
             port=port,
             environment={"TF_CPP_MIN_LOG_LEVEL": "3"},
         )
+        self._groups[index].limit(self._cores)
+        return server
 
     @property
     def addresses(self) -> list[str]:

@@ -12,7 +12,10 @@ import numpy as np
 import pytest
 
 import forwardpass_client
-from forwardpass_client import errors
+from forwardpass_client import RemoteFunctionalModel, errors, routes
+from forwardpass_client.calls import FoundModel
+from forwardpass_client.deadlines import Deadline
+from support.rollouts import free_port
 from support.servers import ServerProcess, wait_until
 
 SETS = 40
@@ -30,11 +33,24 @@ def is_right(index: int, predictions) -> bool:
 
 
 class Replicas:
-    """Two servers with one tier, on ports that they keep. A context manager: leaving it kills them."""
+    """Two servers with one tier, at one port of two addresses. A context manager: leaving it kills them."""
+
+    hosts = ("127.0.0.21", "127.0.0.22")
 
     def __init__(self, folder) -> None:
-        self._arguments = ("--factory", "counting=support.zoo:counting", "--weights-folder", f"file://{folder}")
-        self.servers = [ServerProcess(*self._arguments) for _ in range(2)]
+        self._arguments = (
+            "--factory",
+            "counting=support.zoo:counting",
+            "--weights-folder",
+            f"file://{folder}",
+            "--session-store",
+            "memory://",
+        )
+        self.port = free_port(self.hosts)
+        self.servers = [self._start(host) for host in self.hosts]
+
+    def _start(self, host: str) -> ServerProcess:
+        return ServerProcess(*self._arguments, "--host", host, port=self.port)
 
     @property
     def addresses(self) -> list[str]:
@@ -61,9 +77,8 @@ class Replicas:
 
     def start(self, index: int) -> None:
         """Starts a server that has ended, where it was."""
-        former = self.servers[index]
-        former.__exit__()
-        self.servers[index] = ServerProcess(*self._arguments, port=former.port)
+        self.servers[index].__exit__()
+        self.servers[index] = self._start(self.hosts[index])
 
     def __enter__(self) -> Replicas:
         return self
@@ -159,10 +174,9 @@ def test_weights_that_the_tier_has_lost_are_put_again(model):
         model.predict_on_batch(model.weights_handle(handle.id), X)
 
 
-def test_replicas_behind_a_name_are_looked_up_and_added(replicas, monkeypatch):
-    """The resolver of this process is replaced: the two servers are at one port of two addresses."""
-    known = ["127.0.0.1"]
-    ports = [server.port for server in replicas.servers]
+def test_replicas_behind_a_name_are_looked_up_and_one_that_is_added_gets_its_share(replicas, monkeypatch):
+    """The resolver of this process is replaced, and not that of gRPC: the model is looked up at an address."""
+    known = [replicas.hosts[0]]
     resolve = socket.getaddrinfo
 
     def look_up(host, port, *more, **options):
@@ -171,14 +185,28 @@ def test_replicas_behind_a_name_are_looked_up_and_added(replicas, monkeypatch):
         return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port)) for address in known]
 
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
-    # gRPC resolves by itself for the sticky server.
-    with forwardpass_client.connect(f"dns:///localhost:{ports[0]}") as client:
-        model = client.model("counting")
-        table = model._transport.routes
-        assert table.is_on
-        assert f"127.0.0.1:{ports[0]}" in table.addresses
-        handle = model.put_weights(weights_of(3))
-        assert is_right(3, model.predict_on_batch(handle, X))
+    monkeypatch.setattr(routes, "_RESOLVE_S", 0.1)
+    with (
+        forwardpass_client.connect(replicas.addresses[0]) as direct,
+        forwardpass_client.connect(f"dns:///replicas.test:{replicas.port}") as client,
+    ):
+        found = FoundModel(direct.model("counting").description, (), 2**24, True)
+        transport = client._transports.own
+        transport.share_weights(True, Deadline(10))
+        model = RemoteFunctionalModel(transport, found, client._options)
+        handles = [model.put_weights(weights_of(index)) for index in range(SETS)]
+
+        def call_all() -> list[int]:
+            before = replicas.counts("PredictOnBatch")
+            for index, handle in enumerate(handles):
+                assert is_right(index, model.predict_on_batch(handle, X))
+            return changes(before, replicas.counts("PredictOnBatch"))
+
+        assert call_all() == [SETS, 0]
+        known.append(replicas.hosts[1])
+        wait_until(lambda: min(call_all()) > 0)
+        del known[0]
+        wait_until(lambda: call_all() == [0, SETS])
 
 
 class Callers:
