@@ -115,7 +115,10 @@ class Transport:
             self.routes.end()
 
     def run(self, steps: Steps, deadline: Deadline, route: Route = STICKY) -> Any:
-        """Carries out the steps until the deadline, and returns their result."""
+        """Carries out the steps until the deadline, and returns their result.
+
+        route: which replica they are sent to. Raises the error that the steps end with, such as ServerUnavailable.
+        """
         answer = _Answer(steps if route is STICKY else route.along(steps))
         while not answer.is_done:
             try:
@@ -286,7 +289,7 @@ class AsyncTransport:
             self.routes.end()
 
     async def run(self, steps: Steps, deadline: Deadline, route: Route = STICKY) -> Any:
-        """See `Transport.run`."""
+        """See `Transport.run`: it raises ServerUnavailable, too."""
         answer = _Answer(steps if route is STICKY else route.along(steps))
         while not answer.is_done:
             try:
