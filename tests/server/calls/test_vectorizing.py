@@ -204,9 +204,9 @@ def test_the_stack_of_sets_that_come_again_is_kept_and_counts_once():
     asyncio.run(scenario())
 
 
-def test_sets_without_room_for_their_stack_run_one_by_one():
+def test_sets_whose_stack_is_large_run_one_by_one():
     async def scenario():
-        vectorizer = Vectorizer(model_of(Adding()), store(budget_bytes=47))
+        vectorizer = Vectorizer(model_of(Adding()), store(budget_bytes=8 * 48 - 1))
         assert await prepared(vectorizer, weights(4)) is None
 
     asyncio.run(scenario())
