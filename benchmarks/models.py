@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 import workloads
 
@@ -103,3 +104,30 @@ def total() -> FunctionalModel:
         return tf.reduce_mean(output) - tf.reduce_mean(label)
 
     return _model("scale", [1024], tf.TensorSpec([None], tf.float32), predict, loss)
+
+
+# Five to ten milliseconds of one core for each call.
+_TURNS = 64
+
+
+def turns() -> FunctionalModel:
+    """Multiplies x by its weights, slowly: by as many turns of a wheel as bring every element back to its place.
+
+    The numbers are exact, so each caller can check the answer.
+    """
+
+    @tf.function
+    def predict(model_weights: Any, x: Any, training: bool) -> Any:
+        scale = model_weights[0][0]
+        turned = tf.eye(2 * _TURNS) * scale
+        wheel = tf.roll(tf.eye(2 * _TURNS), 2, 1)
+        for _ in range(_TURNS):
+            turned = turned @ wheel
+        return x @ turned
+
+    return FunctionalModel(
+        initial_weights=((np.float32([1]),), ()),
+        predict_on_batch_fn=predict,
+        loss_fn=lambda output, label, sample_weight=None: tf.reduce_sum(output),
+        input_spec=(tf.TensorSpec([None, 2 * _TURNS], tf.float32), tf.TensorSpec([None], tf.int64)),
+    )

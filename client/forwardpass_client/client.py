@@ -54,7 +54,8 @@ def connect(
       stands for all of them as the name of a headless Service of Kubernetes does, or a list of their addresses. Calls
       by value go to each replica in turn; where one cannot answer (it stops, loads its models, or lacks the version),
       another is asked. Calls that need what other calls left on a server (weights by id), sessions and streams are
-      sticky: they go to one replica, taken at random, until its connection ends.
+      sticky: they go to one replica, taken at random, until its connection ends. Where replicas share weights, calls by
+      id go to all of them, and those with the same weights to the same replica while it is there.
     timeout_s: seconds until a call raises DeadlineExceeded, with all its attempts; None for no limit. In transfers of
       weights and in evaluations it limits the time without progress.
     max_message_bytes: the longest request and response. The server has a limit of its own. Weights are put and fetched

@@ -49,7 +49,12 @@ class LongCall:
 
 
 def exchange(
-    path: str, request: bytes | Pieces, deadline: Deadline, max_message_bytes: int, sticky: bool, address: str | None
+    path: str,
+    request: bytes | Pieces,
+    deadline: Deadline,
+    max_message_bytes: int,
+    sticky: bool = False,
+    address: str | None = None,
 ) -> Steps:
     """The steps of one attempt of a long call: the whole answer. sticky, address: see `Exchange`.
 

@@ -98,7 +98,7 @@ class PipelineApi(_Calling):
         """A future of the BatchOutput of one batch.
 
         batch_input: (x, y), or a mapping with keys x and y, like the model's `input_spec`, leaves of shape [B, ...].
-        training, exact, timeout_s, errors: as of `predict_on_batch`.
+        training, exact, timeout_s, errors: as of `predict_on_batch`, such as CallCancelled.
         """
         return self._forward_pass(self._weights, batch_input, training, exact, timeout_s)
 
@@ -116,14 +116,15 @@ class PipelineApi(_Calling):
         batch_input: (x, y), or a mapping with keys x and y, like the model's `input_spec`, leaves of shape [B, ...].
         sample_weight: float32[B] unless the model says otherwise; None for no weights. keep: whether the gradients stay
         on the server, so that the future gives a handle of them.
-        training, timeout_s, errors: as of `predict_on_batch`.
+        training, timeout_s, errors: as of `predict_on_batch`, such as CallCancelled.
         """
         return self._forward_backward(self._weights, batch_input, training, sample_weight, keep, timeout_s)
 
     def vjp(self, x: Any, cotangents: Any, training: bool = True, *, timeout_s: float | None = None) -> Any:
         """A future of (weights_cotangents, x_cotangents) of one batch: see `vjp` of the model.
 
-        x, cotangents: leaves of shape [B, ...]. training, timeout_s, errors: as of `predict_on_batch`.
+        x, cotangents: leaves of shape [B, ...].
+        training, timeout_s, errors: as of `predict_on_batch`, such as CallCancelled.
         """
         return self._vjp(self._weights, x, cotangents, training, timeout_s)
 
@@ -164,7 +165,7 @@ class MultiWeightsPipelineApi(_Calling):
         """A future of the BatchOutput of one batch under these weights.
 
         batch_input: (x, y), or a mapping with keys x and y, like the model's `input_spec`, leaves of shape [B, ...].
-        model_weights, training, exact, timeout_s, errors: as of `predict_on_batch`.
+        model_weights, training, exact, timeout_s, errors: as of `predict_on_batch`, such as CallCancelled.
         """
         return self._forward_pass(model_weights, batch_input, training, exact, timeout_s)
 
@@ -183,7 +184,7 @@ class MultiWeightsPipelineApi(_Calling):
         batch_input: (x, y), or a mapping with keys x and y, like the model's `input_spec`, leaves of shape [B, ...].
         sample_weight: float32[B] unless the model says otherwise; None for no weights. keep: whether the gradients stay
         on the server, so that the future gives a handle of them.
-        model_weights, training, timeout_s, errors: as of `predict_on_batch`.
+        model_weights, training, timeout_s, errors: as of `predict_on_batch`, such as CallCancelled.
         """
         return self._forward_backward(model_weights, batch_input, training, sample_weight, keep, timeout_s)
 
@@ -192,7 +193,8 @@ class MultiWeightsPipelineApi(_Calling):
     ) -> Any:
         """A future of (weights_cotangents, x_cotangents) of one batch under these weights: see `vjp` of the model.
 
-        x, cotangents: leaves of shape [B, ...]. model_weights, training, timeout_s, errors: as of `predict_on_batch`.
+        x, cotangents: leaves of shape [B, ...].
+        model_weights, training, timeout_s, errors: as of `predict_on_batch`, such as CallCancelled.
         """
         return self._vjp(model_weights, x, cotangents, training, timeout_s)
 

@@ -38,8 +38,9 @@ _LOOKS = 3
 # An overloaded replica is replaced by the next in rank only: more attempts would load all replicas.
 _OVERLOADS = 2
 
-# Ranks that are kept, counted in addresses: about 10 MB.
-_KEPT = 2**17
+# A rank costs 1 us for each replica, so the beginnings of ranks are kept: about 10 MB.
+_HEAD = 3
+_KEPT = 2**15
 
 
 @dataclasses.dataclass(slots=True)
@@ -66,7 +67,7 @@ class Routes:
         self._name = name
         self._lock = threading.Lock()
         self._replicas: dict[str, _Replica] = {}
-        self._ranks: collections.OrderedDict[bytes, tuple[str, ...]] = collections.OrderedDict()
+        self._heads: collections.OrderedDict[bytes, Sequence[str]] = collections.OrderedDict()
         self._resolve_at = 0.0
         self._turn = 0
         self._is_maintained = False
@@ -89,7 +90,7 @@ class Routes:
                 return
         with self._lock:
             self._replicas = {address: _Replica() for address in addresses}
-            self._ranks.clear()
+            self._heads.clear()
             self._resolve_at = time.monotonic() + _RESOLVE_S
             self.is_on = bool(addresses)
 
@@ -97,16 +98,18 @@ class Routes:
         """Turns routing off, because a server does not share weights."""
         self.is_on = False
 
-    def rank(self, weights_id: bytes) -> tuple[str, ...]:
+    def rank(self, weights_id: bytes) -> list[str]:
         """All replicas in the order in which they are asked for these weights."""
-        rank = self._ranks.get(weights_id)
-        if rank is None:
+        return sorted(self._replicas, key=lambda address: _weight(weights_id, address), reverse=True)
+
+    def _head(self, weights_id: bytes) -> Sequence[str]:
+        head = self._heads.get(weights_id)
+        if head is None:
             with self._lock:
-                rank = tuple(sorted(self._replicas, key=lambda address: _weight(weights_id, address), reverse=True))
-                self._ranks[weights_id] = rank
-                while len(self._ranks) * (len(rank) or 1) > _KEPT:
-                    self._ranks.popitem(last=False)
-        return rank
+                head = self._heads[weights_id] = self.rank(weights_id)[:_HEAD]
+                if len(self._heads) > _KEPT:
+                    self._heads.popitem(last=False)
+        return head
 
     def pick(self, weights_id: bytes, asked: Collection[str] = ()) -> str | None:
         """The replica to ask: the first in rank that is up, or the first that is not, without those in `asked`.
@@ -115,14 +118,15 @@ class Routes:
         """
         if not self.is_on:
             return None
-        others = (
-            [address for address in self.rank(weights_id) if address not in asked] if asked else self.rank(weights_id)
-        )
-        for address in others:
-            replica = self._replicas.get(address)
-            if replica is not None and replica.is_up:
+        for address in self._head(weights_id):
+            if address not in asked and self._is_up(address):
                 return address
-        return others[0] if others else None
+        others = [address for address in self.rank(weights_id) if address not in asked]
+        return next(filter(self._is_up, others), others[0] if others else None)
+
+    def _is_up(self, address: str) -> bool:
+        replica = self._replicas.get(address)
+        return replica is not None and replica.is_up
 
     def next_in_turn(self) -> str | None:
         """The replica for a call that any of them can answer equally well; None where routing is off."""
@@ -194,7 +198,7 @@ class Routes:
                 return
             # A replica that is new gets calls once it is healthy.
             self._replicas = {one: self._replicas.get(one) or _Replica(is_up=False) for one in addresses}
-            self._ranks.clear()
+            self._heads.clear()
 
 
 def _weight(weights_id: bytes, address: str) -> bytes:

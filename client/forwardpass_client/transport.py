@@ -115,7 +115,10 @@ class Transport:
             self.routes.end()
 
     def run(self, steps: Steps, deadline: Deadline, route: Route = STICKY) -> Any:
-        """Carries out the steps until the deadline, and returns their result."""
+        """Carries out the steps until the deadline, and returns their result.
+
+        route: which replica they are sent to. Raises the error that the steps end with, such as ServerUnavailable.
+        """
         answer = _Answer(steps if route is STICKY else route.along(steps))
         while not answer.is_done:
             try:
@@ -192,7 +195,7 @@ class Transport:
         """Closes the channels. Calls in flight, and later ones, raise CallCancelled."""
         self._errors.is_closed = True
         self.routes.end()
-        for channel in self._channels.all:
+        for channel in self._channels.end():
             channel.close()
 
 
@@ -286,7 +289,7 @@ class AsyncTransport:
             self.routes.end()
 
     async def run(self, steps: Steps, deadline: Deadline, route: Route = STICKY) -> Any:
-        """See `Transport.run`."""
+        """See `Transport.run`: it raises ServerUnavailable, too."""
         answer = _Answer(steps if route is STICKY else route.along(steps))
         while not answer.is_done:
             try:
@@ -361,7 +364,7 @@ class AsyncTransport:
 
     async def close(self) -> None:
         """Closes the channels, if any were made. Calls in flight, and later ones, raise CallCancelled."""
-        channels = [] if self._made is None else self._channels.all
+        channels = [] if self._made is None else self._channels.end()
         self._errors.is_closed = True
         self.routes.end()
         if self._maintaining is not None:
@@ -458,13 +461,14 @@ class _Channels:
         self._options = options
         self._routes = table
         self._lock = threading.Lock()
+        self._has_ended = False
         self._replicas: dict[str, _Channel] = {}
 
-    @property
-    def all(self) -> list[Any]:
-        """All channels of gRPC, which are to be closed."""
+    def end(self) -> list[Any]:
+        """All channels of gRPC, which are to be closed. No other channel is opened from now on."""
         two = {id(one): one for one in (self._sticky, self._spread)}.values()
         with self._lock:
+            self._has_ended = True
             return [one.grpc for one in (*two, *self._replicas.values())]
 
     def find(self, sticky: bool, address: str | None) -> _Channel:
@@ -475,6 +479,8 @@ class _Channels:
 
     def _open(self, address: str) -> _Channel:
         with self._lock:
+            if self._has_ended:
+                raise errors.CallCancelled(_CLOSED)
             for former in self._replicas.keys() - self._routes.addresses:
                 del self._replicas[former]
             found = self._replicas.get(address)

@@ -47,6 +47,9 @@ NOT_RUN = {
         "python benchmarks/memory.py --mib 100 --callers 3",
         "messages = (memory * (1 - 0.1) - base - weights - models) / ",
     ],
+    "docs/scaling.md": [
+        "forwardpass-server serve --model-repository /models --weight",
+    ],
     "docs/security.md": [
         'buf curl --protocol grpc --http2-prior-knowledge -H "authori',
     ],
