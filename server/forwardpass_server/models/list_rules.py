@@ -153,7 +153,8 @@ def _padded(step: Step) -> Kind:
     require(step.dims(2) == (), "pads with more than one number")
     require(step.values(3).items == (sizes.ROWS,), "pads to another number of rows")
     shape = step.values(0).items
-    require(len(shape) == 2 and shape[0] in (sizes.UNKNOWN, sizes.ROWS), "fixes the number of rows")
+    require(len(shape) == 2, "pads to the longest row")
+    require(shape[0] in (sizes.UNKNOWN, sizes.ROWS), "fixes the number of rows")
     size = known(shape[1])
     require(size, "pads to the longest row")
     assert size is not None
