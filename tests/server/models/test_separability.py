@@ -13,7 +13,7 @@ import tensorflow as tf
 from forwardpass.wire.description import Function
 from forwardpass_server import FunctionalModel, functional_model_from_keras
 from forwardpass_server.calls.model import ModelSource
-from forwardpass_server.models import export, formats, row_kinds, separability, tracing
+from forwardpass_server.models import export, formats, row_analysis, row_kinds, separability, tracing
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.loading import TensorFlowLoader
 from support import zoo
@@ -618,6 +618,13 @@ ATTACKS |= {
         [4],
         "unknown rank",
     ),
+    "the shape of a branch, through other types": (
+        lambda x: (
+            x + tf.ones(tf.cast(tf.cast(raw.Shape(input=claimed(unknown_shape([3, 4]), [1, 4])), tf.float32), tf.int32))
+        ),
+        [4],
+        "unknown rank",
+    ),
     "a loop that claims one row": (
         lambda x: x + repeated(lambda step, y: (claimed(y, [1, 4]),), unknown_shape([3, 4])),
         [4],
@@ -709,6 +716,22 @@ ATTACKS |= {
         ),
         [4],
         "was not set",
+    ),
+    "an element of three rows that was never set": (
+        lambda x: (
+            x
+            + element(
+                raw.TensorListSetItem(
+                    input_handle=raw.TensorListReserve(element_shape=[-1, 4], num_elements=2, element_dtype=tf.float32),
+                    index=0,
+                    item=x,
+                ),
+                1,
+                (3, 4),
+            )
+        ),
+        [4],
+        "fixes the number of rows",
     ),
     "a list that a repetition reads before it is set": (read_before_it_is_set, [4], "along the batch"),
     "sizes of two elements": (sizes_of_two_elements, [4], "cuts rows in pieces"),
@@ -834,6 +857,32 @@ def test_batching_is_refused_for_an_index_that_rounding_may_change(name):
     found = found_by_rules(predict, [4])
     assert ("picks entries by numbers that" in found) is is_rounded
     assert bool(found) is is_rounded
+
+
+def test_loops_that_take_long_to_follow_are_refused(monkeypatch):
+    monkeypatch.setattr(row_analysis, "_MOST_OPERATIONS", 30)
+    assert "too long to follow" in found_by_rules(lambda x: repeated(lambda step, y: (tf.sin(y),), x), [4])
+    assert found_by_rules(lambda x: tf.sin(x), [4]) == ""
+
+
+def test_an_effect_counts_in_code_that_no_prediction_uses():
+    assert "RandomStandardNormal" in found_by_rules(lambda x: (tf.random.normal([4]), x * 2.0)[1], [4])
+    found = found_by_rules(lambda x: (repeated(lambda step, y: (y + tf.random.normal([4]),), x), x * 2.0)[1], [4])
+    assert "RandomStandardNormal" in found
+
+
+def test_a_table_that_gives_arrays_is_refused():
+    """Its results have a dimension that the graph does not show."""
+    table = tf.lookup.experimental.DenseHashTable(
+        tf.int64, tf.float32, default_value=[0.0, 0.0], empty_key=-1, deleted_key=-2
+    )
+
+    def predict(x):
+        keys = tf.cast(x[:, 0], tf.int64)
+        found = raw.LookupTableFindV2(table_handle=table.resource_handle, keys=keys, default_value=[0.0, 0.0])
+        return found * x[:, 0] + tf.zeros_like(x[:, 0])
+
+    assert found_by_rules(predict, [4]) == "a table gives more than one number for a key"
 
 
 @pytest.mark.parametrize("name", SEPARABLE)
