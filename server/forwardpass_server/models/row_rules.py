@@ -211,6 +211,13 @@ def _only_first(step: Step) -> Kind:
     return rows
 
 
+def _bitcast(step: Step) -> Kind:
+    """Bitcast to a type of the same size. Another size adds a dimension, or takes one away."""
+    before, after = step.operation.inputs[0].dtype, step.operation.outputs[0].dtype
+    require(before.size == after.size, "reads numbers of another size")
+    return step.rows(0)
+
+
 def _bias_add(step: Step) -> Kind:
     rows = _only_first(step)
     assert isinstance(rows, Rows)
@@ -373,12 +380,14 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("ArgMax", "ArgMin"), _best),
     **dict.fromkeys(("LogSoftmax", "Softmax", "RGBToHSV", "HSVToRGB"), _along_last),
     "BiasAdd": _bias_add,
+    "Bitcast": _bitcast,
     "Cast": _unary,
     "ClipByValue": _clip,
     "DenseBincount": _count_classes,
     "EnsureShape": _unary,
     "LookupTableFindV2": _find,
     "MatrixBandPart": _matrices,
+    "MatrixInverse": _matrices,
     "OneHot": _one_hot,
     "RegexReplace": _only_first,
     "ReverseSequence": _reverse_sequence,

@@ -72,7 +72,10 @@ SEPARABLE = {
         ),
         shape=(2, 4, 4),
     ),
-    "a triangle of each matrix": functional(lambda x: tf.linalg.band_part(x, 1, 0), shape=(3, 3)),
+    "a triangle of each matrix": functional(
+        lambda x: tf.linalg.band_part(tf.linalg.inv(x + 3.0 * tf.eye(3)), 1, 0), shape=(3, 3)
+    ),
+    "bits": functional(lambda x: tf.bitcast(tf.bitcast(x, tf.int32), tf.float32)),
     "colours": functional(lambda x: tf.image.hsv_to_rgb(tf.image.rgb_to_hsv(tf.sigmoid(x))), shape=(2, 2, 3)),
     "a list that grows": functional(
         lambda x: tf.reduce_mean(
@@ -474,6 +477,16 @@ ATTACKS |= {
         [4],
         "uses rows as parameters",
     ),
+    "an inverse of a matrix of rows": (
+        lambda x: tf.linalg.inv(tf.transpose(x, [1, 0, 2]) + tf.ones([1, 1, 1])),
+        [4, 4],
+        "along the batch",
+    ),
+    "bits of halves of rows": (
+        lambda x: tf.bitcast(tf.cast(x, tf.float16), tf.float32),
+        [2],
+        "of another size",
+    ),
     "a mask of a triangle of rows": (lambda x: tf.linalg.band_part(tf.transpose(x), 1, 0), [4], "along the batch"),
     "the best of transposed rows": (lambda x: x + tf.transpose(tf.math.top_k(tf.transpose(x), 1).values), [4], "along"),
     "lengths of other rows": (
@@ -789,6 +802,8 @@ INDICES = {
     "a rounded number": (lambda x: lookup(tf.cast(tf.round(tf.exp(x)), tf.int32)), True),
     "a selection": (lambda x: lookup(tf.where(tf.exp(x) > 1, 2, 3)), True),
     "a number's text": (lambda x: lookup(tf.strings.to_hash_bucket_fast(tf.strings.as_string(tf.exp(x)), 9)), True),
+    "bits of an input": (lambda x: lookup(tf.bitcast(x, tf.int32) // 2**30), False),
+    "bits of a sum": (lambda x: lookup(tf.bitcast(tf.exp(x), tf.int32) // 2**30), True),
     "a bucket of an input": (lambda x: lookup(raw.Bucketize(input=x, boundaries=[0.0, 1.0])), False),
     "an input that a loop doubles": (
         lambda x: lookup(tf.cast(repeated(lambda step, y: (y + y,), x), tf.int32)),
