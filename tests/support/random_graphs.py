@@ -43,7 +43,9 @@ class RandomGraph:
             values = [tf.compat.v1.placeholder(spec.dtype, spec.shape) for spec in self.x]
             values += [tf.compat.v1.placeholder(tf.float32, weight.shape) for weight in self.weights]
             self._grow(rng, values, int(rng.integers(1, 7)))
-        self.operations = {operation.type for operation in graph.get_operations()}
+        definition = graph.as_graph_def()
+        functions = (function.node_def for function in definition.library.function)
+        self.operations = {node.op for node in itertools.chain(definition.node, *functions)}
 
     def _grow(self, rng: np.random.Generator, values: list[Any], steps: int) -> None:
         inputs = len(self.x)
@@ -137,8 +139,8 @@ _SMOOTH = (
     "ZerosLike OnesLike Atan Asinh PreventGradient CheckNumerics"
 )
 _STEEP = (
-    "Acos Acosh Asin Atanh Ceil Cos Cosh Digamma Erfc Exp Expm1 Floor Inv IsFinite IsInf IsNan Lgamma Log Log1p "
-    "Reciprocal Rint Round Rsqrt Sign Sin Sinh Sqrt Tan"
+    "Acos Acosh Asin Atanh BesselI0 BesselI0e BesselI1 BesselI1e Ceil Cos Cosh Digamma Erfc Erfinv Exp Expm1 Floor "
+    "Inv IsFinite IsInf IsNan Lgamma Log Log1p Ndtri Reciprocal Rint Round Rsqrt Sign Sin Sinh Sqrt Tan"
 )
 _STEEP_TWO = "Atan2 Div DivNoNan FloorDiv FloorMod Mod MulNoNan Pow RealDiv TruncateDiv TruncateMod Xdivy Xlog1py Xlogy"
 
@@ -246,7 +248,11 @@ def _text(rng: Any, value: Any, _: Any) -> Step:
     if kind == 0:
         return lambda x, y: tf.strings.length(tf.strings.as_string(x))
     if kind == 1:
-        return lambda x, y: tf.strings.to_number(tf.strings.upper(tf.strings.lower(tf.strings.as_string(x))))
+        return lambda x, y: tf.strings.to_number(
+            tf.strings.strip(
+                tf.strings.upper(tf.strings.lower(tf.strings.regex_replace(tf.strings.as_string(x), "1", " 2")))
+            )
+        )
     hash_ = tf.strings.to_hash_bucket_fast if kind == 2 else _strong
     return lambda x, y: tf.cast(hash_(tf.strings.as_string(x), 5), tf.int32)
 
@@ -474,11 +480,232 @@ def _image(rng: Any, value: Any, _: Any) -> Step:
 
 def _unknown(rng: Any, value: Any, _: Any) -> Step:
     """Operations that have no rule, although they keep rows apart."""
-    axis = _axis(rng, value)
-    _fit(value.dtype != tf.bool)
+    _float(value)
+    _fit(len(_dims(value)) == 2)
     if rng.random() < 0.5:
-        return lambda x, y: tf.roll(x, 1, axis)
-    return lambda x, y: tf.sort(x, axis=-1)
+        return lambda x, y: tf.linalg.diag(x)
+    return lambda x, y: tf.reduce_logsumexp(x, 1, keepdims=True) + tf.norm(tf.linalg.diag(x), axis=[-2, -1])[:, None]
+
+
+def _dense_of_any_rank(rng: Any, value: Any, _: Any) -> Step:
+    dims = _dims(_float(value))
+    _fit(len(dims) in (3, 4))
+    kernel = _constant(rng, [dims[-1], int(rng.integers(1, 5))])
+    return lambda x, y: tf.tensordot(x, kernel, 1)
+
+
+def _ellipsis(rng: Any, value: Any, _: Any) -> Step:
+    size = _dims(value)[-1]
+    _fit(len(_dims(value)) >= 2 and size is not None)
+    assert size is not None
+    index = int(rng.integers(size))
+    kind = int(rng.integers(4))
+    if kind == 0:
+        return lambda x, y: x[..., index]
+    if kind == 1:
+        return lambda x, y: x[..., tf.newaxis, index:]
+    if kind == 2:
+        return lambda x, y: raw.Slice(
+            input=x, begin=[0] * (len(x.shape) - 1) + [index], size=[-1] * (len(x.shape) - 1) + [1]
+        )
+    _float(value)
+    kernel = _constant(rng, [size, 2])
+    return lambda x, y: raw.Einsum(inputs=[x, kernel], equation="...a,ab->...b")
+
+
+def _spectrum(rng: Any, value: Any, _: Any) -> Step:
+    size = _dims(_float(value))[-1]
+    _fit(len(_dims(value)) >= 2 and size is not None)
+    spectrum = _pick(rng, [tf.signal.fft, tf.signal.ifft, tf.signal.rfft])
+    dtype = tf.float32 if spectrum is tf.signal.rfft else tf.complex64
+    return lambda x, y: tf.math.abs(spectrum(tf.cast(x, dtype)))
+
+
+def _entries(rng: Any, value: Any, other: Any) -> Step:
+    """Entries of each row by the row's own numbers."""
+    size = _dims(value)[1] if len(_dims(value)) >= 2 else None
+    _fit(size is not None)
+    assert size is not None
+    index = int(rng.integers(size))
+    kind = int(rng.integers(3))
+    if kind == 0 and other.dtype == tf.int32 and len(_dims(other)) == 2:
+        return lambda x, y: tf.gather(x, tf.clip_by_value(y, 0, size - 1), axis=1, batch_dims=1)
+    if kind == 1 and value.dtype == tf.int32 and len(_dims(value)) == 2:
+        return lambda x, y: tf.gather_nd(tf.reshape(tf.range(81), [9, 9]), tf.clip_by_value(x[:, index:][:, :1], 0, 8))
+    return lambda x, y: (
+        tf.reverse_sequence(x, tf.zeros_like(tf.reshape(x, [-1, size])[:, 0], tf.int32), 1, 0)
+        if (len(x.shape) == 2)
+        else tf.roll(x, index, 1)
+    )
+
+
+def _buckets(rng: Any, value: Any, _: Any) -> Step:
+    dims = _dims(value)
+    if value.dtype == tf.float32:
+        return lambda x, y: raw.Bucketize(input=x, boundaries=[-1.0, 0.0, 0.5])
+    _fit(value.dtype == tf.int32 and len(dims) == 2)
+    return lambda x, y: raw.DenseBincount(input=tf.clip_by_value(x, 0, 5), size=6, weights=tf.zeros([0]))
+
+
+def _words(rng: Any, value: Any, _: Any) -> Step:
+    """The lengths of the words of texts, of which each row has another number."""
+    _fit(value.dtype == tf.int32)
+    _fit(len(_dims(value)) == 1)
+
+    def step(x: Any, y: Any) -> Any:
+        texts = tf.strings.regex_replace(tf.strings.as_string(x * 111), "[13]", " 2")
+        return tf.strings.length(tf.strings.split(texts).to_tensor("", shape=[None, 3]))
+
+    return step
+
+
+def _resized(rng: Any, value: Any, _: Any) -> Step:
+    """Operations that put positions into the batch and take them out again, and others of images."""
+    dims = _dims(_float(value), 4)
+    channels = dims[3]
+    kind = int(rng.integers(6))
+    if kind == 0:
+        kernel = _constant(rng, [2, 2, 3, channels])
+        return lambda x, y: tf.nn.conv2d_transpose(
+            x, kernel, tf.stack([tf.shape(x)[0], tf.shape(x)[1] + 1, tf.shape(x)[2] + 1, 3]), 1, "VALID"
+        )
+    if kind == 1:
+        kernel = _constant(rng, [2, 2, channels, 2])
+        return lambda x, y: tf.nn.depthwise_conv2d(x, kernel, [1] * 4, "SAME", dilations=[2, 2])
+    if kind == 2:
+        method = _pick(rng, ["bicubic", "area"])
+        return lambda x, y: tf.image.resize(x, [3, 2], method)
+    if kind == 3:
+        return lambda x, y: tf.nn.space_to_depth(tf.pad(x, [[0, 0], [0, 1], [0, 1], [0, 0]])[:, :2, :2], 2)
+    if kind == 4:
+        return lambda x, y: tf.nn.depth_to_space(tf.tile(x[..., :1], [1, 1, 1, 4]), 2)
+    return lambda x, y: tf.batch_to_space(
+        tf.space_to_batch(x, [2, 1], [[0, x.shape[1] % 2], [0, 0]]), [2, 1], [[0, 0], [0, 0]]
+    )
+
+
+def _inner(rng: Any, rank: int, share: float = 0.35) -> Callable[[Any], Any]:
+    """An operation of floats that keeps the shape, along an axis. share: of those that may work along the first."""
+    first = 0 if rng.random() < share else 1
+    if rank <= first:
+        return lambda x: tf.tanh(x)
+    axis = int(rng.integers(first, rank))
+    return _pick(
+        rng,
+        [
+            lambda x: tf.roll(x, 1, axis),
+            lambda x: tf.nn.softmax(x, axis),
+            lambda x: tf.cumsum(x, axis) * 0.25,
+            lambda x: tf.reverse(x, [axis]),
+            lambda x: tf.sort(x, axis),
+            lambda x: x - tf.reduce_mean(x, axis, keepdims=True),
+            lambda x: tf.math.sin(x),
+        ],
+    )
+
+
+# Steps that keep rows apart, or mix them, by the axis that they happen to work along.
+
+
+def _transposed(rng: Any, value: Any, _: Any) -> Step:
+    rank = len(_dims(_float(value)))
+    _fit(rank >= 2)
+    order = rng.permutation(rank).tolist()
+    back = np.argsort(order).tolist()
+    place = order.index(0)
+    inner = _inner(rng, rank, 0.3)
+    if place != 0 and rng.random() < 0.5:
+        return lambda x, y: tf.transpose(tf.tanh(tf.transpose(x, order)), back)
+    return lambda x, y: tf.transpose(inner(tf.transpose(x, order)), back)
+
+
+def _merged(rng: Any, value: Any, _: Any) -> Step:
+    dims = _dims(_float(value))
+    _fit(len(dims) >= 3 and None not in dims[1:])
+    inner = _inner(rng, 2, 0.25)
+    size = dims[-1]
+    if rng.random() < 0.5:
+        return lambda x, y: tf.reshape(inner(tf.reshape(x, [-1, size])), tf.shape(x))
+    parts = math.prod(dim or 1 for dim in dims[1:-1])
+    return lambda x, y: tf.reshape(
+        inner(tf.reshape(x, tf.stack([tf.shape(x)[0] * parts, size]))), [-1, *(dim or 1 for dim in dims[1:])]
+    )
+
+
+def _merged_behind(rng: Any, value: Any, _: Any) -> Step:
+    """Positions in front of rows, in one dimension."""
+    dims = _dims(_float(value), 3)
+    _fit(None not in dims[1:])
+    inner = _inner(rng, 2, 0.25)
+    front = [-1, *dims[1:]] if rng.random() < 0.2 else [dims[1], -1, dims[2]]
+
+    def step(x: Any, y: Any) -> Any:
+        joined = tf.reshape(tf.transpose(x, [1, 0, 2]), [-1, dims[2]])
+        apart = tf.reshape(inner(joined), front)
+        return apart if front[0] == -1 else tf.transpose(apart, [1, 0, 2])
+
+    return step
+
+
+def _looped(rng: Any, value: Any, other: Any) -> Step:
+    rank = len(_dims(_float(value)))
+    _fit(rank >= 1)
+    first, second = _inner(rng, rank, 0.2), _inner(rng, rank, 0.2)
+    rounds = int(rng.integers(0, 4))
+
+    def step(x: Any, y: Any) -> Any:
+        return tf.while_loop(
+            lambda i, one, two: i < rounds,
+            lambda i, one, two: (i + 1, first(two), second(one) * 0.5),
+            (0, x, tf.sin(x)),
+        )[1]
+
+    return step
+
+
+def _scanned(rng: Any, value: Any, _: Any) -> Step:
+    """A recurrent layer over the second dimension, as Keras writes it: a list of a transposed batch."""
+    rank = len(_dims(_float(value)))
+    _fit(rank >= 2)
+    inner, carried = _inner(rng, rank - 1, 0.2), _inner(rng, rank - 1, 0.1)
+    order = [1, 0, *range(2, rank)]
+    is_last = bool(rng.random() < 0.3)
+
+    def step(x: Any, y: Any) -> Any:
+        parts = tf.transpose(x, order)
+        count = tf.shape(parts)[0]
+        given = tf.TensorArray(tf.float32, count).unstack(parts)
+        made = tf.TensorArray(tf.float32, count, element_shape=parts.shape[1:])
+
+        def body(i: Any, state: Any, made: Any) -> Any:
+            state = carried(state * 0.5) + inner(given.read(i))
+            return i + 1, state, made.write(i, state)
+
+        _, state, made = tf.while_loop(
+            lambda i, *_: i < count, body, (0, tf.zeros_like(parts[0]) if is_last else parts[0] * 0.0, made)
+        )
+        return state if is_last else tf.transpose(made.stack(), order)
+
+    return step
+
+
+def _branched(rng: Any, value: Any, other: Any) -> Step:
+    rank = len(_dims(_float(value)))
+    inner, another = _inner(rng, rank, 0.15), _inner(rng, rank, 0.15)
+    bound = float(rng.standard_normal())
+    if rng.random() < 0.15:
+        return lambda x, y: tf.cond(tf.reduce_mean(x) > bound, lambda: inner(x), lambda: another(x))
+    return lambda x, y: tf.cond(tf.random.stateless_normal([], [1, 2]) > bound, lambda: inner(x), lambda: another(x))
+
+
+def _dead(rng: Any, value: Any, _: Any) -> Step:
+    _float(value)
+
+    def step(x: Any, y: Any) -> Any:
+        tf.reduce_sum(x)
+        return tf.abs(x)
+
+    return step
 
 
 # Steps that mix rows, or may.
@@ -571,6 +798,20 @@ _MAKERS = [
     *itertools.chain.from_iterable([maker] * 4 for maker in (_image, _dense, _product, _einsum)),
     *(_steep, _steep_two, _compare, _logic, _select, _clip, _cast, _complex, _text, _best, _scan, _reverse),
     *(_reshape_as_itself, _transpose, _expand, _squeeze, _join, _new_axis, _grow, _fill, _lookup, _sorted, _softmax),
+    *(
+        _dense_of_any_rank,
+        _ellipsis,
+        _spectrum,
+        _entries,
+        _buckets,
+        _buckets,
+        _words,
+        _words,
+        _resized,
+        _resized,
+        _resized,
+    ),
+    *(_transposed, _merged, _merged_behind, _looped, _scanned, _scanned, _branched, _dead),
     _unknown,
 ]
 _MIXING = [

@@ -36,12 +36,14 @@ def results(operation: Any, kinds: list[Kind]) -> list[Kind] | None:
     """
     if any(tensor.dtype.name not in _WHOLE for tensor in operation.outputs):
         return None
-    if operation.type in ("Shape", "Size"):
+    if operation.type in ("Shape", "Size", "Rank"):
         kind = kinds[0]
         if not isinstance(kind, Rows | Free) or kind.dims is None:
             return None
-        total = Values((), (sizes.product(kind.dims),))
-        return [of_values(Values((len(kind.dims),), kind.dims) if operation.type == "Shape" else total)]
+        if operation.type == "Shape":
+            return [of_values(Values((len(kind.dims),), kind.dims))]
+        number = Size(len(kind.dims)) if operation.type == "Rank" else sizes.product(kind.dims)
+        return [of_values(Values((), (number,)))]
     rule = _RULES.get(operation.type)
     values = [values_of(kind) for kind in kinds]
     if rule is None or any(one is None for one in values):

@@ -358,7 +358,6 @@ ALONG_SPACE = "takes rows for positions"
 
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("Pad", "PadV2", "MirrorPad"), _pad),
-    **dict.fromkeys(("Transpose", "ConjugateTranspose"), _transpose),
     "BatchToSpaceND": _batch_to_space,
     "BroadcastTo": _broadcast_to,
     "ConcatV2": _concat,
@@ -375,6 +374,7 @@ RULES: Mapping[str, Rule] = {
     "Squeeze": _squeeze,
     "StridedSlice": _strided_slice,
     "Tile": _tile,
+    "Transpose": _transpose,
     "Unpack": _unpack,
 }
 """Like `row_rules.RULES`."""

@@ -60,12 +60,22 @@ def _push_back(step: Step) -> Kind:
 def _get_item(step: Step) -> Kind:
     """TensorListGetItem: (list, index, shape of an element)."""
     step.free(1)
-    return forgotten(_list(step).element, step.name)
+    return _with_rows_unset(step, forgotten(_list(step).element, step.name), 2)
+
+
+def _with_rows_unset(step: Step, element: Kind, index: int) -> Kind:
+    """An element of a list. One that was not set is zeros, of a shape that an argument gives for all batches."""
+    if isinstance(element, Rows):
+        shape = step.values(index)
+        size = shape.items[element.axis] if len(shape.items) == element.rank else shape.items[0]
+        is_any = shape.shape == () or len(shape.items) == element.rank
+        require(is_any and size in (sizes.UNKNOWN, element.dims[element.axis]), "fixes the number of rows")
+    return element
 
 
 def _stack(step: Step) -> Kind:
     """TensorListStack: (list, shape of an element)."""
-    element = forgotten(_list(step).element, step.name)
+    element = _with_rows_unset(step, forgotten(_list(step).element, step.name), 1)
     if isinstance(element, Rows):
         count = step.attribute("num_elements")
         return inserted(element, 0, Size(count) if count >= 0 else step.unknown("count"))
@@ -153,7 +163,8 @@ def _padded(step: Step) -> Kind:
     require(step.dims(2) == (), "pads with more than one number")
     require(step.values(3).items == (sizes.ROWS,), "pads to another number of rows")
     shape = step.values(0).items
-    require(len(shape) == 2 and shape[0] in (sizes.UNKNOWN, sizes.ROWS), "fixes the number of rows")
+    require(len(shape) == 2, "pads to the longest row")
+    require(shape[0] in (sizes.UNKNOWN, sizes.ROWS), "fixes the number of rows")
     size = known(shape[1])
     require(size, "pads to the longest row")
     assert size is not None

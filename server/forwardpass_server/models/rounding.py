@@ -17,7 +17,7 @@ from forwardpass_server.models.row_kinds import Inseparable, Kind, Pieces, Rows
 # The operations with rules whose floating-point results do not depend, bit for bit, on the row's place and the size
 # of the batch. They move numbers, or compute each number by one operation that IEEE 754 rounds correctly.
 _EXACT = (
-    "Abs Add AddV2 BatchToSpaceND BroadcastTo Cast Ceil CheckNumerics ClipByValue ConcatV2 Conj ConjugateTranspose "
+    "Abs Add AddV2 BatchToSpaceND Bitcast BroadcastTo Cast Ceil CheckNumerics ClipByValue ConcatV2 Conj "
     "DepthToSpace Div EnsureShape ExpandDims Fill Floor GatherNd GatherV2 Imag MatrixBandPart Max MaxPool MaxPool3D "
     "Maximum Min Minimum MirrorPad Mul Neg OneHot OnesLike Pack Pad PadV2 Real RealDiv Relu Relu6 Reshape "
     "ResizeNearestNeighbor ReverseSequence ReverseV2 Rint Roll Round SelectV2 Sign Slice SpaceToBatchND "

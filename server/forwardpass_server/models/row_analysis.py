@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +24,7 @@ from forwardpass_server.models.row_kinds import (
     Counts,
     Elements,
     Free,
-    HasEffect,
+    GraphRefused,
     Inseparable,
     Kind,
     Nothing,
@@ -59,6 +60,7 @@ def outputs(graph: tf.Graph, inputs: Mapping[str, Kind], results: Sequence[Any])
     """The kinds of some tensors of a graph.
 
     inputs: kinds of its placeholders, by the names of their tensors; the others do not depend on the batch.
+    A table is expected to give one value for each key.
     Raises Inseparable for an operation with an effect, wherever it is.
     """
     followed = _Graph(_Functions(graph), "", is_final=True)
@@ -72,6 +74,13 @@ class _Functions:
     def __init__(self, graph: tf.Graph) -> None:
         self._graph = graph
         self._known: dict[Any, Any] = {}
+        self._followed = 0
+
+    def count(self, operations: int) -> None:
+        """Counts operations that are followed. Raises GraphRefused if they are too many, as in loops within loops."""
+        self._followed += operations
+        if self._followed > _MOST_OPERATIONS:
+            raise GraphRefused("the graph has loops within loops that take too long to follow")
 
     def body(self, name: str, shapes: Sequence[tuple[int | None, ...] | None]) -> private_tensorflow.FunctionBody:
         """A function whose arguments have these shapes."""
@@ -98,7 +107,9 @@ class _Graph:
 
     def follow(self, graph: tf.Graph, inputs: Mapping[str, Kind]) -> None:
         """Finds the kind of each tensor."""
-        for operation in graph.get_operations():
+        operations = graph.get_operations()
+        self._functions.count(len(operations))
+        for operation in operations:
             if operation.type == "Placeholder":
                 tensor = operation.outputs[0]
                 self.kinds[tensor.name] = inputs.get(tensor.name) or Free(self._static_dims(tensor))
@@ -112,15 +123,15 @@ class _Graph:
                     self._with_sizes(tensor, kind, is_trusted and operation.type not in _CLAIMING)
                     for tensor, kind in zip(operation.outputs, found, strict=True)
                 ]
-            except HasEffect:
+            except GraphRefused:
                 raise
             except Inseparable as error:
                 found = [Other(f"{operation.type} ({operation.name}) {error}")] * len(operation.outputs)
             for tensor, kind in zip(operation.outputs, found, strict=True):
                 self.kinds[tensor.name] = kind
                 is_proven = is_trusted and operation.type not in _CLAIMING
-                # TensorFlow infers whole numbers too, as those of a shape that is claimed.
-                if not is_proven and (tensor.dtype.is_integer or not _follows(tensor, kind)):
+                # TensorFlow also infers numbers, such as those of a claimed shape, but none that depend on a row.
+                if not is_proven and not (isinstance(kind, Rows | Elements) and _follows(tensor, kind)):
                     self._untrusted.add(tensor.name)
         if not inputs.keys() <= self.kinds.keys():
             raise Inseparable("the graph has lost an input")
@@ -276,13 +287,26 @@ def _check_effects(operation: Any) -> None:
     if any(attribute.type in ("func", "list(func)") for attribute in operation.op_def.attr):
         reason = "calls a function that is not looked into"
     if reason:
-        raise HasEffect(f"{operation.type} ({operation.name}) {reason}")
+        raise GraphRefused(f"{operation.type} ({operation.name}) {reason}")
 
 
+# A loop needs three to five rounds. 100,000 operations take about 5 s.
 _MOST_ROUNDS = 20
+_MOST_OPERATIONS = 200_000
 
 # They make a list, which may come to hold rows.
 _LIST_MAKERS = ("TensorListReserve", "EmptyTensorList", "TensorListFromTensor")
+
+
+def lookups(graph: tf.Graph) -> set[tuple[tf.DType, tf.DType]]:
+    """The types of keys and values of the tables that a graph, or a function that it calls, looks into."""
+    definition = graph.as_graph_def()
+    functions = (function.node_def for function in definition.library.function)
+    return {
+        (tf.as_dtype(node.attr["Tin"].type), tf.as_dtype(node.attr["Tout"].type))
+        for node in itertools.chain(definition.node, *functions)
+        if node.op in _READING
+    }
 
 
 def input_rows(tensor: Any) -> Rows:

@@ -19,8 +19,8 @@ class Inseparable(Exception):
     """An operation mixes rows, or may mix them. The message says why."""
 
 
-class HasEffect(Inseparable):
-    """An operation is not the same in each run. It counts even where no prediction uses it."""
+class GraphRefused(Inseparable):
+    """The graph cannot be judged, or has an effect. This counts even where no prediction uses the operation."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -211,6 +211,13 @@ def _only_first(step: Step) -> Kind:
     return rows
 
 
+def _bitcast(step: Step) -> Kind:
+    """Bitcast to a type of the same size. Another size adds a dimension, or takes one away."""
+    before, after = step.operation.inputs[0].dtype, step.operation.outputs[0].dtype
+    require(before.size == after.size, "reads numbers of another size")
+    return step.rows(0)
+
+
 def _bias_add(step: Step) -> Kind:
     rows = _only_first(step)
     assert isinstance(rows, Rows)
@@ -349,19 +356,17 @@ def _bounds(tensor: Any, bound: str) -> list[tuple[int, Any]]:
 
 _ELEMENTWISE_OF_ONE = (
     "Abs Acos Acosh Angle Asin Asinh AsString Atan Atanh BesselI0 BesselI0e BesselI1 BesselI1e Bucketize Ceil "
-    "CheckNumerics ComplexAbs Conj Cos Cosh Digamma Elu Erf Erfc Erfinv Exp Expm1 Floor Imag Inv Invert IsFinite "
-    "IsInf IsNan LeakyRelu Lgamma Log Log1p LogicalNot Ndtri Neg OnesLike Real Reciprocal Relu Relu6 Rint Round "
-    "Rsqrt Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Square StaticRegexFullMatch StaticRegexReplace "
-    "StringLength StringLower StringStrip StringToHashBucket StringToHashBucketFast StringToHashBucketStrong "
-    "StringToNumber StringUpper Tan Tanh ZerosLike"
+    "CheckNumerics ComplexAbs Conj Cos Cosh Digamma Elu Erf Erfc Erfinv Exp Expm1 Floor Imag Inv IsFinite IsInf "
+    "IsNan LeakyRelu Lgamma Log Log1p LogicalNot Ndtri Neg OnesLike Real Reciprocal Relu Relu6 Rint Round Rsqrt "
+    "Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Square StaticRegexReplace StringLength StringLower "
+    "StringStrip StringToHashBucketFast StringToHashBucketStrong StringToNumber StringUpper Tan Tanh ZerosLike"
 )
 _ELEMENTWISE_OF_MANY = (
-    "Add AddV2 Atan2 BitwiseAnd BitwiseOr BitwiseXor Complex Div DivNoNan Equal "
-    "FloorDiv FloorMod Greater GreaterEqual LeftShift Less LessEqual LogicalAnd LogicalOr Maximum Minimum Mod Mul "
-    "MulNoNan NextAfter NotEqual Pow RealDiv RightShift SelectV2 SquaredDifference Sub TruncateDiv TruncateMod Xdivy "
-    "Xlog1py Xlogy"
+    "Add AddV2 Atan2 BitwiseAnd BitwiseOr BitwiseXor Complex Div DivNoNan Equal FloorDiv FloorMod Greater "
+    "GreaterEqual Less LessEqual LogicalAnd LogicalOr Maximum Minimum Mod Mul MulNoNan NotEqual Pow RealDiv "
+    "SelectV2 SquaredDifference Sub TruncateDiv TruncateMod Xdivy Xlog1py Xlogy"
 )
-_REDUCTIONS = "All Any Max Mean Min Prod Sum EuclideanNorm"
+_REDUCTIONS = "All Any Max Mean Min Prod Sum"
 _SCANS = "Cumprod Cumsum CumulativeLogsumexp ReverseV2"
 _FOURIER = "FFT FFT2D FFT3D IFFT IFFT2D IFFT3D RFFT RFFT2D RFFT3D IRFFT IRFFT2D IRFFT3D"
 
@@ -374,15 +379,17 @@ RULES: Mapping[str, Rule] = {
     **dict.fromkeys(("AddN", "ApproximateEqual"), _same_shape),
     **dict.fromkeys(("ArgMax", "ArgMin"), _best),
     **dict.fromkeys(("LogSoftmax", "Softmax", "RGBToHSV", "HSVToRGB"), _along_last),
-    **dict.fromkeys(("FakeQuantWithMinMaxArgs", "FakeQuantWithMinMaxVars", "RegexReplace"), _only_first),
     "BiasAdd": _bias_add,
+    "Bitcast": _bitcast,
     "Cast": _unary,
     "ClipByValue": _clip,
     "DenseBincount": _count_classes,
     "EnsureShape": _unary,
     "LookupTableFindV2": _find,
     "MatrixBandPart": _matrices,
+    "MatrixInverse": _matrices,
     "OneHot": _one_hot,
+    "RegexReplace": _only_first,
     "ReverseSequence": _reverse_sequence,
     "Roll": _roll,
     "StringJoin": _same_or_scalars,

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from forwardpass.wire.description import ModelSpec
 from forwardpass.wire.dtypes import Array
@@ -60,9 +61,29 @@ def _check_graph(concrete: Any, weights: int, inputs: int) -> None:
     """Raises Inseparable unless each row of each result follows from one row of the inputs, for all inputs."""
     leaves = concrete.inputs[weights : weights + inputs]
     graph = private_tensorflow.inlined_graph(concrete)
+    _check_tables(concrete, row_analysis.lookups(graph))
     kinds = row_analysis.outputs(graph, {leaf.name: row_analysis.input_rows(leaf) for leaf in leaves}, concrete.outputs)
     if reason := row_analysis.reason_against(kinds):
         raise Inseparable(reason)
+
+
+def _check_tables(concrete: Any, types: Collection[tuple[tf.DType, tf.DType]]) -> None:
+    """Raises Inseparable unless each table gives one number or text for a key: some tables give arrays.
+
+    types: of keys and values of the lookups.
+    """
+    for table in concrete.captured_inputs if types else ():
+        if table.dtype == tf.resource and not any(_gives_scalars(table, *pair) for pair in types):
+            raise Inseparable("a table gives more than one number for a key")
+
+
+def _gives_scalars(table: Any, keys: tf.DType, values: tf.DType) -> bool:
+    key, default = tf.zeros([1], keys), tf.zeros([], values)
+    try:
+        found = tf.raw_ops.LookupTableFindV2(table_handle=table, keys=key, default_value=default)
+    except tf.errors.OpError:  # A table of other types, or of arrays.
+        return False
+    return bool(found.shape == (1,))
 
 
 _REFUSED = "the model refused the inputs of the probe"

@@ -206,6 +206,7 @@ SERVED = {
     ],
     ("function_bodies", True, False): [
         "TensorFlow {tensorflow}: the private function_def_to_graph_def failed (AttributeError: ",
+        # It uses the same interface.
         "TensorFlow {tensorflow}: the private PFor failed (",
     ],
     ("pfor", True, False): ["TensorFlow {tensorflow}: the private PFor failed (CannotVectorize: "],

@@ -18,7 +18,7 @@ from forwardpass_server.models import row_analysis
 from support.predictors import Predictor
 from support.random_graphs import RandomGraph
 
-_GRAPHS = 500
+_GRAPHS = 1_000
 _SEED = 20_240_611
 
 # Rows of each caller of a batch.

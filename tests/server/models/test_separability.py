@@ -13,7 +13,7 @@ import tensorflow as tf
 from forwardpass.wire.description import Function
 from forwardpass_server import FunctionalModel, functional_model_from_keras
 from forwardpass_server.calls.model import ModelSource
-from forwardpass_server.models import export, formats, row_kinds, separability, tracing
+from forwardpass_server.models import export, formats, row_analysis, row_kinds, separability, tracing
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.loading import TensorFlowLoader
 from support import zoo
@@ -58,6 +58,67 @@ SEPARABLE = {
     "einsum": functional(lambda x, w: tf.einsum("bij,jk->bik", x, w), shape=(2, 3), weights=(np.ones((3, 2)),)),
     "a free length": functional(lambda x: tf.reduce_mean(x, 1), shape=(None,)),
     "two free lengths": functional(lambda x: tf.matmul(x, x, transpose_b=True), shape=(None, None)),
+    "spectra of several axes": functional(
+        lambda x: tf.abs(
+            tf.concat([raw.IFFT2D(input=raw.FFT2D(input=tf.complex(x, x))), raw.FFT3D(input=tf.complex(x, x))], 1)
+        ),
+        shape=(2, 4, 4),
+    ),
+    "spectra of real numbers": functional(
+        lambda x: (
+            tf.signal.irfft2d(tf.signal.rfft2d(x))
+            + tf.signal.irfft3d(tf.signal.rfft3d(x))
+            + tf.signal.irfft(tf.signal.rfft(x))
+        ),
+        shape=(2, 4, 4),
+    ),
+    "a triangle of each matrix": functional(
+        lambda x: tf.linalg.band_part(tf.linalg.inv(x + 3.0 * tf.eye(3)), 1, 0), shape=(3, 3)
+    ),
+    "bits": functional(lambda x: tf.bitcast(tf.bitcast(x, tf.int32), tf.float32)),
+    "colours": functional(lambda x: tf.image.hsv_to_rgb(tf.image.rgb_to_hsv(tf.sigmoid(x))), shape=(2, 2, 3)),
+    "a list that grows": functional(
+        lambda x: tf.reduce_mean(
+            tf.ensure_shape(
+                stacked(
+                    raw.TensorListPushBack(
+                        input_handle=raw.EmptyTensorList(
+                            element_shape=[-1, -1], max_num_elements=-1, element_dtype=tf.float32
+                        ),
+                        tensor=x,
+                    )
+                ),
+                [None, None, 4],
+            ),
+            0,
+        )
+    ),
+    "code that no prediction uses": functional(lambda x: (x + tf.reduce_sum(x), x * 2.0)[1]),
+    "two transposes": functional(lambda x: tf.transpose(tf.nn.softmax(tf.transpose(x), 0)) * 2.0),
+    "a softmax of a middle axis": functional(lambda x: tf.nn.softmax(x, 1), shape=(3, None)),
+    "a position of every row": functional(lambda x: x[..., 1], shape=(2, 3)),
+    "positions in a free slice": functional(lambda x: x[:, : tf.shape(x)[1] // 2], shape=(None,)),
+    "sorted and rolled features": functional(lambda x: tf.roll(tf.sort(x, 1), 1, 1), shape=(4, 3)),
+    "a spectrum": functional(lambda x: tf.abs(tf.signal.rfft(x)), shape=(8,)),
+    "parts of rows": functional(
+        lambda x, w: tf.reshape(tf.nn.relu(tf.reshape(x, [-1, 3]) @ w), [tf.shape(x)[0], tf.shape(x)[1], 2]),
+        shape=(None, 3),
+        weights=(np.ones((3, 2)),),
+    ),
+    "positions in front": functional(
+        lambda x: tf.transpose(
+            tf.reshape(tf.tanh(tf.reshape(tf.transpose(x, [1, 0, 2]), [-1, 3])), [2, -1, 3]), [1, 0, 2]
+        ),
+        shape=(2, 3),
+    ),
+    "entries of each row": functional(lambda x: tf.gather(x, tf.argmax(x, 1)[:, None], axis=1, batch_dims=1)),
+    "a token in front of each row": functional(
+        lambda x, w: tf.concat([tf.tile(w, tf.stack([tf.shape(x)[0], 1])), x], 1), weights=(np.ones((1, 2)),)
+    ),
+    "a loop": functional(lambda x: tf.ensure_shape(repeated(lambda step, y, z: (tf.sin(z), y), x, x * 2.0), [None, 4])),
+    "a loop over positions": functional(
+        lambda x: tf.scan(lambda state, part: state * 0.5 + part, tf.transpose(x, [1, 0, 2]))[-1], shape=(None, 2)
+    ),
     "padded features": functional(lambda x: tf.pad(x, [[0, 0], [1, 1]])),
 }
 
@@ -273,6 +334,457 @@ def made_up(x):
     return tf.reshape(rows, [-1, 6])
 
 
+def unknown_shape(shape):
+    """Ones of this shape, which TensorFlow does not infer."""
+    return raw.ParseTensor(serialized=tf.io.serialize_tensor(tf.ones(shape)), out_type=tf.float32)
+
+
+def claimed(tensor, shape):
+    """A branch whose result has another shape than the graph claims."""
+
+    def branch():
+        result = tf.identity(tensor)
+        result.set_shape(shape)
+        return result
+
+    return tf.cond(tf.reduce_sum(tensor) > 0, branch, branch)
+
+
+def repeated(body, *variables):
+    """The first variable after three repetitions of a loop."""
+    shapes = [
+        tf.TensorShape(None) if tf.is_tensor(one) and one.shape.rank != 0 else tf.TensorShape([]) for one in variables
+    ]
+    return tf.while_loop(
+        lambda step, *_: step < 3,
+        lambda step, *state: (step + 1, *body(step, *state)),
+        (0, *variables),
+        shape_invariants=(tf.TensorShape([]), *shapes),
+    )[1]
+
+
+def listed(*elements, shape=(-1, -1)):
+    """A list of tensors."""
+    found = raw.TensorListReserve(element_shape=list(shape), num_elements=len(elements), element_dtype=tf.float32)
+    for index, element in enumerate(elements):
+        found = raw.TensorListSetItem(input_handle=found, index=index, item=element)
+    return found
+
+
+def element(found, index, shape=(-1, -1)):
+    return raw.TensorListGetItem(input_handle=found, index=index, element_shape=list(shape), element_dtype=tf.float32)
+
+
+def stacked(found, shape=(-1, -1)):
+    return raw.TensorListStack(input_handle=found, element_shape=list(shape), element_dtype=tf.float32)
+
+
+def words(x):
+    return raw.StringSplitV2(input=tf.strings.as_string(x[:, 0]), sep=".")
+
+
+def padded(values, pieces):
+    """The values of pieces, two for each row."""
+    return raw.RaggedTensorToTensor(
+        shape=[-1, 2],
+        values=values,
+        default_value="",
+        row_partition_tensors=[pieces.shape[0], pieces.indices[:, 0]],
+        row_partition_types=["FIRST_DIM_SIZE", "VALUE_ROWIDS"],
+    )
+
+
+def crossed(*features):
+    texts = [tf.strings.as_string(feature) for feature in features]
+    return raw.SparseCross(
+        indices=[],
+        values=[],
+        shapes=[],
+        dense_inputs=texts,
+        hashed_output=True,
+        num_buckets=9,
+        hash_key=1,
+        out_type=tf.int64,
+        internal_type=tf.string,
+    )
+
+
+def read_before_it_is_set(x):
+    """A list that gets a row of each repetition after the mixture of rows that the next repetition reads."""
+
+    def body(step, found, y):
+        y = y + element(found, 0, (-1, 4))
+        return raw.TensorListSetItem(input_handle=found, index=0, item=x + tf.reduce_sum(x, 0)), y
+
+    zeros = listed(x * 0)
+    _, _, result = tf.while_loop(
+        lambda step, *_: step < 3, lambda step, *rest: (step + 1, *body(step, *rest)), (0, zeros, x)
+    )
+    return result
+
+
+def sizes_of_two_elements(x):
+    found = listed(tf.tile(x, [1, 2]), tf.tile(x, [1, 4]))
+    return tf.reshape(element(found, 1), [-1, tf.shape(element(found, 0))[1]])
+
+
+def sizes_of_two_repetitions(x):
+    """Cuts rows by the length that they had in the repetition before."""
+    return repeated(lambda step, y, now, before: (tf.reshape(tf.tile(y, [1, 2]), [-1, before]), now * 2, now), x, 4, 4)
+
+
+# Like the others: these would fool rules for operations that put rows elsewhere, loops, lists and pieces of rows.
+ATTACKS |= {
+    # Rows in another dimension.
+    "a sum over transposed rows": (lambda x: x + tf.reduce_sum(tf.transpose(x), 1), [4], "Sum"),
+    "a softmax over transposed rows": (lambda x: tf.transpose(tf.nn.softmax(tf.transpose(x), -1)), [4], "along"),
+    "transposed rows sorted": (lambda x: tf.transpose(tf.sort(tf.transpose(x), -1)), [4], "along the batch"),
+    "transposed rows rolled": (lambda x: tf.transpose(tf.roll(tf.transpose(x), 1, -1)), [4], "along the batch"),
+    "transposed rows reversed": (lambda x: tf.transpose(tf.transpose(x)[:, ::-1]), [4], "takes some rows"),
+    "transposed rows summed up": (lambda x: tf.transpose(tf.cumsum(tf.transpose(x), 1)), [4], "along the batch"),
+    "the spectrum of transposed rows": (
+        lambda x: tf.transpose(tf.math.real(tf.signal.fft(tf.cast(tf.transpose(x), tf.complex64)))),
+        [4],
+        "along the batch",
+    ),
+    "one of transposed rows": (lambda x: x + tf.transpose(x)[:, :1][0], [4], "takes some rows"),
+    "some of transposed rows": (lambda x: raw.Slice(input=tf.transpose(x), begin=[0, 1], size=[-1, -1]), [4], "some"),
+    "pairs of rows": (lambda x: tf.reduce_max(x[:, None] - x[None], 1), [4], "along another dimension"),
+    "a convolution over transposed rows": (
+        lambda x: tf.transpose(
+            tf.nn.conv2d(tf.transpose(x, [1, 0, 2, 3]), tf.ones([2, 2, 1, 1]), 1, "SAME"), [1, 0, 2, 3]
+        ),
+        [4, 4, 1],
+        "takes rows for positions",
+    ),
+    "a pooling over transposed rows": (
+        lambda x: tf.transpose(tf.nn.max_pool2d(tf.transpose(x, [1, 0, 2, 3]), 2, 1, "SAME"), [1, 0, 2, 3]),
+        [4, 4, 1],
+        "takes rows for positions",
+    ),
+    "a bias for each transposed row": (
+        lambda x: tf.transpose(raw.BiasAdd(value=tf.transpose(x), bias=tf.ones([3]))),
+        [4],
+        "adds along the batch",
+    ),
+    "a product that sums over transposed rows": (
+        lambda x: tf.zeros_like(x[:, :1]) + tf.matmul(tf.transpose(x), tf.ones([3, 1]))[0],
+        [4],
+        "sums over the batch",
+    ),
+    "a product with as many ones as rows": (
+        lambda x: x + tf.matmul(tf.ones(tf.stack([1, tf.shape(x)[0]])), x),
+        [4],
+        "uses rows as parameters",
+    ),
+    "an inverse of a matrix of rows": (
+        lambda x: tf.linalg.inv(tf.transpose(x, [1, 0, 2]) + tf.ones([1, 1, 1])),
+        [4, 4],
+        "along the batch",
+    ),
+    "bits of halves of rows": (
+        lambda x: tf.bitcast(tf.cast(x, tf.float16), tf.float32),
+        [2],
+        "of another size",
+    ),
+    "a mask of a triangle of rows": (lambda x: tf.linalg.band_part(tf.transpose(x), 1, 0), [4], "along the batch"),
+    "the best of transposed rows": (lambda x: x + tf.transpose(tf.math.top_k(tf.transpose(x), 1).values), [4], "along"),
+    "lengths of other rows": (
+        lambda x: tf.reverse_sequence(x[:, :, None], [1, 2], seq_axis=1, batch_axis=0),
+        [4],
+        "ties the number of rows",
+    ),
+    "entries at places of transposed rows": (
+        lambda x: raw.GatherNd(params=tf.ones([5, 5, 5]), indices=tf.transpose(tf.cast(x, tf.int32))),
+        [3],
+        "numbers of several rows",
+    ),
+    "classes counted over rows": (
+        lambda x: raw.DenseBincount(input=tf.cast(x[:, 0], tf.int32), size=4, weights=tf.zeros([0])),
+        [4],
+        "along the batch",
+    ),
+    "classes of transposed rows": (
+        lambda x: raw.DenseBincount(input=tf.transpose(tf.cast(x, tf.int32)), size=4, weights=tf.zeros([0])),
+        [4],
+        "along the batch",
+    ),
+    "as many classes as the largest of all rows": (
+        lambda x: tf.math.bincount(tf.cast(x, tf.int32), axis=-1),
+        [4],
+        "size depends on rows",
+    ),
+    "at least three and at most five classes": (
+        lambda x: tf.math.bincount(tf.cast(x, tf.int32), axis=-1, minlength=3, maxlength=5),
+        [4],
+        "size depends on rows",
+    ),
+    # Rows and parts of rows in one dimension.
+    "parts of rows joined again as longer rows": (
+        lambda x: tf.reshape(tf.reshape(x, [-1, 2]), [-1, 8]),
+        [4],
+        "cuts rows in pieces, or joins them",
+    ),
+    "rows and positions in the wrong order": (
+        lambda x: tf.reshape(tf.transpose(x, [1, 0, 2]), [-1, 2, 3]),
+        [2, 3],
+        "cuts rows in pieces, or joins them",
+    ),
+    "rows and positions in the wrong order, by a computed shape": (
+        lambda x: tf.reshape(tf.transpose(x, [1, 0, 2]), tf.shape(x)),
+        [None, 3],
+        "cuts rows in pieces, or joins them",
+    ),
+    "a softmax over parts of rows": (
+        lambda x: tf.reshape(tf.nn.softmax(tf.reshape(x, [-1]), 0), [-1, 4]),
+        [4],
+        "along the batch",
+    ),
+    "a sum up over parts of rows": (
+        lambda x: tf.reshape(tf.cumsum(tf.reshape(x, [-1, 1])), [-1, 4]),
+        [4],
+        "along the batch",
+    ),
+    "the first parts of rows": (
+        lambda x: x + tf.reshape(x, [-1])[:4],
+        [4],
+        "takes some rows",
+    ),
+    "parts of rows beside parts in another order": (
+        lambda x: tf.reshape(tf.reshape(x, [-1]) + tf.reshape(tf.transpose(x), [-1]), [-1, 4]),
+        [4],
+        "parts of rows",
+    ),
+    "parts of rows beside parts in another order, stacked": (
+        lambda x: tf.stack([tf.reshape(x, [-1]), tf.reshape(tf.transpose(x), [-1])], 1),
+        [4],
+        "something else",
+    ),
+    "a shape of two unknown sizes": (
+        lambda x: tf.reshape(x, [-1, tf.shape(x)[2], tf.shape(x)[1]]) * tf.reshape(x, [-1, tf.shape(x)[2] * 2]),
+        [None, None],
+        "cuts rows in pieces",
+    ),
+    "a product of the sizes of two inputs": (
+        lambda x: tf.reshape(x, [-1, tf.shape(x)[1] * tf.shape(x)[1]]),
+        [None, None],
+        "cuts rows in pieces",
+    ),
+    "blocks that join other rows": (
+        lambda x: raw.BatchToSpaceND(
+            input=raw.SpaceToBatchND(input=x[..., None], block_shape=[2], paddings=[[0, 0]]),
+            block_shape=[4],
+            crops=[[0, 0]],
+        ),
+        [4],
+        "makes one row of several",
+    ),
+    "blocks of parts in another order": (
+        lambda x: raw.BatchToSpaceND(input=tf.reshape(x, [-1, 1, 1]), block_shape=[4], crops=[[0, 0]]),
+        [4],
+        "makes one row of several",
+    ),
+    "a transposed convolution for three rows": (
+        lambda x: raw.Conv2DBackpropInput(
+            input_sizes=[3, 4, 4, 1], filter=tf.ones([1, 1, 1, 1]), out_backprop=x, strides=[1] * 4, padding="SAME"
+        ),
+        [4, 4, 1],
+        "fixes the number of rows",
+    ),
+    # Numbers of rows.
+    "rows repeated as often as there are rows": (
+        lambda x: tf.reduce_sum(tf.tile(x, tf.stack([1, tf.shape(x)[0]])), 1),
+        [4],
+        "number of rows",
+    ),
+    "a slice as long as the batch": (lambda x: tf.reduce_sum(x[:, : tf.shape(x)[0]], 1), [9], "number of rows"),
+    "padding as long as the batch": (
+        lambda x: tf.reduce_mean(tf.pad(x, [[0, 0], tf.stack([0, tf.shape(x)[0]])]), 1),
+        [4],
+        "number of rows",
+    ),
+    "the rest of the number of rows": (
+        lambda x: tf.fill(tf.stack([tf.shape(x)[0] % 2, 2]), 1.0),
+        [4],
+        "number of rows",
+    ),
+    "a row more": (lambda x: tf.fill(tf.stack([tf.shape(x)[0] + 1, 2]), 1.0), [4], "number of rows"),
+    "the number of rows and a size": (
+        lambda x: tf.fill(tf.stack([tf.reduce_sum(tf.shape(x)), 2]), 1.0),
+        [4],
+        "number of rows",
+    ),
+    "rows by the number of columns": (
+        lambda x: tf.zeros([tf.shape(x)[0], 4]) + tf.ones([tf.shape(x)[1], 1]),
+        [None],
+        "ties the number of rows",
+    ),
+    # Shapes that are claimed.
+    "a placeholder that claims one row": (
+        lambda x: x + raw.PlaceholderWithDefault(input=unknown_shape([3, 4]), shape=[1, 4]),
+        [4],
+        "unknown rank",
+    ),
+    "a branch that claims one row": (lambda x: x + claimed(unknown_shape([3, 4]), [1, 4]), [4], "unknown rank"),
+    "the shape of a branch": (
+        lambda x: x + tf.ones(raw.Shape(input=claimed(unknown_shape([3, 4]), [1, 4]))),
+        [4],
+        "unknown rank",
+    ),
+    "the shape of a branch, through other types": (
+        lambda x: (
+            x + tf.ones(tf.cast(tf.cast(raw.Shape(input=claimed(unknown_shape([3, 4]), [1, 4])), tf.float32), tf.int32))
+        ),
+        [4],
+        "unknown rank",
+    ),
+    "a loop that claims one row": (
+        lambda x: x + repeated(lambda step, y: (claimed(y, [1, 4]),), unknown_shape([3, 4])),
+        [4],
+        "unknown rank",
+    ),
+    # Loops.
+    "a loop that sums rows": (
+        lambda x: repeated(lambda step, y: (y + tf.reduce_sum(y, 0, keepdims=True),), x),
+        [4],
+        "along the batch",
+    ),
+    "a loop that rolls rows": (lambda x: repeated(lambda step, y: (tf.roll(y, 1, 0),), x), [4], "along the batch"),
+    "a loop that transposes rows": (
+        lambda x: repeated(lambda step, y: (tf.transpose(y),), x),
+        [None],
+        "different ways",
+    ),
+    "a loop that mixes rows at its third repetition": (
+        lambda x: repeated(lambda step, a, b, c: (b, c, tf.reverse(c, [0])), x, x, x),
+        [4],
+        "along the batch",
+    ),
+    "a loop that runs until all rows are large": (
+        lambda x: tf.while_loop(lambda y: tf.reduce_any(y < 9.0), lambda y: (y * y + 1.0,), (x,))[0],
+        [4],
+        "as often as the batch decides",
+    ),
+    "a loop that runs as often as there are rows": (
+        lambda x: tf.while_loop(lambda i, y: i < tf.shape(x)[0], lambda i, y: (i + 1, y * 2.0), (0, x))[1],
+        [4],
+        "as often as the batch decides",
+    ),
+    "a loop in a loop that runs until all rows are large": (
+        lambda x: repeated(
+            lambda step, y: tf.while_loop(lambda z: tf.reduce_any(z < 9.0), lambda z: (z * z + 1.0,), (y,)), x
+        ),
+        [4],
+        "as often as the batch decides",
+    ),
+    "a loop over rows": (lambda x: tf.map_fn(lambda row: row * 2.0, x), [4], ""),
+    "a loop that cuts rows by an earlier length": (sizes_of_two_repetitions, [4], ""),
+    "a branch of rows": (
+        lambda x: tf.cond(tf.reduce_all(x > 0), lambda: x, lambda: x * 2.0),
+        [4],
+        "a branch that depends on the batch",
+    ),
+    "a branch by the number of rows": (
+        lambda x: tf.cond(tf.shape(x)[0] > 2, lambda: x, lambda: x * 2.0),
+        [4],
+        "a branch that depends on the batch",
+    ),
+    "branches with rows in different places": (
+        lambda x: tf.cond(tf.random.stateless_uniform([], [1, 2]) > 0.5, lambda: x, lambda: tf.transpose(x)),
+        [None],
+        "different ways",
+    ),
+    # Lists.
+    "a list of rows": (
+        lambda x: stacked(raw.TensorListFromTensor(tensor=x, element_shape=[4]), [4]),
+        [4],
+        "for each row",
+    ),
+    "a list as long as the batch": (
+        lambda x: stacked(
+            raw.TensorListReserve(element_shape=[4], num_elements=tf.shape(x)[0], element_dtype=tf.float32), (4,)
+        ),
+        [4],
+        "for each row",
+    ),
+    "a list with rows in different places": (
+        lambda x: element(listed(x, tf.transpose(x)), 0),
+        [None],
+        "different ways",
+    ),
+    "a sum over a list of rows": (
+        lambda x: x + tf.reduce_sum(stacked(listed(x, x * 2.0)), 1),
+        [4],
+        "along the batch",
+    ),
+    "an element by the number of a row": (
+        lambda x: element(listed(x, x * 2.0), tf.cast(tf.reduce_max(x) > 0, tf.int32)),
+        [4],
+        "along the batch",
+    ),
+    "an element that was never set": (
+        lambda x: (
+            x
+            + element(raw.TensorListReserve(element_shape=[3, 4], num_elements=2, element_dtype=tf.float32), 0, (3, 4))
+        ),
+        [4],
+        "was not set",
+    ),
+    "an element of three rows that was never set": (
+        lambda x: (
+            x
+            + element(
+                raw.TensorListSetItem(
+                    input_handle=raw.TensorListReserve(element_shape=[-1, 4], num_elements=2, element_dtype=tf.float32),
+                    index=0,
+                    item=x,
+                ),
+                1,
+                (3, 4),
+            )
+        ),
+        [4],
+        "fixes the number of rows",
+    ),
+    "a list that a repetition reads before it is set": (read_before_it_is_set, [4], "along the batch"),
+    "sizes of two elements": (sizes_of_two_elements, [4], "cuts rows in pieces"),
+    # Pieces of rows.
+    "words of the longest text": (
+        lambda x: tf.strings.length(tf.strings.split(tf.strings.as_string(x[:, 0])).to_tensor()),
+        [4],
+        "longest row",
+    ),
+    "words of all texts": (lambda x: tf.strings.length(words(x).values), [4], "number of rows"),
+    "words moved by one": (lambda x: padded(tf.roll(words(x).values, 1, 0), words(x)), [4], ""),
+    "words of other texts": (lambda x: padded(words(tf.reverse(x, [1])).values, words(x)), [4], "of other rows"),
+    "the number of words": (
+        lambda x: tf.fill(tf.stack([tf.cast(words(x).shape[1], tf.int32), 2]), 1.0),
+        [4],
+        "number of rows",
+    ),
+    "words beside the number of their text": (
+        lambda x: padded(tf.strings.as_string(words(x).indices[:, 0]), words(x)),
+        [4],
+        "",
+    ),
+    "words at their place in the text": (
+        lambda x: padded(words(x).values, words(x)._replace(indices=words(x).indices[:, ::-1])),
+        [4],
+        "the rows of pieces",
+    ),
+    "crossed features of other rows": (
+        lambda x: raw.SparseToDense(
+            sparse_indices=crossed(x[:, :1], x[:, 1:2]).output_indices,
+            output_shape=crossed(x[:, :1], x[:, 1:2]).output_shape,
+            sparse_values=crossed(x[:, :1], x[:, 2:3]).output_values,
+            default_value=tf.constant(0, tf.int64),
+        ),
+        [4],
+        "of other rows",
+    ),
+    "crossed features in one list": (lambda x: crossed(x[:, :1], x[:, 1:2]).output_values, [4], ""),
+}
+
 # A float that becomes an index: a function of x and whether rounding may change the index.
 INDICES = {
     "an input": (lambda x: lookup(tf.cast(x[:, 0], tf.int32)), False),
@@ -290,6 +802,48 @@ INDICES = {
     "a rounded number": (lambda x: lookup(tf.cast(tf.round(tf.exp(x)), tf.int32)), True),
     "a selection": (lambda x: lookup(tf.where(tf.exp(x) > 1, 2, 3)), True),
     "a number's text": (lambda x: lookup(tf.strings.to_hash_bucket_fast(tf.strings.as_string(tf.exp(x)), 9)), True),
+    "bits of an input": (lambda x: lookup(tf.bitcast(x, tf.int32) // 2**30), False),
+    "bits of a sum": (lambda x: lookup(tf.bitcast(tf.exp(x), tf.int32) // 2**30), True),
+    "a bucket of an input": (lambda x: lookup(raw.Bucketize(input=x, boundaries=[0.0, 1.0])), False),
+    "an input that a loop doubles": (
+        lambda x: lookup(tf.cast(repeated(lambda step, y: (y + y,), x), tf.int32)),
+        False,
+    ),
+    "an element of a list": (lambda x: lookup(tf.cast(element(listed(x, x * 2.0), 1), tf.int32)), False),
+    "a place in a table of places": (
+        lambda x: raw.GatherNd(params=tf.range(20), indices=tf.cast(x[:, :1], tf.int32)),
+        False,
+    ),
+    "a bucket of a sum": (
+        lambda x: lookup(raw.Bucketize(input=tf.reduce_sum(x, 1), boundaries=[0.0, 1.0])),
+        True,
+    ),
+    "a number that a loop sums": (
+        lambda x: lookup(
+            tf.cast(
+                repeated(lambda step, y, z: (z, tf.exp(y)), tf.zeros_like(x), tf.zeros_like(x)),
+                tf.int32,
+            )
+        ),
+        True,
+    ),
+    "an element of a list that was summed": (
+        lambda x: lookup(tf.cast(element(listed(x, tf.math.exp(x)), 0), tf.int32)),
+        True,
+    ),
+    "a spectrum": (lambda x: lookup(tf.cast(tf.math.real(tf.signal.rfft(x)), tf.int32)), True),
+    "a length from a sum": (
+        lambda x: tf.reverse_sequence(x, tf.cast(tf.reduce_sum(x, 1), tf.int32), seq_axis=1, batch_axis=0),
+        True,
+    ),
+    "classes of sums": (
+        lambda x: raw.DenseBincount(input=tf.cast(tf.exp(x), tf.int32), size=4, weights=tf.zeros([0])),
+        True,
+    ),
+    "places from sums": (
+        lambda x: raw.GatherNd(params=tf.range(20), indices=tf.cast(tf.exp(x[:, :1]), tf.int32)),
+        True,
+    ),
     "a one-hot class": (lambda x: tf.one_hot(tf.argmax(tf.nn.softmax(x), 1), 4), True),
 }
 
@@ -318,6 +872,32 @@ def test_batching_is_refused_for_an_index_that_rounding_may_change(name):
     found = found_by_rules(predict, [4])
     assert ("picks entries by numbers that" in found) is is_rounded
     assert bool(found) is is_rounded
+
+
+def test_loops_that_take_long_to_follow_are_refused(monkeypatch):
+    monkeypatch.setattr(row_analysis, "_MOST_OPERATIONS", 30)
+    assert "too long to follow" in found_by_rules(lambda x: repeated(lambda step, y: (tf.sin(y),), x), [4])
+    assert found_by_rules(lambda x: tf.sin(x), [4]) == ""
+
+
+def test_an_effect_counts_in_code_that_no_prediction_uses():
+    assert "RandomStandardNormal" in found_by_rules(lambda x: (tf.random.normal([4]), x * 2.0)[1], [4])
+    found = found_by_rules(lambda x: (repeated(lambda step, y: (y + tf.random.normal([4]),), x), x * 2.0)[1], [4])
+    assert "RandomStandardNormal" in found
+
+
+def test_a_table_that_gives_arrays_is_refused():
+    """Its results have a dimension that the graph does not show."""
+    table = tf.lookup.experimental.DenseHashTable(
+        tf.int64, tf.float32, default_value=[0.0, 0.0], empty_key=-1, deleted_key=-2
+    )
+
+    def predict(x):
+        keys = tf.cast(x[:, 0], tf.int64)
+        found = raw.LookupTableFindV2(table_handle=table.resource_handle, keys=keys, default_value=[0.0, 0.0])
+        return found * x[:, 0] + tf.zeros_like(x[:, 0])
+
+    assert found_by_rules(predict, [4]) == "a table gives more than one number for a key"
 
 
 @pytest.mark.parametrize("name", SEPARABLE)
