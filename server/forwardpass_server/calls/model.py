@@ -54,6 +54,9 @@ class LoadedModel(Protocol):
         Raises OptimizerNotSupported, and FunctionNotAvailable for a model without gradients.
         """
 
+    def evaluator(self, weighted: bool) -> Evaluator | None:
+        """The evaluator for inference; None if the model has none. weighted: whether batches have sample weights."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
@@ -136,6 +139,29 @@ class Trainer(Protocol):
 
     def totals(self, state: Sequence[Leaf]) -> Totals:
         """The sums of a state. Waits for a GPU."""
+
+
+class Evaluator(Protocol):
+    """Steps of an evaluation of one model. Any number of threads may use it at once.
+
+    A step gives the bits that forward_pass, and then update_metrics_state with its results, give. It has no results
+    for batches without rows, whose shapes `LoadedModel.run` corrects.
+    """
+
+    @property
+    def joined(self) -> int:
+        """How many batches one call of TensorFlow takes; 1 where several would not be faster."""
+
+    def step(self, weights: Sequence[Leaf], state: Sequence[Leaf], batches: Sequence[Sequence[Leaf]]) -> Sequence[Leaf]:
+        """The metrics state after these batches, as tensors on the device. Does not wait for a GPU.
+
+        weights: the leaves of the model's weights. state: those of the metrics state, arrays or tensors.
+        batches: for each the leaves of x, y, and of the sample weights where it has some. Each has rows.
+        Raises what `LoadedModel.run` raises, where any of the batches fails.
+        """
+
+    def arrays(self, state: Sequence[Leaf]) -> list[Array]:
+        """A metrics state as read-only arrays. Waits for a GPU."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from forwardpass.wire import errors
 from forwardpass.wire.structures import Structure
@@ -51,14 +53,17 @@ class Lane(Protocol[ResultT]):
     def position(self) -> int:
         """The number of the last batch that was committed by an earlier stream; 0 for none."""
 
-    async def run(self, batch: Batch) -> ResultT:
-        """Runs a batch. Called for one batch after the other. What it raises ends the stream at this batch."""
+    async def run(self, batches: Sequence[Batch]) -> tuple[int, ResultT]:
+        """Runs the first of these batches, or several from the first on. Returns how many, and their result.
+
+        Called for one batch after the other. What it raises ends the stream at the first of these batches.
+        """
 
     def commit(self, result: ResultT) -> asyncio.Future[None]:
-        """Starts to commit the result of a batch, after those before it.
+        """Starts to commit what `run` returned, after what it returned before.
 
-        Called for several batches in one turn of the event loop, so that one write can commit them all.
-        The future fails where the batch cannot be committed, which ends the stream at this batch.
+        Called for several results in one turn of the event loop, so that one write can commit them all.
+        The future fails where the result cannot be committed, which ends the stream at the first of its batches.
         """
 
 
@@ -68,7 +73,38 @@ class _Progress(Generic[ResultT]):
     def __init__(self, lane: Lane[ResultT]) -> None:
         self.lane = lane
         self.committed = lane.position
-        self.batches: asyncio.Queue[Batch] = asyncio.Queue()
+        self._waiting: collections.deque[Batch] = collections.deque()
+        self._has_batch = asyncio.Event()
+
+    def put(self, batch: Batch) -> None:
+        """Adds the next batch."""
+        self._waiting.append(batch)
+        self._has_batch.set()
+
+    def done(self, count: int) -> None:
+        """Removes the first batches."""
+        for _ in range(count):
+            self._waiting.popleft()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no batch waits."""
+        return not self._waiting
+
+    async def next(self) -> list[Batch]:
+        """The batches that wait; waits for one."""
+        while not self._waiting:
+            self._has_batch.clear()
+            await self._has_batch.wait()
+        return list(itertools.islice(self._waiting, _BATCHES_PER_COMMIT))
+
+
+class _Finished(NamedTuple, Generic[ResultT]):
+    """Batches that were run together, from the number `first` to `last`, and what `Lane.run` returned for them."""
+
+    first: int
+    last: int
+    result: ResultT
 
 
 class OrderedBatches(Generic[ResultT]):
@@ -126,7 +162,7 @@ class OrderedBatches(Generic[ResultT]):
             self._fail(sequence, _of_batch(error, sequence))
             return
         for lane in self._lanes:
-            lane.batches.put_nowait(batch)
+            lane.put(batch)
 
     def _has_room(self, size_bytes: int) -> bool:
         return (
@@ -190,42 +226,50 @@ class OrderedBatches(Generic[ResultT]):
 
     async def _work(self, progress: _Progress[ResultT]) -> None:
         """Runs the batches of one lane, and commits several at a time."""
-        finished: list[tuple[int, ResultT]] = []
-        commit_at_s = 0.0
+        finished: list[_Finished[ResultT]] = []
+        commit_at_s, last = 0.0, 0
         try:
             while True:
-                if progress.batches.empty() or len(finished) >= _BATCHES_PER_COMMIT or time.monotonic() >= commit_at_s:
+                count = last + 1 - finished[0].first if finished else 0
+                if progress.is_idle or count >= _BATCHES_PER_COMMIT or time.monotonic() >= commit_at_s:
                     self._commit(progress, finished)
-                batch = await progress.batches.get()
-                if batch.sequence <= progress.committed:
+                batches = await progress.next()
+                first = batches[0].sequence
+                if first <= progress.committed:
                     # An earlier stream committed it in this lane, and broke before another lane had committed it.
+                    progress.done(1)
                     continue
-                if self._failed is not None and batch.sequence >= self._failed[0]:
-                    return
+                if self._failed is not None:
+                    batches = [batch for batch in batches if batch.sequence < self._failed[0]]
+                    if not batches:
+                        return
                 if not finished:
                     commit_at_s = time.monotonic() + _COMMIT_DELAY_S
-                finished.append((batch.sequence, await progress.lane.run(batch)))
+                count, result = await progress.lane.run(batches)
+                progress.done(count)
+                last = first + count - 1
+                finished.append(_Finished(first, last, result))
         except Exception as error:
-            self._fail(batch.sequence, _of_batch(error, batch.sequence))
+            self._fail(first, _of_batch(error, first))
         finally:
             # Also after the stream broke: these batches need not be run again.
             self._commit(progress, finished)
 
-    def _commit(self, progress: _Progress[ResultT], finished: list[tuple[int, ResultT]]) -> None:
-        for sequence, result in finished:
-            committed = progress.lane.commit(result)
-            committed.add_done_callback(functools.partial(self._committed, progress, sequence))
+    def _commit(self, progress: _Progress[ResultT], finished: list[_Finished[ResultT]]) -> None:
+        for one in finished:
+            committed = progress.lane.commit(one.result)
+            committed.add_done_callback(functools.partial(self._committed, progress, one.first, one.last))
         finished.clear()
 
-    def _committed(self, progress: _Progress[ResultT], sequence: int, future: asyncio.Future[None]) -> None:
-        """The commit of a batch in one lane has ended, or failed."""
+    def _committed(self, progress: _Progress[ResultT], first: int, last: int, future: asyncio.Future[None]) -> None:
+        """The commit of batches in one lane has ended, or failed."""
         if future.cancelled():
             return
         error = future.exception()
         if isinstance(error, Exception):
-            self._fail(sequence, _of_batch(error, sequence))
+            self._fail(first, _of_batch(error, first))
             return
-        progress.committed = sequence
+        progress.committed = last
         self.position = min(lane.committed for lane in self._lanes)
         for done in [one for one in self._in_progress if one <= self.position]:
             batch, admitted = self._in_progress.pop(done)

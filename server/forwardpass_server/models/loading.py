@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import tensorflow as tf
@@ -15,10 +15,11 @@ from forwardpass.wire import description
 from forwardpass.wire.description import ModelDescription, ModelIdentity
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.functions import Function
-from forwardpass_server.calls.model import ModelSource, Trainer, TrainingOptions
+from forwardpass_server.calls.model import Evaluator, ModelSource, Trainer, TrainingOptions
 from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import (
     custom_objects,
+    evaluators,
     example_file,
     examples,
     failures,
@@ -38,6 +39,7 @@ from forwardpass_server.models import (
     warming,
 )
 from forwardpass_server.models import device as devices
+from forwardpass_server.models.evaluators import GraphEvaluator
 from forwardpass_server.models.examples import Examples
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
@@ -66,6 +68,7 @@ class TensorFlowModel:
     initial_weights: Sequence[Array]
     execution: Execution
     trainers: Trainers
+    evaluators: Mapping[bool, GraphEvaluator]
 
     def has_loops(self, function: Function, training: bool) -> bool:
         """See `calls.model.LoadedModel.has_loops`."""
@@ -87,6 +90,10 @@ class TensorFlowModel:
     def prepare_trainer(self, options: TrainingOptions) -> Trainer:
         """See `calls.model.LoadedModel.prepare_trainer`."""
         return self.trainers.prepare(options)
+
+    def evaluator(self, weighted: bool) -> Evaluator | None:
+        """See `calls.model.LoadedModel.evaluator`."""
+        return self.evaluators.get(weighted)
 
 
 class TensorFlowLoader:
@@ -174,6 +181,10 @@ class TensorFlowLoader:
         trainable = TrainableModel.of(traced, execution, self.device)
         trainers = Trainers(trainable, found, weights, self._probes, self._on_trace)
         prepared = _prepared(trainers, config, bool(traced.updates), source)
+        evaluating = _judged(
+            lambda: evaluators.prepared(traced.spec, execution, self.device, found, weights, self._on_trace),
+            lambda error: {},
+        )
         warnings = _warnings(model, execution, found, weights)
         for warning in warnings:
             _LOGGER.warning("model %s: %s", source, warning)
@@ -190,7 +201,7 @@ class TensorFlowLoader:
         )
         # Fails here if a client could not decode it.
         description.decode(description.encode(described))
-        return TensorFlowModel(described, traced.initial_weights, execution, trainers)
+        return TensorFlowModel(described, traced.initial_weights, execution, trainers, evaluating)
 
     def _unbatchable_reason(
         self, config: ModelConfig, traced: TracedModel, execution: Execution, found: Examples
