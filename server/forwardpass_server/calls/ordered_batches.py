@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -26,6 +25,10 @@ _MAX_BYTES = 64 * 2**20
 # so that a client that shows its progress does not wait.
 _BATCHES_PER_COMMIT = 8
 _COMMIT_DELAY_S = 0.02
+
+# A batch waits for others that are on their way, until none has come for so many turns of the event loop. A turn takes
+# some microseconds, and gRPC delivers a message in two or three.
+_QUIET_TURNS = 12
 
 ResultT = TypeVar("ResultT")
 
@@ -52,6 +55,10 @@ class Lane(Protocol[ResultT]):
     @property
     def position(self) -> int:
         """The number of the last batch that was committed by an earlier stream; 0 for none."""
+
+    @property
+    def joins(self) -> int:
+        """How many batches `run` would take, so that it is worth a wait of microseconds for them; 1 for no wait."""
 
     async def run(self, batches: Sequence[Batch]) -> tuple[int, ResultT]:
         """Runs the first of these batches, or several from the first on. Returns how many, and their result.
@@ -92,10 +99,15 @@ class _Progress(Generic[ResultT]):
         return not self._waiting
 
     async def next(self) -> list[Batch]:
-        """The batches that wait; waits for one."""
+        """The batches that wait; waits for one, and a little for as many as the lane would take."""
         while not self._waiting:
             self._has_batch.clear()
             await self._has_batch.wait()
+        quiet, known = 0, len(self._waiting)
+        while known < self.lane.joins and quiet < _QUIET_TURNS:
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._waiting) == known else 0
+            known = len(self._waiting)
         return list(itertools.islice(self._waiting, _BATCHES_PER_COMMIT))
 
 
@@ -122,8 +134,8 @@ class OrderedBatches(Generic[ResultT]):
         self._is_complete = False
         # The first batch that failed, and its error: no batch after it is run.
         self._failed: tuple[int, Exception] | None = None
-        # Batches that some lane has not committed yet. Closing the stack ends their admission.
-        self._in_progress: dict[int, tuple[Batch, contextlib.ExitStack]] = {}
+        # Batches that some lane has not committed yet. Each is admitted as a call.
+        self._in_progress: dict[int, Batch] = {}
         self._in_progress_bytes = 0
         self._changed = asyncio.Event()
         self._workers = [asyncio.ensure_future(self._work(lane)) for lane in self._lanes]
@@ -153,14 +165,18 @@ class OrderedBatches(Generic[ResultT]):
             return
         try:
             # Admit it first: its message takes memory while it waits for its turn.
-            with await self._admitted(size_bytes) as admitted:
+            await self._admit(size_bytes)
+            try:
                 await self._until(lambda: self._has_room(size_bytes))
                 batch = Batch(sequence, update_id, await read(), size_bytes)
-                self._in_progress[sequence] = batch, admitted.pop_all()
-                self._in_progress_bytes += size_bytes
+            except BaseException:
+                self._admission.leave(self._principal, size_bytes)
+                raise
         except errors.ForwardPassError as error:
             self._fail(sequence, _of_batch(error, sequence))
             return
+        self._in_progress[sequence] = batch
+        self._in_progress_bytes += size_bytes
         for lane in self._lanes:
             lane.put(batch)
 
@@ -171,20 +187,19 @@ class OrderedBatches(Generic[ResultT]):
             or (len(self._in_progress) < _MAX_BATCHES and self._in_progress_bytes + size_bytes <= _MAX_BYTES)
         )
 
-    async def _admitted(self, size_bytes: int) -> contextlib.ExitStack:
+    async def _admit(self, size_bytes: int) -> None:
         """Admits a batch as one of the server's calls. Waits for room; meanwhile the stream is not read.
 
         Raises ServerOverloaded where too many requests wait already.
         """
-        stack = contextlib.ExitStack()
         while True:
             try:
-                stack.enter_context(self._admission.admitted(self._principal, size_bytes))
+                self._admission.enter(self._principal, size_bytes)
             except errors.ServerOverloaded as error:
                 with self._admission.waiting(self._principal, size_bytes, error):
                     await asyncio.sleep(error.retry_after_s)
             else:
-                return stack
+                return
 
     @property
     def is_complete(self) -> bool:
@@ -227,7 +242,7 @@ class OrderedBatches(Generic[ResultT]):
     async def _work(self, progress: _Progress[ResultT]) -> None:
         """Runs the batches of one lane, and commits several at a time."""
         finished: list[_Finished[ResultT]] = []
-        commit_at_s, last = 0.0, 0
+        commit_at_s, first, last = 0.0, 0, 0
         try:
             while True:
                 count = last + 1 - finished[0].first if finished else 0
@@ -272,9 +287,7 @@ class OrderedBatches(Generic[ResultT]):
         progress.committed = last
         self.position = min(lane.committed for lane in self._lanes)
         for done in [one for one in self._in_progress if one <= self.position]:
-            batch, admitted = self._in_progress.pop(done)
-            self._in_progress_bytes -= batch.size_bytes
-            admitted.close()
+            self._leave(self._in_progress.pop(done))
         self._changed.set()
 
     def _fail(self, sequence: int, error: Exception) -> None:
@@ -287,10 +300,13 @@ class OrderedBatches(Generic[ResultT]):
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
-        for _, admitted in self._in_progress.values():
-            admitted.close()
+        for batch in self._in_progress.values():
+            self._leave(batch)
         self._in_progress.clear()
-        self._in_progress_bytes = 0
+
+    def _leave(self, batch: Batch) -> None:
+        self._admission.leave(self._principal, batch.size_bytes)
+        self._in_progress_bytes -= batch.size_bytes
 
 
 def _of_batch(error: Exception, sequence: int) -> Exception:

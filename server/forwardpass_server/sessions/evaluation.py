@@ -14,7 +14,7 @@ from forwardpass.wire.functions import SAMPLE_WEIGHT, Function
 from forwardpass.wire.structures import Structure
 from forwardpass_server.calls import ids
 from forwardpass_server.calls.admission import Admission
-from forwardpass_server.calls.evaluation_steps import EvaluationSteps, State, StepPlan
+from forwardpass_server.calls.evaluation_steps import MAX_BATCHES, EvaluationSteps, State, StepPlan
 from forwardpass_server.calls.execution import Executor, Invocation, flattened
 from forwardpass_server.calls.ordered_batches import Batch, OrderedBatches
 from forwardpass_server.calls.plans import Servable
@@ -123,6 +123,7 @@ class _Target:
         self._weights_id = weights_id
         # The last batch of those that failed together: each of them is run by itself.
         self._alone_to = 0
+        self._joins = 1
         # The state after the last batches, which may not be stored yet, and the group that it is of.
         self._state: State | None = None
         self._last_group: object = None
@@ -132,14 +133,21 @@ class _Target:
         """The last batch that the session has counted."""
         return self._session.record.sequence(self._writer_id)
 
+    @property
+    def joins(self) -> int:
+        """As many as it could have taken the last time."""
+        return self._joins
+
     async def run(self, batches: Sequence[Batch]) -> tuple[int, Update]:
         """Runs the first batches. Returns how many, and the update that counts them."""
         weighted = SAMPLE_WEIGHT in batches[0].parts
         plan = None if self._training else self._steps.plan(self._session.servable, weighted)
+        self._joins = 1
         if plan is None or batches[0].sequence <= self._alone_to:
             return 1, await self._run_alone(batches[0])
         kind = list(itertools.takewhile(lambda batch: (SAMPLE_WEIGHT in batch.parts) == weighted, batches))
         taken = kind[: plan.count([batch.size_bytes for batch in kind])]
+        self._joins = plan.count([batches[0].size_bytes] * MAX_BATCHES)
         try:
             return len(taken), await self._run_together(plan, taken)
         except Exception:

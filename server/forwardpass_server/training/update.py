@@ -110,6 +110,11 @@ class Update:
         """The number of the last batch that was trained on."""
         return self._position
 
+    @property
+    def joins(self) -> int:
+        """See `calls.ordered_batches.Lane.joins`."""
+        return 1
+
     async def run(self, batches: Sequence[Batch]) -> tuple[int, None]:
         """Trains on the first batch, and publishes a checkpoint where one is due.
 

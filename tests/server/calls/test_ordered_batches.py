@@ -35,6 +35,8 @@ class Descent:
         self.began = collections.defaultdict(asyncio.Event)
         self._waiting: list[tuple[tuple[int, float], asyncio.Future[None]]] = []
 
+    joins = 1
+
     async def run(self, batches: Sequence[Batch]) -> tuple[int, tuple[int, float]]:
         batch = batches[0]
         assert batch.sequence == (self.ran[-1] if self.ran else self.position) + 1
