@@ -6,13 +6,14 @@ import asyncio
 import collections
 import contextlib
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterable,
     AsyncIterator,
     Coroutine,
     Iterable,
     Sequence,
 )
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from forwardpass.wire import errors
 from forwardpass.wire.description import BatchOutput
@@ -24,15 +25,17 @@ from forwardpass_client.calls import (
     Metrics,
     ModelWeights,
     ResultT,
+    allows_rounding,
 )
 from forwardpass_client.calls_in_flight import MAX_CALLS
 from forwardpass_client.deadlines import Deadline
 from forwardpass_client.held_weights import HeldWeights
+from forwardpass_client.item_errors import naming
 from forwardpass_client.metrics_sessions import AsyncMetricsSession, MetricsSessionApi
-from forwardpass_client.model_api import FunctionalModelApi, closing_deadline
+from forwardpass_client.model_api import EACH_CALL, FunctionalModelApi, closing_deadline
 from forwardpass_client.openings import Opening
 from forwardpass_client.options import Options
-from forwardpass_client.pipeline import AsyncPipeline
+from forwardpass_client.pipeline import AsyncMultiWeightsPipeline, AsyncPipeline
 from forwardpass_client.stream_pools import AsyncStreamPool
 from forwardpass_client.streams import AsyncStream
 from forwardpass_client.training import AsyncTrainingStream, TrainingProgress, abandoning
@@ -42,6 +45,18 @@ from forwardpass_client.transfers import Progress, Steps
 from forwardpass_client.transport import AsyncTransport
 from forwardpass_client.updates_in_flight import Answer
 from forwardpass_client.weights_handles import AsyncWeightsHandle, WeightsHandleApi
+
+
+async def _in_order(futures: AsyncIterator[asyncio.Future[Any]]) -> AsyncGenerator[asyncio.Future[Any], None]:
+    """Yields futures in their order, each as soon as it is done, and reads at most 256 ahead."""
+    waiting: collections.deque[asyncio.Future[Any]] = collections.deque()
+    with abandoning(waiting):
+        async for future in futures:
+            waiting.append(future)
+            while waiting and (len(waiting) >= MAX_CALLS or waiting[0].done()):
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
 
 
 class AsyncRemoteFunctionalModel(FunctionalModelApi):
@@ -59,11 +74,23 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
     if TYPE_CHECKING:
 
         def forward_pass(
-            self, model_weights: Any, batch_input: Any, training: bool = True, *, timeout_s: float | None = None
+            self,
+            model_weights: Any,
+            batch_input: Any,
+            training: bool = True,
+            *,
+            exact: bool = True,
+            timeout_s: float | None = None,
         ) -> Coroutine[Any, Any, BatchOutput]: ...
 
         def predict_on_batch(
-            self, model_weights: Any, x: Any, training: bool = True, *, timeout_s: float | None = None
+            self,
+            model_weights: Any,
+            x: Any,
+            training: bool = True,
+            *,
+            exact: bool = True,
+            timeout_s: float | None = None,
         ) -> Coroutine[Any, Any, Any]: ...
 
         def forward_backward(
@@ -140,51 +167,110 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         deadline.restart()
         return await self._transport.ask(call, deadline)
 
-    def pipeline(self, model_weights: Any) -> Opening[AsyncPipeline]:
-        """Calls with these weights over one stream: each returns a future, and many are in flight at once.
+    @overload
+    def pipeline(self) -> Opening[AsyncMultiWeightsPipeline]: ...
 
-        model_weights: a handle of `put_weights`, or (trainable, non_trainable) in the shapes of `initial_weights`,
-          which is put first.
+    @overload
+    def pipeline(self, model_weights: Any) -> Opening[AsyncPipeline]: ...
+
+    def pipeline(self, model_weights: Any = EACH_CALL) -> Opening[AsyncPipeline] | Opening[AsyncMultiWeightsPipeline]:
+        """Calls over one stream: each returns a future, and many are in flight at once.
+
+        model_weights: of all calls: a handle of `put_weights`, or (trainable, non_trainable) in the shapes of
+          `initial_weights`, which is put first. Without it, each call names its weights:
+          `pipeline.predict_on_batch(handle, x)`.
         Returns an asynchronous context manager, `async with model.pipeline(weights) as pipeline`: leaving it waits for
         every answer. It may be awaited, too, for the pipeline itself.
         Raises what `put_weights` raises.
         """
-        self._deadline()
-        return Opening(self._open_pipeline(model_weights))
+        deadline = self._deadline(is_renewable=True)
+        if model_weights is EACH_CALL:
+            return Opening(self._open_multi_weights_pipeline())
+        return Opening(self._open_pipeline(model_weights, deadline))
 
-    async def _open_pipeline(self, model_weights: Any) -> AsyncPipeline:
-        if not isinstance(model_weights, WeightsHandleApi):
-            model_weights = await self.put_weights(model_weights)
-        return AsyncPipeline(
-            self._transport, self._calls, model_weights, self._timeout_s, self._options.max_message_bytes
-        )
+    async def _open_pipeline(self, model_weights: Any, deadline: Deadline) -> AsyncPipeline:
+        deadline.restart()
+        handle = await self._put_at_start(model_weights, deadline)
+        return AsyncPipeline(self._transport, self._calls, handle, self._timeout_s, self._options.max_message_bytes)
+
+    async def _open_multi_weights_pipeline(self) -> AsyncMultiWeightsPipeline:
+        return AsyncMultiWeightsPipeline(self._transport, self._calls, self._timeout_s, self._options.max_message_bytes)
 
     async def predict_many(
         self,
         model_weights: Any,
-        batches: Iterable[Any],
+        batches: Iterable[Any] | AsyncIterable[Any],
         training: bool = True,
         *,
+        exact: bool = True,
         timeout_s: float | None = None,
     ) -> AsyncIterator[Any]:
         """Yields the predictions for each batch, in order, with many batches in flight at once.
 
         model_weights: a handle of `put_weights`, or (trainable, non_trainable), which is put first.
-        batches: an iterable of x like x of `input_spec` (no labels), leaves of shape [B, ...]. It is read as answers
-          come.
+        batches: an iterable of x like x of `input_spec` (no labels), leaves of shape [B, ...]; an asynchronous iterable
+          too. It is read as answers come.
         training: whether layers such as dropout act as in training.
+        exact: as of `forward_pass`.
         timeout_s: seconds until DeadlineExceeded for each batch; None for the client's own.
         Yields predictions, leaves of shape [B, ...]. Raises what `put_weights` and `predict_on_batch` raise.
         """
         async with self.pipeline(model_weights) as pipeline:
-            futures: collections.deque[asyncio.Future[Any]] = collections.deque()
-            with abandoning(futures):
-                for x in batches:
-                    futures.append(pipeline.predict_on_batch(x, training, timeout_s=timeout_s))
-                    while len(futures) >= MAX_CALLS or (futures and futures[0].done()):
-                        yield await futures.popleft()
-                while futures:
-                    yield await futures.popleft()
+
+            async def sent() -> AsyncIterator[asyncio.Future[Any]]:
+                async for x in each(batches):
+                    yield pipeline.predict_on_batch(x, training, exact=exact, timeout_s=timeout_s)
+
+            async with contextlib.aclosing(_in_order(sent())) as futures:
+                async for future in futures:
+                    yield await future
+
+    async def predict_each(
+        self,
+        pairs: Iterable[tuple[Any, Any]] | AsyncIterable[tuple[Any, Any]],
+        training: bool = True,
+        *,
+        exact: bool = True,
+        timeout_s: float | None = None,
+    ) -> AsyncIterator[Any]:
+        """Yields the predictions for each of many pairs of weights and a batch, in order, with many in flight at once.
+
+        For models whose weights differ from user to user: the calls share one stream, and the server may compute calls
+        of different weights together.
+        pairs: an iterable of tuples (weights, x); an asynchronous iterable too. weights: a handle of `put_weights`, or
+          (trainable, non_trainable), which is sent with the call. x: like x of `input_spec`, leaves of shape [B, ...];
+          B may differ from pair to pair. The iterable is read as answers come.
+        training: whether layers such as dropout act as in training.
+        exact: as of `forward_pass`.
+        timeout_s: seconds until DeadlineExceeded for each pair; None for the client's own.
+        Yields predictions, leaves of shape [B, ...]. Raises what `predict_on_batch` raises, after the predictions for
+        the pairs before. The message and the place of the error name the pair: `pairs[3].x`. Raises TypeError for an
+        item that is no such pair.
+        """
+        async with self.pipeline() as pipeline:
+
+            async def sent() -> AsyncIterator[asyncio.Future[Any]]:
+                number = 0
+                async for pair in each(pairs):
+                    try:
+                        weights, x = self._pair(number, pair)
+                        future = pipeline.predict_on_batch(weights, x, training, exact=exact, timeout_s=timeout_s)
+                    except Exception as error:
+                        # Raised in its turn, after the results of the pairs before.
+                        future = asyncio.get_running_loop().create_future()
+                        future.set_exception(error)
+                        yield future
+                        return
+                    yield future
+                    number += 1
+
+            number = 0
+            async with contextlib.aclosing(_in_order(sent())) as futures:
+                async for future in futures:
+                    with naming(f"pairs[{number}]"):
+                        result = await future
+                    yield result
+                    number += 1
 
     def metrics_session(
         self, session_id: str | None = None, *, initial_state: Any = None, timeout_s: float | None = None
@@ -204,13 +290,20 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         batches: Iterable[Any] | AsyncIterable[Any],
         *,
         training: bool = False,
+        exact: bool = True,
         session: MetricsSessionApi | None = None,
         progress: BatchProgress | None = None,
         timeout_s: float | None = None,
     ) -> Metrics:
         sessions = None if session is None else [session]
         (metrics,) = await self.evaluate_many(
-            [model_weights], batches, training=training, sessions=sessions, progress=progress, timeout_s=timeout_s
+            [model_weights],
+            batches,
+            training=training,
+            exact=exact,
+            sessions=sessions,
+            progress=progress,
+            timeout_s=timeout_s,
         )
         return metrics
 
@@ -220,21 +313,23 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         batches: Iterable[Any] | AsyncIterable[Any],
         *,
         training: bool = False,
+        exact: bool = True,
         sessions: Sequence[MetricsSessionApi] | None = None,
         progress: BatchProgress | None = None,
         timeout_s: float | None = None,
     ) -> list[Metrics]:
         deadline = self._deadline(timeout_s, is_renewable=True)
         training = self._check_many(model_weights, sessions, training)
+        rounds = allows_rounding(exact)
         if sessions is not None:
-            return await self._evaluate(sessions, model_weights, batches, training, progress, deadline)
+            return await self._evaluate(sessions, model_weights, batches, training, rounds, progress, deadline)
         own: list[AsyncMetricsSession] = []
         failure: BaseException | None = None
         try:
             for _ in model_weights:
                 # One by one: those that were opened before one is refused are closed.
                 own.append(await self.metrics_session(timeout_s=deadline.part_s()))  # noqa: PERF401
-            return await self._evaluate(own, model_weights, batches, training, progress, deadline)
+            return await self._evaluate(own, model_weights, batches, training, rounds, progress, deadline)
         except BaseException as error:
             failure = error
             raise
@@ -250,6 +345,7 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         model_weights: Sequence[Any],
         batches: Iterable[Any] | AsyncIterable[Any],
         training: bool,
+        rounds: bool,
         progress: BatchProgress | None,
         deadline: Deadline,
     ) -> list[Metrics]:
@@ -262,7 +358,7 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         if not pairs:
             return []
         deadline.renew()
-        flying = BatchesInFlight(self._calls, pairs, training, progress, deadline)
+        flying = BatchesInFlight(self._calls, pairs, training, rounds, progress, deadline)
         async with AsyncStream(
             self._transport, batches_in_flight.PATH, flying, batches_in_flight.TITLE, deadline
         ) as stream:

@@ -51,6 +51,7 @@ class BatchesInFlight:
         calls: SessionCalls,
         pairs: Sequence[tuple[MetricsSessionApi, WeightsHandleApi]],
         training: bool,
+        allow_rounding: bool,
         progress: BatchProgress | None,
         deadline: Deadline,
     ) -> None:
@@ -62,7 +63,9 @@ class BatchesInFlight:
             v1.EvaluationTarget(session_id=bytes.fromhex(session.id), weights_id=handle.held.weights_id)
             for session, handle in pairs
         ]
-        start = v1.EvaluationStart(writer_id=secrets.token_bytes(ID_BYTES), training=training, targets=targets)
+        start = v1.EvaluationStart(
+            writer_id=secrets.token_bytes(ID_BYTES), training=training, targets=targets, allow_rounding=allow_rounding
+        )
         self._start = v1.EvaluateRequest(start=start).SerializeToString()
         self._has_started = False
         # Whether weights were put again since the last batch counted: a server that drops them each time makes no

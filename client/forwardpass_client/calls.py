@@ -184,14 +184,17 @@ class ModelCalls:
 
         return Call(METHODS["GetInitialWeights"].path, request.SerializeToString(), read)
 
-    def predict_on_batch(self, model_weights: Any, x: Any, training: bool) -> Call[Any]:
+    def predict_on_batch(self, model_weights: Any, x: Any, training: bool, exact: bool = True) -> Call[Any]:
         """Predictions for one batch: leaves of shape [B, ...], which carry their Keras mask if the model has one.
 
         x: leaves of shape [B, ...] as in the spec.
+        exact: whether calls of other weights must not change the bits of the result.
         Raises StructureMismatch, DTypeMismatch, ShapeMismatch, FunctionNotAvailable, MessageTooLarge, and TypeError
-        for a `training` that is no bool. `read` raises ModelChanged.
+        for a `training` or an `exact` that is no bool. `read` raises ModelChanged.
         """
-        request = v1.PredictOnBatchRequest(model=self._selector, training=check_training(training))
+        request = v1.PredictOnBatchRequest(
+            model=self._selector, training=check_training(training), allow_rounding=allows_rounding(exact)
+        )
         return self._call_with_weights(
             Function.PREDICT_ON_BATCH,
             "PredictOnBatch",
@@ -201,14 +204,19 @@ class ModelCalls:
             lambda data: self._predictions(self._read(v1.PredictOnBatchResponse, data), ""),
         )
 
-    def forward_pass(self, model_weights: Any, batch_input: Any, training: bool) -> Call[BatchOutput]:
+    def forward_pass(
+        self, model_weights: Any, batch_input: Any, training: bool, exact: bool = True
+    ) -> Call[BatchOutput]:
         """The BatchOutput of one batch: a loss of shape [], predictions of shape [B, ...], num_examples as int32[].
 
         batch_input: a pair (x, y), or a mapping with keys x and y; leaves of shape [B, ...].
+        exact: as of `predict_on_batch`.
         Raises StructureMismatch, DTypeMismatch, ShapeMismatch, FunctionNotAvailable, MessageTooLarge, and TypeError
-        for a `training` that is no bool. `read` raises ModelChanged.
+        for a `training` or an `exact` that is no bool. `read` raises ModelChanged.
         """
-        request = v1.ForwardPassRequest(model=self._selector, training=check_training(training))
+        request = v1.ForwardPassRequest(
+            model=self._selector, training=check_training(training), allow_rounding=allows_rounding(exact)
+        )
         x, y = x_and_y(batch_input)
         values = {"batch_input.x": x, "batch_input.y": y}
 
@@ -499,12 +507,21 @@ def _aligned(structure: Structure) -> list[Array]:
 
 
 def check_training(training: Any) -> bool:
-    """The argument as a bool. Raises TypeError for anything else: the text "False" would count as true."""
-    if training is True or training is False:
-        return training
-    if isinstance(training, (np.bool_, int)) and training in (0, 1):
-        return bool(training)
-    raise TypeError(f"training: expected True or False, got {training!r}")
+    """`training` as a bool. Raises TypeError for anything else: the text "False" would count as true."""
+    return _check_flag(training, "training")
+
+
+def allows_rounding(exact: Any) -> bool:
+    """The field `allow_rounding` of a request. Raises TypeError for an `exact` that is no bool."""
+    return not _check_flag(exact, "exact")
+
+
+def _check_flag(value: Any, name: str) -> bool:
+    if value is True or value is False:
+        return value
+    if isinstance(value, (np.bool_, int)) and value in (0, 1):
+        return bool(value)
+    raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
 def check_handle(handle: Any, place: str) -> WeightsHandleApi:

@@ -11,7 +11,7 @@ from collections.abc import (
     Iterator,
     Sequence,
 )
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 from forwardpass.wire import errors
 from forwardpass.wire.description import BatchOutput
@@ -23,14 +23,16 @@ from forwardpass_client.calls import (
     Metrics,
     ModelWeights,
     ResultT,
+    allows_rounding,
 )
 from forwardpass_client.calls_in_flight import MAX_CALLS
 from forwardpass_client.deadlines import Deadline, locked
 from forwardpass_client.held_weights import HeldWeights
+from forwardpass_client.item_errors import naming
 from forwardpass_client.metrics_sessions import MetricsSession, MetricsSessionApi
-from forwardpass_client.model_api import FunctionalModelApi, closing_deadline
+from forwardpass_client.model_api import EACH_CALL, FunctionalModelApi, closing_deadline
 from forwardpass_client.options import Options
-from forwardpass_client.pipeline import Pipeline
+from forwardpass_client.pipeline import MultiWeightsPipeline, Pipeline
 from forwardpass_client.stream_pools import StreamPool
 from forwardpass_client.streams import Stream
 from forwardpass_client.training import TrainingProgress, TrainingStream
@@ -40,6 +42,18 @@ from forwardpass_client.transfers import Progress, Steps
 from forwardpass_client.transport import Transport
 from forwardpass_client.updates_in_flight import Answer
 from forwardpass_client.weights_handles import WeightsHandle, WeightsHandleApi
+
+
+def _in_order(
+    futures: Iterable[concurrent.futures.Future[Any]],
+) -> Iterator[concurrent.futures.Future[Any]]:
+    """Yields futures in their order, each as soon as it is done, and reads at most 256 ahead."""
+    waiting: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+    for future in futures:
+        waiting.append(future)
+        while waiting and (len(waiting) >= MAX_CALLS or waiting[0].done()):
+            yield waiting.popleft()
+    yield from waiting
 
 
 class RemoteFunctionalModel(FunctionalModelApi):
@@ -54,7 +68,13 @@ class RemoteFunctionalModel(FunctionalModelApi):
     if TYPE_CHECKING:
 
         def forward_pass(
-            self, model_weights: Any, batch_input: Any, training: bool = True, *, timeout_s: float | None = None
+            self,
+            model_weights: Any,
+            batch_input: Any,
+            training: bool = True,
+            *,
+            exact: bool = True,
+            timeout_s: float | None = None,
         ) -> BatchOutput: ...
 
         def forward_backward(
@@ -109,18 +129,27 @@ class RemoteFunctionalModel(FunctionalModelApi):
     def _run(self, call: Call[ResultT], deadline: Deadline) -> ResultT:
         return self._transport.ask(call, deadline)
 
-    def pipeline(self, model_weights: Any) -> Pipeline:
-        """Calls with these weights over one stream: each returns a future, and many are in flight at once.
+    @overload
+    def pipeline(self) -> MultiWeightsPipeline: ...
 
-        model_weights: a handle of `put_weights`, or (trainable, non_trainable) in the shapes of `initial_weights`,
-          which is put first.
+    @overload
+    def pipeline(self, model_weights: Any) -> Pipeline: ...
+
+    def pipeline(self, model_weights: Any = EACH_CALL) -> Pipeline | MultiWeightsPipeline:
+        """Calls over one stream: each returns a future, and many are in flight at once.
+
+        model_weights: of all calls: a handle of `put_weights`, or (trainable, non_trainable) in the shapes of
+          `initial_weights`, which is put first. Without it, each call names its weights:
+          `pipeline.predict_on_batch(handle, x)`.
         Returns a context manager: leaving it waits for every answer.
         Raises what `put_weights` raises.
         """
-        self._deadline()
-        if not isinstance(model_weights, WeightsHandleApi):
-            model_weights = self.put_weights(model_weights)
-        return Pipeline(self._transport, self._calls, model_weights, self._timeout_s, self._options.max_message_bytes)
+        deadline = self._deadline(is_renewable=True)
+        limit = self._options.max_message_bytes
+        if model_weights is EACH_CALL:
+            return MultiWeightsPipeline(self._transport, self._calls, self._timeout_s, limit)
+        handle = self._put_at_start(model_weights, deadline)
+        return Pipeline(self._transport, self._calls, handle, self._timeout_s, limit)
 
     def predict_many(
         self,
@@ -128,6 +157,7 @@ class RemoteFunctionalModel(FunctionalModelApi):
         batches: Iterable[Any],
         training: bool = True,
         *,
+        exact: bool = True,
         timeout_s: float | None = None,
     ) -> Iterator[Any]:
         """Yields the predictions for each batch, in order, with many batches in flight at once.
@@ -136,17 +166,56 @@ class RemoteFunctionalModel(FunctionalModelApi):
         batches: an iterable of x like x of `input_spec` (no labels), leaves of shape [B, ...]. It is read as answers
           come.
         training: whether layers such as dropout act as in training.
+        exact: as of `forward_pass`.
         timeout_s: seconds until DeadlineExceeded for each batch; None for the client's own.
         Yields predictions, leaves of shape [B, ...]. Raises what `put_weights` and `predict_on_batch` raise.
         """
         with self.pipeline(model_weights) as pipeline:
-            futures: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
-            for x in batches:
-                futures.append(pipeline.predict_on_batch(x, training, timeout_s=timeout_s))
-                while len(futures) >= MAX_CALLS or (futures and futures[0].done()):
-                    yield futures.popleft().result()
-            while futures:
-                yield futures.popleft().result()
+            sent = (pipeline.predict_on_batch(x, training, exact=exact, timeout_s=timeout_s) for x in batches)
+            for future in _in_order(sent):
+                yield future.result()
+
+    def predict_each(
+        self,
+        pairs: Iterable[tuple[Any, Any]],
+        training: bool = True,
+        *,
+        exact: bool = True,
+        timeout_s: float | None = None,
+    ) -> Iterator[Any]:
+        """Yields the predictions for each of many pairs of weights and a batch, in order, with many in flight at once.
+
+        For models whose weights differ from user to user: the calls share one stream, and the server may compute calls
+        of different weights together.
+        pairs: an iterable of tuples (weights, x). weights: a handle of `put_weights`, or (trainable,
+          non_trainable), which is sent with the call. x: like x of `input_spec`, leaves of shape [B, ...]; B may differ
+          from pair to pair. The iterable is read as answers come.
+        training: whether layers such as dropout act as in training.
+        exact: as of `forward_pass`.
+        timeout_s: seconds until DeadlineExceeded for each pair; None for the client's own.
+        Yields predictions, leaves of shape [B, ...]. Raises what `predict_on_batch` raises, after the predictions for
+        the pairs before. The message and the place of the error name the pair: `pairs[3].x`. Raises TypeError for an
+        item that is no such pair.
+        """
+        with self.pipeline() as pipeline:
+
+            def sent() -> Iterator[concurrent.futures.Future[Any]]:
+                for number, pair in enumerate(pairs):
+                    try:
+                        weights, x = self._pair(number, pair)
+                        future = pipeline.predict_on_batch(weights, x, training, exact=exact, timeout_s=timeout_s)
+                    except Exception as error:
+                        # Raised in its turn, after the results of the pairs before.
+                        future = concurrent.futures.Future()
+                        future.set_exception(error)
+                        yield future
+                        return
+                    yield future
+
+            for number, future in enumerate(_in_order(sent())):
+                with naming(f"pairs[{number}]"):
+                    result = future.result()
+                yield result
 
     def evaluate(
         self,
@@ -154,13 +223,20 @@ class RemoteFunctionalModel(FunctionalModelApi):
         batches: Iterable[Any],
         *,
         training: bool = False,
+        exact: bool = True,
         session: MetricsSessionApi | None = None,
         progress: BatchProgress | None = None,
         timeout_s: float | None = None,
     ) -> Metrics:
         sessions = None if session is None else [session]
         (metrics,) = self.evaluate_many(
-            [model_weights], batches, training=training, sessions=sessions, progress=progress, timeout_s=timeout_s
+            [model_weights],
+            batches,
+            training=training,
+            exact=exact,
+            sessions=sessions,
+            progress=progress,
+            timeout_s=timeout_s,
         )
         return metrics
 
@@ -170,21 +246,23 @@ class RemoteFunctionalModel(FunctionalModelApi):
         batches: Iterable[Any],
         *,
         training: bool = False,
+        exact: bool = True,
         sessions: Sequence[MetricsSessionApi] | None = None,
         progress: BatchProgress | None = None,
         timeout_s: float | None = None,
     ) -> list[Metrics]:
         deadline = self._deadline(timeout_s, is_renewable=True)
         training = self._check_many(model_weights, sessions, training)
+        rounds = allows_rounding(exact)
         if sessions is not None:
-            return self._evaluate(sessions, model_weights, batches, training, progress, deadline)
+            return self._evaluate(sessions, model_weights, batches, training, rounds, progress, deadline)
         own: list[MetricsSession] = []
         failure: BaseException | None = None
         try:
             for _ in model_weights:
                 # One by one: those that were opened before one is refused are closed.
                 own.append(self.metrics_session(timeout_s=deadline.part_s()))  # noqa: PERF401
-            return self._evaluate(own, model_weights, batches, training, progress, deadline)
+            return self._evaluate(own, model_weights, batches, training, rounds, progress, deadline)
         except BaseException as error:
             failure = error
             raise
@@ -200,6 +278,7 @@ class RemoteFunctionalModel(FunctionalModelApi):
         model_weights: Sequence[Any],
         batches: Iterable[Any],
         training: bool,
+        rounds: bool,
         progress: BatchProgress | None,
         deadline: Deadline,
     ) -> list[Metrics]:
@@ -212,7 +291,7 @@ class RemoteFunctionalModel(FunctionalModelApi):
         if not pairs:
             return []
         deadline.renew()
-        flying = BatchesInFlight(self._calls, pairs, training, progress, deadline)
+        flying = BatchesInFlight(self._calls, pairs, training, rounds, progress, deadline)
         with Stream(self._transport, batches_in_flight.PATH, flying, batches_in_flight.TITLE, deadline) as stream:
             futures: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
             for batch in batches:

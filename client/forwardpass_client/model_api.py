@@ -10,7 +10,7 @@ from collections.abc import (
 )
 from typing import Any
 
-from forwardpass.wire import errors
+from forwardpass.wire import conform, errors
 from forwardpass.wire.description import ModelDescription
 from forwardpass.wire.manifests import DIGEST_BYTES
 from forwardpass_client import combinations, ids, transfers
@@ -37,6 +37,16 @@ from forwardpass_client.weights_handles import WeightsHandleApi
 
 # For closing the sessions of an evaluation, together: where the server is away, they expire there.
 _CLOSE_S = 2.0
+
+
+class _EachCall:
+    """The argument of a pipeline whose calls name their weights. None would not do: it may be a mistake of a caller."""
+
+    def __repr__(self) -> str:
+        return "weights of each call"
+
+
+EACH_CALL = _EachCall()
 
 
 class FunctionalModelApi(Connected, abc.ABC):
@@ -106,7 +116,13 @@ class FunctionalModelApi(Connected, abc.ABC):
         return f"<{type(self).__name__} {self.description.identity} {self.content_hash[:12]}>"
 
     def forward_pass(
-        self, model_weights: Any, batch_input: Any, training: bool = True, *, timeout_s: float | None = None
+        self,
+        model_weights: Any,
+        batch_input: Any,
+        training: bool = True,
+        *,
+        exact: bool = True,
+        timeout_s: float | None = None,
     ) -> Any:
         """Runs the forward pass of one batch: its BatchOutput (loss, predictions, num_examples).
 
@@ -114,28 +130,37 @@ class FunctionalModelApi(Connected, abc.ABC):
         batch_input: (x, y), or a mapping with keys x and y, like `input_spec`, leaves of shape [B, ...]; B may differ
           from call to call.
         training: whether layers such as dropout and batch normalisation act as in training.
+        exact: False where the server may compute this call together with calls of other weights although that changes
+          the last bits of the results: see `description.vectorization`.
         timeout_s: seconds until DeadlineExceeded; None for the client's own.
         Returns a loss of shape [], predictions of shape [B, ...] and num_examples, an int32 of shape [].
         Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf, before anything is sent; then
         ModelRefusedInput, WeightsNotFound, ModelChanged, ServerUnavailable or DeadlineExceeded.
         """
         deadline = self._deadline(timeout_s)
-        return self._run(self._calls.forward_pass(model_weights, batch_input, training), deadline)
+        return self._run(self._calls.forward_pass(model_weights, batch_input, training, exact), deadline)
 
     def predict_on_batch(
-        self, model_weights: Any, x: Any, training: bool = True, *, timeout_s: float | None = None
+        self,
+        model_weights: Any,
+        x: Any,
+        training: bool = True,
+        *,
+        exact: bool = True,
+        timeout_s: float | None = None,
     ) -> Any:
         """Predictions for one batch: leaves of shape [B, ...].
 
         model_weights: (trainable, non_trainable) like `initial_weights`, or a handle of `put_weights`.
         x: like x of `input_spec`, leaves of shape [B, ...]; B may differ from call to call.
         training: whether layers such as dropout and batch normalisation act as in training.
+        exact: as of `forward_pass`.
         timeout_s: seconds until DeadlineExceeded; None for the client's own.
         Raises StructureMismatch, DTypeMismatch or ShapeMismatch, naming the leaf, before anything is sent; then
         ModelRefusedInput, WeightsNotFound, ModelChanged, ServerUnavailable or DeadlineExceeded.
         """
         deadline = self._deadline(timeout_s)
-        return self._run(self._calls.predict_on_batch(model_weights, x, training), deadline)
+        return self._run(self._calls.predict_on_batch(model_weights, x, training, exact), deadline)
 
     def loss(
         self,
@@ -340,6 +365,7 @@ class FunctionalModelApi(Connected, abc.ABC):
         batches: Any,
         *,
         training: bool = False,
+        exact: bool = True,
         session: MetricsSessionApi | None = None,
         progress: BatchProgress | None = None,
         timeout_s: float | None = None,
@@ -351,6 +377,7 @@ class FunctionalModelApi(Connected, abc.ABC):
           leaves of shape [B, ...]; sample_weight float32[B] unless the model says otherwise. An asynchronous iterable
           too, for asyncio.
         training: whether layers such as dropout act as in training.
+        exact: as of `forward_pass`.
         session: the session that counts the batches, and stays open; None for one that is closed at the end.
         progress: called with the number of batches that have counted, from another thread.
         timeout_s: seconds until DeadlineExceeded for the whole evaluation; None for the client's own while a batch is
@@ -369,6 +396,7 @@ class FunctionalModelApi(Connected, abc.ABC):
         batches: Any,
         *,
         training: bool = False,
+        exact: bool = True,
         sessions: Sequence[MetricsSessionApi] | None = None,
         progress: BatchProgress | None = None,
         timeout_s: float | None = None,
@@ -376,7 +404,8 @@ class FunctionalModelApi(Connected, abc.ABC):
         """The metrics of each of several weights over the same batches. Each batch is sent once.
 
         model_weights: handles of `put_weights`, or (trainable, non_trainable) each.
-        batches, training, progress, timeout_s, errors: as of `evaluate`; leaves of shape [B, ...].
+        batches, training, exact, progress, timeout_s, errors: as of `evaluate`; leaves of shape [B, ...]. With
+          exact=False the server may compute these weights together although that changes the last bits.
         sessions: the sessions that count the batches, one for each weights, which stay open; None for sessions that are
           closed at the end.
         Returns a list of metrics, in the order of `model_weights`.
@@ -471,6 +500,13 @@ class FunctionalModelApi(Connected, abc.ABC):
             metrics=answer.metrics,
             optimizer_state=self._handle(HeldWeights(state_id)) if state_id else None,
         )
+
+    def _pair(self, number: int, pair: Any) -> tuple[Any, Any]:
+        """One pair of `predict_each`: the weights and x. Raises TypeError."""
+        # A list may be weights.
+        if not isinstance(pair, tuple) or len(pair) != 2:
+            raise TypeError(f"pairs[{number}]: expected a tuple (weights, x), got {conform.kind_of(pair)}")
+        return pair[0], pair[1]
 
     def _client(self, number: int, client: Any, weights: Any) -> tuple[Any, Any]:
         """The batches and the weights of one client. weights: the default. Raises TypeError and ValueError."""

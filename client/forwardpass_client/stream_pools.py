@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
-import contextlib
 import contextvars
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from forwardpass.wire import errors
+from forwardpass_client.item_errors import naming
 from forwardpass_client.training import AsyncTrainingStream, TrainingProgress, TrainingStream, abandoning
 from forwardpass_client.updates_in_flight import Answer
 
@@ -21,18 +21,6 @@ ResultT = TypeVar("ResultT", concurrent.futures.Future[Answer], "asyncio.Task[An
 
 MAX_STREAMS = 64
 """The most streams of one pool."""
-
-
-@contextlib.contextmanager
-def _naming(number: int) -> Iterator[None]:
-    """Adds the client to the message and to the place of an error. number: of the client, from 0."""
-    try:
-        yield
-    except errors.ForwardPassError as error:
-        client = f"clients[{number}]"
-        error.args = (f"{client}: {error}",)
-        error.place = f"{client}.{error.place}" if error.place else client
-        raise
 
 
 class _Pool(Generic[StreamT, ResultT]):
@@ -115,7 +103,7 @@ class StreamPool(_Pool[TrainingStream, concurrent.futures.Future[Answer]]):
             if self._is_closed:
                 raise errors.CallCancelled("another training has failed, or the caller has stopped reading results")
             stream = self._free_stream()
-        with _naming(number):
+        with naming(f"clients[{number}]"):
             answer = run(stream, batches, weights)
         with self._changing:
             self._free.append(stream)
@@ -169,7 +157,7 @@ class AsyncStreamPool(_Pool[AsyncTrainingStream, "asyncio.Task[Answer]"]):
     ) -> Answer:
         async with self._places:
             stream = self._free_stream()
-            with _naming(number):
+            with naming(f"clients[{number}]"):
                 answer = await run(stream, batches, weights)
             self._free.append(stream)
             self._note_end()

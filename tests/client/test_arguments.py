@@ -118,11 +118,31 @@ def test_training_is_true_or_false(counting, method):
         TRAINING[method](counting, right)
 
 
+EXACT = {
+    "forward_pass": lambda m, exact: m.forward_pass(m.initial_weights, (X, Y), exact=exact),
+    "predict_on_batch": lambda m, exact: m.predict_on_batch(m.initial_weights, X, exact=exact),
+    "predict_many": lambda m, exact: list(m.predict_many(m.initial_weights, [X], exact=exact)),
+    "predict_each": lambda m, exact: list(m.predict_each([(m.initial_weights, X)], exact=exact)),
+    "evaluate": lambda m, exact: m.evaluate(m.initial_weights, [(X, Y)], exact=exact),
+    "evaluate_many": lambda m, exact: m.evaluate_many([m.initial_weights], [(X, Y)], exact=exact),
+}
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_exact_is_true_or_false(counting, method):
+    for wrong in ("False", None, 2, []):
+        with pytest.raises(TypeError, match=f"exact: expected True or False, got {re.escape(repr(wrong))}"):
+            EXACT[method](counting, wrong)
+    for right in (True, np.bool_(False), 0):
+        EXACT[method](counting, right)
+
+
 WEIGHTS = {
     "forward_pass": lambda m, weights: m.forward_pass(weights, (X, Y)),
     "predict_on_batch": lambda m, weights: m.predict_on_batch(weights, X),
     "put_weights": lambda m, weights: m.put_weights(weights),
     "pipeline": lambda m, weights: m.pipeline(weights),
+    "predict_each": lambda m, weights: list(m.predict_each([(weights, X)])),
     "evaluate": lambda m, weights: m.evaluate(weights, [(X, Y)]),
     "evaluate_many": lambda m, weights: m.evaluate_many([weights], [(X, Y)]),
     "session": lambda m, weights: m.metrics_session().forward_pass(weights, (X, Y)),

@@ -87,9 +87,9 @@ def rows(kind: str, is_explicit: bool) -> dict[str, Callable[[World], Any]]:
     chosen = {place: row.call for place, row in CALLS.items() if row.needs_weights or not is_losing}
     if kind == "loses weights":
         # These succeed: the weights are lost only before a call that is not part of a put, and a stream is one call.
-        for place in ("Model.put_weights", "Model.pipeline", "Model.predict_many"):
+        for place in ("Model.put_weights", "Model.pipeline", "Model.predict_many", "Model.predict_each"):
             del chosen[place]
-        chosen = {place: call for place, call in chosen.items() if not place.startswith("Pipeline.")}
+        chosen = {place: call for place, call in chosen.items() if "Pipeline." not in place}
     chosen.update(ENDS)
     if is_explicit:
         chosen.pop("Client.wait_until_ready", None)
@@ -127,11 +127,11 @@ def test_every_call_ends_with_its_deadline(counting_server, kind, is_explicit):
             model = client.model("counting", timeout_s=60)
             handle = model.put_weights(weights[place], timeout_s=60)
             session, other = (model.metrics_session(timeout_s=60) for _ in range(2))
-            pipeline = model.pipeline(handle)
+            pipeline, many = model.pipeline(handle), model.pipeline()
             state = model.initialize_metrics_state(timeout_s=60)
             ready.wait(60)
             broken.wait(60)
-            world = World(client, model, weights[place], handle, session, other, pipeline, state, more)
+            world = World(client, model, weights[place], handle, session, other, pipeline, many, state, more)
             started = time.monotonic()
             try:
                 result = call(world)
@@ -164,11 +164,11 @@ def test_every_call_of_the_async_client_ends_with_its_deadline(counting_server, 
             model = await client.model("counting", timeout_s=60)
             handle = await model.put_weights(weights[place], timeout_s=60)
             session, other = [await model.metrics_session(timeout_s=60) for _ in range(2)]
-            pipeline = await model.pipeline(handle)
+            pipeline, many = await model.pipeline(handle), await model.pipeline()
             state = await model.initialize_metrics_state(timeout_s=60)
             ready.append(place)
             await broken.wait()
-            world = World(client, model, weights[place], handle, session, other, pipeline, state, more)
+            world = World(client, model, weights[place], handle, session, other, pipeline, many, state, more)
             started = time.monotonic()
             try:
                 result = call(world)
@@ -176,7 +176,8 @@ def test_every_call_of_the_async_client_ends_with_its_deadline(counting_server, 
             except Exception as error:
                 result = error
             outcome = Outcome(place, time.monotonic() - started, result)
-            await pipeline.__aexit__(KeyError, KeyError(), None)
+            for opened in (pipeline, many):
+                await opened.__aexit__(KeyError, KeyError(), None)
             return outcome
 
     async def run_all(address: str, break_now: Callable[[], None]) -> list[Outcome]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import itertools
 import threading
 import time
 
@@ -15,6 +16,8 @@ import forwardpass_client
 from forwardpass import v1
 from forwardpass.wire.methods import METHODS
 from forwardpass_client import errors
+from forwardpass_client.batches_in_flight import BatchesInFlight
+from forwardpass_client.deadlines import Deadline
 from support import zoo
 from support.servers import ServerProcess
 
@@ -32,6 +35,19 @@ def expected(model, x):
 def inputs(count: int, examples: int = 2) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [rng.standard_normal((examples, 3)).astype(np.float32) for _ in range(count)]
+
+
+def test_calls_that_need_not_be_exact_allow_rounding(linear):
+    handle, x = linear.put_weights(linear.initial_weights), inputs(1)[0]
+    for exact in (True, False):
+        calls = {
+            v1.PredictOnBatchRequest: linear._calls.predict_on_batch(handle, x, False, exact),
+            v1.ForwardPassRequest: linear._calls.forward_pass(handle, (x, np.zeros((2, 1), np.float32)), False, exact),
+        }
+        for kind, call in calls.items():
+            assert kind.FromString(call.request).allow_rounding is not exact
+        flying = BatchesInFlight(linear._calls, [], False, not exact, None, Deadline(None))
+        assert v1.EvaluateRequest.FromString(flying.next_message()).start.allow_rounding is not exact
 
 
 def test_every_call_gets_its_own_answer(linear):
@@ -72,6 +88,104 @@ def test_predict_many_gives_predictions_in_order(linear, server):
             found = [one async for one in model.predict_many(weights, xs, training=False)]
             for one, x in zip(found, xs, strict=True):
                 assert np.allclose(one, expected(linear, x), rtol=0, atol=1e-5)
+
+    asyncio.run(run())
+
+
+def shifted(linear, by: float):
+    (kernel, bias), _ = linear.initial_weights
+    return [kernel, bias + np.float32(by)], ()
+
+
+def test_predict_each_gives_the_predictions_under_each_weights_in_order(linear, server):
+    sets = [shifted(linear, by) for by in range(20)]
+    handles = [linear.put_weights(one) for one in sets]
+    xs = inputs(700)
+    # By value and by id in turn.
+    pairs = [(handles[index % 20] if index % 3 else sets[index % 20], x) for index, x in enumerate(xs)]
+
+    def check(found) -> None:
+        assert len(found) == len(xs)
+        for index, (one, x) in enumerate(zip(found, xs, strict=True)):
+            assert np.allclose(one, expected(linear, x) + index % 20, rtol=0, atol=1e-5)
+
+    check(list(linear.predict_each(iter(pairs), training=False)))
+
+    async def run() -> None:
+        async with forwardpass_client.connect_async(server.address) as client:
+            model = await client.model("linear_regression")
+
+            async def one_by_one():
+                for pair in pairs:
+                    yield pair
+
+            check([one async for one in model.predict_each(pairs, training=False)])
+            check([one async for one in model.predict_each(one_by_one(), training=False)])
+
+    asyncio.run(run())
+
+
+def test_an_error_of_one_pair_names_it_and_comes_after_the_results_before_it(linear, server):
+    handle, unknown = linear.put_weights(linear.initial_weights), linear.weights_handle("12" * 32)
+    good = handle, inputs(1)[0]
+    lists = {
+        errors.ShapeMismatch: (handle, np.zeros((2, 4), np.float32)),
+        errors.WeightsNotFound: (unknown, good[1]),
+        TypeError: [handle, good[1]],
+    }
+
+    def check(found, error, kind) -> None:
+        assert len(found) == 3, error
+        assert str(error).startswith("pairs[3]: ")
+        if isinstance(error, errors.ForwardPassError):
+            assert error.place.startswith("pairs[3]")
+        assert type(error) is kind
+
+    for kind, bad in lists.items():
+        results = linear.predict_each([good, good, good, bad, good])
+        found = list(itertools.islice(results, 3))
+        with pytest.raises(kind) as caught:
+            next(results)
+        check(found, caught.value, kind)
+
+    async def run() -> None:
+        async with forwardpass_client.connect_async(server.address) as client:
+            model = await client.model("linear_regression")
+            for kind, bad in lists.items():
+                results = model.predict_each([good, good, good, bad, good])
+                found = [await anext(results) for _ in range(3)]
+                with pytest.raises(kind) as caught:
+                    await anext(results)
+                check(found, caught.value, kind)
+
+    asyncio.run(run())
+
+
+def test_a_pipeline_without_weights_takes_them_with_each_call(linear, server):
+    x, handles = inputs(1)[0], [linear.put_weights(shifted(linear, by)) for by in (1, 2)]
+    with linear.pipeline() as pipeline:
+        futures = [pipeline.predict_on_batch(handle, x, training=False) for handle in handles]
+        by_value = pipeline.predict_on_batch(linear.initial_weights, x, training=False)
+        for by, future in zip((1, 2, 0), (*futures, by_value), strict=True):
+            assert np.allclose(future.result(), expected(linear, x) + by, rtol=0, atol=1e-5)
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+            pipeline.predict_on_batch(x)
+        with pytest.raises(errors.ShapeMismatch, match="x: expected"):
+            pipeline.predict_on_batch(x, False)
+        with pytest.raises(errors.StructureMismatch, match="model_weights"):
+            pipeline.predict_on_batch(x, x)
+    with pytest.raises(errors.StructureMismatch, match="model_weights"):
+        linear.pipeline(None)
+
+    async def run() -> None:
+        async with forwardpass_client.connect_async(server.address) as client:
+            model = await client.model("linear_regression")
+            async with model.pipeline() as pipeline:
+                for by, handle in enumerate(handles, 1):
+                    found = await pipeline.predict_on_batch(handle, x, training=False)
+                    assert np.allclose(found, expected(linear, x) + by, rtol=0, atol=1e-5)
+            with pytest.raises(errors.StructureMismatch, match="model_weights"):
+                await model.pipeline(model_weights=None)
 
     asyncio.run(run())
 

@@ -9,7 +9,7 @@ import numpy as np
 
 import forwardpass_client
 from forwardpass_client import BatchOutput
-from forwardpass_client.pipeline import AsyncPipeline, Pipeline
+from forwardpass_client.pipeline import AsyncMultiWeightsPipeline, AsyncPipeline, MultiWeightsPipeline, Pipeline
 
 TIMEOUT_S = 1.0
 
@@ -19,13 +19,17 @@ PUBLIC = {
     "Handle": (forwardpass_client.WeightsHandle, forwardpass_client.AsyncWeightsHandle),
     "Session": (forwardpass_client.MetricsSession, forwardpass_client.AsyncMetricsSession),
     "Pipeline": (Pipeline, AsyncPipeline),
+    "MultiWeightsPipeline": (MultiWeightsPipeline, AsyncMultiWeightsPipeline),
 }
 
 BATCH = np.arange(3, dtype=np.int32), np.full(3, 1, np.int64)
 
 
 class World(NamedTuple):
-    """What a call is made on. `handle`: of `weights`. `more`: its timeout, where it is given with the call."""
+    """What a call is made on. `handle`: of `weights`. `many`: a pipeline without weights.
+
+    `more`: its timeout, where it is given with the call.
+    """
 
     client: Any
     model: Any
@@ -34,6 +38,7 @@ class World(NamedTuple):
     session: Any
     other: Any
     pipeline: Any
+    many: Any
     state: Any
     more: dict[str, float]
 
@@ -84,6 +89,7 @@ CALLS: dict[str, Row] = {
     ),
     "Model.pipeline": Row(lambda w: w.model.pipeline(w.weights), needs_weights=True),
     "Model.predict_many": Row(lambda w: w.model.predict_many(w.handle, [BATCH[0]] * 3, **w.more), needs_weights=True),
+    "Model.predict_each": Row(lambda w: w.model.predict_each([(w.handle, BATCH[0])] * 3, **w.more), needs_weights=True),
     "Handle.lease": Row(lambda w: w.handle.lease(10, **w.more), needs_weights=True),
     "Handle.delete": Row(lambda w: w.handle.delete(**w.more)),
     "Session.update": Row(lambda w: w.session.update(BATCH[1], BatchOutput(), **w.more)),
@@ -96,9 +102,27 @@ CALLS: dict[str, Row] = {
     "Pipeline.forward_pass": Row(lambda w: w.pipeline.forward_pass(BATCH, **w.more), needs_weights=True),
     "Pipeline.forward_backward": Row(lambda w: w.pipeline.forward_backward(BATCH, **w.more), needs_weights=True),
     "Pipeline.vjp": Row(lambda w: w.pipeline.vjp(BATCH[0], np.ones(3, np.float32), **w.more), needs_weights=True),
+    "MultiWeightsPipeline.predict_on_batch": Row(
+        lambda w: w.many.predict_on_batch(w.handle, BATCH[0], **w.more), needs_weights=True
+    ),
+    "MultiWeightsPipeline.forward_pass": Row(
+        lambda w: w.many.forward_pass(w.handle, BATCH, **w.more), needs_weights=True
+    ),
+    "MultiWeightsPipeline.forward_backward": Row(
+        lambda w: w.many.forward_backward(w.handle, BATCH, **w.more), needs_weights=True
+    ),
+    "MultiWeightsPipeline.vjp": Row(
+        lambda w: w.many.vjp(w.handle, BATCH[0], np.ones(3, np.float32), **w.more), needs_weights=True
+    ),
 }
 
-ENDS = {"Pipeline.close": lambda w: (w.pipeline.predict_on_batch(BATCH[0], **w.more), w.pipeline.close())[1]}
+ENDS = {
+    "Pipeline.close": lambda w: (w.pipeline.predict_on_batch(BATCH[0], **w.more), w.pipeline.close())[1],
+    "MultiWeightsPipeline.close": lambda w: (
+        w.many.predict_on_batch(w.handle, BATCH[0], **w.more),
+        w.many.close(),
+    )[1],
+}
 """Calls that end in time without an error of their own: the futures have it."""
 
 LOCAL = {

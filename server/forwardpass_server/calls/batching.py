@@ -1,4 +1,4 @@
-"""Runs the predictions of concurrent calls with the same weights as one batch."""
+"""Runs the predictions of concurrent calls as one batch, or as one computation for several sets of weights."""
 
 from __future__ import annotations
 
@@ -14,14 +14,18 @@ import numpy as np
 
 from forwardpass.wire.dtypes import Array
 from forwardpass_server.calls.arrivals import Arrivals
-from forwardpass_server.calls.model import Leaf
 from forwardpass_server.calls.plans import Plan
 from forwardpass_server.calls.scheduling import CallTimes, Scheduler
+from forwardpass_server.calls.vectorizing import MAX_SETS, Together, Vectorizer, are_equal
+from forwardpass_server.weights.stacks import FittedWeights
 
 _LOGGER = logging.getLogger(__name__)
 
-_Key = tuple[int, int, tuple[tuple[int, ...], ...]]
-"""The ids of a plan and of weights, and the shapes of rows: calls with the same key can share a batch."""
+_Key = tuple[int, int, tuple[tuple[int, ...], ...], bool]
+"""The ids of a plan and of weights, the shapes of rows, and whether rounding is allowed.
+
+Calls with the same key may share a computation. The id is 0 for calls that may share it with calls of other weights.
+"""
 
 
 # How many turns of the event loop a call waits for others. A call takes several turns from gRPC's thread to here: of 32
@@ -43,11 +47,15 @@ class BatchObserver(Protocol):
     def batch_wait(self, seconds: float) -> None:
         """One call waited for so long before its batch ran."""
 
+    def stacked_sets(self, sets: int) -> None:
+        """A computation for so many sets of weights begins, at least two."""
+
 
 @dataclasses.dataclass(eq=False, slots=True)
 class _Waiting:
     """One call in a queue."""
 
+    weights: FittedWeights
     x: Sequence[Array]
     rows: int
     size_bytes: int
@@ -55,14 +63,59 @@ class _Waiting:
     future: asyncio.Future[list[Array]]
 
 
-class _Queue:
-    """Calls that can share a batch. is_running: a batch is running or about to; the next one starts after it."""
+class _Job:
+    """Calls with the same weights that run as one batch."""
 
-    def __init__(self, plan: Plan, weights: Sequence[Leaf]) -> None:
+    def __init__(self, calls: Sequence[_Waiting]) -> None:
+        self.calls = calls
+        self.weights = calls[0].weights
+        self.x = calls[0].x
+        if len(calls) > 1:
+            self.x = [np.concatenate(leaves) for leaves in zip(*(call.x for call in calls), strict=True)]
+        self.size_bytes = sum(call.size_bytes for call in calls)
+
+    @property
+    def times(self) -> list[CallTimes]:
+        """Of each call."""
+        return [call.times for call in self.calls]
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Of each leaf of x."""
+        return tuple([leaf.shape for leaf in self.x])
+
+
+class _Queue:
+    """Calls that may share a computation.
+
+    vectorizer: decides about calls with different weights; None for a queue of one set of weights.
+    joins: calls with the same weights run as one batch. Otherwise each is a job of its own.
+    busy: the ids of the weights of running jobs; further calls with these weights wait, where calls are joined.
+    is_waiting: a batch is about to begin.
+    """
+
+    def __init__(self, plan: Plan, vectorizer: Vectorizer | None, *, joins: bool, allow_rounding: bool) -> None:
         self.plan = plan
-        self.weights = weights
+        self.vectorizer = vectorizer
+        self.joins = joins
+        self.allow_rounding = allow_rounding
         self.waiting: collections.deque[_Waiting] = collections.deque()
-        self.is_running = False
+        self.busy: collections.Counter[int] = collections.Counter()
+        self.is_waiting = False
+
+    def holds_up(self, weights: FittedWeights) -> bool:
+        """Whether calls with these weights wait for the end of a running job."""
+        return self.joins and bool(self.busy[id(weights)])
+
+    def began(self, weights: FittedWeights) -> None:
+        """A job with these weights begins."""
+        self.busy[id(weights)] += 1
+
+    def ended(self, weights: FittedWeights) -> None:
+        """A job with these weights has ended."""
+        self.busy[id(weights)] -= 1
+        if not self.busy[id(weights)]:
+            del self.busy[id(weights)]
 
 
 class Batcher:
@@ -82,39 +135,51 @@ class Batcher:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def predict(
-        self, plan: Plan, weights: Sequence[Leaf], x: Sequence[Array], size_bytes: int, times: CallTimes
+        self,
+        plan: Plan,
+        weights: FittedWeights,
+        x: Sequence[Array],
+        size_bytes: int,
+        times: CallTimes,
+        vectorizer: Vectorizer | None = None,
+        *,
+        joins: bool = True,
+        allow_rounding: bool = False,
     ) -> list[Array]:
         """The leaves of the predictions of one call.
 
-        plan: of a batch-separable function: all leaves but the weights, and all results, have one row for each example,
-        which depends on that example only. weights: the same object for the same weights.
-        x: leaves of shape [B, ...]. Returns leaves of shape [B, ...].
+        plan: of predict_on_batch. weights: the same object for the same weights. x: leaves of shape [B, ...].
+        joins: the function is batch-separable: all leaves but the weights, and all results, have one row for each
+        example, which depends on that example only. vectorizer: of the model, if the call may share a computation with
+        calls of other weights. allow_rounding: see `Vectorizer.may`.
+        Returns leaves of shape [B, ...].
         Raises what the model raises for this call alone, whichever calls shared its batch.
         """
         shapes = tuple([leaf.shape for leaf in x])
-        rows = shapes[0][0]
-        if len(shapes) > 1 and any(shape[0] != rows for shape in shapes):
+        rows = shapes[0][0] if joins else 0
+        if joins and len(shapes) > 1 and any(shape[0] != rows for shape in shapes):
             # The model may broadcast these leaves: run the call alone.
             return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes, [times])
-        key = id(plan), id(weights), tuple([shape[1:] for shape in shapes])
+        of_rows = tuple([shape[1:] for shape in shapes]) if joins else shapes
+        key = id(plan), 0 if vectorizer else id(weights), of_rows, allow_rounding
         loop = asyncio.get_running_loop()
         queue = self._queues.get(key)
         if queue is None:
-            queue = self._queues[key] = _Queue(plan, weights)
+            queue = self._queues[key] = _Queue(plan, vectorizer, joins=joins, allow_rounding=allow_rounding)
             if self._arrivals.count:
                 self._turns = _MOST_TURNS
             if self._turns == 1:
                 # The last calls came one by one: run this one at once. Calls that arrive meanwhile make a batch.
-                queue.is_running = True
+                queue.began(weights)
                 try:
                     self._observer.batched_calls(1)
                     return await self._scheduler.run(plan.run, [*weights, *x], plan.estimates, size_bytes, [times])
                 finally:
-                    loop.call_soon(self._start, key, queue)
-        waiting = _Waiting(x, rows, size_bytes, times, loop.create_future())
+                    loop.call_soon(self._ended, key, queue, [weights])
+        waiting = _Waiting(weights, x, rows, size_bytes, times, loop.create_future())
         queue.waiting.append(waiting)
-        if not queue.is_running:
-            queue.is_running = True
+        if not queue.is_waiting and not queue.holds_up(weights):
+            queue.is_waiting = True
             loop.call_soon(self._wait, key, queue, self._turns, 0, 0)
         return await waiting.future
 
@@ -127,79 +192,198 @@ class Batcher:
         if turns > 1 and quiet < _QUIET_TURNS:
             asyncio.get_running_loop().call_soon(self._wait, key, queue, turns - 1, quiet, len(queue.waiting))
         else:
+            queue.is_waiting = False
             self._start(key, queue)
 
     def _start(self, key: _Key, queue: _Queue) -> None:
-        batch = self._next(queue)
-        if not batch:
+        """Begins the computations of the calls that wait."""
+        jobs = self._next(queue)
+        if not jobs:
+            self._forget_if_idle(key, queue)
+            return
+        are_joined = False
+        for group, together in self._groups(queue, jobs):
+            are_joined |= together is not None or len(group[0].calls) > 1
+            for job in group:
+                queue.began(job.weights)
+            run = self._run(queue, group[0]) if together is None else self._run_together(queue, group, together)
+            task = asyncio.ensure_future(run)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+            weights = [job.weights for job in group]
+            task.add_done_callback(lambda _, weights=weights: self._ended(key, queue, weights))  # type: ignore[misc]
+        self._turns = min(self._turns + _MORE_TURNS, _MOST_TURNS) if are_joined else max(self._turns - 2, 1)
+
+    def _ended(self, key: _Key, queue: _Queue, weights: Sequence[FittedWeights]) -> None:
+        """Jobs have ended: begins the calls that arrived meanwhile."""
+        for one in weights:
+            queue.ended(one)
+        if not queue.is_waiting:
+            self._start(key, queue)
+
+    def _forget_if_idle(self, key: _Key, queue: _Queue) -> None:
+        if not queue.busy and not queue.waiting and self._queues.get(key) is queue:
             del self._queues[key]
-            return
-        self._turns = min(self._turns + _MORE_TURNS, _MOST_TURNS) if len(batch) > 1 else max(self._turns - 2, 1)
-        task = asyncio.ensure_future(self._run(queue, batch))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        task.add_done_callback(lambda _: self._start(key, queue))
 
-    def _next(self, queue: _Queue) -> list[_Waiting]:
-        """Takes the calls of the next batch from a queue. Cancelled calls are dropped."""
-        batch: list[_Waiting] = []
-        rows = 0
+    def _next(self, queue: _Queue) -> list[_Job]:
+        """Takes the calls of the next jobs from a queue. Cancelled calls are dropped."""
+        batches: dict[int, list[_Waiting]] = {}
+        rows: collections.Counter[int] = collections.Counter()
+        left: collections.deque[_Waiting] = collections.deque()
+        full: set[int] = set()
         while queue.waiting:
-            waiting = queue.waiting[0]
-            if batch and rows + waiting.rows > self._max_rows:
-                break
-            queue.waiting.popleft()
-            if not waiting.future.done():
-                batch.append(waiting)
-                rows += waiting.rows
-        return batch
+            waiting = queue.waiting.popleft()
+            if waiting.future.done():
+                continue
+            name = id(waiting.weights) if queue.joins else id(waiting)
+            if (
+                name in full
+                or queue.holds_up(waiting.weights)
+                or (name in batches and rows[name] + waiting.rows > self._max_rows)
+                or (name not in batches and len(batches) == MAX_SETS)
+            ):
+                # The calls of one set of weights keep their order.
+                full.add(name)
+                left.append(waiting)
+                continue
+            batches.setdefault(name, []).append(waiting)
+            rows[name] += waiting.rows
+        queue.waiting = left
+        return [_Job(calls) for calls in batches.values()]
 
-    async def _run(self, queue: _Queue, batch: Sequence[_Waiting]) -> None:
-        self._observer.batched_calls(len(batch))
+    def _groups(self, queue: _Queue, jobs: Sequence[_Job]) -> list[tuple[list[_Job], Together | None]]:
+        """The jobs by computation: several jobs that run together, or one job each."""
+        vectorizer = queue.vectorizer
+        if vectorizer is None or len(jobs) == 1:
+            return [([job], None) for job in jobs]
+        by_shapes: dict[tuple[tuple[int, ...], ...], list[_Job]] = {}
+        for job in jobs:
+            by_shapes.setdefault(job.shapes, []).append(job)
+        groups: list[tuple[list[_Job], Together | None]] = []
+        for shapes, alike in by_shapes.items():
+            # In one order, so that the same sets need one stack.
+            alike.sort(key=lambda job: job.weights.number)
+            together = None
+            if len(alike) > 1:
+                together = vectorizer.choose([job.weights for job in alike], shapes, queue.allow_rounding)
+            groups += [([job], None) for job in alike] if together is None else [(alike, together)]
+        return groups
+
+    def _observe(self, jobs: Sequence[_Job]) -> None:
+        self._observer.batched_calls(sum(len(job.calls) for job in jobs))
         now = time.perf_counter()
-        for waiting in batch:
-            self._observer.batch_wait(now - waiting.times.arrived)
-        if len(batch) == 1:
-            await self._run_alone(queue, batch[0])
-            return
-        try:
-            joined = [np.concatenate(leaves) for leaves in zip(*(waiting.x for waiting in batch), strict=True)]
-            size_bytes = sum(waiting.size_bytes for waiting in batch)
-            results = await self._scheduler.run(
-                queue.plan.run,
-                [*queue.weights, *joined],
-                queue.plan.estimates,
-                size_bytes,
-                [waiting.times for waiting in batch],
-            )
-            rows = sum(waiting.rows for waiting in batch)
-            if any(leaf.shape[:1] != (rows,) for leaf in results):
-                # The model is not batch-separable after all: no client may get any of these rows.
-                _LOGGER.error("a batch of %d rows had results of shapes %s", rows, [leaf.shape for leaf in results])
-                raise ValueError("the model returned another number of rows than it was given")
-        except Exception:
-            # Run each call alone, so that only the call that caused the error fails.
-            for waiting in batch:
-                await self._run_alone(queue, waiting)
-            return
-        start = 0
-        for waiting in batch:
-            end = start + waiting.rows
-            if not waiting.future.done():
-                waiting.future.set_result([leaf[start:end] for leaf in results])
-            start = end
+        for job in jobs:
+            for call in job.calls:
+                self._observer.batch_wait(now - call.times.arrived)
 
-    async def _run_alone(self, queue: _Queue, waiting: _Waiting) -> None:
-        if waiting.future.done():
-            return
+    async def _run(self, queue: _Queue, job: _Job) -> None:
+        """Runs one job, and completes its calls. Raises nothing."""
+        self._observe([job])
+        await self._run_job(queue, job)
+
+    async def _run_job(self, queue: _Queue, job: _Job) -> list[Array] | None:
+        """Runs one job, and completes its calls. Returns its results; None where it failed. Raises nothing."""
+        if len(job.calls) == 1:
+            return await self._run_alone(queue, job.calls[0])
         plan = queue.plan
         try:
             results = await self._scheduler.run(
-                plan.run, [*queue.weights, *waiting.x], plan.estimates, waiting.size_bytes, [waiting.times]
+                plan.run, [*job.weights, *job.x], plan.estimates, job.size_bytes, job.times
+            )
+            _check_rows(job, results)
+        except Exception:
+            # Run each call alone, so that only the call that caused the error fails.
+            for call in job.calls:
+                await self._run_alone(queue, call)
+            return None
+        _complete(job, results)
+        return results
+
+    async def _run_alone(self, queue: _Queue, waiting: _Waiting) -> list[Array] | None:
+        if waiting.future.done():
+            return None
+        plan = queue.plan
+        try:
+            results = await self._scheduler.run(
+                plan.run, [*waiting.weights, *waiting.x], plan.estimates, waiting.size_bytes, [waiting.times]
             )
         except Exception as error:
             if not waiting.future.done():
                 waiting.future.set_exception(error)
-        else:
-            if not waiting.future.done():
-                waiting.future.set_result(results)
+            return None
+        if not waiting.future.done():
+            waiting.future.set_result(results)
+        return results
+
+    async def _run_together(self, queue: _Queue, jobs: Sequence[_Job], together: Together) -> None:
+        """Runs jobs with different weights as one computation, and completes their calls. Raises nothing."""
+        self._observe(jobs)
+        assert queue.vectorizer is not None
+        if together.is_trial:
+            await self._try(queue, jobs, together)
+            return
+        began = time.perf_counter()
+        try:
+            results = await self._compute(jobs, together, [times for job in jobs for times in job.times])
+            if queue.joins:
+                for job, own in zip(jobs, results, strict=True):
+                    _check_rows(job, own)
+        except Exception:
+            await asyncio.gather(*(self._run_job(queue, job) for job in jobs))
+            return
+        queue.vectorizer.ran(together, time.perf_counter() - began)
+        for job, own in zip(jobs, results, strict=True):
+            _complete(job, own)
+
+    async def _try(self, queue: _Queue, jobs: Sequence[_Job], together: Together) -> None:
+        """Runs jobs one by one, and then as one computation, whose results are compared and not used."""
+        assert queue.vectorizer is not None
+        began = time.perf_counter()
+        expected = await asyncio.gather(*(self._run_job(queue, job) for job in jobs))
+        one_by_one_s = time.perf_counter() - began
+        known = [results for results in expected if results is not None]
+        if len(known) < len(jobs):
+            return
+        began = time.perf_counter()
+        try:
+            found = await self._compute(jobs, together, [])
+        except Exception:
+            _LOGGER.info("a computation for several sets of weights failed", exc_info=True)
+            return
+        seconds = time.perf_counter() - began
+        queue.vectorizer.tried(together, one_by_one_s, seconds, are_equal(found, known))
+
+    async def _compute(self, jobs: Sequence[_Job], together: Together, times: Sequence[CallTimes]) -> list[list[Array]]:
+        """The results of each job, of one computation for all."""
+        self._observer.stacked_sets(len(jobs))
+        x = [np.stack(leaves) for leaves in zip(*(job.x for job in jobs), strict=True)]
+        size_bytes = sum(job.size_bytes for job in jobs)
+        results = await self._scheduler.run(together.compute, x, together.times.estimates, size_bytes, times)
+        if any(leaf.shape[:1] != (len(jobs),) for leaf in results):
+            _LOGGER.error("%d sets of weights had results of shapes %s", len(jobs), [leaf.shape for leaf in results])
+            raise ValueError("the model returned results for another number of sets of weights")
+        return [[leaf[index] for leaf in results] for index in range(len(jobs))]
+
+
+def _check_rows(job: _Job, results: Sequence[Array]) -> None:
+    """Raises ValueError for results of a batch with another number of rows."""
+    rows = sum(call.rows for call in job.calls)
+    if any(leaf.shape[:1] != (rows,) for leaf in results):
+        # The model is not batch-separable after all: no client may get any of these rows.
+        _LOGGER.error("a batch of %d rows had results of shapes %s", rows, [leaf.shape for leaf in results])
+        raise ValueError("the model returned another number of rows than it was given")
+
+
+def _complete(job: _Job, results: Sequence[Array]) -> None:
+    """Gives each call of a job its results."""
+    if len(job.calls) == 1:
+        (call,) = job.calls
+        if not call.future.done():
+            call.future.set_result(list(results))
+        return
+    start = 0
+    for call in job.calls:
+        end = start + call.rows
+        if not call.future.done():
+            call.future.set_result([leaf[start:end] for leaf in results])
+        start = end

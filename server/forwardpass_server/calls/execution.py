@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,8 @@ from forwardpass_server.calls.batching import Batcher
 from forwardpass_server.calls.model import Leaf
 from forwardpass_server.calls.plans import Plan, Servable
 from forwardpass_server.calls.scheduling import CallTimes, Scheduler
+from forwardpass_server.calls.vectorizing import Vectorizer
+from forwardpass_server.weights.stacks import FittedWeights
 from forwardpass_server.weights.store import WeightStore
 
 
@@ -41,6 +44,7 @@ class Invocation(NamedTuple):
     weights_id: of weights in the store; b"" where the weights are in `parts`, or where the function takes none.
     principal: the owner of these weights; "" for callers without credentials.
     is_alone: True for a call that no other call can share a batch with, so that it does not wait for one.
+    allow_rounding: the call may run as one computation with calls of other weights where this changes the last bits.
     """
 
     function: Function
@@ -50,6 +54,7 @@ class Invocation(NamedTuple):
     weights_id: bytes = b""
     principal: str = ""
     is_alone: bool = False
+    allow_rounding: bool = False
 
 
 class Executor:
@@ -68,6 +73,7 @@ class Executor:
         self._batcher = batcher
         self._observer = observer
         self._admission = admission
+        self._vectorizers: weakref.WeakKeyDictionary[Servable, Vectorizer] = weakref.WeakKeyDictionary()
 
     async def admit_and_run(
         self, servable: Servable, principal: str, size_bytes: int, read: Callable[[], Awaitable[Invocation]]
@@ -96,8 +102,11 @@ class Executor:
         async with self._weights.use(invocation.principal, invocation.weights_id) as weights:
             placed = weights.leaves(servable.identity.content_hash, servable.spec.weights)
             leaves = await flattened(plan, invocation.parts, placed)
-            if servable.is_batchable and plan.is_prediction and not invocation.training and not invocation.is_alone:
-                results = await self._run_batched(invocation, servable, placed, leaves[len(placed) :])
+            may_share = plan.is_prediction and not invocation.training and not invocation.is_alone
+            vectorizer = self._vectorizer(servable, invocation.allow_rounding) if may_share else None
+            is_predict = invocation.function is Function.PREDICT_ON_BATCH
+            if may_share and (servable.is_batchable or (vectorizer is not None and is_predict)):
+                results = await self._run_batched(invocation, servable, placed, leaves[len(placed) :], vectorizer)
             else:
                 results = await self._run(invocation, servable, plan, leaves)
         return plan.unflatten(results)
@@ -112,17 +121,38 @@ class Executor:
         tree = TreeDef(Kind.TUPLE, (gradients.tree, none))
         return await self._weights.add_arrays(principal, tree, gradients.leaves)
 
+    def _vectorizer(self, servable: Servable, allow_rounding: bool) -> Vectorizer | None:
+        """What decides about computations for several sets of weights; None if the call may not share one."""
+        vectorizer = self._vectorizers.get(servable)
+        if vectorizer is None:
+            vectorizer = self._vectorizers[servable] = Vectorizer(servable.model, self._weights)
+        return vectorizer if vectorizer.may(allow_rounding) else None
+
     async def _run_batched(
-        self, invocation: Invocation, servable: Servable, weights: Sequence[Leaf], leaves: Sequence[Array]
+        self,
+        invocation: Invocation,
+        servable: Servable,
+        weights: FittedWeights,
+        leaves: Sequence[Array],
+        vectorizer: Vectorizer | None,
     ) -> list[Array]:
-        """Predicts in one batch with other calls. A forward pass then computes the loss from its own rows only."""
+        """Predicts in one computation with other calls. A forward pass then computes the loss of its own rows only."""
         self._observe(invocation, servable)
         inputs = len(servable.spec.x.leaves)
         x, y = leaves[:inputs], leaves[inputs:]
         predict, size_bytes = servable.plan(Function.PREDICT_ON_BATCH), invocation.size_bytes
         times = CallTimes()
         try:
-            predicted = await self._batcher.predict(predict, weights, x, size_bytes, times)
+            predicted = await self._batcher.predict(
+                predict,
+                weights,
+                x,
+                size_bytes,
+                times,
+                vectorizer,
+                joins=servable.is_batchable,
+                allow_rounding=invocation.allow_rounding,
+            )
             if invocation.function is Function.PREDICT_ON_BATCH:
                 return predicted
             count = len(servable.spec.predictions.leaves)

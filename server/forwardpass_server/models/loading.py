@@ -12,10 +12,17 @@ from typing import TypeVar
 import tensorflow as tf
 
 from forwardpass.wire import description
-from forwardpass.wire.description import ModelDescription, ModelIdentity
+from forwardpass.wire.description import ModelDescription, ModelIdentity, Vectorization
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.functions import Function
-from forwardpass_server.calls.model import Evaluator, ModelSource, Trainer, TrainingOptions
+from forwardpass_server.calls.model import (
+    CannotVectorize,
+    Evaluator,
+    ModelSource,
+    StackedPredictions,
+    Trainer,
+    TrainingOptions,
+)
 from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import (
     custom_objects,
@@ -43,7 +50,7 @@ from forwardpass_server.models.evaluators import GraphEvaluator
 from forwardpass_server.models.examples import Examples
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
-from forwardpass_server.models.model_config import ModelConfig
+from forwardpass_server.models.model_config import ROUNDING, ModelConfig
 from forwardpass_server.models.optimizers import Probes
 from forwardpass_server.models.runtime_functions import KERNELS
 from forwardpass_server.models.tracing import TracedModel
@@ -51,6 +58,7 @@ from forwardpass_server.models.trainers import DEFAULT_OPTIMIZERS, Trainers
 from forwardpass_server.models.training import TrainableModel
 from forwardpass_server.models.trial import Trial
 from forwardpass_server.models.trial_process import TrialProcess
+from forwardpass_server.models.weight_stacks import GraphSource, Probed, WeightStacks
 from forwardpass_server.process import garbage
 
 _LOGGER = logging.getLogger(__name__)
@@ -68,6 +76,7 @@ class TensorFlowModel:
     initial_weights: Sequence[Array]
     execution: Execution
     trainers: Trainers
+    stacks: WeightStacks
     evaluators: Mapping[bool, GraphEvaluator]
 
     def has_loops(self, function: Function, training: bool) -> bool:
@@ -77,6 +86,11 @@ class TensorFlowModel:
     def run(self, function: Function, training: bool, leaves: Sequence[Array]) -> list[Array]:
         """See `calls.model.LoadedModel.run`."""
         return self.execution.run(function, training, leaves)
+
+    @garbage.young_only()
+    def stack(self, differing: Sequence[bool]) -> StackedPredictions:
+        """See `calls.model.LoadedModel.stack`."""
+        return self.stacks.get(differing)
 
     def trainer(self, options: TrainingOptions) -> Trainer | None:
         """See `calls.model.LoadedModel.trainer`."""
@@ -185,6 +199,7 @@ class TensorFlowLoader:
             lambda: evaluators.prepared(traced.spec, execution, self.device, found, weights, self._on_trace),
             lambda error: {},
         )
+        stacks = self._stacks(config, traced, Probed(execution, found, weights, self._trial, self.device))
         warnings = _warnings(model, execution, found, weights)
         for warning in warnings:
             _LOGGER.warning("model %s: %s", source, warning)
@@ -198,10 +213,22 @@ class TensorFlowLoader:
             tuple(warnings),
             traced.unreached_weights,
             prepared,
+            _judged(lambda: stacks.judged(allows_rounding=config.vectorize == ROUNDING), _not_vectorized),
         )
         # Fails here if a client could not decode it.
         description.decode(description.encode(described))
-        return TensorFlowModel(described, traced.initial_weights, execution, trainers, evaluating)
+        return TensorFlowModel(described, traced.initial_weights, execution, trainers, stacks, evaluating)
+
+    def _stacks(self, config: ModelConfig, traced: TracedModel, probed: Probed) -> WeightStacks:
+        if not self._batching or config.vectorize is False:
+            return WeightStacks(None, probed, "the operator forbids it")
+        if not traced.initial_weights:
+            return WeightStacks(None, probed, "the model has no weights")
+        try:
+            source = GraphSource.of(traced.functions[Function.PREDICT_ON_BATCH, False])
+        except CannotVectorize as error:
+            return WeightStacks(None, probed, str(error))
+        return WeightStacks(source, probed)
 
     def _unbatchable_reason(
         self, config: ModelConfig, traced: TracedModel, execution: Execution, found: Examples
@@ -257,6 +284,10 @@ def _warnings(model: FunctionalModel, execution: Execution, found: Examples, wei
 
 def _unjudged(error: Exception) -> str:
     return f"it cannot be analysed: {type(error).__name__}"
+
+
+def _not_vectorized(error: Exception) -> Vectorization:
+    return Vectorization(f"the probe failed: {type(error).__name__}")
 
 
 def from_factory(factory: str) -> FunctionalModel:

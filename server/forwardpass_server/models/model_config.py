@@ -15,6 +15,9 @@ from forwardpass_server.errors import ModelLoadError
 
 FILE_NAME = "forwardpass.json"
 
+EXACT, ROUNDING = "exact", "rounding"
+"""Which differences vectorization over weights may make: none, or those of rounding."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -27,6 +30,8 @@ class ModelConfig:
     sample_weight_spec: a tf.TensorSpec.
     batching: False where concurrent calls are not to be run as one batch. True changes nothing: whether they can be is
       for the model to show.
+    vectorize: whether calls with different weights are computed together. "exact" (the default): where the bits of the
+      results stay the same; "rounding": also where the last bits may change; False: never.
     gradients: False where forward_backward, vjp and training are not to be served. They take time at each load.
     optimizers: those for which training is prepared at the load, as `forwardpass.wire.optimizers.canonical` returns
       them; () for none.
@@ -41,6 +46,7 @@ class ModelConfig:
     imports: tuple[str, ...] = ()
     sample_weight_spec: Any = None
     batching: bool | None = None
+    vectorize: str | bool | None = None
     example_input: str | None = None
     gradients: bool | None = None
     optimizers: tuple[str, ...] | None = None
@@ -69,6 +75,9 @@ def read(path: pathlib.Path) -> ModelConfig:
     for switch in ("batching", "gradients"):
         if not isinstance(content.get(switch, True), bool):
             raise ModelLoadError(f"{FILE_NAME}: {switch}: expected true or false, got {content[switch]!r}")
+    vectorize = content.get("vectorize")
+    if vectorize not in (None, False, EXACT, ROUNDING):
+        raise ModelLoadError(f'{FILE_NAME}: vectorize: expected "exact", "rounding" or false, got {vectorize!r}')
     example_input = content.get("example_input")
     if example_input is not None and (not isinstance(example_input, str) or "/" in example_input):
         raise ModelLoadError(
@@ -86,6 +95,7 @@ def read(path: pathlib.Path) -> ModelConfig:
         weighted_metrics=content.get("weighted_metrics"),
         imports=tuple(imports),
         batching=content.get("batching"),
+        vectorize=vectorize,
         gradients=content.get("gradients"),
         optimizers=_optimizers(content.get("optimizers")),
         example_input=example_input,

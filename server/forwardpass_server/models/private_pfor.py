@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 import tensorflow as tf
 
+from forwardpass_server.calls.model import CannotVectorize
 from forwardpass_server.models import private_tensorflow
 
 _LOGGER = logging.getLogger(__name__)
@@ -24,10 +25,6 @@ _LOGGER = logging.getLogger(__name__)
 _HARMLESS = frozenset(
     ["Assert", "HashTableV2", "If", "PartitionedCall", "Placeholder", "StatefulPartitionedCall", "VarHandleOp", "While"]
 )
-
-
-class CannotVectorize(Exception):
-    """A graph cannot be rewritten for several sets of arguments. The message is the reason."""
 
 
 class _Abandoned(BaseException):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -48,16 +49,23 @@ class Trial:
     def __init__(self, process: TrialProcess, call_s: float = 60.0) -> None:
         self._process = process
         self._call_s = call_s
+        # The child process holds the functions of one model, or one variant, at a time.
+        self._lock = threading.Lock()
 
     def start(self) -> None:
         """Starts the child process without waiting for it: its start takes as long as reading a model."""
-        self._process.start()
+        with self._lock:
+            self._process.start()
 
     def judge(self, name: str, traced: TracedModel, given: Given | None) -> Verdict:
         """Tries a model. name: for the log. given: as of `examples.find`.
 
         Raises ModelLoadError for a model that ends the child process, or that does not end for an unusual batch.
         """
+        with self._lock:
+            return self._judge(name, traced, given)
+
+    def _judge(self, name: str, traced: TracedModel, given: Given | None) -> Verdict:
         left_out = {key: reason for key, one in traced.functions.items() if (reason := _why_immovable(one))}
         child = _Child(self._process, traced, left_out, self._call_s)
         try:
@@ -87,6 +95,31 @@ class Trial:
         if found is not None and found.refusal:
             guard += "; predict_on_batch refused every example batch"
         return Verdict(guard, found)
+
+    def reason_against(
+        self, concrete: Any, weights: Sequence[tuple[Sequence[int], str]], batches: Sequence[Sequence[Array]]
+    ) -> str:
+        """Runs one function in the child process; "" if the process survives, or if the function cannot be moved there.
+
+        weights: shape and data type of the first arguments. batches: the other arguments of each call.
+        """
+        if _why_immovable(concrete):
+            return ""
+        key = "variant"
+        with self._lock:
+            try:
+                self._process.define(
+                    list(private_tensorflow.definitions(concrete).values()), {key: _movable(concrete)}, list(weights)
+                )
+                for batch in batches:
+                    self._process.ask(self._call_s, "run", key, True, list(batch))
+            except Killed as error:
+                return f"it ends the process with {error.signal_name}"
+            except TimedOut:
+                return f"a call takes longer than {self._call_s:g} s"
+            except Unusable as error:
+                return f"the child process that would try it cannot be used: {error}"
+        return ""
 
     def _not_tried(self, name: str, reason: str) -> Verdict:
         _LOGGER.warning("model %s was not tried in a child process: %s", name, reason)
@@ -118,6 +151,17 @@ def _why_immovable(concrete: Any) -> str:
     return ""
 
 
+def _movable(concrete: Any) -> tuple[Any, ...]:
+    """What the child process needs to call a function: name, types of arguments and results, and captured arrays."""
+    captured = list(concrete.captured_inputs)
+    return (
+        concrete.name,
+        [tensor.dtype.as_datatype_enum for tensor in concrete.inputs[: -len(captured) or None]],
+        [tensor.dtype.as_datatype_enum for tensor in concrete.outputs],
+        [tensor.numpy() for tensor in captured],
+    )
+
+
 class _Child:
     """The functions of one model in the child process. Remembers the last call, for an error that names it."""
 
@@ -135,13 +179,7 @@ class _Child:
         functions = {}
         for key, concrete in self._functions.items():
             definitions |= private_tensorflow.definitions(concrete)
-            captured = list(concrete.captured_inputs)
-            functions[key] = (
-                concrete.name,
-                [tensor.dtype.as_datatype_enum for tensor in concrete.inputs[: -len(captured) or None]],
-                [tensor.dtype.as_datatype_enum for tensor in concrete.outputs],
-                [tensor.numpy() for tensor in captured],
-            )
+            functions[key] = _movable(concrete)
         weights = [(weight.shape, weight.dtype.name) for weight in self._traced.initial_weights]
         return list(definitions.values()), functions, weights
 

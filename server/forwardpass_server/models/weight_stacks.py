@@ -7,13 +7,31 @@ sets share, and inputs that all sets share, are not: what depends on them alone 
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
-from forwardpass_server.models import onednn_faults, private_pfor, private_tensorflow
-from forwardpass_server.models.private_pfor import CannotVectorize
+from forwardpass.wire import errors
+from forwardpass.wire.description import Vectorization
+from forwardpass.wire.dtypes import Array
+from forwardpass.wire.functions import Function
+from forwardpass.wire.specs import TensorSpec
+from forwardpass_server.calls.model import CannotVectorize, Leaf
+from forwardpass_server.models import onednn_faults, placement, private_pfor, private_tensorflow, probing
+from forwardpass_server.models.examples import Examples, Runs
+from forwardpass_server.models.execution import CAUSED_BY_ARGUMENTS, caller, explained
+from forwardpass_server.models.runtime_functions import RuntimeFunction
+from forwardpass_server.models.trial import Trial
+
+# Of one model. Each takes some hundred KiB, and a set of weights of another client seldom differs in other leaves.
+_MAX_VARIANTS = 16
+
+# The sets and rows of the probe. Kernels choose their order of summation by these sizes.
+_PROBED = ((2, 1), (5, 3), (64, 1), (8, 33))
+_MAX_PROBED_BYTES = 64 * 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,3 +98,171 @@ def vectorized(source: GraphSource, stacked: Sequence[bool]) -> Any:
 def _with_sets(spec: tf.TensorSpec) -> tf.TensorSpec:
     """The spec of several arrays of a spec in one."""
     return tf.TensorSpec(tf.TensorShape([None]).concatenate(spec.shape), spec.dtype)
+
+
+class Stacked:
+    """One variant of predict_on_batch: see `calls.model.StackedPredictions`."""
+
+    def __init__(self, concrete: Any, differing: Sequence[bool], device: str) -> None:
+        self.difference = 0.0
+        self._differing = tuple(differing)
+        self._device = device
+        self._call = caller(RuntimeFunction(concrete), concrete, device)
+
+    def stack(self, sets: Sequence[Sequence[Leaf]]) -> Sequence[Leaf]:
+        """See `calls.model.StackedPredictions.stack`."""
+        first = sets[0]
+        try:
+            with tf.device(self._device):
+                return [
+                    tf.raw_ops.Pack(values=[leaves[index] for leaves in sets], axis=0) if differs else first[index]
+                    for index, differs in enumerate(self._differing)
+                ]
+        except tf.errors.ResourceExhaustedError:
+            raise errors.OutOfMemory() from None
+
+    def run(self, weights: Sequence[Leaf], x: Sequence[Array]) -> list[Array]:
+        """See `calls.model.StackedPredictions.run`."""
+        try:
+            return [placement.array_of(result) for result in self._call([*weights, *x])]
+        except CAUSED_BY_ARGUMENTS as error:
+            raise explained(error) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Probed:
+    """What the variants of a model are compared with, and on what.
+
+    execution: runs single calls. found: example batches. weights: the initial weights. trial: None for no trials.
+    """
+
+    execution: Runs
+    found: Examples
+    weights: Sequence[Array]
+    trial: Trial | None
+    device: str
+
+
+class WeightStacks:
+    """The variants of one model's predict_on_batch, each made at its first use. Thread-safe.
+
+    A variant is tried in the child process, and compared with single calls, before it is used.
+    """
+
+    def __init__(self, source: GraphSource | None, probed: Probed, reason: str = "") -> None:
+        """source: of predict_on_batch for inference. reason: why there are no variants; source is None then."""
+        self._source = source
+        self._probed = probed
+        self._reason = reason
+        self._lock = threading.Lock()
+        self._variants: dict[tuple[bool, ...], Stacked | CannotVectorize] = {}
+
+    def get(self, differing: Sequence[bool]) -> Stacked:
+        """See `calls.model.LoadedModel.stack`."""
+        key = tuple(differing)
+        with self._lock:
+            found = self._variants.get(key)
+            if found is None:
+                if len(self._variants) >= _MAX_VARIANTS:
+                    raise CannotVectorize(f"{_MAX_VARIANTS} other combinations of leaves differ already")
+                try:
+                    found = self._made(key)
+                except CannotVectorize as error:
+                    found = error
+                self._variants[key] = found
+        if isinstance(found, CannotVectorize):
+            raise found
+        return found
+
+    def judged(self, *, allows_rounding: bool) -> Vectorization:
+        """What a description says of sets that differ in all leaves. Makes that variant."""
+        try:
+            variant = self.get([True] * len(self._probed.weights))
+        except CannotVectorize as error:
+            return Vectorization(str(error))
+        return Vectorization("", variant.difference, allows_rounding)
+
+    def _made(self, differing: tuple[bool, ...]) -> Stacked:
+        if self._source is None:
+            raise CannotVectorize(self._reason)
+        if not any(differing):
+            raise CannotVectorize("the model has no weights")
+        probed = self._probed
+        concrete = vectorized(self._source, [*differing, *[True] * len(probed.found.spec.x.leaves)])
+        _check_in_child(probed, concrete, differing)
+        variant = Stacked(concrete, differing, probed.device)
+        variant.difference = _difference(probed, variant, differing)
+        return variant
+
+
+def _check_in_child(probed: Probed, concrete: Any, differing: Sequence[bool]) -> None:
+    """Runs a variant in the child process. Raises CannotVectorize where it ends the process."""
+    if probed.trial is None:
+        return
+    sets = 2
+    weights = [
+        ((sets, *weight.shape) if differs else weight.shape, weight.dtype.name)
+        for weight, differs in zip(probed.weights, differing, strict=True)
+    ]
+    shape = probed.found.shape
+    batches = [
+        [np.stack([leaf] * sets) for leaf in probed.found.x(None, dataclasses.replace(shape, rows=rows))]
+        for rows in (shape.rows, 1, 0)
+    ]
+    if reason := probed.trial.reason_against(concrete, weights, batches):
+        raise CannotVectorize(reason)
+
+
+def _difference(probed: Probed, variant: Stacked, differing: Sequence[bool]) -> float:
+    """The largest difference of a variant from single calls. Raises CannotVectorize where it exceeds rounding."""
+    spec, rng = probed.found.spec, np.random.default_rng(0)
+    leaves = [*spec.predictions.leaves, *spec.prediction_mask.leaves]
+    set_bytes = sum(weight.nbytes for weight, differs in zip(probed.weights, differing, strict=True) if differs)
+    largest, is_probed = 0.0, False
+    for count, rows in _PROBED:
+        sets = min(count, _MAX_PROBED_BYTES // max(set_bytes, 1))
+        if sets < 2:
+            raise CannotVectorize(f"a set of weights has {set_bytes} bytes in the leaves that differ")
+        several = [_varied(probed.weights, differing, rng) for _ in range(sets)]
+        shape = dataclasses.replace(probed.found.shape, rows=rows)
+        batches = [probed.found.x(rng, shape) for _ in several]
+        try:
+            single = [
+                probed.execution.run(Function.PREDICT_ON_BATCH, False, [*weights, *x])
+                for weights, x in zip(several, batches, strict=True)
+            ]
+        except errors.ForwardPassError:
+            # The model refuses random inputs of this size.
+            continue
+        stacked = variant.run(variant.stack(several), [np.stack(leaf) for leaf in zip(*batches, strict=True)])
+        for index, leaf in enumerate(leaves):
+            expected = np.stack([results[index] for results in single])
+            largest = max(largest, _relative(stacked[index], expected, leaf))
+        is_probed = True
+    if not is_probed:
+        raise CannotVectorize("the model refused the inputs of the probe")
+    return largest
+
+
+def _varied(weights: Sequence[Array], differing: Sequence[bool], rng: np.random.Generator) -> list[Array]:
+    """Another set of weights. Adds positive numbers only: the variance of a batch normalisation must stay positive."""
+    return [
+        np.asarray(weight + (rng.random(weight.shape, np.float32) / 8).astype(weight.dtype))
+        if differs and weight.dtype.kind in "fVc"
+        else weight
+        for weight, differs in zip(weights, differing, strict=True)
+    ]
+
+
+def _relative(found: Array, expected: Array, spec: TensorSpec) -> float:
+    """The difference of two arrays relative to the largest number. Raises CannotVectorize where it exceeds rounding."""
+    if found.shape == expected.shape and np.array_equal(found, expected, equal_nan=expected.dtype.kind in "fc"):
+        return 0.0
+    if not probing.agree(found, expected, spec):
+        raise CannotVectorize("its results differ from those of single calls by more than rounding")
+    wide = np.complex128 if expected.dtype.kind == "c" else np.float64
+    numbers, others = expected.astype(wide), found.astype(wide)
+    # Random inputs may give NaN or infinity.
+    finite = np.isfinite(numbers) & np.isfinite(others)
+    scale = max(float(np.abs(numbers[finite]).max(initial=0)), 1e-30)
+    return float(np.abs(numbers[finite] - others[finite]).max(initial=0)) / scale

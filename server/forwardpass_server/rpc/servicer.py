@@ -75,17 +75,25 @@ class FunctionalModelServicer:
     async def ForwardPass(self, data: bytes, context: object) -> Any:
         incoming = self._codec.open(v1.ForwardPassRequest, data)
         header = incoming.header
-        function = Function.FORWARD_PASS
         return await self._call(
-            v1.ForwardPassResponse, incoming, function, training=header.training, weights_id=header.weights_id
+            v1.ForwardPassResponse,
+            incoming,
+            Function.FORWARD_PASS,
+            training=header.training,
+            weights_id=header.weights_id,
+            allow_rounding=header.allow_rounding,
         )
 
     async def PredictOnBatch(self, data: bytes, context: object) -> Any:
         incoming = self._codec.open(v1.PredictOnBatchRequest, data)
         header = incoming.header
-        function = Function.PREDICT_ON_BATCH
         return await self._call(
-            v1.PredictOnBatchResponse, incoming, function, training=header.training, weights_id=header.weights_id
+            v1.PredictOnBatchResponse,
+            incoming,
+            Function.PREDICT_ON_BATCH,
+            training=header.training,
+            weights_id=header.weights_id,
+            allow_rounding=header.allow_rounding,
         )
 
     async def Loss(self, data: bytes, context: object) -> Any:
@@ -179,9 +187,12 @@ class FunctionalModelServicer:
         *,
         training: bool = False,
         weights_id: bytes = b"",
+        allow_rounding: bool = False,
     ) -> Any:
         """Answers one call of a function: see `_run`."""
-        servable, results = await self._run(incoming, function, weighted, training=training, weights_id=weights_id)
+        servable, results = await self._run(
+            incoming, function, weighted, training=training, weights_id=weights_id, allow_rounding=allow_rounding
+        )
         return await self._encoded(servable.response_header(response_type), results)
 
     async def _encoded(self, response: Message, results: Mapping[str, Structure]) -> Any:
@@ -196,6 +207,7 @@ class FunctionalModelServicer:
         *,
         training: bool = False,
         weights_id: bytes = b"",
+        allow_rounding: bool = False,
     ) -> tuple[Servable, dict[str, Structure]]:
         """Runs one call of a function. weighted: the function for a request with sample weights."""
         model = incoming.header.model
@@ -205,7 +217,7 @@ class FunctionalModelServicer:
         async def read() -> Invocation:
             parts = await incoming.parts()
             asked = weighted if weighted is not None and "sample_weight" in parts else function
-            return Invocation(asked, parts, size_bytes, training, weights_id, principal)
+            return Invocation(asked, parts, size_bytes, training, weights_id, principal, allow_rounding=allow_rounding)
 
         return servable, await self._executor.admit_and_run(servable, principal, size_bytes, read)
 

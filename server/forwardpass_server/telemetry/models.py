@@ -77,9 +77,13 @@ class ModelMetrics:
         self._batched_calls = families.histogram(
             "forwardpass_batched_calls", "Calls that ran as one batch, for models that can be batched.", (), _CALLS
         )
+        self._stacked_sets = families.histogram(
+            "forwardpass_stacked_sets", "Sets of weights of computations for several sets.", (), _CALLS
+        )
         self.decoded = self._decode_seconds.observe
         self.encoded = self._encode_seconds.observe
         self.batched_calls = self._batched_calls.observe
+        self.stacked_sets = self._stacked_sets.observe
         self.batch_wait = self._batch_wait_seconds.observe
         self.trace = self._traces.inc
         self._outcomes: set[tuple[str, str]] = set()

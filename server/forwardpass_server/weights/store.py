@@ -21,6 +21,8 @@ from forwardpass.wire.structures import Structure
 from forwardpass.wire.trees import TreeDef
 from forwardpass_server.weights import files as weight_files
 from forwardpass_server.weights.files import WeightFiles
+from forwardpass_server.weights.stacks import FittedWeights, Stacks
+from forwardpass_server.weights.stacks import Key as StackKey
 from forwardpass_server.weights.uploads import Uploads
 
 _LOGGER = logging.getLogger(__name__)
@@ -104,21 +106,21 @@ class WeightSet:
     def __init__(self, manifest: WeightsManifest, leaves: Sequence[Any]) -> None:
         self.manifest = manifest
         self._leaves = leaves
-        self._fitted: dict[bytes, Sequence[Any]] = {}
+        self.fitted: dict[bytes, FittedWeights] = {}
         self.pins = 0
         # The time at which each lease ends, by its id, and the time at which the last one ends (time.monotonic).
         self.leases: dict[bytes, float] = {}
         self.leased_until = 0.0
 
-    def leaves(self, content_hash: bytes, spec: StructureSpec) -> Sequence[Any]:
+    def leaves(self, content_hash: bytes, spec: StructureSpec) -> FittedWeights:
         """The placed tensors in the order of a model's weights.
 
         content_hash: of the model; the result is cached under it. spec: of the model's weights.
         Raises StructureMismatch, DTypeMismatch or ShapeMismatch if the set does not fit the model.
         """
-        fitted = self._fitted.get(content_hash)
+        fitted = self.fitted.get(content_hash)
         if fitted is None:
-            fitted = self._fitted[content_hash] = self.fit(spec, "model_weights")
+            fitted = self.fitted[content_hash] = FittedWeights(self.fit(spec, "model_weights"))
         return fitted
 
     def leaf(self, index: int) -> Any:
@@ -177,13 +179,35 @@ class WeightStore:
         self._restoring: dict[Key, asyncio.Future[None]] = {}
         # Sets that are being written to disk, and those of their tensors that were just uploaded or computed.
         self._saving: dict[Key, asyncio.Future[None]] = {}
+        self._stacks = Stacks(options.budget_bytes)
         # Held while a set of many tensors is hashed: see `add`.
         self._many = asyncio.Lock()
 
     @property
     def used_bytes(self) -> int:
-        """The size of all tensors and unfinished uploads."""
+        """The size of all tensors and unfinished uploads, without stacks."""
         return self._tensor_bytes + self._uploads.size_bytes
+
+    @property
+    def budget_bytes(self) -> int:
+        """The limit of all tensors, unfinished uploads and stacks."""
+        return self._options.budget_bytes
+
+    @property
+    def stacks_bytes(self) -> int:
+        """The size of all stacks."""
+        return self._stacks.size_bytes
+
+    def stack_of(self, key: StackKey) -> Sequence[Any] | None:
+        """The leaves of a stack of sets; None if the store holds none."""
+        return self._stacks.get(key)
+
+    def keep_stack(self, key: StackKey, leaves: Sequence[Any], size_bytes: int) -> None:
+        """Keeps a stack of sets as long as there is room for it beside the sets.
+
+        key: the numbers of the sets in order. size_bytes: of the leaves that only the stack holds.
+        """
+        self._stacks.add(key, leaves, size_bytes, self.used_bytes)
 
     @property
     def set_count(self) -> int:
@@ -479,6 +503,8 @@ class WeightStore:
     def _drop(self, key: Key) -> None:
         principal, _ = key
         weights = self._sets.pop(key)
+        for fitted in weights.fitted.values():
+            self._stacks.drop(fitted.number)
         self._kept.discard(key)
         for digest, tensor in weights.manifest.distinct.items():
             stored = self._tensors[digest]
@@ -533,6 +559,8 @@ class WeightStore:
         own_bytes = size_bytes if own_bytes is None else own_bytes
         missing = self.used_bytes + size_bytes - self._options.budget_bytes
         own_missing = self._used_by(principal) + own_bytes - self._share_bytes
+        if missing + self.stacks_bytes > 0:
+            self._stacks.free(missing + self.stacks_bytes)
         if missing <= 0 and own_missing <= 0:
             return
         for key in list(self._kept):

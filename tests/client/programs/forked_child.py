@@ -99,7 +99,8 @@ def sync_ways(address: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     pending = slow_pipeline.predict_on_batch([10**9])
     predicting = model.predict_many(handle, [BATCH[0]] * 2000)
     next(predicting)
-    world = World(client, model, WEIGHTS, handle, session, other, pipeline, model.initialize_metrics_state(), {})
+    state = model.initialize_metrics_state()
+    world = World(client, model, WEIGHTS, handle, session, other, pipeline, model.pipeline(), state, {})
     for name, row in CALLS.items():
         yield name, lambda row=row: finished(row.call(world))
     for name, end in ENDS.items():
@@ -128,9 +129,8 @@ def async_ways(address: str) -> Iterator[tuple[str, Callable[[], Any]]]:
         session, other = await model.metrics_session(), await model.metrics_session()
         pipeline = await model.pipeline(handle)
         await pipeline.predict_on_batch(BATCH[0])
-        return World(
-            client, model, WEIGHTS, handle, session, other, pipeline, await model.initialize_metrics_state(), {}
-        )
+        many, state = await model.pipeline(), await model.initialize_metrics_state()
+        return World(client, model, WEIGHTS, handle, session, other, pipeline, many, state, {})
 
     world = loop.run_until_complete(prepare())
     for name, row in CALLS.items():

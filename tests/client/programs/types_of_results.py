@@ -31,6 +31,12 @@ def call(client: forwardpass_client.Client) -> None:
         reveal_type(pipeline)  # Pipeline
         reveal_type(pipeline.forward_pass(([1.0], [1])))  # Future[BatchOutput]
         reveal_type(pipeline.predict_on_batch([1.0]).result())  # Any
+    reveal_type(model.pipeline(model.initial_weights))  # Pipeline
+    with model.pipeline() as many:
+        reveal_type(many)  # MultiWeightsPipeline
+        reveal_type(many.forward_pass(handle, ([1.0], [1]), exact=False))  # Future[BatchOutput]
+        reveal_type(many.predict_on_batch(handle, [1.0]))  # Future[Any]
+    reveal_type(model.predict_each([(handle, [1.0])], exact=False))  # Iterator[Any]
     with model.metrics_session() as session:
         reveal_type(session)  # MetricsSession
         reveal_type(session.forward_pass(handle, ([1.0], [1])))  # BatchOutput
@@ -58,6 +64,10 @@ async def call_async(client: forwardpass_client.AsyncClient) -> None:
         reveal_type(pipeline)  # AsyncPipeline
         reveal_type(pipeline.forward_pass(([1.0], [1])))  # Future[BatchOutput]
         reveal_type(await pipeline.forward_pass(([1.0], [1])))  # BatchOutput
+    async with model.pipeline() as many:
+        reveal_type(many)  # AsyncMultiWeightsPipeline
+        reveal_type(await many.forward_pass(handle, ([1.0], [1])))  # BatchOutput
+    reveal_type(model.predict_each([(handle, [1.0])]))  # AsyncIterator[Any]
     async with model.metrics_session() as session:
         reveal_type(session)  # AsyncMetricsSession
         reveal_type(await session.forward_pass(handle, ([1.0], [1])))  # BatchOutput

@@ -83,6 +83,18 @@ def test_a_cached_layout_gives_the_elements_of_each_message():
         assert not a.flags.writeable
 
 
+def test_a_header_field_with_a_higher_number_than_the_structure_does_not_keep_a_layout_from_being_cached():
+    header = v1.PredictOnBatchRequest(weights_id=bytes(32), allow_rounding=True)
+    data = messages.encode(header, {"x": Structure.of(np.zeros(57, np.float32))})
+    messages.decode(v1.PredictOnBatchRequest, data)
+    layout = messages._layouts.find(v1.PredictOnBatchRequest, data)
+    assert layout is not None
+    assert v1.PredictOnBatchRequest.FromString(data[: layout.head_end]) == header
+    same(data)
+    header.allow_rounding = False
+    same(messages.encode(header, {"x": Structure.of(np.zeros(57, np.float32))}))
+
+
 def test_shapes_and_types_of_the_same_length_are_distinguished():
     arrays = [
         np.arange(6, dtype=np.int16).reshape(shape).astype(dtype)

@@ -23,9 +23,13 @@ class Observer:
     def __init__(self):
         self.calls = []
         self.waits = []
+        self.sets = []
 
     def batched_calls(self, calls):
         self.calls.append(calls)
+
+    def stacked_sets(self, sets):
+        self.sets.append(sets)
 
     def batch_wait(self, seconds):
         assert seconds >= 0

@@ -1,0 +1,248 @@
+"""Decides whether calls with different weights run one by one or as one computation, by measurements.
+
+A group of calls runs one by one at first. When the same kind of group comes again, its computation as one is tried
+beside it: the results are compared, and both are timed. From then on the faster way is taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from forwardpass.wire.dtypes import Array
+from forwardpass_server.calls.model import CannotVectorize, LoadedModel, StackedPredictions
+from forwardpass_server.calls.scheduling import Estimates
+from forwardpass_server.process import background
+from forwardpass_server.weights.stacks import FittedWeights
+from forwardpass_server.weights.store import WeightStore
+
+_LOGGER = logging.getLogger(__name__)
+
+# One computation takes the place of several where it needs at most this share of their time.
+_WORTH = 0.85
+
+# Trials of one kind of group before the first decision; one less where one computation is clearly slower. The first one
+# makes the kernels. Later ones take at most 1 % of the time.
+_TRIALS = 3
+_CLEARLY = 1.5
+_TRIAL_SHARE = 100
+
+# As the estimates of `scheduling`: a time falls to the fastest run, and rises by at most so much with each slower one.
+_RISE = 1.05
+
+# Combinations of sets of which the shared leaves are known, and those that were seen once.
+_MAX_KNOWN = 1024
+
+MAX_SETS = 256
+"""The most sets of one computation."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Times:
+    """What is known of groups of one kind. Times are seconds for each set, and None if not known.
+
+    one_by_one: of computations one by one. stacked: of one computation for all. copying: of making the stack for it.
+    """
+
+    estimates: Estimates = dataclasses.field(default_factory=Estimates)
+    one_by_one: float | None = None
+    stacked: float | None = None
+    copying: float | None = None
+    trials: int = 0
+    next_trial_s: float = 0.0
+
+    def add(self, name: str, seconds: float) -> None:
+        """Adds a measured time."""
+        known = getattr(self, name)
+        setattr(self, name, seconds if known is None else min(seconds, known * _RISE))
+
+    @property
+    def is_clearly_slower(self) -> bool:
+        """Whether one computation took far longer than several."""
+        return self.stacked is not None and self.one_by_one is not None and self.stacked > _CLEARLY * self.one_by_one
+
+    def is_worth(self, with_copy: bool) -> bool:
+        """Whether one computation is faster. with_copy: a stack has to be made for it."""
+        if self.stacked is None or self.one_by_one is None:
+            return False
+        return self.stacked + (with_copy * (self.copying or 0.0)) <= _WORTH * self.one_by_one
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Together:
+    """One computation for a group.
+
+    is_trial: its results are compared with those of computations one by one, which the callers get.
+    sets: the weights in order. leaves: their stack; None to make it.
+    """
+
+    function: StackedPredictions
+    sets: Sequence[FittedWeights]
+    leaves: Sequence[Any] | None
+    is_trial: bool
+    times: _Times
+    variant: _Variant
+    copied_s: float = 0.0
+
+    def compute(self, x: Sequence[Array]) -> list[Array]:
+        """The predictions: see `StackedPredictions.run`. For any thread."""
+        if self.leaves is None:
+            began = time.perf_counter()
+            self.leaves = self.function.stack(self.sets)
+            self.copied_s = time.perf_counter() - began
+        return self.function.run(self.leaves, x)
+
+
+class _Variant:
+    """The computation for sets that differ in certain leaves.
+
+    function: None until it is prepared, or if it cannot be.
+    """
+
+    def __init__(self, differing: tuple[bool, ...]) -> None:
+        self.differing = differing
+        self.function: StackedPredictions | None = None
+        self.times: dict[tuple[int, Any], _Times] = {}
+        # A trial found other bits than the probe of the load.
+        self.is_inexact = False
+
+    def copied_bytes(self, sets: Sequence[FittedWeights]) -> int:
+        """The size of the leaves that a stack of these sets copies."""
+        first = sets[0]
+        each = sum(_size_bytes(first[index]) for index, differs in enumerate(self.differing) if differs)
+        return each * len(sets)
+
+
+class Vectorizer:
+    """The decisions for one model. Used on one event loop only."""
+
+    def __init__(self, model: LoadedModel, weights: WeightStore) -> None:
+        self._model = model
+        self._weights = weights
+        vectorization = model.description.vectorization
+        self._can = not vectorization.unavailable_reason
+        self._allows_rounding = vectorization.allows_rounding
+        self._is_exact = self._can and not vectorization.largest_difference
+        self._variants: dict[tuple[bool, ...], _Variant] = {}
+        self._differing: collections.OrderedDict[tuple[int, ...], tuple[bool, ...]] = collections.OrderedDict()
+        self._seen: collections.OrderedDict[tuple[int, ...], None] = collections.OrderedDict()
+        self._preparing: set[asyncio.Task[None]] = set()
+
+    def may(self, allow_rounding: bool) -> bool:
+        """Whether a call may run as one computation with calls of other weights. allow_rounding: the call allows it."""
+        return self._can and (self._is_exact or self._allows_rounding or allow_rounding)
+
+    def choose(self, sets: Sequence[FittedWeights], shapes: Any, allow_rounding: bool) -> Together | None:
+        """How to run a group of calls: one by one (None), or as one computation.
+
+        sets: the weights of each call, at least two; not all the same. shapes: of the inputs of each call.
+        """
+        order = tuple([weights.number for weights in sets])
+        differing = self._known_differing(order, sets)
+        if not any(differing):
+            return None
+        variant = self._variants.get(differing)
+        if variant is None:
+            variant = self._variants[differing] = _Variant(differing)
+            self._prepare(variant)
+        function = variant.function
+        allow_rounding = allow_rounding or self._allows_rounding
+        if function is None or (not allow_rounding and (function.difference or variant.is_inexact)):
+            return None
+        times = variant.times.setdefault((len(sets).bit_length(), shapes), _Times())
+        leaves = self._weights.stack_of(order)
+        is_repeated = order in self._seen
+        if not is_repeated:
+            self._seen[order] = None
+            if len(self._seen) > _MAX_KNOWN:
+                self._seen.popitem(last=False)
+        # A stack that is kept serves the next group of the same sets too: its cost counts only for new sets.
+        with_copy = leaves is None and not (is_repeated and self._has_room(variant, sets))
+        if times.is_worth(with_copy):
+            return Together(function, sets, leaves, False, times, variant)
+        if self._is_trial_due(times) and self._has_room(variant, sets):
+            return Together(function, sets, leaves, True, times, variant)
+        return None
+
+    def ran(self, together: Together, seconds: float) -> None:
+        """One computation has taken the place of several. seconds: with making the stack, if that was not kept."""
+        count = len(together.sets)
+        if together.copied_s:
+            together.times.add("copying", together.copied_s / count)
+            self._keep(together)
+        together.times.add("stacked", (seconds - together.copied_s) / count)
+
+    def tried(self, together: Together, one_by_one_s: float, seconds: float, is_equal: bool) -> None:
+        """A trial has ended. one_by_one_s: the time of the computations one by one. is_equal: with equal bits."""
+        times = together.times
+        times.add("one_by_one", one_by_one_s / len(together.sets))
+        self.ran(together, seconds)
+        times.trials += 1
+        if times.trials >= _TRIALS - times.is_clearly_slower:
+            times.next_trial_s = time.monotonic() + _TRIAL_SHARE * seconds
+        if not is_equal and not together.function.difference and not together.variant.is_inexact:
+            together.variant.is_inexact = True
+            _LOGGER.warning(
+                "model %s: calls with different weights had other bits as one computation than one by one: from now on "
+                "only calls that allow rounding are computed together",
+                self._model.description.identity,
+            )
+
+    def _is_trial_due(self, times: _Times) -> bool:
+        return time.monotonic() >= times.next_trial_s
+
+    def _known_differing(self, order: tuple[int, ...], sets: Sequence[FittedWeights]) -> tuple[bool, ...]:
+        """For each leaf whether it differs between the sets. The store holds equal tensors once, as one object."""
+        known = self._differing.get(order)
+        if known is None:
+            known = tuple([len(set(map(id, leaves))) > 1 for leaves in zip(*sets, strict=True)])
+            self._differing[order] = known
+            if len(self._differing) > _MAX_KNOWN:
+                self._differing.popitem(last=False)
+        return known
+
+    def _has_room(self, variant: _Variant, sets: Sequence[FittedWeights]) -> bool:
+        return self._weights.used_bytes + variant.copied_bytes(sets) <= self._weights.budget_bytes
+
+    def _keep(self, together: Together) -> None:
+        order = tuple([weights.number for weights in together.sets])
+        if together.leaves is not None and order in self._seen:
+            self._weights.keep_stack(order, together.leaves, together.variant.copied_bytes(together.sets))
+
+    def _prepare(self, variant: _Variant) -> None:
+        task = asyncio.ensure_future(self._prepared(variant))
+        self._preparing.add(task)
+        task.add_done_callback(self._preparing.discard)
+
+    async def _prepared(self, variant: _Variant) -> None:
+        try:
+            variant.function = await background.run(lambda: self._model.stack(variant.differing), "stack")
+        except CannotVectorize as error:
+            _LOGGER.info(
+                "model %s: sets of weights are not computed together: %s", self._model.description.identity, error
+            )
+        except Exception:  # The model's code, or TensorFlow.
+            _LOGGER.warning(
+                "model %s: sets of weights are not computed together", self._model.description.identity, exc_info=True
+            )
+
+
+def are_equal(one: Sequence[Sequence[Array]], other: Sequence[Sequence[Array]]) -> bool:
+    """Whether results have equal bits; NaN equals NaN."""
+    return all(
+        np.array_equal(first, second, equal_nan=first.dtype.kind in "fc")
+        for several, others in zip(one, other, strict=True)
+        for first, second in zip(several, others, strict=True)
+    )
+
+
+def _size_bytes(leaf: Any) -> int:
+    """The size of a placed tensor or an array."""
+    return int(leaf.nbytes) if hasattr(leaf, "nbytes") else int(np.prod(leaf.shape)) * int(leaf.dtype.size)
