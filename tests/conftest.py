@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 # Before anything imports TensorFlow, here and in the processes that tests start.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -19,6 +20,9 @@ import pytest
 
 import forwardpass_client
 from support.servers import ServerProcess
+
+if TYPE_CHECKING:
+    from support.object_stores import Places
 
 # A deadline of an example is an assertion on time: it fails on a machine that does other work.
 hypothesis.settings.register_profile("forwardpass", deadline=None)
@@ -44,6 +48,16 @@ def server(repository: pathlib.Path) -> Iterator[ServerProcess]:
     trial = {"FORWARDPASS_TRIAL": "true"}
     with ServerProcess(*zoo.serving(repository), *factories, environment=trial) as process:
         yield process
+
+
+@pytest.fixture(scope="module", params=["file", "s3"])
+def places(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
+    """Places that servers share, each kind in turn: see `support.object_stores`."""
+    from support.object_stores import Places
+
+    made = Places(request.param, tmp_path_factory.mktemp("places"))
+    yield made
+    made.close()
 
 
 @pytest.fixture

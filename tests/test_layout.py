@@ -17,6 +17,7 @@ WIRE = ROOT / "protos" / "forwardpass" / "wire"
 NAMED_OTHERWISE = {
     "protos/wire/test_fuzz.py": "random bytes for every decoder",
     "server/app/test_working_directory.py": "modules of the working directory, in serve, export and check",
+    "server/models/test_batched_layers.py": "every Keras layer through separability",
     "server/models/test_private_interfaces.py": "the private interfaces of TensorFlow and Keras together",
     "server/models/test_random_graphs.py": "random graphs for separability, row_rules and rounding together",
     "server/sessions/test_stores.py": "the contract of the session stores, once for each store",

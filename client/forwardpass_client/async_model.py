@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import secrets
 from collections.abc import (
     AsyncGenerator,
     AsyncIterable,
@@ -31,11 +32,12 @@ from forwardpass_client.calls_in_flight import MAX_CALLS
 from forwardpass_client.deadlines import Deadline
 from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.item_errors import naming
-from forwardpass_client.metrics_sessions import AsyncMetricsSession, MetricsSessionApi
+from forwardpass_client.metrics_sessions import ID_BYTES, AsyncMetricsSession, MetricsSessionApi
 from forwardpass_client.model_api import EACH_CALL, FunctionalModelApi, closing_deadline
 from forwardpass_client.openings import Opening
 from forwardpass_client.options import Options
 from forwardpass_client.pipeline import AsyncMultiWeightsPipeline, AsyncPipeline
+from forwardpass_client.routes import STICKY, Route
 from forwardpass_client.stream_pools import AsyncStreamPool
 from forwardpass_client.streams import AsyncStream
 from forwardpass_client.training import AsyncTrainingStream, TrainingProgress, abandoning
@@ -281,8 +283,8 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
     def _session_type(self) -> type[AsyncMetricsSession]:
         return AsyncMetricsSession
 
-    def _session(self, session_id: bytes) -> AsyncMetricsSession:
-        return AsyncMetricsSession(self._calls, session_id, self._timeout_s, self._transport)
+    def _session(self, session_id: bytes, route: Route = STICKY) -> AsyncMetricsSession:
+        return AsyncMetricsSession(self._calls, session_id, self._timeout_s, self._transport, route)
 
     async def evaluate(
         self,
@@ -321,15 +323,23 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         deadline = self._deadline(timeout_s, is_renewable=True)
         training = self._check_many(model_weights, sessions, training)
         rounds = allows_rounding(exact)
+        # Nothing is sent yet.
+        handles = [
+            one if isinstance(one, WeightsHandleApi) else self._handle(self._calls.hold(one)) for one in model_weights
+        ]
+        putting = [not isinstance(one, WeightsHandleApi) for one in model_weights]
         if sessions is not None:
-            return await self._evaluate(sessions, model_weights, batches, training, rounds, progress, deadline)
+            return await self._evaluate(sessions, handles, putting, batches, training, rounds, progress, deadline)
         own: list[AsyncMetricsSession] = []
         failure: BaseException | None = None
         try:
-            for _ in model_weights:
+            # All at the replica that has the first weights.
+            route = self._transport.route(handles[0].held) if handles else STICKY
+            for _ in handles:
                 # One by one: those that were opened before one is refused are closed.
-                own.append(await self.metrics_session(timeout_s=deadline.part_s()))  # noqa: PERF401
-            return await self._evaluate(own, model_weights, batches, training, rounds, progress, deadline)
+                session = self._session(secrets.token_bytes(ID_BYTES), route)
+                own.append(await session.open(False, None, self._deadline(deadline.part_s())))
+            return await self._evaluate(own, handles, putting, batches, training, rounds, progress, deadline)
         except BaseException as error:
             failure = error
             raise
@@ -342,7 +352,8 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
     async def _evaluate(
         self,
         sessions: Sequence[MetricsSessionApi],
-        model_weights: Sequence[Any],
+        handles: Sequence[WeightsHandleApi],
+        putting: Sequence[bool],
         batches: Iterable[Any] | AsyncIterable[Any],
         training: bool,
         rounds: bool,
@@ -350,17 +361,16 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
         deadline: Deadline,
     ) -> list[Metrics]:
         """See `RemoteFunctionalModel._evaluate`."""
-        handles = [
-            one if isinstance(one, WeightsHandleApi) else await self.put_weights(one, timeout_s=deadline.part_s())
-            for one in model_weights
-        ]
+        for handle, must_put in zip(handles, putting, strict=True):
+            if must_put:
+                await self._put(handle.held, None, self._deadline(deadline.part_s(), is_renewable=True))
         pairs = list(zip(sessions, handles, strict=True))
         if not pairs:
             return []
         deadline.renew()
         flying = BatchesInFlight(self._calls, pairs, training, rounds, progress, deadline)
         async with AsyncStream(
-            self._transport, batches_in_flight.PATH, flying, batches_in_flight.TITLE, deadline
+            self._transport, batches_in_flight.PATH, flying, batches_in_flight.TITLE, deadline, sessions[0].route
         ) as stream:
             futures: collections.deque[asyncio.Future[Any]] = collections.deque()
             with abandoning(futures):
@@ -400,7 +410,7 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
             keep_optimizer_state=keep_optimizer_state,
         )
         handle = await self._put_at_start(model_weights, deadline)
-        training = AsyncTrainingStream(self._transport, self._calls, deadline)
+        training = AsyncTrainingStream(self._transport, self._calls, deadline, self._transport.route(handle.held))
         async with training.stream:
             answer = await training.run(options, handle.held, source, progress)
         return self._answered(answer)
@@ -437,7 +447,7 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
 
         def open_stream() -> AsyncTrainingStream:
             own = Deadline(self._timeout_s, is_renewable=True) if deadline.is_renewable else deadline
-            return AsyncTrainingStream(self._transport, self._calls, own)
+            return AsyncTrainingStream(self._transport, self._calls, own, self._transport.route(None))
 
         async with AsyncStreamPool(open_stream, max_streams, progress) as pool:
             async for client in each(clients):
@@ -453,14 +463,14 @@ class AsyncRemoteFunctionalModel(FunctionalModelApi):
             return cast(AsyncWeightsHandle, model_weights)
         return await self.put_weights(model_weights, timeout_s=deadline.part_s())
 
-    async def _run_steps(self, steps: Steps, deadline: Deadline) -> Any:
+    async def _run_steps(self, steps: Steps, held: HeldWeights, deadline: Deadline) -> Any:
         deadline.restart()
-        return await self._transport.run(steps, deadline)
+        return await self._transport.run(steps, deadline, self._transport.route(held))
 
     def _handle(self, held: HeldWeights) -> AsyncWeightsHandle:
         return AsyncWeightsHandle(held, self._transport, self._timeout_s)
 
     async def _put(self, held: HeldWeights, progress: Progress | None, deadline: Deadline) -> AsyncWeightsHandle:
         deadline.restart()
-        await self._transport.run(held.put(deadline, progress), deadline)
+        await self._transport.run(held.put(deadline, progress), deadline, self._transport.route(held))
         return self._handle(held)

@@ -9,8 +9,14 @@ import time
 from forwardpass.wire import errors
 from forwardpass_client.deadlines import Deadline
 
-RETRYABLE = (errors.ServerUnavailable, errors.CallCancelled, errors.ModelLoading, errors.SessionStoreUnavailable)
-"""Errors of a server that is away for a moment: it restarts, drains, loads the model or has lost its session store."""
+RETRYABLE = (
+    errors.ServerUnavailable,
+    errors.CallCancelled,
+    errors.ModelLoading,
+    errors.SessionStoreUnavailable,
+    errors.WeightStoreUnavailable,
+)
+"""Errors of a server that is away for a moment: it restarts, drains, loads the model or has lost one of its stores."""
 
 RESTART_S = 30.0
 """How long attempts go on where a call must outlive the restart of a server, which takes some seconds."""

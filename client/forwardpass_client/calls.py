@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 import numpy as np
 
 from forwardpass import v1
-from forwardpass.wire import conform, description, errors, fields, messages
+from forwardpass.wire import conform, description, errors, messages
 from forwardpass.wire.description import MASKS_OF, BatchOutput, Function, ModelDescription, ModelSpec
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.methods import METHODS
@@ -50,11 +50,15 @@ class ModelVersion:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FoundModel:
-    """A model as the server describes it, with the longest request that the server accepts."""
+    """A model as the server describes it, with the longest request that the server accepts.
+
+    shares_weights: whether each replica of the server can answer calls by weights id.
+    """
 
     description: ModelDescription
     versions: tuple[ModelVersion, ...]
     max_request_bytes: int
+    shares_weights: bool = False
 
 
 def get_model(name: str, version: int | None, label: str | None) -> Call[FoundModel]:
@@ -82,7 +86,10 @@ def get_model(name: str, version: int | None, label: str | None) -> Call[FoundMo
     def read(data: bytes) -> FoundModel:
         response, _ = messages.decode(v1.GetModelResponse, data)
         return FoundModel(
-            description.decode(response.model), tuple(map(_version, response.versions)), response.max_request_bytes
+            description.decode(response.model),
+            tuple(map(_version, response.versions)),
+            response.max_request_bytes,
+            response.shares_weights,
         )
 
     return Call(METHODS["GetModel"].path, request.SerializeToString(), read)
@@ -106,22 +113,6 @@ def unready_reasons() -> Call[list[str]]:
         return list(response.unready_reasons)
 
     return Call(METHODS["ListModels"].path, b"", read)
-
-
-def check_health(service: str = "") -> Call[bool]:
-    """Whether the server answers SERVING for a service; "" stands for the server as a whole.
-
-    Source: grpc.health.v1.Health.Check, whose request is one string in field 1 and whose answer one enum in field 1.
-    """
-
-    def read(data: bytes) -> bool:
-        return any(
-            number == 1 and fields.read_varint(data, start, end)[0] == 1
-            for number, _, _, start, end in fields.scan(data, 0, len(data))
-        )
-
-    name = service.encode()
-    return Call("/grpc.health.v1.Health/Check", fields.prefix(1, len(name)) + name, read)
 
 
 def _version(message: v1.ModelVersionStatus) -> ModelVersion:

@@ -71,6 +71,16 @@ class CallsInFlight:
         self.size_bytes += len(call.request)
         self._send(number)
 
+    def release(self, is_for_another: Callable[[Call[Any]], bool]) -> list[tuple[Call[Any], Future, Deadline]]:
+        """Gives up the unanswered calls that another stream is to send: each with its future and its deadline."""
+        released = []
+        for number, one in list(self._unanswered.items()):
+            if is_for_another(one.call):
+                del self._unanswered[number]
+                self.size_bytes -= len(one.call.request)
+                released.append((one.call, one.future, one.deadline))
+        return released
+
     def has_message(self) -> bool:
         """Whether a call, or a part of one, is still to be sent."""
         return bool(self._outbox)

@@ -19,11 +19,13 @@ from forwardpass_client.calls import FoundModel, ModelVersion, ModelWeights
 from forwardpass_client.combinations import Integers
 from forwardpass_client.credentials import Credentials, Tls, Token
 from forwardpass_client.deadlines import Deadline, check_timeout
+from forwardpass_client.health import check_health
 from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.model import RemoteFunctionalModel
 from forwardpass_client.options import Options
 from forwardpass_client.processes import Connected, check_fork, check_gevent
 from forwardpass_client.replicas import Transports
+from forwardpass_client.routes import STICKY
 from forwardpass_client.transfers import Progress, Steps
 from forwardpass_client.transport import AsyncTransport, Transport
 from forwardpass_client.weights_handles import AsyncWeightsHandle, WeightsHandle, WeightsHandleApi
@@ -190,7 +192,7 @@ class ClientApi(Connected, abc.ABC):
         Raises ServerUnavailable, DeadlineExceeded, ForwardPassError for a service that the server does not know.
         """
         deadline = self._deadline(timeout_s)
-        steps = replicas.is_any_serving(calls.check_health(service), self._servers, deadline)
+        steps = replicas.is_any_serving(check_health(service), self._servers, deadline)
         return self._run_steps(steps, deadline)
 
     def weights_handle(self, weights_id: str) -> Any:
@@ -342,6 +344,7 @@ class Client(ClientApi):
                     transport.close()
                 failure = self._transports.next_failure(error, failure, deadline)
             else:
+                transport.share_weights(found.shares_weights, deadline)
                 self._transports.keep(transport)
                 return RemoteFunctionalModel(transport, found, self._options)
         assert failure is not None
@@ -351,7 +354,8 @@ class Client(ClientApi):
         return self._transports.own.ask(call, deadline, sticky=True)
 
     def _run_steps(self, steps: Steps, deadline: Deadline, handle: WeightsHandleApi | None = None) -> Any:
-        return self._transport_of(handle).run(steps, deadline)
+        transport = self._transport_of(handle)
+        return transport.run(steps, deadline, STICKY if handle is None else transport.route(handle.held))
 
     def _handle(self, held: HeldWeights, near: WeightsHandleApi | None = None) -> WeightsHandle:
         return WeightsHandle(held, self._transport_of(near), self._timeout_s)
@@ -456,6 +460,7 @@ class AsyncClient(ClientApi):
                     await transport.close()
                 failure = self._transports.next_failure(error, failure, deadline)
             else:
+                await transport.share_weights(found.shares_weights, deadline)
                 self._transports.keep(transport)
                 return AsyncRemoteFunctionalModel(transport, found, self._options)
         assert failure is not None
@@ -467,7 +472,8 @@ class AsyncClient(ClientApi):
 
     async def _run_steps(self, steps: Steps, deadline: Deadline, handle: WeightsHandleApi | None = None) -> Any:
         deadline.restart()
-        return await self._transport_of(handle).run(steps, deadline)
+        transport = self._transport_of(handle)
+        return await transport.run(steps, deadline, STICKY if handle is None else transport.route(handle.held))
 
     def _handle(self, held: HeldWeights, near: WeightsHandleApi | None = None) -> AsyncWeightsHandle:
         return AsyncWeightsHandle(held, self._transport_of(near), self._timeout_s)

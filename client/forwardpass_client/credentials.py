@@ -66,6 +66,14 @@ class Credentials:
             "pass tls=True, or allow_insecure_token=True if something else encrypts the connection"
         )
 
+    def of_replica(self, address: str) -> Credentials:
+        """The same for one of several replicas. Its certificate is for the name of all of them, if they have one."""
+        name = targets.named(self.target)
+        tls = self.tls
+        if tls is not None and tls.server_name is None and name is not None:
+            tls = dataclasses.replace(tls, server_name=name[0])
+        return dataclasses.replace(self, target=targets.of_address(address), tls=tls)
+
     @property
     def proxy(self) -> str:
         """The proxy for the target: see `proxies.of`."""

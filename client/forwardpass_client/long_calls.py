@@ -49,15 +49,15 @@ class LongCall:
 
 
 def exchange(
-    path: str, request: bytes | Pieces, deadline: Deadline, max_message_bytes: int, sticky: bool = False
+    path: str, request: bytes | Pieces, deadline: Deadline, max_message_bytes: int, sticky: bool, address: str | None
 ) -> Steps:
-    """The steps of one attempt of a long call: the whole answer. sticky: see `Exchange`.
+    """The steps of one attempt of a long call: the whole answer. sticky, address: see `Exchange`.
 
     Raises the error that the answer stands for, ServerUnavailable where the stream ends without an answer, and
     DeadlineExceeded.
     """
     call = LongCall(path, request, deadline.remaining_s(), max_message_bytes)
-    answer = yield Exchange(METHODS["Pipeline"].path, call.requests(), call.take, sticky)
+    answer = yield Exchange(METHODS["Pipeline"].path, call.requests(), call.take, sticky, address)
     if answer is None:
         raise errors.ServerUnavailable("the server ended the stream without an answer")
     return answer

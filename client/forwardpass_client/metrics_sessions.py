@@ -24,6 +24,7 @@ from forwardpass_client.call import Call
 from forwardpass_client.calls import Metrics
 from forwardpass_client.deadlines import Deadline, locked
 from forwardpass_client.processes import Connected
+from forwardpass_client.routes import STICKY, Route
 from forwardpass_client.session_calls import SessionCalls
 from forwardpass_client.transfers import Steps, Unary
 from forwardpass_client.transport import AsyncTransport, Transport
@@ -123,8 +124,9 @@ class MetricsSessionApi(Connected, abc.ABC):
     timeout_s: seconds until DeadlineExceeded; None for the client's own.
     """
 
-    def __init__(self, calls: SessionCalls, session_id: bytes, timeout_s: float | None) -> None:
+    def __init__(self, calls: SessionCalls, session_id: bytes, timeout_s: float | None, route: Route) -> None:
         super().__init__(timeout_s)
+        self.route = route
         self._calls = calls
         self._session_id = session_id
         self._writer = _Writer(session_id)
@@ -267,8 +269,15 @@ class MetricsSession(MetricsSessionApi):
     A context manager: leaving it closes the session. An error leaves it open, so that it can be resumed.
     """
 
-    def __init__(self, calls: SessionCalls, session_id: bytes, timeout_s: float | None, transport: Transport) -> None:
-        super().__init__(calls, session_id, timeout_s)
+    def __init__(
+        self,
+        calls: SessionCalls,
+        session_id: bytes,
+        timeout_s: float | None,
+        transport: Transport,
+        route: Route = STICKY,
+    ) -> None:
+        super().__init__(calls, session_id, timeout_s, route)
         self._transport = transport
         self._updating = threading.Lock()
 
@@ -316,10 +325,10 @@ class MetricsSession(MetricsSessionApi):
             contextlib.closing(self._writer.update(call, content, deadline)) as steps,
         ):
             # An interrupted update is in doubt. Closing the steps notes that, before the next update begins.
-            return self._transport.run(steps, deadline)
+            return self._transport.run(steps, deadline, self.route)
 
     def _run(self, call: Call[Any], deadline: Deadline) -> Any:
-        return call.read(self._transport.run(attempts(call, deadline), deadline))
+        return call.read(self._transport.run(attempts(call, deadline), deadline, self.route))
 
     def __enter__(self) -> MetricsSession:
         return self
@@ -335,9 +344,14 @@ class AsyncMetricsSession(MetricsSessionApi):
     """`MetricsSession` for asyncio: the same methods, whose results are to be awaited."""
 
     def __init__(
-        self, calls: SessionCalls, session_id: bytes, timeout_s: float | None, transport: AsyncTransport
+        self,
+        calls: SessionCalls,
+        session_id: bytes,
+        timeout_s: float | None,
+        transport: AsyncTransport,
+        route: Route = STICKY,
     ) -> None:
-        super().__init__(calls, session_id, timeout_s)
+        super().__init__(calls, session_id, timeout_s, route)
         self._transport = transport
         self._updating = asyncio.Lock()
         # Updates that are being made or wait for it. wait_for costs a task: an update that is alone goes without.
@@ -410,11 +424,11 @@ class AsyncMetricsSession(MetricsSessionApi):
         deadline.restart()
         async with self._turn(deadline):
             with contextlib.closing(self._writer.update(call, content, deadline)) as steps:
-                return await self._transport.run(steps, deadline)
+                return await self._transport.run(steps, deadline, self.route)
 
     async def _run(self, call: Call[Any], deadline: Deadline) -> Any:
         deadline.restart()
-        return call.read(await self._transport.run(attempts(call, deadline), deadline))
+        return call.read(await self._transport.run(attempts(call, deadline), deadline, self.route))
 
     async def __aenter__(self) -> AsyncMetricsSession:
         return self

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import contextlib
+import secrets
 import threading
 from collections.abc import (
     Iterable,
@@ -29,10 +30,11 @@ from forwardpass_client.calls_in_flight import MAX_CALLS
 from forwardpass_client.deadlines import Deadline, locked
 from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.item_errors import naming
-from forwardpass_client.metrics_sessions import MetricsSession, MetricsSessionApi
+from forwardpass_client.metrics_sessions import ID_BYTES, MetricsSession, MetricsSessionApi
 from forwardpass_client.model_api import EACH_CALL, FunctionalModelApi, closing_deadline
 from forwardpass_client.options import Options
 from forwardpass_client.pipeline import MultiWeightsPipeline, Pipeline
+from forwardpass_client.routes import STICKY, Route
 from forwardpass_client.stream_pools import StreamPool
 from forwardpass_client.streams import Stream
 from forwardpass_client.training import TrainingProgress, TrainingStream
@@ -254,15 +256,23 @@ class RemoteFunctionalModel(FunctionalModelApi):
         deadline = self._deadline(timeout_s, is_renewable=True)
         training = self._check_many(model_weights, sessions, training)
         rounds = allows_rounding(exact)
+        # Nothing is sent yet.
+        handles = [
+            one if isinstance(one, WeightsHandleApi) else self._handle(self._calls.hold(one)) for one in model_weights
+        ]
+        putting = [not isinstance(one, WeightsHandleApi) for one in model_weights]
         if sessions is not None:
-            return self._evaluate(sessions, model_weights, batches, training, rounds, progress, deadline)
+            return self._evaluate(sessions, handles, putting, batches, training, rounds, progress, deadline)
         own: list[MetricsSession] = []
         failure: BaseException | None = None
         try:
-            for _ in model_weights:
+            # All at the replica that has the first weights.
+            route = self._transport.route(handles[0].held) if handles else STICKY
+            for _ in handles:
                 # One by one: those that were opened before one is refused are closed.
-                own.append(self.metrics_session(timeout_s=deadline.part_s()))  # noqa: PERF401
-            return self._evaluate(own, model_weights, batches, training, rounds, progress, deadline)
+                session = self._session(secrets.token_bytes(ID_BYTES), route)
+                own.append(session.open(False, None, self._deadline(deadline.part_s())))
+            return self._evaluate(own, handles, putting, batches, training, rounds, progress, deadline)
         except BaseException as error:
             failure = error
             raise
@@ -275,24 +285,30 @@ class RemoteFunctionalModel(FunctionalModelApi):
     def _evaluate(
         self,
         sessions: Sequence[MetricsSessionApi],
-        model_weights: Sequence[Any],
+        handles: Sequence[WeightsHandleApi],
+        putting: Sequence[bool],
         batches: Iterable[Any],
         training: bool,
         rounds: bool,
         progress: BatchProgress | None,
         deadline: Deadline,
     ) -> list[Metrics]:
-        """Counts batches in sessions, one for each of several weights: the metrics of each."""
-        handles = [
-            one if isinstance(one, WeightsHandleApi) else self.put_weights(one, timeout_s=deadline.part_s())
-            for one in model_weights
-        ]
+        """Counts batches in sessions, one for each of several weights: the metrics of each.
+
+        putting: which of the weights are to be put first.
+        """
+        for handle, must_put in zip(handles, putting, strict=True):
+            if must_put:
+                self._put(handle.held, None, self._deadline(deadline.part_s(), is_renewable=True))
         pairs = list(zip(sessions, handles, strict=True))
         if not pairs:
             return []
         deadline.renew()
         flying = BatchesInFlight(self._calls, pairs, training, rounds, progress, deadline)
-        with Stream(self._transport, batches_in_flight.PATH, flying, batches_in_flight.TITLE, deadline) as stream:
+        route = sessions[0].route
+        with Stream(
+            self._transport, batches_in_flight.PATH, flying, batches_in_flight.TITLE, deadline, route
+        ) as stream:
             futures: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
             for batch in batches:
                 futures.append(stream.submit(batches_in_flight.encode(self._calls, batch), deadline))
@@ -330,7 +346,7 @@ class RemoteFunctionalModel(FunctionalModelApi):
             keep_optimizer_state=keep_optimizer_state,
         )
         handle = self._put_at_start(model_weights, deadline)
-        training = TrainingStream(self._transport, self._calls, deadline)
+        training = TrainingStream(self._transport, self._calls, deadline, self._transport.route(handle.held))
         with training.stream:
             answer = training.run(options, handle.held, source, progress)
         return self._answered(answer)
@@ -380,7 +396,7 @@ class RemoteFunctionalModel(FunctionalModelApi):
         def open_stream() -> TrainingStream:
             # Each has its own progress.
             own = Deadline(self._timeout_s, is_renewable=True) if deadline.is_renewable else deadline
-            return TrainingStream(self._transport, self._calls, own)
+            return TrainingStream(self._transport, self._calls, own, self._transport.route(None))
 
         with StreamPool(open_stream, max_streams, progress) as pool:
             for client in clients:
@@ -400,15 +416,15 @@ class RemoteFunctionalModel(FunctionalModelApi):
     def _session_type(self) -> type[MetricsSession]:
         return MetricsSession
 
-    def _session(self, session_id: bytes) -> MetricsSession:
-        return MetricsSession(self._calls, session_id, self._timeout_s, self._transport)
+    def _session(self, session_id: bytes, route: Route = STICKY) -> MetricsSession:
+        return MetricsSession(self._calls, session_id, self._timeout_s, self._transport, route)
 
-    def _run_steps(self, steps: Steps, deadline: Deadline) -> Any:
-        return self._transport.run(steps, deadline)
+    def _run_steps(self, steps: Steps, held: HeldWeights, deadline: Deadline) -> Any:
+        return self._transport.run(steps, deadline, self._transport.route(held))
 
     def _handle(self, held: HeldWeights) -> WeightsHandle:
         return WeightsHandle(held, self._transport, self._timeout_s)
 
     def _put(self, held: HeldWeights, progress: Progress | None, deadline: Deadline) -> WeightsHandle:
-        self._transport.run(held.put(deadline, progress), deadline)
+        self._transport.run(held.put(deadline, progress), deadline, self._transport.route(held))
         return self._handle(held)

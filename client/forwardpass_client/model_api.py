@@ -319,8 +319,8 @@ class FunctionalModelApi(Connected, abc.ABC):
         DeadlineExceeded.
         """
         deadline = self._deadline(timeout_s, is_renewable=True)
-        weights_id = check_handle(handle, "handle").held.weights_id
-        return self._run_steps(transfers.get(weights_id, deadline, progress), deadline)
+        held = check_handle(handle, "handle").held
+        return self._run_steps(transfers.get(held.weights_id, deadline, progress), held, deadline)
 
     def average(self, results: Iterable[Any], *, timeout_s: float | None = None) -> Any:
         """The average of weights on the server, each weighted by its number of examples: the handle of the average.
@@ -334,8 +334,10 @@ class FunctionalModelApi(Connected, abc.ABC):
         what `combine` of the client raises, with its default of `float64`.
         """
         deadline = self._deadline(timeout_s)
-        steps = combinations.combine(combinations.average_terms(results), False, "first", self._handle, deadline)
-        return self._run_steps(steps, deadline)
+        terms = combinations.average_terms(results)
+        (first, _), *_ = terms
+        steps = combinations.combine(terms, False, "first", self._handle, deadline)
+        return self._run_steps(steps, first.held, deadline)
 
     def metrics_session(
         self, session_id: str | None = None, *, initial_state: Any = None, timeout_s: float | None = None
@@ -581,8 +583,8 @@ class FunctionalModelApi(Connected, abc.ABC):
         """Makes the call: returns its result, or an awaitable of it."""
 
     @abc.abstractmethod
-    def _run_steps(self, steps: Steps, deadline: Deadline) -> Any:
-        """Carries out the steps: returns their result, or an awaitable of it."""
+    def _run_steps(self, steps: Steps, held: HeldWeights, deadline: Deadline) -> Any:
+        """Carries out the steps, which use these weights: returns their result, or an awaitable of it."""
 
     @abc.abstractmethod
     def _put(self, held: HeldWeights, progress: Progress | None, deadline: Deadline) -> Any:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import abc
 import asyncio
 import concurrent.futures
+import contextlib
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from forwardpass.wire import errors
 from forwardpass.wire.description import BatchOutput
 from forwardpass.wire.methods import METHODS
 from forwardpass_client.call import Call
@@ -17,6 +20,7 @@ from forwardpass_client.calls_in_flight import CallsInFlight
 from forwardpass_client.deadlines import Deadline
 from forwardpass_client.held_weights import HeldWeights
 from forwardpass_client.processes import Connected
+from forwardpass_client.routes import Route
 from forwardpass_client.streams import AsyncStream, Stream
 from forwardpass_client.transport import AsyncTransport, Transport
 from forwardpass_client.weights_handles import AsyncWeightsHandle, WeightsHandle, WeightsHandleApi
@@ -125,8 +129,9 @@ class PipelineApi(_Calling):
 
 
 class MultiWeightsPipelineApi(_Calling):
-    """Calls over one stream that name their weights each, answered as they finish, in any order.
+    """Calls that name their weights each, answered as they finish, in any order.
 
+    They share one stream. Where replicas share weights, there is one stream for each replica.
     Each method takes what the model's method of the same name takes, and returns a future. Errors about arguments are
     raised at once. When the stream breaks, the pipeline reconnects and sends every unanswered call again, for half a
     minute at most.
@@ -192,39 +197,121 @@ class MultiWeightsPipelineApi(_Calling):
         return self._vjp(model_weights, x, cotangents, training, timeout_s)
 
 
-class _ThreadStream(_Calling):
-    """The stream of a pipeline for threads."""
+class _Lane:
+    """One stream of a pipeline for threads, and the calls on it.
+
+    address: of its replica; None for no certain one. moves: see `Stream`.
+    """
 
     def __init__(
-        self, transport: Transport, calls: ModelCalls, timeout_s: float | None, max_message_bytes: int
+        self,
+        transport: Transport,
+        timeout_s: float | None,
+        max_message_bytes: int,
+        address: str | None,
+        route: Route,
+        moves: Callable[[_Lane], None],
     ) -> None:
-        super().__init__(calls, timeout_s)
+        self.address = address
         self._transport = transport
-        self._flying = CallsInFlight(max_message_bytes, self._put_weights)
-        self._stream = Stream(transport, _PATH, self._flying, _TITLE, Deadline(None))
-
-    def _handle(self, held: HeldWeights) -> WeightsHandle:
-        return WeightsHandle(held, self._transport, self._timeout_s)
-
-    def _submit(self, call: Call[Any], deadline: Deadline) -> concurrent.futures.Future[Any]:
-        return self._stream.submit(call, deadline)
+        self._timeout_s = timeout_s
+        self.flying = CallsInFlight(max_message_bytes, self._put_weights)
+        self.stream = Stream(transport, _PATH, self.flying, _TITLE, Deadline(None), route, lambda: moves(self))
 
     def _put_weights(self, held: HeldWeights) -> None:
         def put() -> None:
             error: Exception | None = None
             try:
                 deadline = Deadline(self._timeout_s, is_renewable=True)
-                self._transport.run(held.put(deadline), deadline)
+                self._transport.run(held.put(deadline), deadline, self._transport.route(held))
             except Exception as failure:
                 error = failure
-            with self._stream.changing():
-                self._flying.weights_put(held, error)
+            with self.stream.changing():
+                self.flying.weights_put(held, error)
 
         threading.Thread(target=put, name="forwardpass-pipeline-put", daemon=True).start()
 
+
+class _ThreadCalling(_Calling):
+    """The streams of a pipeline for threads.
+
+    route: of the only stream. None for one stream for each replica: a call goes to the replica of its weights.
+    """
+
+    def __init__(
+        self,
+        transport: Transport,
+        calls: ModelCalls,
+        timeout_s: float | None,
+        max_message_bytes: int,
+        route: Route | None,
+    ) -> None:
+        super().__init__(calls, timeout_s)
+        self._transport = transport
+        self._max_message_bytes = max_message_bytes
+        self._is_spread = route is None
+        self._lock = threading.Lock()
+        self._is_closing = False
+        # Those that are not closed yet, also those to replicas that are gone.
+        self._opened: list[_Lane] = []
+        self._lanes: dict[str | None, _Lane] = {}
+        if route is not None:
+            self._open(None, route)
+
+    def _open(self, address: str | None, route: Route) -> _Lane:
+        lane = _Lane(self._transport, self._timeout_s, self._max_message_bytes, address, route, self._move)
+        self._opened.append(lane)
+        self._lanes[address] = lane
+        return lane
+
+    def _lane_of(self, call: Call[Any]) -> _Lane:
+        if not self._is_spread:
+            return self._lanes[None]
+        address = self._transport.pick(call)
+        with self._lock:
+            lane = self._lanes.get(address)
+            if lane is not None and not lane.stream.has_ended:
+                return lane
+            for former in self._lanes.keys() - {None, *self._transport.routes.addresses}:
+                retired = self._lanes.pop(former)
+                threading.Thread(target=self._retire, args=(retired,), daemon=True).start()
+            return self._open(address, Route(self._transport.routes, None, address))
+
+    def _retire(self, lane: _Lane) -> None:
+        lane.stream.close()
+        self._forget(lane)
+
+    def _forget(self, lane: _Lane) -> None:
+        with self._lock, contextlib.suppress(ValueError):
+            self._opened.remove(lane)
+
+    def _move(self, lane: _Lane) -> None:
+        """Moves the calls of a stream whose replica is gone to the streams of other replicas."""
+        if not self._is_spread:
+            return
+        with lane.stream.changing():
+            released = lane.flying.release(lambda call: self._transport.pick(call) != lane.address)
+        for call, future, deadline in released:
+            while not self._lane_of(call).stream.adopt(call, future, deadline):
+                pass
+
+    def _handle(self, held: HeldWeights) -> WeightsHandle:
+        return WeightsHandle(held, self._transport, self._timeout_s)
+
+    def _submit(self, call: Call[Any], deadline: Deadline) -> concurrent.futures.Future[Any]:
+        if self._is_closing:
+            raise errors.CallCancelled("the pipeline is closed")
+        return self._lane_of(call).stream.submit(call, deadline)
+
     def close(self) -> None:
         """Waits for every answer, and ends the stream. Raises RuntimeError in a forked child."""
-        self._stream.close()
+        self._deadline()
+        self._is_closing = True
+        # A stream whose replica is gone may open another one, until it has ended itself.
+        while self._opened:
+            lane = self._opened[-1]
+            lane.stream.close()
+            self._forget(lane)
 
     def __enter__(self) -> Self:
         return self
@@ -232,10 +319,15 @@ class _ThreadStream(_Calling):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stream.__exit__(kind, error, trace)
+        if error is None:
+            self.close()
+        elif not self._is_in_forked_child:
+            self._is_closing = True
+            for lane in list(self._opened):
+                lane.stream.leave()
 
 
-class Pipeline(_ThreadStream, PipelineApi):
+class Pipeline(_ThreadCalling, PipelineApi):
     """Calls with the same weights over one stream, each a `concurrent.futures.Future`: see `PipelineApi`.
 
     A context manager: leaving it waits for every answer. Any number of threads may call at once. A call waits for room
@@ -250,7 +342,7 @@ class Pipeline(_ThreadStream, PipelineApi):
         timeout_s: float | None,
         max_message_bytes: int,
     ) -> None:
-        super().__init__(transport, calls, timeout_s, max_message_bytes)
+        super().__init__(transport, calls, timeout_s, max_message_bytes, transport.route(model_weights.held))
         self._weights = model_weights
 
     if TYPE_CHECKING:
@@ -293,8 +385,13 @@ class Pipeline(_ThreadStream, PipelineApi):
         ) -> concurrent.futures.Future[tuple[Any, Any]]: ...
 
 
-class MultiWeightsPipeline(_ThreadStream, MultiWeightsPipelineApi):
-    """Calls over one stream that name their weights each: see `MultiWeightsPipelineApi`. Used like `Pipeline`."""
+class MultiWeightsPipeline(_ThreadCalling, MultiWeightsPipelineApi):
+    """Calls that name their weights each: see `MultiWeightsPipelineApi`. Used like `Pipeline`."""
+
+    def __init__(
+        self, transport: Transport, calls: ModelCalls, timeout_s: float | None, max_message_bytes: int
+    ) -> None:
+        super().__init__(transport, calls, timeout_s, max_message_bytes, None)
 
     if TYPE_CHECKING:
 
@@ -340,38 +437,108 @@ class MultiWeightsPipeline(_ThreadStream, MultiWeightsPipelineApi):
         ) -> concurrent.futures.Future[tuple[Any, Any]]: ...
 
 
-class _AsyncStreamOfCalls(_Calling):
-    """The stream of a pipeline for asyncio."""
+class _AsyncLane:
+    """`_Lane` for asyncio."""
 
     def __init__(
-        self, transport: AsyncTransport, calls: ModelCalls, timeout_s: float | None, max_message_bytes: int
+        self,
+        transport: AsyncTransport,
+        timeout_s: float | None,
+        max_message_bytes: int,
+        address: str | None,
+        route: Route,
+        moves: Callable[[_AsyncLane], None],
     ) -> None:
-        super().__init__(calls, timeout_s)
+        self.address = address
         self._transport = transport
-        self._flying = CallsInFlight(max_message_bytes, self._put_weights)
-        self._stream = AsyncStream(transport, _PATH, self._flying, _TITLE, Deadline(None))
+        self._timeout_s = timeout_s
         self._tasks: set[asyncio.Task[None]] = set()
-
-    def _handle(self, held: HeldWeights) -> AsyncWeightsHandle:
-        return AsyncWeightsHandle(held, self._transport, self._timeout_s)
-
-    def _submit(self, call: Call[Any], deadline: Deadline) -> asyncio.Future[Any]:
-        return self._stream.submit(call, deadline)
+        self.flying = CallsInFlight(max_message_bytes, self._put_weights)
+        self.stream = AsyncStream(transport, _PATH, self.flying, _TITLE, Deadline(None), route, lambda: moves(self))
 
     def _put_weights(self, held: HeldWeights) -> None:
         async def put() -> None:
             error: Exception | None = None
             try:
                 deadline = Deadline(self._timeout_s, is_renewable=True)
-                await self._transport.run(held.put(deadline), deadline)
+                await self._transport.run(held.put(deadline), deadline, self._transport.route(held))
             except Exception as failure:
                 error = failure
-            self._flying.weights_put(held, error)
-            self._stream.advance()
+            self.flying.weights_put(held, error)
+            self.stream.advance()
 
         task = asyncio.ensure_future(put())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+class _AsyncCalling(_Calling):
+    """`_ThreadCalling` for asyncio."""
+
+    def __init__(
+        self,
+        transport: AsyncTransport,
+        calls: ModelCalls,
+        timeout_s: float | None,
+        max_message_bytes: int,
+        route: Route | None,
+    ) -> None:
+        super().__init__(calls, timeout_s)
+        self._transport = transport
+        self._max_message_bytes = max_message_bytes
+        self._is_spread = route is None
+        self._is_closing = False
+        self._opened: list[_AsyncLane] = []
+        self._lanes: dict[str | None, _AsyncLane] = {}
+        self._retiring: set[asyncio.Task[None]] = set()
+        if route is not None:
+            self._open(None, route)
+
+    def _open(self, address: str | None, route: Route) -> _AsyncLane:
+        lane = _AsyncLane(self._transport, self._timeout_s, self._max_message_bytes, address, route, self._move)
+        self._opened.append(lane)
+        self._lanes[address] = lane
+        return lane
+
+    def _lane_of(self, call: Call[Any]) -> _AsyncLane:
+        if not self._is_spread:
+            return self._lanes[None]
+        self._transport.check_loop()
+        address = self._transport.pick(call)
+        lane = self._lanes.get(address)
+        if lane is not None and not lane.stream.has_ended:
+            return lane
+        for former in self._lanes.keys() - {None, *self._transport.routes.addresses}:
+            task = asyncio.ensure_future(self._retire(self._lanes.pop(former)))
+            self._retiring.add(task)
+            task.add_done_callback(self._retiring.discard)
+        return self._open(address, Route(self._transport.routes, None, address))
+
+    async def _retire(self, lane: _AsyncLane) -> None:
+        await lane.stream.close()
+        self._forget(lane)
+
+    def _forget(self, lane: _AsyncLane) -> None:
+        with contextlib.suppress(ValueError):
+            self._opened.remove(lane)
+
+    def _move(self, lane: _AsyncLane) -> None:
+        """See `_ThreadCalling._move`."""
+        if not self._is_spread:
+            return
+        released = lane.flying.release(lambda call: self._transport.pick(call) != lane.address)
+        for call, future, deadline in released:
+            while not self._lane_of(call).stream.adopt(call, future, deadline):
+                pass
+
+    def _handle(self, held: HeldWeights) -> AsyncWeightsHandle:
+        return AsyncWeightsHandle(held, self._transport, self._timeout_s)
+
+    def _submit(self, call: Call[Any], deadline: Deadline) -> asyncio.Future[Any]:
+        if self._is_closing:
+            self._transport.check_loop()
+            raise errors.CallCancelled("the pipeline is closed")
+        return self._lane_of(call).stream.submit(call, deadline)
 
     async def close(self) -> None:
         """Waits for every answer, and ends the stream. Cancelled, it fails every unanswered call.
@@ -379,7 +546,22 @@ class _AsyncStreamOfCalls(_Calling):
         Raises RuntimeError in a forked child.
         """
         self._deadline()
-        await self._stream.close()
+        self._transport.check_loop()
+        self._is_closing = True
+        # A stream whose replica is gone may open another one, until it has ended itself.
+        while self._opened:
+            lane = self._opened[-1]
+            try:
+                await lane.stream.close()
+            except asyncio.CancelledError:
+                await self._leave()
+                raise
+            self._forget(lane)
+
+    async def _leave(self) -> None:
+        self._is_closing = True
+        for lane in list(self._opened):
+            await lane.stream.leave()
 
     async def __aenter__(self) -> Self:
         return self
@@ -390,10 +572,10 @@ class _AsyncStreamOfCalls(_Calling):
         if error is None:
             await self.close()
         elif not self._is_in_forked_child:
-            await self._stream.leave()
+            await self._leave()
 
 
-class AsyncPipeline(_AsyncStreamOfCalls, PipelineApi):
+class AsyncPipeline(_AsyncCalling, PipelineApi):
     """`Pipeline` for asyncio: an asynchronous context manager whose futures are `asyncio.Future`.
 
     A call that finds no room in flight is sent later; its future is returned at once.
@@ -407,7 +589,7 @@ class AsyncPipeline(_AsyncStreamOfCalls, PipelineApi):
         timeout_s: float | None,
         max_message_bytes: int,
     ) -> None:
-        super().__init__(transport, calls, timeout_s, max_message_bytes)
+        super().__init__(transport, calls, timeout_s, max_message_bytes, transport.route(model_weights.held))
         self._weights = model_weights
 
     if TYPE_CHECKING:
@@ -450,8 +632,13 @@ class AsyncPipeline(_AsyncStreamOfCalls, PipelineApi):
         ) -> asyncio.Future[tuple[Any, Any]]: ...
 
 
-class AsyncMultiWeightsPipeline(_AsyncStreamOfCalls, MultiWeightsPipelineApi):
+class AsyncMultiWeightsPipeline(_AsyncCalling, MultiWeightsPipelineApi):
     """`MultiWeightsPipeline` for asyncio. Used like `AsyncPipeline`."""
+
+    def __init__(
+        self, transport: AsyncTransport, calls: ModelCalls, timeout_s: float | None, max_message_bytes: int
+    ) -> None:
+        super().__init__(transport, calls, timeout_s, max_message_bytes, None)
 
     if TYPE_CHECKING:
 

@@ -16,20 +16,20 @@ from forwardpass_client.transfers import Pause, Steps, Unary
 
 # During a rollout some replicas have a version, or another content of it, and others do not. An answer of other content
 # is never used: ModelChanged is raised instead.
-_LACKING = (errors.ModelNotFound, errors.ModelFailed, errors.ModelChanged)
+LACKING = (errors.ModelNotFound, errors.ModelFailed, errors.ModelChanged)
 
 TransportT = TypeVar("TransportT", bound="_Transport")
 
 TURNS = 8
 """How many servers are asked where their number is unknown: as many replicas as the autoscaling component allows."""
 
-# Rounds for an error of _LACKING, with pauses of some 1.5 s together: a version that no replica has is reported soon.
-_LACKING_ROUNDS = 5
+# Rounds for an error of LACKING, with pauses of some 1.5 s together: a version that no replica has is reported soon.
+LACKING_ROUNDS = 5
 
 
 def is_for_another(error: Exception, request: bytes | Pieces = b"") -> bool:
     """Whether another replica may answer the same call."""
-    return retries.is_retryable(error, request) or isinstance(error, _LACKING)
+    return retries.is_retryable(error, request) or isinstance(error, LACKING)
 
 
 def ask_others(call: Call[Any], error: errors.ForwardPassError, deadline: Deadline) -> Steps:
@@ -39,7 +39,7 @@ def ask_others(call: Call[Any], error: errors.ForwardPassError, deadline: Deadli
     Raises the last error after half a minute, an error of a version that is missing after some seconds, and
     DeadlineExceeded, which names the last error.
     """
-    backoff, lacking_rounds = Backoff(deadline), _LACKING_ROUNDS
+    backoff, lacking_rounds = Backoff(deadline), LACKING_ROUNDS
     while True:
         for sticky in (True, False):
             deadline.last_error = error
@@ -49,7 +49,7 @@ def ask_others(call: Call[Any], error: errors.ForwardPassError, deadline: Deadli
                 if not is_for_another(failure, call.request):
                     raise
                 error = failure
-        lacking_rounds -= isinstance(error, _LACKING)
+        lacking_rounds -= isinstance(error, LACKING)
         if not lacking_rounds:
             raise error
         yield Pause(backoff.pause_s(error))

@@ -16,6 +16,7 @@ from forwardpass.wire import errors
 from forwardpass_client.backoff import RETRYABLE, Backoff
 from forwardpass_client.deadlines import Deadline
 from forwardpass_client.processes import forked, process
+from forwardpass_client.routes import STICKY, Route
 from forwardpass_client.transfers import Steps
 from forwardpass_client.transport import AsyncTransport, Transport
 
@@ -125,13 +126,31 @@ class CallFuture(concurrent.futures.Future[ResultT]):
             raise RuntimeError(forked("future"))
 
 
+class _StreamThread(threading.Thread):
+    """A thread of a stream."""
+
+
 class Stream:
     """A stream for any number of threads.
 
     title: the user's word for it, in messages. deadline: of the stream as a whole; each item has a deadline of its own.
+    route: of the stream, and of the steps that it takes before it reconnects.
+    moves: is called after the server is gone, before the stream reconnects. It may take items out of `flying`, with
+      `changing`.
     """
 
-    def __init__(self, transport: Transport, path: str, flying: InFlight, title: str, deadline: Deadline) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        path: str,
+        flying: InFlight,
+        title: str,
+        deadline: Deadline,
+        route: Route = STICKY,
+        moves: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._route = route
+        self._moves = moves
         self._forks = process.forks
         self._deadline = deadline
         self._transport = transport
@@ -145,7 +164,7 @@ class Stream:
         self._cancel: Callable[[], None] = lambda: None
         self._threads = [
             # In the context of the caller, which holds the current trace.
-            threading.Thread(
+            _StreamThread(
                 target=contextvars.copy_context().run,
                 args=(target,),
                 name=f"forwardpass-{title}-{target.__name__}",
@@ -169,8 +188,8 @@ class Stream:
         """
         self._check_process()
         future: concurrent.futures.Future[Any] = CallFuture()
-        # A callback of a future runs on a thread of the stream: if it waited for room, no answer could make room.
-        is_ours = threading.current_thread() in self._threads
+        # A callback of a future runs on a thread of a stream: if it waited for room, no answer could make room.
+        is_ours = isinstance(threading.current_thread(), _StreamThread)
         with self.changing():
             has_room = is_ours or self._changed.wait_for(
                 lambda: self._error is not None or self._is_closing or self._flying.has_room(item),
@@ -188,6 +207,20 @@ class Stream:
                 )
             self._flying.add(item, future, deadline)
         return future
+
+    def adopt(self, item: Any, future: Future, deadline: Deadline) -> bool:
+        """Sends an item of another stream, whether there is room or not: False where this stream has ended."""
+        with self.changing():
+            if self._is_over():
+                return False
+            self._flying.add(item, future, deadline)
+            return True
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the stream takes no further items."""
+        with self._changed:
+            return self._is_over()
 
     @contextlib.contextmanager
     def changing(self) -> Iterator[None]:
@@ -227,7 +260,10 @@ class Stream:
                 stream = self._stream
                 self._flying.resend()
             try:
-                for message in self._transport.stream(self._path, self._requests(stream), opened=self._opened):
+                messages = self._transport.stream(
+                    self._path, self._requests(stream), opened=self._opened, address=self._route.address
+                )
+                for message in messages:
                     backoff.reset()
                     with self.changing():
                         self._flying.take(message)
@@ -253,13 +289,16 @@ class Stream:
         """
         if self._transport.is_closed or not isinstance(error, errors.ForwardPassError):
             raise error
+        self._route.failed(error)
         with self._changed:
             self._flying.broke(error)
-        if not isinstance(error, RETRYABLE):
+        if isinstance(error, RETRYABLE):
+            self._moves()
+        else:
             steps = self._flying.recovery(error)
             if steps is None:
                 raise error
-            self._transport.run(steps, self._deadline)
+            self._transport.run(steps, self._deadline, self._route)
         return backoff.pause_s(error)
 
     def _give_up(self, error: Exception) -> None:
@@ -332,7 +371,18 @@ class Stream:
 class AsyncStream:
     """`Stream` for asyncio."""
 
-    def __init__(self, transport: AsyncTransport, path: str, flying: InFlight, title: str, deadline: Deadline) -> None:
+    def __init__(
+        self,
+        transport: AsyncTransport,
+        path: str,
+        flying: InFlight,
+        title: str,
+        deadline: Deadline,
+        route: Route = STICKY,
+        moves: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._route = route
+        self._moves = moves
         self._deadline = deadline
         self._transport = transport
         self._path = path
@@ -373,6 +423,19 @@ class AsyncStream:
         if deadline.at is not None and deadline is not self._deadline and self._held_back[-1:] == [waiting]:
             loop.call_later(deadline.wait_s() or 0, self._expire_held_back, waiting)
         return future
+
+    def adopt(self, item: Any, future: Future, deadline: Deadline) -> bool:
+        """See `Stream.adopt`."""
+        if self._is_over():
+            return False
+        self._flying.add(item, future, deadline)
+        self.advance()
+        return True
+
+    @property
+    def has_ended(self) -> bool:
+        """See `Stream.has_ended`."""
+        return self._is_over()
 
     def _expire_held_back(self, waiting: tuple[Any, asyncio.Future[Any], Deadline]) -> None:
         if waiting in self._held_back:
@@ -445,7 +508,8 @@ class AsyncStream:
             self._flying.resend()
             error: Exception = errors.ServerUnavailable("the server ended the stream")
             try:
-                async for message in self._transport.stream(self._path, self._requests(self._stream)):
+                messages = self._transport.stream(self._path, self._requests(self._stream), address=self._route.address)
+                async for message in messages:
                     backoff.reset()
                     self._flying.take(message)
                     self.advance()
@@ -466,12 +530,15 @@ class AsyncStream:
         """See `Stream._recover`."""
         if self._transport.is_closed or not isinstance(error, errors.ForwardPassError):
             raise error
+        self._route.failed(error)
         self._flying.broke(error)
-        if not isinstance(error, RETRYABLE):
+        if isinstance(error, RETRYABLE):
+            self._moves()
+        else:
             steps = self._flying.recovery(error)
             if steps is None:
                 raise error
-            await self._transport.run(steps, self._deadline)
+            await self._transport.run(steps, self._deadline, self._route)
         return backoff.pause_s(error)
 
     def _give_up(self, error: Exception) -> None:

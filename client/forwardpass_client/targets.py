@@ -99,6 +99,20 @@ def listed(target: str) -> list[str]:
     return target[len("ipv4:") :].split(",") if are_several(target) and not target.startswith("dns:") else []
 
 
+def named(target: str) -> tuple[str, int] | None:
+    """The host and port of a target that is one name for several servers; None for any other.
+
+    None also for a name that a certain DNS server resolves, as in "dns://10.0.0.1/NAME:PORT": Python cannot ask it.
+    """
+    found = re.fullmatch(r"dns:(?:///)?([^/:,]+):(\d+)", target)
+    return (found[1], int(found[2])) if found else None
+
+
+def of_address(address: str) -> str:
+    """The gRPC target of one replica at an address such as "10.0.0.1:8500" or "[::1]:8500"."""
+    return f"ipv{_version(address)}:{address}"
+
+
 def beginning_with(target: str, address: str) -> str:
     """A target that lists several addresses, with one of them in front."""
     return target[: len("ipv4:")] + ",".join([address, *(one for one in listed(target) if one != address)])

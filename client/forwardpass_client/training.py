@@ -12,6 +12,7 @@ from typing import Any
 
 from forwardpass_client.deadlines import Deadline
 from forwardpass_client.held_weights import HeldWeights
+from forwardpass_client.routes import Route
 from forwardpass_client.streams import AsyncStream, Stream
 from forwardpass_client.training_batches import BatchSource
 from forwardpass_client.training_calls import TrainingCalls, UpdateOptions, is_weighted
@@ -36,14 +37,14 @@ number may be lower than before."""
 class TrainingStream:
     """A stream of client updates, one after another. A context manager. For one thread at a time.
 
-    deadline: of all its updates; see `UpdatesInFlight`.
+    deadline: of all its updates; see `UpdatesInFlight`. route: of the stream.
     """
 
-    def __init__(self, transport: Transport, calls: TrainingCalls, deadline: Deadline) -> None:
+    def __init__(self, transport: Transport, calls: TrainingCalls, deadline: Deadline, route: Route) -> None:
         self._calls = calls
         self._deadline = deadline
         self._flying = UpdatesInFlight(calls, deadline)
-        self.stream = Stream(transport, PATH, self._flying, TITLE, deadline)
+        self.stream = Stream(transport, PATH, self._flying, TITLE, deadline, route)
 
     def run(
         self, options: UpdateOptions, weights: HeldWeights, source: BatchSource, progress: TrainingProgress | None
@@ -78,11 +79,11 @@ class TrainingStream:
 class AsyncTrainingStream:
     """`TrainingStream` for asyncio."""
 
-    def __init__(self, transport: AsyncTransport, calls: TrainingCalls, deadline: Deadline) -> None:
+    def __init__(self, transport: AsyncTransport, calls: TrainingCalls, deadline: Deadline, route: Route) -> None:
         self._calls = calls
         self._deadline = deadline
         self._flying = UpdatesInFlight(calls, deadline)
-        self.stream = AsyncStream(transport, PATH, self._flying, TITLE, deadline)
+        self.stream = AsyncStream(transport, PATH, self._flying, TITLE, deadline, route)
 
     async def run(
         self, options: UpdateOptions, weights: HeldWeights, source: BatchSource, progress: TrainingProgress | None

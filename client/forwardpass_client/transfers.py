@@ -33,41 +33,48 @@ class Unary:
     """One attempt of a call with one request and one response: the step's result.
 
     sticky: whether it goes to the sticky server; otherwise the next server in turn answers it.
+    address: of the replica that it goes to instead; None for no certain one.
+    timeout_s: of this attempt, within the deadline of the steps; None for no other limit.
     """
 
     path: str
     request: bytes | Pieces
     sticky: bool = True
+    address: str | None = None
+    timeout_s: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Send:
-    """Many requests, one response: the step's result."""
+    """Many requests, one response: the step's result. address: see `Unary`."""
 
     path: str
     requests: Iterable[bytes]
+    address: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Receive:
-    """One request, many responses, each given to `take`."""
+    """One request, many responses, each given to `take`. address: see `Unary`."""
 
     path: str
     request: bytes
     take: Callable[[bytes], None]
+    address: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Exchange:
     """Many requests, many responses, each given to `take`: the step's result is the first that is not None.
 
-    sticky: whether it needs what other calls left on the server.
+    sticky: whether it needs what other calls left on the server. address: see `Unary`.
     """
 
     path: str
     requests: Iterator[bytes]
     take: Callable[[bytes], Any]
     sticky: bool
+    address: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,6 +82,17 @@ class Pause:
     """A wait before the next attempt."""
 
     seconds: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Resolve:
+    """Looks a name up: the step's result is a list of addresses such as "10.0.0.1:8500", sorted.
+
+    Raises ServerUnavailable where the name cannot be looked up.
+    """
+
+    host: str
+    port: int
 
 
 Steps: TypeAlias = Generator[Any, Any, Any]

@@ -85,7 +85,7 @@ class WeightsHandle(WeightsHandleApi):
         def delete(self, *, timeout_s: float | None = None) -> None: ...
 
     def _finish(self, steps: Steps, deadline: Deadline) -> None:
-        self.transport.run(steps, deadline)
+        self.transport.run(steps, deadline, self.transport.route(self.held))
 
 
 class AsyncWeightsHandle(WeightsHandleApi):
@@ -103,4 +103,4 @@ class AsyncWeightsHandle(WeightsHandleApi):
 
     async def _finish(self, steps: Steps, deadline: Deadline) -> None:
         deadline.restart()
-        await self.transport.run(steps, deadline)
+        await self.transport.run(steps, deadline, self.transport.route(self.held))

@@ -674,6 +674,7 @@ ELSEWHERE = {
     "SessionExpired",
     "SessionLimitExceeded",
     "SessionStoreUnavailable",
+    "WeightStoreUnavailable",
 }
 
 

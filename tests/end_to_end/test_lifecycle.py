@@ -415,6 +415,19 @@ def test_a_factory_for_a_model_that_the_repository_has_is_refused(repository):
         ),
         ((*SLOW, "--connection-idle", "-1"), "--connection-idle: expected seconds >= 0, got -1"),
         ((*SLOW, "--weights-folder", "/proc/none"), "--weights-folder: [Errno 2] No such file or directory"),
+        (
+            (*SLOW, "--weights-folder", "file:///proc/none/weights"),
+            "--weights-folder: file:///proc/none/weights: [Errno 2]",
+        ),
+        (
+            (*SLOW, "--weights-folder", "http://host/weights"),
+            "--weights-folder: expected a folder, or a URL file:///FOLDER",
+        ),
+        (("--model-repository", "file:///none"), "--model-repository: file:///none cannot be copied: there is no"),
+        (
+            (*SLOW, "--repository-cache", "/tmp"),
+            "--repository-cache: requires --model-repository with a URL",
+        ),
         ((*SLOW, "--device", "tpu"), "device: expected auto, cpu, gpu or gpu:N, got 'tpu'"),
         ((*SLOW, "--device", "cpu:7"), "device: expected one of ['cpu:0'], got 'cpu:7'"),
     ],

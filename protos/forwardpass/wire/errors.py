@@ -192,6 +192,13 @@ class WeightStoreFull(ForwardPassError):
     sentence = "The server has no room for these weights beside those that are in use: delete or release weights."
 
 
+class WeightStoreUnavailable(ForwardPassError):
+    """Raised if the server cannot reach the weight store that it shares with other servers. Retryable."""
+
+    status = "UNAVAILABLE"
+    sentence = "The server cannot reach or write the weight store that it shares with other servers: retry later."
+
+
 class SessionNotFound(ForwardPassError, LookupError):
     """Raised for a metric session that does not exist or was closed."""
 
@@ -301,6 +308,7 @@ CATALOGUE: dict[str, type[ForwardPassError]] = {
         TensorCorrupted,
         UploadOutOfStep,
         WeightStoreFull,
+        WeightStoreUnavailable,
         SessionNotFound,
         SessionExpired,
         SequenceMismatch,

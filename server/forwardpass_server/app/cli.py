@@ -15,6 +15,7 @@ from forwardpass_server.access import tokens
 from forwardpass_server.access.tokens import Role
 from forwardpass_server.app import logs, options
 from forwardpass_server.app.settings import Settings
+from forwardpass_server.catalog import upload as app_upload
 from forwardpass_server.errors import (
     DeviceNotFound,
     ModelLoadError,
@@ -24,6 +25,8 @@ from forwardpass_server.errors import (
 )
 from forwardpass_server.models.trial_process import TrialProcess
 from forwardpass_server.process import control_groups, event_loops, import_path, onednn, quiet
+from forwardpass_server.storage import urls
+from forwardpass_server.weights import sweep as weight_sweep
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -163,6 +166,54 @@ def check(folder: pathlib.Path, device: str, onednn_setting: str, trial: bool, i
         raise click.ClickException(str(error)) from None
     if failed:
         raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=pathlib.Path))
+@click.argument("url")
+def upload(folder: pathlib.Path, url: str) -> None:
+    """Write a version into a model repository with a URL.
+
+    FOLDER is the folder of a version, and URL that of the version in the repository:
+
+    \b
+        forwardpass-server upload models/digits/3 s3://bucket/models/digits/3
+
+    Servers use the version when all its files are there. A version that is there is replaced.
+    """
+    try:
+        urls.check(url, "URL")
+        store = urls.open_store(url, "URL", is_written=True)
+        store.open()
+        names = app_upload.upload(folder, store)
+    except (ModelLoadError, SettingsError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"wrote {len(names)} files to {url}")
+
+
+@main.command("sweep-weights")
+@click.argument("url")
+@click.option(
+    "--older-than",
+    "days",
+    type=click.FloatRange(min=0),
+    metavar="DAYS",
+    help="Also delete sets that were written longer ago.",
+)
+def sweep_weights(url: str, days: float | None) -> None:
+    """Delete weights that nothing uses from the tier of `serve --weights-folder URL`.
+
+    Deletes tensors that no set uses, if they were written more than a day ago. Servers may run at the same time. Run
+    it regularly, for example each night.
+    """
+    try:
+        urls.check(url, "URL")
+        store = urls.open_store(url, "URL", is_written=True)
+        store.open()
+        swept = weight_sweep.sweep(store, None if days is None else days * 24 * 3600)
+    except (SettingsError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+    click.echo(f"deleted {swept.sets} sets and {swept.tensors} tensors, {swept.size_bytes} bytes")
 
 
 @main.command()

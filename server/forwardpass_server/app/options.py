@@ -19,6 +19,16 @@ FOLDER = click.Path(file_okay=False, path_type=pathlib.Path)
 SettingsT = TypeVar("SettingsT")
 
 
+class _FolderOrUrl(click.Path):
+    """A folder as a path, or a URL as a string."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if "://" in str(value) else super().convert(value, param, ctx)
+
+
+FOLDER_OR_URL = _FolderOrUrl(file_okay=False, path_type=pathlib.Path)
+
+
 @dataclasses.dataclass(frozen=True)
 class Option:
     """The option of one field, in its annotation: `port: Annotated[int, Option("--port", ...)] = 8500`.

@@ -44,6 +44,7 @@ from forwardpass_server.training import room as training_room
 from forwardpass_server.training.service import Trainings
 from forwardpass_server.weights import room as weights_room
 from forwardpass_server.weights.combinations import Combinations
+from forwardpass_server.weights.deletions import Deletions
 from forwardpass_server.weights.room import WeightsOptions
 from forwardpass_server.weights.store import StoreOptions, WeightStore
 
@@ -78,6 +79,7 @@ class Parts:
     models: ModelsRoom
     loader: ObservedLoader
     weights: WeightStore
+    deletions: Deletions | None
     weights_bytes: int
     capacity: Capacity
     calls: CallsRoom
@@ -100,9 +102,16 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
     metrics, tracing = Metrics(), _tracing(settings.trace_endpoint)
     guard = _guard(settings)
     models = models_room.build(_models_options(settings), metrics.models.trace, trial_process)
-    catalog = catalog_room.build(settings.model_repository, settings.factories)
+    # On a thread: the versions of a repository with a URL are copied.
+    catalog = await asyncio.to_thread(
+        catalog_room.build, settings.model_repository, settings.factories, settings.repository_cache
+    )
     weights_bytes = settings.weights_bytes or models.placement.default_budget_bytes()
-    weights = weights_room.build(_weights_options(settings, weights_bytes), models.placement, metrics.weights)
+    # On a thread: a tier that does not answer takes seconds.
+    in_weights = await asyncio.to_thread(
+        weights_room.build, _weights_options(settings, weights_bytes), models.placement, metrics.weights
+    )
+    weights = in_weights.store
     capacity = _capacity(settings, catalog, weights_bytes if models.is_on_cpu else 0)
     calls = calls_room.build(
         CallsOptions(threads=settings.execution_threads, max_batch_rows=settings.max_batch_examples),
@@ -143,12 +152,13 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
     management = RegistryManagement(
         catalog.registry,
         loader,
-        settings.model_repository,
+        catalog.folder,
         settings.factories,
         catalog.policies,
         functools.partial(_model_changed, health, capacity, catalog, loader, metrics),
         sessions.models,
         settings.unload_with_sessions == "refuse",
+        catalog.refresh,
     )
     parts = Parts(
         settings=settings,
@@ -160,6 +170,7 @@ async def join(settings: Settings, trial_process: TrialProcess | None) -> Parts:
         models=models,
         loader=loader,
         weights=weights,
+        deletions=in_weights.deletions,
         weights_bytes=weights_bytes,
         capacity=capacity,
         calls=calls,

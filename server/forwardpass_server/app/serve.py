@@ -126,6 +126,7 @@ async def _listen(parts: Parts, announce: Announce) -> None:
     announce(
         f"weights: up to {parts.weights_bytes / 2**20:,.0f} MiB on {parts.models.device}"
         + (f", kept in {settings.weights_folder}" if settings.weights_folder else "")
+        + (", for every server with this URL" if parts.weights.is_shared else "")
     )
     announce(
         f"requests and responses: up to {parts.capacity.messages_bytes / 2**20:,.0f} MiB at once, less what models take"
@@ -170,6 +171,7 @@ async def _end(parts: Parts) -> bool:
     if not has_ended:
         _LOGGER.warning("a computation was still running at the end of the drain timeout")
     await parts.sessions.store.close()
+    await asyncio.to_thread(parts.catalog.close)
     if parts.tracing is not None:
         await asyncio.to_thread(parts.tracing.close)
     return has_ended

@@ -13,10 +13,11 @@ import click
 from forwardpass.wire.chunks import CHUNK_BYTES
 from forwardpass.wire.hosts import is_loopback
 from forwardpass_server.app import logs, options
-from forwardpass_server.app.options import FILE, FOLDER, MIB, Option
+from forwardpass_server.app.options import FILE, FOLDER, FOLDER_OR_URL, MIB, Option
 from forwardpass_server.catalog.repository import MODEL_NAME
 from forwardpass_server.errors import SettingsError
 from forwardpass_server.process import control_groups, onednn
+from forwardpass_server.storage import urls
 from forwardpass_server.training.preparation import ANY, PREPARED
 
 _SESSION_STORE = re.compile(r"sqlite:///.|rediss?://.|memory://$")
@@ -52,8 +53,25 @@ class Settings:
 
     # None if only factories are served.
     model_repository: Annotated[
+        pathlib.Path | str | None,
+        Option(
+            "--model-repository",
+            "Folder of models: NAME/VERSION/ for each version. Or a URL (file:///FOLDER, s3://BUCKET/PREFIX, "
+            "gs://BUCKET/PREFIX), to which `forwardpass-server upload` has written them.",
+            metavar="FOLDER|URL",
+            type=FOLDER_OR_URL,
+            begins="Models",
+        ),
+    ] = None
+    # None for the folder of temporary files: the copies are removed at the end, and after a kill by the next server.
+    repository_cache: Annotated[
         pathlib.Path | None,
-        Option("--model-repository", "Folder of models: NAME/VERSION/ for each version.", begins="Models"),
+        Option(
+            "--repository-cache",
+            "Folder for local copies of the versions that are served, for a --model-repository with a URL.",
+            otherwise="the folder of temporary files",
+            type=FOLDER,
+        ),
     ] = None
     # Off by default: the server runs the models that it finds, so a file that somebody adds by accident would be run.
     # Replicas also would not change at the same moment.
@@ -405,11 +423,13 @@ class Settings:
     ] = None
     # None: weights are kept in memory only, and are lost at a restart.
     weights_folder: Annotated[
-        pathlib.Path | None,
+        pathlib.Path | str | None,
         Option(
             "--weights-folder",
-            "Also store the weights that clients put in this folder, so that they survive a restart.",
-            type=FOLDER,
+            "Also store the weights that clients put in this folder, so that they survive a restart. Servers with the "
+            "same URL instead of a path (file:///FOLDER, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX) share them.",
+            metavar="FOLDER|URL",
+            type=FOLDER_OR_URL,
         ),
     ] = None
     # Fits on a small disk, and holds thousands of sets of a usual model.
@@ -417,7 +437,8 @@ class Settings:
         int,
         Option(
             "--weights-disk-mib",
-            "Limit of the weights in that folder, in MiB; beyond it the least recently used are deleted.",
+            "Limit of the weights in that folder, in MiB; beyond it the least recently used are deleted. A URL has no "
+            "limit.",
             unit=MIB,
             least=1,
         ),
@@ -537,8 +558,12 @@ class Settings:
     def _check_models(self) -> None:
         if self.model_repository is None and not self.factories:
             raise SettingsError("--model-repository: expected a folder; without one, give at least one --factory")
-        if self.model_repository is not None and not self.model_repository.is_dir():
+        if isinstance(self.model_repository, str):
+            urls.check(self.model_repository, "--model-repository")
+        elif self.model_repository is not None and not self.model_repository.is_dir():
             raise SettingsError(f"--model-repository: expected a folder, got {str(self.model_repository)!r}")
+        if self.repository_cache is not None and not isinstance(self.model_repository, str):
+            raise SettingsError("--repository-cache: requires --model-repository with a URL")
         if self.repository_poll_s and self.model_repository is None:
             raise SettingsError("--repository-poll: requires --model-repository")
         for name, factory in self.factories.items():
@@ -553,6 +578,8 @@ class Settings:
                 raise SettingsError(f"--required-models: expected NAME or NAME/VERSION, got {required!r}")
 
     def _check_places(self) -> None:
+        if isinstance(self.weights_folder, str):
+            urls.check(self.weights_folder, "--weights-folder")
         if self.session_store is not None and not _SESSION_STORE.match(self.session_store):
             # The message does not quote the URL: it may hold a password.
             raise SettingsError("--session-store: expected sqlite:///PATH, redis://..., rediss://... or memory://")

@@ -27,6 +27,7 @@ def works(parts: Parts, recent: Recent, loading: asyncio.Task[None]) -> list[Cor
     """The tasks, each of which runs until it is cancelled. loading: the task that loads the models of the start."""
     return [
         _sweep_weights(parts.weights),
+        *([] if parts.deletions is None else [parts.deletions.watch()]),
         _sweep_sessions(parts.sessions),
         _release_models(parts.sessions.models),
         _watch_files(parts.guard),
@@ -70,10 +71,11 @@ async def _sample_metrics(recent: Recent) -> None:
 
 async def _follow_repository(parts: Parts, loading: asyncio.Task[None]) -> None:
     settings = parts.settings
-    if settings.model_repository is None or not settings.repository_poll_s:
+    catalog = parts.catalog
+    if catalog.folder is None or not settings.repository_poll_s:
         return
-    known = [entry.source for entry in parts.catalog.registry.entries() if entry.source.folder is not None]
-    watch = RepositoryWatch(parts.management, settings.model_repository, parts.catalog.policies, known)
+    known = [entry.source for entry in catalog.registry.entries() if entry.source.folder is not None]
+    watch = RepositoryWatch(parts.management, catalog.folder, catalog.policies, known, catalog.refresh)
     parts.metrics.files.watched("models", lambda: watch.is_good)
     # The models of the start are loaded first.
     await asyncio.wait([loading])

@@ -70,7 +70,7 @@ class CannotVectorize(Exception):
 
 
 class StackedPredictions(Protocol):
-    """Computes predict_on_batch for K sets of weights at once. Any number of threads may use it.
+    """Computes predict_on_batch for K sets of weights at once, at least two. Any number of threads may use it.
 
     A set is the flat list of the placed leaves of a model's weights.
     """
@@ -85,7 +85,7 @@ class StackedPredictions(Protocol):
     def run(self, weights: Sequence[Leaf], x: Sequence[Array]) -> list[Array]:
         """The predictions for all sets.
 
-        weights: of `stack`. x: leaves of shape [K, B, ...], one batch for each set.
+        weights: of `stack`. x: leaves of shape [K, B, ...], one batch for each set, none without elements.
         Returns leaves of shape [K, B, ...]. Raises ModelRefusedInput, OutOfMemory, or what else the model raises.
         """
 

@@ -40,6 +40,9 @@ _RISE = 1.05
 # Combinations of sets of which the shared leaves are known, and those that were seen once.
 _MAX_KNOWN = 1024
 
+# A stack that is not kept takes memory beside the budget while it is in use: at most this fraction of the budget.
+_STACK_SHARE = 8
+
 MAX_SETS = 256
 """The most sets of one computation."""
 
@@ -109,7 +112,7 @@ class _Variant:
     def __init__(self, differing: tuple[bool, ...]) -> None:
         self.differing = differing
         self.function: StackedPredictions | None = None
-        self.times: dict[tuple[int, Any], _Times] = {}
+        self.times: dict[tuple[int, tuple[tuple[int, ...], ...]], _Times] = {}
         # A trial found other bits than the probe of the load.
         self.is_inexact = False
 
@@ -139,11 +142,15 @@ class Vectorizer:
         """Whether a call may run as one computation with calls of other weights. allow_rounding: the call allows it."""
         return self._can and (self._is_exact or self._allows_rounding or allow_rounding)
 
-    def choose(self, sets: Sequence[FittedWeights], shapes: Any, allow_rounding: bool) -> Together | None:
+    def choose(
+        self, sets: Sequence[FittedWeights], shapes: tuple[tuple[int, ...], ...], allow_rounding: bool
+    ) -> Together | None:
         """How to run a group of calls: one by one (None), or as one computation.
 
-        sets: the weights of each call, at least two; not all the same. shapes: of the inputs of each call.
+        sets: the weights of each call, at least two. shapes: of the inputs of each call.
         """
+        if any(0 in shape for shape in shapes):
+            return None
         order = tuple([weights.number for weights in sets])
         differing = self._known_differing(order, sets)
         if not any(differing):
@@ -156,7 +163,12 @@ class Vectorizer:
         allow_rounding = allow_rounding or self._allows_rounding
         if function is None or (not allow_rounding and (function.difference or variant.is_inexact)):
             return None
+        if len(variant.times) > _MAX_KNOWN:
+            variant.times.clear()
         times = variant.times.setdefault((len(sets).bit_length(), shapes), _Times())
+        copied_bytes = variant.copied_bytes(sets)
+        if copied_bytes > self._weights.budget_bytes // _STACK_SHARE:
+            return None
         leaves = self._weights.stack_of(order)
         is_repeated = order in self._seen
         if not is_repeated:
@@ -164,10 +176,11 @@ class Vectorizer:
             if len(self._seen) > _MAX_KNOWN:
                 self._seen.popitem(last=False)
         # A stack that is kept serves the next group of the same sets too: its cost counts only for new sets.
-        with_copy = leaves is None and not (is_repeated and self._has_room(variant, sets))
+        is_kept = is_repeated and self._weights.used_bytes + copied_bytes <= self._weights.budget_bytes
+        with_copy = leaves is None and not is_kept
         if times.is_worth(with_copy):
             return Together(function, sets, leaves, False, times, variant)
-        if self._is_trial_due(times) and self._has_room(variant, sets):
+        if time.monotonic() >= times.next_trial_s:
             return Together(function, sets, leaves, True, times, variant)
         return None
 
@@ -195,9 +208,6 @@ class Vectorizer:
                 self._model.description.identity,
             )
 
-    def _is_trial_due(self, times: _Times) -> bool:
-        return time.monotonic() >= times.next_trial_s
-
     def _known_differing(self, order: tuple[int, ...], sets: Sequence[FittedWeights]) -> tuple[bool, ...]:
         """For each leaf whether it differs between the sets. The store holds equal tensors once, as one object."""
         known = self._differing.get(order)
@@ -207,9 +217,6 @@ class Vectorizer:
             if len(self._differing) > _MAX_KNOWN:
                 self._differing.popitem(last=False)
         return known
-
-    def _has_room(self, variant: _Variant, sets: Sequence[FittedWeights]) -> bool:
-        return self._weights.used_bytes + variant.copied_bytes(sets) <= self._weights.budget_bytes
 
     def _keep(self, together: Together) -> None:
         order = tuple([weights.number for weights in together.sets])

@@ -90,6 +90,8 @@ class RegistryManagement:
     on_change: called for each version after it was loaded, failed to load, or was unloaded.
     waits_for_sessions: refuse to unload a version that has sessions. Otherwise the version is unloaded, and its model
       stays in memory for the sessions.
+    refresh: brings the folder up to date, and with it a version by the name of its model and its number, 0 for the
+      highest; called on a thread. Raises OSError.
     """
 
     def __init__(
@@ -102,6 +104,7 @@ class RegistryManagement:
         on_change: Callable[[ModelSource], Awaitable[None]],
         sessions: ModelSessions,
         waits_for_sessions: bool = False,
+        refresh: Callable[[tuple[str, int] | None], None] = lambda asked: None,
     ) -> None:
         self._registry = registry
         self._loader = loader
@@ -111,6 +114,7 @@ class RegistryManagement:
         self._on_change = on_change
         self._sessions = sessions
         self._waits_for_sessions = waits_for_sessions
+        self._refresh = refresh
         # The state of each version's files at its last load, successful or not.
         self._tried: dict[str, FileStates] = {}
         # Only one coroutine at a time changes the registry.
@@ -238,6 +242,11 @@ class RegistryManagement:
         return self._registry.load(source, self._loader)
 
     def _find(self, name: str, version: int, label: str) -> ModelSource:
+        try:
+            # A label's version is always served.
+            self._refresh(None if label else (name, version))
+        except OSError as error:
+            _LOGGER.warning("model repository: it cannot be read: %s", error)
         with contextlib.suppress(OSError):
             self._policies.refresh()
         versions = [source for source in self._loadable() if source.name == name]

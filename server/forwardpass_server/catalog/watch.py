@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from forwardpass_server.calls.model import ModelSource
 from forwardpass_server.catalog import repository
@@ -24,6 +24,7 @@ class RepositoryWatch:
     copied.
 
     policies: the versions to serve. known: the versions of the repository that were loaded at the start.
+    refresh: brings the folder up to date; called on a thread. Raises OSError.
     """
 
     def __init__(
@@ -32,10 +33,12 @@ class RepositoryWatch:
         folder: pathlib.Path,
         policies: VersionPolicies,
         known: Sequence[ModelSource],
+        refresh: Callable[[], None] = lambda: None,
     ) -> None:
         self._management = management
         self._folder = folder
         self._policies = policies
+        self._refresh = refresh
         # Without versions that an operator loaded against the policy: only the operator unloads those.
         self._known = {str(source): source for source in known}
         self._seen: dict[str, FileStates | None] = dict.fromkeys(self._known)
@@ -107,6 +110,7 @@ class RepositoryWatch:
 
         The states are None if files changed during the scan. A skipped entry is logged once, not at each look.
         """
+        self._refresh()
         self._policies.refresh()
         contents = repository.look(self._folder)
         for sentence in contents.skipped:

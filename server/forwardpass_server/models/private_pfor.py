@@ -143,7 +143,12 @@ def _converters() -> Iterator[None]:
     registry = pfor._pfor_converter_registry
     with _LOCK:
         registered = dict(registry)
-        ours = {"MatMul": _matmul, "BatchMatMulV2": _batch_matmul, "LookupTableFindV2": _look_up}
+        ours = {
+            "BatchMatMulV2": _batch_matmul,
+            "BiasAdd": _bias_add,
+            "LookupTableFindV2": _look_up,
+            "MatMul": _matmul,
+        }
         try:
             for name, converter in (registered | ours).items():
                 registry[name] = functools.partial(_guarded, converter)
@@ -170,19 +175,28 @@ def _abandon(operation: Any, error: Exception) -> NoReturn:
 
 
 def _matmul(operation: Any) -> Any:
-    """A product with stacked matrices on the right. pfor's own converter would transpose them if the left is shared."""
+    """A product of matrices.
+
+    pfor's own converter transposes stacked matrices on the right if the left is shared, and fails for empty batches.
+    """
     from tensorflow.python.ops.parallel_for import pfor
 
     (left, is_left_stacked, _), (right, is_right_stacked, _) = operation.input(0), operation.input(1)
-    if not is_right_stacked:
-        return pfor._convert_matmul(operation)
-    product = tf.matmul(
-        left if is_left_stacked else left[tf.newaxis],
-        right,
-        transpose_a=operation.get_attr("transpose_a"),
-        transpose_b=operation.get_attr("transpose_b"),
-    )
-    return pfor.wrap(product, True)
+    transpose_left, transpose_right = operation.get_attr("transpose_a"), operation.get_attr("transpose_b")
+    if is_right_stacked:
+        left = left if is_left_stacked else left[tf.newaxis]
+        return pfor.wrap(tf.matmul(left, right, transpose_a=transpose_left, transpose_b=transpose_right), True)
+    if transpose_left:
+        left = tf.transpose(left, [0, 2, 1])
+    return pfor.wrap(_times_matrix(left, right, transpose_right), True)
+
+
+def _times_matrix(left: Any, matrix: Any, transpose_matrix: bool) -> Any:
+    """The product of an array of any rank with one matrix, as a product of two matrices."""
+    shape = tf.shape(left)
+    flat = tf.reshape(left, [tf.reduce_prod(shape[:-1]), shape[-1]])
+    product = tf.matmul(flat, matrix, transpose_b=transpose_matrix)
+    return tf.reshape(product, tf.concat([shape[:-1], tf.shape(product)[-1:]], axis=0))
 
 
 def _batch_matmul(operation: Any) -> Any:
@@ -195,9 +209,24 @@ def _batch_matmul(operation: Any) -> Any:
     (left, _, _), (right, is_right_stacked, _) = operation.input(0), operation.input(1)
     if is_right_stacked or right.shape.rank != 2 or operation.get_attr("adj_x"):
         return pfor._convert_batch_mat_mul_v2(operation)
-    shape = tf.shape(left)
-    product = tf.matmul(tf.reshape(left, [-1, shape[-1]]), right, adjoint_b=operation.get_attr("adj_y"))
-    return pfor.wrap(tf.reshape(product, tf.concat([shape[:-1], tf.shape(product)[-1:]], axis=0)), True)
+    if operation.get_attr("adj_y"):
+        right = tf.linalg.adjoint(right)
+    return pfor.wrap(_times_matrix(left, right, False), True)
+
+
+def _bias_add(operation: Any) -> Any:
+    """Adds stacked biases. pfor's own converter takes another shape for them if there is one set."""
+    from tensorflow.python.ops.parallel_for import pfor
+
+    (values, are_stacked, _), (bias, is_bias_stacked, _) = operation.input(0), operation.input(1)
+    rank = operation.op.inputs[0].shape.rank
+    if not is_bias_stacked or rank is None:
+        return pfor._convert_biasadd(operation)
+    axis = 1 if operation.get_attr("data_format") == b"NCHW" else rank - 1
+    shape = [1] * rank
+    shape[axis] = tf.shape(bias)[1]
+    bias = tf.reshape(bias, [tf.shape(bias)[0], *shape])
+    return pfor.wrap((values if are_stacked else values[tf.newaxis]) + bias, True)
 
 
 def _look_up(operation: Any) -> Any:

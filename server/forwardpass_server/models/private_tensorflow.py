@@ -10,6 +10,7 @@ slower public interface takes its place, which the log says, or the server does 
 | Context.clear_kernel_cache | frees the kernels of unloaded models | each unloaded model leaves 0.6 MiB or more |
 | StatefulPartitionedCall(f=an object with a name) | runs a function | no start |
 | _run_inline_graph_optimization | judges whether a model can be batched | no start, unless with --no-batching |
+| function_def_to_graph_def | judges the loops of a model | models with loops are not batched |
 | IsMklEnabled | whether TensorFlow uses oneDNN | what TF_ENABLE_ONEDNN_OPTS says |
 | Context.add_function_def, remove_function | copies functions to the child process | no start, unless with --no-trial |
 """
@@ -21,7 +22,7 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -101,13 +102,48 @@ def inlined_graph(concrete: Any) -> tf.Graph:
 
     The shapes that a file or `set_shape` claims are dropped, because they may be wrong.
     """
-    definition = inlined(concrete)
+    return _imported(inlined(concrete))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FunctionBody:
+    """A function as a graph, and its tensors that are arguments and results."""
+
+    graph: tf.Graph
+    inputs: Sequence[Any]
+    outputs: Sequence[Any]
+
+
+def function_body(graph: tf.Graph, name: str, shapes: Sequence[tuple[int | None, ...] | None]) -> FunctionBody:
+    """A function of a graph, as `inlined_graph` returns one.
+
+    shapes: of the arguments; None for an unknown rank. Those that the file claims are dropped.
+    Raises NotImplementedError if the interface failed: see `_WITHOUT`.
+    """
+    if _FUNCTION_BODY in _replaced():
+        raise NotImplementedError(_WITHOUT[_FUNCTION_BODY])
+    return _function_body(graph, name, shapes)
+
+
+def _function_body(graph: tf.Graph, name: str, shapes: Sequence[tuple[int | None, ...] | None]) -> FunctionBody:
+    from tensorflow.python.framework import function_def_to_graph
+
+    library = graph.as_graph_def().library
+    function = next(one for one in library.function if one.signature.name == name)
+    definition, names = function_def_to_graph.function_def_to_graph_def(function)
+    # The function's own claims take precedence over shapes that are given to TensorFlow's method.
+    arguments = zip(function.signature.input_arg, shapes, strict=True)
+    shape_of = {argument.name: tf.TensorShape(shape).as_proto() for argument, shape in arguments}
     for node in definition.node:
-        node.attr.pop("_output_shapes", None)
-    graph = tf.Graph()
-    with graph.as_default():
-        tf.import_graph_def(definition, name="")
-    return graph
+        if node.name in shape_of:
+            node.attr["shape"].shape.CopyFrom(shape_of[node.name])
+    definition.library.CopyFrom(library)
+    body = _imported(definition)
+    return FunctionBody(
+        body,
+        [body.get_tensor_by_name(names[argument.name]) for argument in function.signature.input_arg],
+        [body.get_tensor_by_name(names[function.ret[result.name]]) for result in function.signature.output_arg],
+    )
 
 
 def definitions(concrete: Any) -> dict[bytes, bytes]:
@@ -138,6 +174,16 @@ def uses_onednn() -> bool:
         return bool(_pywrap_util_port.IsMklEnabled())
     except (AttributeError, ImportError):
         return os.environ.get("TF_ENABLE_ONEDNN_OPTS") != "0"
+
+
+def _imported(definition: Any) -> tf.Graph:
+    """The graph of a GraphDef, without the shapes that its nodes claim for their results."""
+    for node in definition.node:
+        node.attr.pop("_output_shapes", None)
+    graph = tf.Graph()
+    with graph.as_default():
+        tf.import_graph_def(definition, name="")
+    return graph
 
 
 def _context() -> Any:
@@ -190,11 +236,13 @@ def _is_defun(function: Any) -> bool:
 _EAGER_TENSOR = "EagerTensor"
 _ATOMIC_FUNCTION = "AtomicFunction"
 _KERNEL_CACHE = "Context.clear_kernel_cache"
+_FUNCTION_BODY = "function_def_to_graph_def"
 
 _WITHOUT = {
     _EAGER_TENSOR: "arrays are copied into tensors by tf.constant, so that calls with large arrays take longer",
     _ATOMIC_FUNCTION: "models keep their graphs, so that each takes about twice the memory",
     _KERNEL_CACHE: "the kernels of unloaded models stay in memory, 0.6 MiB or more for each load",
+    _FUNCTION_BODY: "models with loops are not batched",
 }
 
 
@@ -205,6 +253,7 @@ def _replaced() -> frozenset[str]:
         _EAGER_TENSOR: _failure(_try_eager_tensor),
         _ATOMIC_FUNCTION: _failure(_try_atomic_functions),
         _KERNEL_CACHE: _failure(lambda: _context().clear_kernel_cache()),
+        _FUNCTION_BODY: _failure(_try_function_body),
     }
     for interface, reason in failures.items():
         if reason:
@@ -287,6 +336,16 @@ def _try_atomic_functions() -> None:
     held = _atomic_functions(concrete)
     if len(held) != 2:
         raise ValueError(f"expected a function and one that it calls, got {len(held)}")
+
+
+def _try_function_body() -> None:
+    """Takes the sample's inner function out of its graph."""
+    graph = _imported(_sample().graph.as_graph_def())
+    call = next(operation for operation in graph.get_operations() if operation.type in _CALLS)
+    body = _function_body(graph, call.get_attr("f").name, [(2,)])
+    operations = [operation.type for operation in body.graph.get_operations()]
+    if "AddV2" not in operations or [tensor.shape.as_list() for tensor in (*body.inputs, *body.outputs)] != [[2], [2]]:
+        raise ValueError(f"expected a sum of two numbers, got {operations}")
 
 
 def _try_calls() -> None:

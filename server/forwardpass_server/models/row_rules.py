@@ -2,393 +2,395 @@
 
 from __future__ import annotations
 
-import enum
-import math
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
+from forwardpass_server.models import sizes
+from forwardpass_server.models.row_kinds import (
+    Counts,
+    Dims,
+    Free,
+    Inseparable,
+    Kind,
+    Rows,
+    Values,
+    values_of,
+)
+from forwardpass_server.models.sizes import ONE, Size
 
-class Inseparable(Exception):
-    """An operation mixes rows, or may mix them. The message says why."""
-
-
-class Kind(enum.Enum):
-    """How a tensor depends on the batch."""
-
-    FREE = "does not depend on it"
-    ROWS = "its first dimension is the batch, each row made of that row alone"
-    COUNT = "the number of rows, a scalar"
-    SHAPE = "a vector that begins with the number of rows, and does not depend on it otherwise"
-    OTHER = "depends on it in a way that no rule describes"
-
-
-def results(operation: Any, kinds: Sequence[Kind]) -> list[Kind]:
-    """How the results of an operation depend on the batch.
-
-    kinds: of its inputs.
-    Raises Inseparable.
-    """
-    if all(kind is Kind.FREE for kind in kinds):
-        # A result that is not the same in each run would be shared by all callers of a batch.
-        _require(not operation.op_def.is_stateful, "has an effect or a state")
-        _require(
-            all(attribute.type not in ("func", "list(func)") for attribute in operation.op_def.attr),
-            "calls a function that is not inlined",
-        )
-        return [Kind.FREE] * len(operation.outputs)
-    rule = RULES.get(operation.type)
-    if rule is None:
-        raise Inseparable("is not known to keep rows apart")
-    kind = rule(operation, kinds)
-    found = kind if isinstance(kind, list) else [kind] * len(operation.outputs)
-    for tensor, one in zip(operation.outputs, found, strict=True):
-        if one is Kind.ROWS:
-            _require(bool(tensor.shape.rank), "has a result of unknown rank")
-            _require(tensor.shape[0] is None, "fixes the number of rows")
-    return found
+ALONG = "works along the batch"
+COUNT = "works on the number of rows"
+PARAMETERS = "uses rows as parameters"
+TIES = "ties the number of rows to a constant"
+UNKNOWN_RANK = "has an argument of unknown rank"
 
 
-Rule = Callable[[Any, Sequence[Kind]], Any]
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One operation, and the kinds of its arguments. name: tells it from all others, also from those of functions."""
+
+    operation: Any
+    kinds: Sequence[Kind]
+    name: str
+
+    @property
+    def type(self) -> str:
+        """The type of the operation."""
+        return str(self.operation.type)
+
+    def has(self, name: str) -> bool:
+        """Whether the operation has an attribute."""
+        return any(attribute.name == name for attribute in self.operation.op_def.attr)
+
+    def attribute(self, name: str) -> Any:
+        """The value of an attribute."""
+        return self.operation.get_attr(name)
+
+    def rows(self, index: int = 0) -> Rows:
+        """An argument that must hold rows. Raises Inseparable."""
+        kind = self.kinds[index]
+        if isinstance(kind, Rows):
+            return kind
+        raise Inseparable(TIES if isinstance(kind, Free) else COUNT)
+
+    def free(self, *indices: int) -> None:
+        """Refuses arguments that depend on the batch."""
+        for index in indices:
+            require(isinstance(self.kinds[index], Free), PARAMETERS)
+
+    def dims(self, index: int) -> Dims:
+        """The sizes of an argument. Raises Inseparable for an unknown rank."""
+        kind = self.kinds[index]
+        dims = kind.dims if isinstance(kind, Rows | Free) else None
+        if dims is None:
+            raise Inseparable(UNKNOWN_RANK)
+        return dims
+
+    def values(self, index: int) -> Values:
+        """The whole numbers of an argument. Raises Inseparable where they are unknown."""
+        found = values_of(self.kinds[index])
+        if found is None:
+            raise Inseparable("takes its axes or shape from a computation")
+        return found
+
+    def numbers(self, index: int) -> list[int]:
+        """The whole numbers of an argument, all of them known. Raises Inseparable."""
+        found = self.values(index).constants
+        if found is None:
+            raise Inseparable("takes its axes or shape from a computation")
+        return found
+
+    def axes(self, index: int, rank: int) -> list[int]:
+        """Axes that an argument names, counted from the front. Raises Inseparable."""
+        return [axis_of(axis, rank) for axis in self.numbers(index)]
+
+    def axis(self, index: int, rank: int) -> int:
+        """One axis that an argument names. Raises Inseparable."""
+        axes = self.axes(index, rank)
+        require(len(axes) == 1, "names several axes where one is expected")
+        return axes[0]
+
+    def unknown(self, place: object) -> Size:
+        """A size that this operation computes."""
+        return sizes.unknown(f"{self.name}[{place}]")
 
 
-def _require(condition: bool, reason: str) -> None:
+Rule = Callable[[Step], Kind | Sequence[Kind]]
+
+
+def require(condition: object, reason: str) -> None:
+    """Raises Inseparable for this reason unless the condition holds."""
     if not condition:
         raise Inseparable(reason)
 
 
-def _static(tensor: Any) -> Any:
-    """The value of a tensor that the graph fixes."""
-    value = tf.get_static_value(tensor)
-    _require(value is not None, "takes its axes or shape from a computation")
-    return value
+def axis_of(axis: int, rank: int) -> int:
+    """An axis counted from the front."""
+    require(-rank <= axis < rank, "names an axis that is not there")
+    return axis % rank
 
 
-def _rank(tensor: Any) -> int:
-    _require(tensor.shape.rank is not None, "has an argument of unknown rank")
-    return int(tensor.shape.rank)
+def replaced(rows: Rows, axis: int, size: Size) -> Rows:
+    """The same tensor with another size of one dimension that is not the batch."""
+    return dataclasses.replace(rows, dims=(*rows.dims[:axis], size, *rows.dims[axis + 1 :]))
 
 
-def _axes(tensor: Any, rank: int) -> set[int]:
-    return {int(axis) % rank for axis in np.ravel(_static(tensor))}
+def without(rows: Rows, axes: Sequence[int]) -> Rows:
+    """The same tensor without some dimensions, the batch not among them."""
+    require(rows.axis not in axes, ALONG)
+    dims = tuple(size for axis, size in enumerate(rows.dims) if axis not in axes)
+    return dataclasses.replace(rows, axis=rows.axis - sum(axis < rows.axis for axis in set(axes)), dims=dims)
 
 
-def _unary(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    _require(kinds[0] is Kind.ROWS, "works on the number of rows")
-    return Kind.ROWS
+def inserted(rows: Rows, axis: int, size: Size) -> Rows:
+    """The same tensor with one more dimension in front of this one."""
+    dims = (*rows.dims[:axis], size, *rows.dims[axis:])
+    return dataclasses.replace(rows, axis=rows.axis + (axis <= rows.axis), dims=dims)
 
 
-def _pass(operation: Any, kinds: Sequence[Kind]) -> list[Kind]:
-    return list(kinds)
+def known(size: Size | None) -> Size | None:
+    """A size that may stand in the shape of a tensor beside its batch; None where it is unknown or depends on B."""
+    return None if size is None or size.has_rows or size.factor < 0 else size
 
 
-def _cast(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    if kinds[0] is not Kind.ROWS:
-        _require(operation.get_attr("DstT") in (tf.int32, tf.int64), "works on the number of rows")
-    return kinds[0]
-
-
-def _elementwise(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    """Any number of arguments that broadcast."""
-    ranks = [_rank(tensor) for tensor in operation.inputs]
-    for kind, rank, tensor in zip(kinds, ranks, operation.inputs, strict=True):
-        _require(kind in (Kind.ROWS, Kind.FREE), "works on the number of rows")
-        if kind is Kind.ROWS:
-            _require(rank == max(ranks), "broadcasts the batch along another dimension")
+def broadcast(step: Step, dims: Sequence[Dims], rows: Sequence[Rows]) -> Rows:
+    """The result of arguments of these sizes that broadcast, among them some that hold rows, all in one place."""
+    rank = max(map(len, dims))
+    place, layout = rows[0].place, rows[0].layout
+    for one in rows:
+        require(one.place == place, "broadcasts the batch along another dimension")
+        require(one.layout == layout, "joins rows with parts of rows")
+    found = []
+    for axis in range(-rank, 0):
+        present = [one[axis] for one in dims if len(one) >= -axis]
+        if axis == place:
+            holds = rows[0].dims[place]
+            require(all(size in (holds, ONE) for size in present), TIES)
+            require(sum(size == holds for size in present) == len(rows), TIES)
+            found.append(holds)
         else:
-            _require(rank < max(ranks) or tensor.shape[0] == 1, "ties the number of rows to a constant")
-    return Kind.ROWS
+            found.append(_broadcast_size(step, axis, [size for size in present if size != ONE]))
+    return Rows(rank + place, tuple(found), *layout)
 
 
-def _same_shape(operation: Any, kinds: Sequence[Kind]) -> Kind:
+def _broadcast_size(step: Step, axis: int, present: Sequence[Size]) -> Size:
+    constant = next((size for size in present if size.constant is not None), None)
+    if constant is not None or not present:
+        return constant or ONE
+    return present[0] if all(size == present[0] for size in present) else step.unknown(axis)
+
+
+def _unary(step: Step) -> Kind:
+    return step.rows()
+
+
+def _elementwise(step: Step) -> Kind:
+    """Any number of arguments that broadcast."""
+    require(not any(isinstance(kind, Counts) for kind in step.kinds), COUNT)
+    dims = [step.dims(index) for index in range(len(step.kinds))]
+    return broadcast(step, dims, [kind for kind in step.kinds if isinstance(kind, Rows)])
+
+
+def _same_shape(step: Step) -> Kind:
     """Any number of arguments of one shape: nothing broadcasts."""
-    _require(all(kind is Kind.ROWS for kind in kinds), "ties the number of rows to a constant")
-    return Kind.ROWS
+    parts = [step.rows(index) for index in range(len(step.kinds))]
+    return _alike(parts)
 
 
-def _clip(operation: Any, kinds: Sequence[Kind]) -> Kind:
+def _same_or_scalars(step: Step) -> Kind:
+    """Any number of arguments of one shape, or scalars."""
+    parts = []
+    for index, kind in enumerate(step.kinds):
+        if not isinstance(kind, Free) or step.dims(index):
+            parts.append(step.rows(index))
+    require(parts, TIES)
+    return _alike(parts)
+
+
+def _alike(parts: Sequence[Rows]) -> Rows:
+    first = parts[0]
+    for part in parts:
+        is_alike = (part.axis, part.layout, part.rank) == (first.axis, first.layout, first.rank)
+        require(is_alike, "joins rows with something else")
+    return first
+
+
+def _clip(step: Step) -> Kind:
     """ClipByValue: (value, minimum, maximum), of one shape or the last two scalars."""
-    for kind, tensor in zip(kinds, operation.inputs, strict=True):
-        _require(
-            kind is Kind.ROWS or (kind is Kind.FREE and _rank(tensor) == 0), "ties the number of rows to a constant"
-        )
-    _require(kinds[0] is Kind.ROWS, "ties the number of rows to a constant")
-    return Kind.ROWS
+    step.rows(0)
+    return _same_or_scalars(step)
 
 
-def _ensure_shape(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    shape = tf.TensorShape(operation.get_attr("shape"))
-    _require(shape.rank is None or (shape.rank > 0 and shape[0] is None), "fixes the number of rows")
-    return _unary(operation, kinds)
-
-
-def _only_first(operation: Any, kinds: Sequence[Kind]) -> Kind:
+def _only_first(step: Step) -> Kind:
     """A batch of data, and parameters that are the same for all of it."""
-    _require(kinds[0] is Kind.ROWS, "works on the number of rows, or uses rows as parameters")
-    _require(all(kind is Kind.FREE for kind in kinds[1:]), "uses rows as parameters")
-    return Kind.ROWS
+    rows = step.rows(0)
+    step.free(*range(1, len(step.kinds)))
+    return rows
 
 
-def _bias_add(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    _require(_rank(operation.inputs[0]) >= 2, "adds along the batch")
-    return _only_first(operation, kinds)
+def _bias_add(step: Step) -> Kind:
+    rows = _only_first(step)
+    assert isinstance(rows, Rows)
+    channels = 1 if step.attribute("data_format") == b"NCHW" else rows.rank - 1
+    require(rows.axis != channels, "adds along the batch")
+    return rows
 
 
-def _mat_mul(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    _require(not operation.get_attr("transpose_a"), "sums over the batch")
-    return _only_first(operation, kinds)
+def _along_last(step: Step) -> Kind:
+    return _along_last_of(step, 1)
 
 
-def _batch_mat_mul(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    ranks = [_rank(tensor) for tensor in operation.inputs]
-    if kinds[0] is Kind.ROWS and ranks[0] == 2:
-        _require(not operation.get_attr("adj_x") and ranks[1] == 2, "sums over the batch, or repeats it")
-        return _only_first(operation, kinds)
-    _require(max(ranks) >= 3, "multiplies along the batch")
-    # The dimensions before the last two broadcast, but not in the first version of the operation.
-    return (_same_shape if operation.type == "BatchMatMul" else _elementwise)(operation, kinds)
+def _along_last_of(step: Step, count: int) -> Rows:
+    """Works on the last dimensions. Rows stand in another one."""
+    rows = step.rows(0)
+    require(rows.place < -count, ALONG)
+    step.free(*range(1, len(step.kinds)))
+    return rows
 
 
-def _window(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    """A convolution or a pooling. Each data format begins with the batch."""
-    for name in ("ksize", "strides", "dilations"):
-        if _has_attribute(operation, name):
-            _require(operation.get_attr(name)[0] == 1, "spans the batch")
-    if _has_attribute(operation, "explicit_paddings"):
-        _require(not any(operation.get_attr("explicit_paddings")[:2]), "adds rows")
-    return _only_first(operation, kinds)
+def _fourier(step: Step) -> Kind:
+    count = 3 if "3D" in step.type else 2 if "2D" in step.type else 1
+    rows = _along_last_of(step, count)
+    if "RFFT" not in step.type:
+        return rows
+    for axis in range(rows.rank - count, rows.rank):
+        rows = replaced(rows, axis, step.unknown(axis))
+    return rows
 
 
-def _has_attribute(operation: Any, name: str) -> bool:
-    return any(attribute.name == name for attribute in operation.op_def.attr)
+def _top(step: Step) -> Kind:
+    """TopKV2: (input, k)."""
+    rows = _along_last_of(step, 1)
+    values = values_of(step.kinds[1])
+    size = known(values.items[0]) if values and values.items else None
+    return replaced(rows, rows.rank - 1, size or step.unknown(0))
 
 
-def _batch_norm(operation: Any, kinds: Sequence[Kind]) -> list[Kind]:
-    _require(not operation.get_attr("is_training"), "normalises by the statistics of the batch")
-    # The statistics of no rows at all are NaN, and what is reserved for the gradient may be anything.
-    return [_only_first(operation, kinds)] + [Kind.OTHER] * (len(operation.outputs) - 1)
+def _matrices(step: Step) -> Kind:
+    return _along_last_of(step, 2)
 
 
-def _along_last(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    _require(_rank(operation.inputs[0]) >= 2, "works along the batch")
-    return _only_first(operation, kinds)
+def _reduction(step: Step) -> Kind:
+    """Reductions: (input, axes)."""
+    rows = step.rows(0)
+    axes = step.axes(1, rows.rank)
+    require(rows.axis not in axes, ALONG)
+    if step.attribute("keep_dims"):
+        return dataclasses.replace(
+            rows, dims=tuple(ONE if axis in axes else size for axis, size in enumerate(rows.dims))
+        )
+    return without(rows, axes)
 
 
-def _along_axes(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    """The second argument names the axes."""
-    _require(0 not in _axes(operation.inputs[1], _rank(operation.inputs[0])), "works along the batch")
-    return _only_first(operation, kinds)
+def _best(step: Step) -> Kind:
+    """ArgMax, ArgMin: (input, axis)."""
+    rows = step.rows(0)
+    return without(rows, step.axes(1, rows.rank))
 
 
-def _expand_dims(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    _require(0 not in _axes(operation.inputs[1], _rank(operation.inputs[0]) + 1), "moves the batch")
-    return _only_first(operation, kinds)
+def _scan(step: Step) -> Kind:
+    """Cumsum and the like, ReverseV2: (input, axes)."""
+    rows = step.rows(0)
+    require(rows.axis not in step.axes(1, rows.rank), ALONG)
+    return rows
 
 
-def _squeeze(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    rank = _rank(operation.inputs[0])
-    axes = {axis % rank for axis in operation.get_attr("squeeze_dims")}
-    _require(bool(axes) and 0 not in axes, "may drop the batch")
-    return _only_first(operation, kinds)
+def _roll(step: Step) -> Kind:
+    """Roll: (input, shift, axes)."""
+    rows = step.rows(0)
+    step.free(1)
+    require(rows.axis not in step.axes(2, rows.rank), ALONG)
+    return rows
 
 
-def _reshape(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    _require(kinds[0] is Kind.ROWS, "works on the number of rows")
-    if kinds[1] is Kind.FREE:
-        _require(np.ravel(_static(operation.inputs[1])).tolist()[:1] == [-1], "fixes the number of rows")
-    else:
-        _require(kinds[1] is Kind.SHAPE, "takes its shape from the batch")
-    sizes = []
-    for tensor in (operation.inputs[0], operation.outputs[0]):
-        _require(_rank(tensor) >= 1 and None not in tensor.shape[1:].as_list(), "has rows of unknown size")
-        sizes.append(math.prod(tensor.shape[1:].as_list()))
-    _require(sizes[0] > 0, "has rows without numbers, whose number it cannot keep")
-    _require(sizes[0] == sizes[1], "cuts rows in pieces, or joins them")
-    return Kind.ROWS
+def _reverse_sequence(step: Step) -> Kind:
+    """ReverseSequence: (input, lengths), one length for each entry of one dimension."""
+    rows, lengths = step.rows(0), step.rows(1)
+    require(rows.axis == axis_of(step.attribute("batch_dim"), rows.rank), ALONG)
+    require(rows.axis != axis_of(step.attribute("seq_dim"), rows.rank), ALONG)
+    require(lengths.rank == 1 and lengths.layout == rows.layout, TIES)
+    return rows
 
 
-def _transpose(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    _require(int(_static(operation.inputs[1])[0]) == 0, "moves the batch")
-    return _only_first(operation, kinds)
+def _one_hot(step: Step) -> Kind:
+    """OneHot: (indices, depth, on, off)."""
+    rows = step.rows(0)
+    step.free(1, 2, 3)
+    axis = step.attribute("axis")
+    values = values_of(step.kinds[1])
+    size = known(values.items[0]) if values and values.items else None
+    return inserted(rows, rows.rank if axis == -1 else axis_of(axis, rows.rank + 1), size or step.unknown(0))
 
 
-def _concat(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    *parts, axis = kinds
-    if parts[0] is Kind.SHAPE:
-        _require(all(kind is Kind.FREE for kind in (*parts[1:], axis)), "uses the number of rows twice")
-        return Kind.SHAPE
-    _require(axis is Kind.FREE and all(part is Kind.ROWS for part in parts), "joins rows with something else")
-    _require(0 not in _axes(operation.inputs[-1], _rank(operation.inputs[0])), "joins along the batch")
-    return Kind.ROWS
+def _find(step: Step) -> Kind:
+    """LookupTableFindV2: (table, keys, default). A graph that changes a table is refused."""
+    rows = step.rows(1)
+    step.free(0, 2)
+    return rows
 
 
-def _pack(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    if kinds[0] is Kind.COUNT:
-        _require(all(kind is Kind.FREE for kind in kinds[1:]), "uses the number of rows twice")
-        return Kind.SHAPE
-    _require(all(kind is Kind.ROWS for kind in kinds), "joins rows with something else")
-    _require(operation.get_attr("axis") % (_rank(operation.inputs[0]) + 1) != 0, "moves the batch")
-    return Kind.ROWS
+def _count_classes(step: Step) -> Kind:
+    """DenseBincount: (classes, number of classes, weights)."""
+    rows = step.rows(0)
+    require(rows.rank == 2 and rows.axis == 0, ALONG)
+    step.free(2)
+    require(step.dims(2) == (Size(0),), "weighs rows by a constant")
+    size = known(_number_of_classes(step))
+    require(size, "makes a result whose size depends on rows")
+    assert size is not None
+    return replaced(rows, 1, size)
 
 
-def _unpack(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    _require(operation.get_attr("axis") % _rank(operation.inputs[0]) != 0, "takes the batch apart")
-    return _only_first(operation, kinds)
+def _number_of_classes(step: Step) -> Size | None:
+    """The second argument; also where it is the smaller of n and the larger of n and something else: n."""
+    values = values_of(step.kinds[1])
+    if values is not None:
+        return values.items[0]
+    if isinstance(step.kinds[1], Free):
+        return step.unknown(1)
+    least = _bounds(step.operation.inputs[1], "Minimum")
+    for number, other in least:
+        if any(number <= bound for bound, _ in _bounds(other, "Maximum")):
+            return Size(number)
+    return None
 
 
-def _split(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    """Split: (axis, value)."""
-    _require(kinds[1] is Kind.ROWS, "works on the number of rows")
-    _require(0 not in _axes(operation.inputs[0], _rank(operation.inputs[1])), "splits the batch")
-    return Kind.ROWS
-
-
-def _split_v(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    """SplitV: (value, sizes, axis)."""
-    _require(0 not in _axes(operation.inputs[2], _rank(operation.inputs[0])), "splits the batch")
-    return _only_first(operation, kinds)
-
-
-def _shape(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    _require(kinds[0] is Kind.ROWS, "works on the number of rows")
-    return Kind.SHAPE
-
-
-def _strided_slice(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    data = kinds[0]
-    begin, end, strides = (np.ravel(_static(tensor)).tolist() for tensor in operation.inputs[1:])
-    masks = {
-        name: operation.get_attr(f"{name}_mask") for name in ("begin", "end", "ellipsis", "new_axis", "shrink_axis")
-    }
-    _require(bool(begin) and not masks["ellipsis"], "slices in a way that is not looked into")
-    _require(not masks["new_axis"] & 1, "moves the batch")
-    if data is Kind.SHAPE:
-        _require(len(begin) == 1 and strides == [1], "uses the number of rows")
-        return _slice_of_shape(operation.inputs[0], begin[0], end[0], masks)
-    _require(data is Kind.ROWS, "works on the number of rows")
-    whole = masks["begin"] & masks["end"] & 1 and strides[0] == 1 and not masks["shrink_axis"] & 1
-    _require(bool(whole), "takes some rows and leaves others")
-    return Kind.ROWS
-
-
-def _slice_of_shape(shape: Any, begin: int, end: int, masks: Mapping[str, int]) -> Kind:
-    """What a slice of a SHAPE is, by whether it holds the number of rows."""
-    _require(shape.shape.rank == 1 and shape.shape[0] is not None, "takes a part of a shape of unknown rank")
-    size = int(shape.shape[0])
-    if masks["shrink_axis"] & 1:
-        # For a dimension that is dropped TensorFlow ignores the masks of its begin and end.
-        position = begin + size if begin < 0 else begin
-        _require(0 <= position < size, "takes a dimension that is not there")
-        return Kind.FREE if position else Kind.COUNT
-    taken = range(size)[None if masks["begin"] & 1 else begin : None if masks["end"] & 1 else end]
-    return Kind.SHAPE if 0 in taken else Kind.FREE
-
-
-def _gather(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    """GatherV2: (parameters, indices, axis)."""
-    _require(not operation.get_attr("batch_dims"), "gathers in a way that is not looked into")
-    axes = _axes(operation.inputs[2], max(_rank(operation.inputs[0]), 1))
-    if kinds[1] is Kind.ROWS:
-        _require(kinds[0] is Kind.FREE, "uses rows as parameters")
-        _require(axes == {0}, "moves the batch")
-        return Kind.ROWS
-    _require(0 not in axes, "takes rows by their number")
-    return _only_first(operation, kinds)
-
-
-def _one_hot(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    _require(operation.get_attr("axis") != 0, "moves the batch")
-    return _only_first(operation, kinds)
-
-
-def _fill(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    _require(kinds[0] is Kind.SHAPE and kinds[1] is Kind.FREE, "works on the number of rows")
-    return Kind.ROWS
-
-
-def _broadcast_to(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    tensor, rank = operation.inputs[0], _rank(operation.outputs[0])
-    _require(kinds[1] is Kind.SHAPE, "fixes the number of rows")
-    if kinds[0] is Kind.ROWS:
-        _require(_rank(tensor) == rank, "moves the batch")
-    else:
-        _require(kinds[0] is Kind.FREE and (_rank(tensor) < rank or tensor.shape[0] == 1), "ties the number of rows")
-    return Kind.ROWS
-
-
-def _tile(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    _require(int(_static(operation.inputs[1])[0]) == 1, "repeats the batch")
-    return _only_first(operation, kinds)
-
-
-def _pad(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    _require(not np.any(_static(operation.inputs[1])[0]), "adds rows")
-    return _only_first(operation, kinds)
-
-
-def _einsum(operation: Any, kinds: Sequence[Kind]) -> Kind:
-    arguments, _, result = operation.get_attr("equation").decode().replace(" ", "").partition("->")
-    labels = arguments.split(",")
-    _require("." not in arguments + result and bool(result), "has an equation that is not looked into")
-    batch = {label[0] for label, kind in zip(labels, kinds, strict=True) if kind is Kind.ROWS}
-    _require(batch == {result[0]}, "sums over the batch, or moves it")
-    for label, kind in zip(labels, kinds, strict=True):
-        _require(kind in (Kind.ROWS, Kind.FREE), "works on the number of rows")
-        count = label.count(result[0])
-        _require(count == (1 if kind is Kind.ROWS else 0), "ties the number of rows to something else")
-    _require(result.count(result[0]) == 1, "spreads the batch over a diagonal")
-    return Kind.ROWS
+def _bounds(tensor: Any, bound: str) -> list[tuple[int, Any]]:
+    """The constants among the two arguments of a Minimum or Maximum, each with the other argument."""
+    if tensor.op.type != bound:
+        return []
+    pairs = [tuple(tensor.op.inputs), tuple(tensor.op.inputs)[::-1]]
+    found = [(tf.get_static_value(one), other) for one, other in pairs if one.op.type == "Const"]
+    return [(int(value), other) for value, other in found if value is not None and value.ndim == 0]
 
 
 _ELEMENTWISE_OF_ONE = (
-    "Abs Acos Acosh Asin Asinh Atan Atanh Ceil CheckNumerics Conj Cos Cosh Digamma Elu Erf Erfc Exp Expm1 "
-    "Floor Imag Inv IsFinite IsInf IsNan LeakyRelu Lgamma Log Log1p LogicalNot Neg OnesLike PreventGradient "
-    "Real Reciprocal Relu Relu6 Rint Round Rsqrt Selu Sigmoid Sign Sin Sinh Snapshot Softplus Softsign Sqrt Square "
-    "StopGradient Tan Tanh ZerosLike AsString StringLower StringUpper StringToNumber StringToHashBucketFast "
-    "StringToHashBucketStrong StringLength"
+    "Abs Acos Acosh Angle Asin Asinh AsString Atan Atanh BesselI0 BesselI0e BesselI1 BesselI1e Bucketize Ceil "
+    "CheckNumerics ComplexAbs Conj Cos Cosh Digamma Elu Erf Erfc Erfinv Exp Expm1 Floor Imag Inv Invert IsFinite "
+    "IsInf IsNan LeakyRelu Lgamma Log Log1p LogicalNot Ndtri Neg OnesLike Real Reciprocal Relu Relu6 Rint Round "
+    "Rsqrt Selu Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Square StaticRegexFullMatch StaticRegexReplace "
+    "StringLength StringLower StringStrip StringToHashBucket StringToHashBucketFast StringToHashBucketStrong "
+    "StringToNumber StringUpper Tan Tanh ZerosLike"
 )
 _ELEMENTWISE_OF_MANY = (
     "Add AddV2 Atan2 BitwiseAnd BitwiseOr BitwiseXor Complex Div DivNoNan Equal "
-    "FloorDiv FloorMod Greater GreaterEqual Less LessEqual LogicalAnd LogicalOr Maximum Minimum Mod Mul MulNoNan "
-    "NotEqual Pow RealDiv SelectV2 SquaredDifference Sub TruncateDiv TruncateMod Xdivy Xlog1py Xlogy"
+    "FloorDiv FloorMod Greater GreaterEqual LeftShift Less LessEqual LogicalAnd LogicalOr Maximum Minimum Mod Mul "
+    "MulNoNan NextAfter NotEqual Pow RealDiv RightShift SelectV2 SquaredDifference Sub TruncateDiv TruncateMod Xdivy "
+    "Xlog1py Xlogy"
 )
-_REDUCTIONS = "All Any ArgMax ArgMin Cumprod Cumsum Max Mean Min Prod ReverseV2 Sum"
+_REDUCTIONS = "All Any Max Mean Min Prod Sum EuclideanNorm"
+_SCANS = "Cumprod Cumsum CumulativeLogsumexp ReverseV2"
+_FOURIER = "FFT FFT2D FFT3D IFFT IFFT2D IFFT3D RFFT RFFT2D RFFT3D IRFFT IRFFT2D IRFFT3D"
 
 RULES: Mapping[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE_OF_ONE.split(), _unary),
     **dict.fromkeys(_ELEMENTWISE_OF_MANY.split(), _elementwise),
-    **dict.fromkeys(_REDUCTIONS.split(), _along_axes),
+    **dict.fromkeys(_REDUCTIONS.split(), _reduction),
+    **dict.fromkeys(_SCANS.split(), _scan),
+    **dict.fromkeys(_FOURIER.split(), _fourier),
     **dict.fromkeys(("AddN", "ApproximateEqual"), _same_shape),
-    **dict.fromkeys(("Conv2D", "Conv3D", "DepthwiseConv2dNative"), _window),
-    **dict.fromkeys(("MaxPool", "AvgPool", "MaxPool3D", "AvgPool3D"), _window),
-    **dict.fromkeys(("ResizeBilinear", "ResizeNearestNeighbor"), _only_first),
-    **dict.fromkeys(("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3"), _batch_norm),
-    **dict.fromkeys(("Softmax", "LogSoftmax", "TopKV2"), _along_last),
-    **dict.fromkeys(("BatchMatMul", "BatchMatMulV2", "BatchMatMulV3"), _batch_mat_mul),
-    **dict.fromkeys(("Pad", "PadV2", "MirrorPad"), _pad),
-    **dict.fromkeys(("Identity", "IdentityN"), _pass),
+    **dict.fromkeys(("ArgMax", "ArgMin"), _best),
+    **dict.fromkeys(("LogSoftmax", "Softmax", "RGBToHSV", "HSVToRGB"), _along_last),
+    **dict.fromkeys(("FakeQuantWithMinMaxArgs", "FakeQuantWithMinMaxVars", "RegexReplace"), _only_first),
     "BiasAdd": _bias_add,
-    "BroadcastTo": _broadcast_to,
-    "Cast": _cast,
+    "Cast": _unary,
     "ClipByValue": _clip,
-    "ConcatV2": _concat,
-    "Einsum": _einsum,
-    "EnsureShape": _ensure_shape,
-    "ExpandDims": _expand_dims,
-    "Fill": _fill,
-    "GatherV2": _gather,
-    "MatMul": _mat_mul,
+    "DenseBincount": _count_classes,
+    "EnsureShape": _unary,
+    "LookupTableFindV2": _find,
+    "MatrixBandPart": _matrices,
     "OneHot": _one_hot,
-    "Pack": _pack,
-    "Reshape": _reshape,
-    "Shape": _shape,
-    "Split": _split,
-    "SplitV": _split_v,
-    "Squeeze": _squeeze,
-    "StridedSlice": _strided_slice,
-    "Tile": _tile,
-    "Transpose": _transpose,
-    "Unpack": _unpack,
+    "ReverseSequence": _reverse_sequence,
+    "Roll": _roll,
+    "StringJoin": _same_or_scalars,
+    "TopKV2": _top,
 }
+"""By type of operation. A rule is asked for operations of which an argument depends on the batch, and none is an Other,
+apart from those in `LENIENT`. It gives one kind for all results, or one for each. Sizes of dimensions that TensorFlow
+infers replace those that a rule does not know."""
+
+LENIENT = frozenset({"DenseBincount"})
+"""The operations whose rules are asked although an argument depends on the batch in a way that no rule describes."""

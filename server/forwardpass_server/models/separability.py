@@ -18,10 +18,9 @@ import numpy as np
 from forwardpass.wire.description import ModelSpec
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.functions import Function
-from forwardpass_server.models import private_tensorflow, probing, row_rules
+from forwardpass_server.models import private_tensorflow, probing, row_analysis
 from forwardpass_server.models.examples import Examples, Runs, Shape
-from forwardpass_server.models.rounding import Rounding
-from forwardpass_server.models.row_rules import Inseparable, Kind
+from forwardpass_server.models.row_kinds import Inseparable
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -58,26 +57,12 @@ def reason_against(
 
 
 def _check_graph(concrete: Any, weights: int, inputs: int) -> None:
-    kinds: dict[str, Kind] = {}
-    rounding = Rounding()
-    rows = {tensor.name for tensor in concrete.inputs[weights : weights + inputs]}
+    """Raises Inseparable unless each row of each result follows from one row of the inputs, for all inputs."""
+    leaves = concrete.inputs[weights : weights + inputs]
     graph = private_tensorflow.inlined_graph(concrete)
-    for operation in graph.get_operations():
-        if operation.type == "Placeholder":
-            name = operation.outputs[0].name
-            kinds[name] = Kind.ROWS if name in rows else Kind.FREE
-            continue
-        try:
-            found = row_rules.results(operation, [kinds[tensor.name] for tensor in operation.inputs])
-            kinds.update((tensor.name, kind) for tensor, kind in zip(operation.outputs, found, strict=True))
-            rounding.follow(operation, [tensor for tensor in operation.outputs if kinds[tensor.name] is Kind.ROWS])
-        except Inseparable as error:
-            raise Inseparable(f"{operation.type} ({operation.name}) {error}") from None
-    if not rows <= kinds.keys():
-        raise Inseparable("the graph has lost an input")
-    for tensor in concrete.outputs:
-        if kinds[tensor.name] is not Kind.ROWS:
-            raise Inseparable(f"a prediction {kinds[tensor.name].value}")
+    kinds = row_analysis.outputs(graph, {leaf.name: row_analysis.input_rows(leaf) for leaf in leaves}, concrete.outputs)
+    if reason := row_analysis.reason_against(kinds):
+        raise Inseparable(reason)
 
 
 _REFUSED = "the model refused the inputs of the probe"

@@ -71,10 +71,11 @@ class GraphSource:
 
 
 def vectorized(source: GraphSource, stacked: Sequence[bool]) -> Any:
-    """A concrete function that computes a function for K sets of arguments, for any K from 1 on.
+    """A concrete function that computes a function for K sets of arguments, for any K from 2 on.
 
     stacked: for each argument whether it has a first dimension of K; at least one has.
     Each result has a first dimension of K. Raises CannotVectorize.
+    The function may refuse arrays without elements, and a single set: pfor's loops over sets do.
     """
     if reason := private_pfor.failure():
         raise CannotVectorize(reason)
@@ -234,7 +235,10 @@ def _difference(probed: Probed, variant: Stacked, differing: Sequence[bool]) -> 
         except errors.ForwardPassError:
             # The model refuses random inputs of this size.
             continue
-        stacked = variant.run(variant.stack(several), [np.stack(leaf) for leaf in zip(*batches, strict=True)])
+        try:
+            stacked = variant.run(variant.stack(several), [np.stack(leaf) for leaf in zip(*batches, strict=True)])
+        except errors.ForwardPassError as error:
+            raise CannotVectorize(f"it refuses what single calls accept: {error}") from None
         for index, leaf in enumerate(leaves):
             expected = np.stack([results[index] for results in single])
             largest = max(largest, _relative(stacked[index], expected, leaf))

@@ -256,7 +256,7 @@ async def _abort(context: Any, error: errors.ForwardPassError) -> None:
     is_last = error.status == "UNAVAILABLE" and _is_last_try(context)
     # A negative pushback stops gRPC's own retries. They would take some 3 s, and lose the error if the deadline ends
     # them. The SDK has retries of its own.
-    if is_last or isinstance(error, errors.SessionStoreUnavailable):
+    if is_last or isinstance(error, (errors.SessionStoreUnavailable, errors.WeightStoreUnavailable)):
         metadata.append((_PUSHBACK_KEY, "-1"))
     await context.abort(grpc.StatusCode[error.status], errors.encode_message(error), trailing_metadata=tuple(metadata))
 

@@ -67,6 +67,7 @@ def build(
         readiness,
         handlers.unary(SESSION_SERVICE, sessions_servicer),
         drain,
+        weights.is_shared,
         tracing,
     )
     return Server(

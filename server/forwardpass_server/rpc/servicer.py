@@ -57,12 +57,17 @@ class FunctionalModelServicer:
         readiness: Readiness,
         others: Mapping[str, Method],
         drain: Drain,
+        shares_weights: bool,
         tracing: Tracing | None = None,
     ) -> None:
-        """others: methods of other services that a pipeline may call, by name. tracing: None for no spans."""
+        """others: methods of other services that a pipeline may call, by name. tracing: None for no spans.
+
+        shares_weights: whether other servers can use the weights of this one.
+        """
         self._registry = registry
         self._executor = executor
         self._max_message_bytes = max_message_bytes
+        self._shares_weights = shares_weights
         self._admission = admission
         self._metrics = metrics
         self._readiness = readiness
@@ -147,6 +152,7 @@ class FunctionalModelServicer:
             model=await self._codec.offload(encode) if many else encode(),
             versions=[self._status(entry) for entry in self._registry.versions(header.model.name)],
             max_request_bytes=self._max_message_bytes,
+            shares_weights=self._shares_weights,
         )
         return response.SerializeToString()
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from forwardpass_server.telemetry.families import Families
 
 _DISK_FAILURES = {"write": ("limit", "full", "denied", "error"), "read": ("corrupt", "denied", "error")}
+_TIER_OPERATIONS = ("read", "write", "delete", "follow")
+_TIER_REASONS = ("unreachable", "denied", "full", "error")
 
 
 class WeightMetrics:
@@ -45,6 +47,42 @@ class WeightMetrics:
             "forwardpass_weights_disk_budget_bytes", "Limit of these bytes (--weights-disk-mib)."
         )
         self._disk_sets = families.gauge("forwardpass_weights_disk_sets", "Sets of weights in the folder.")
+        self._tier_seconds = families.histogram(
+            "forwardpass_weights_tier_seconds",
+            "Time to read a set from the tier that servers share, or to write it (--weights-folder URL).",
+            ("operation",),
+        )
+        self._tier_bytes = families.counter(
+            "forwardpass_weights_tier_bytes_total",
+            "Bytes of tensors read from the tier or written to it.",
+            ("operation",),
+        )
+        for operation in ("read", "write"):
+            self._tier_seconds.labels(operation)
+            self._tier_bytes.labels(operation)
+        self._tier_failures = families.counter(
+            "forwardpass_weights_tier_failures_total",
+            "Failed operations on the tier. While it does not answer, others fail without being counted.",
+            ("operation", "reason"),
+        )
+        for operation in _TIER_OPERATIONS:
+            for reason in _TIER_REASONS:
+                self._tier_failures.labels(operation, reason)
+        self._tier_failures.labels("read", "corrupt")
+
+    def weights_tier_read(self, size_bytes: int, seconds: float) -> None:
+        """See `weights.tier.TierObserver`."""
+        self._tier_bytes.labels("read").inc(size_bytes)
+        self._tier_seconds.labels("read").observe(seconds)
+
+    def weights_tier_written(self, size_bytes: int, seconds: float) -> None:
+        """See `weights.tier.TierObserver`."""
+        self._tier_bytes.labels("write").inc(size_bytes)
+        self._tier_seconds.labels("write").observe(seconds)
+
+    def weights_tier_failed(self, operation: str, reason: str) -> None:
+        """See `weights.tier.TierObserver`."""
+        self._tier_failures.labels(operation, reason).inc()
 
     def weights_disk_failed(self, operation: str, reason: str) -> None:
         """See `weights.store.StoreObserver`."""

@@ -27,6 +27,9 @@ MAX_TERMS = 2**14
 
 # Added in one go on the thread, before another combination gets its turn: about 100 ms.
 _TERMS_AT_ONCE = 1024
+
+# Sets that are read from a tier at the same time.
+_READ_AHEAD = 16
 _TENSORS_AT_ONCE = 2**14
 _BYTES_AT_ONCE = 2**30
 
@@ -90,6 +93,8 @@ class Combinations:
         """The sets to add in one go, from the term `start` on: at least one."""
         sets: list[WeightSet] = []
         tensors = size_bytes = 0
+        if self._store.is_shared:
+            await pins.read_ahead(start, min(start + _READ_AHEAD, end))
         while start + len(sets) < end and len(sets) < _TERMS_AT_ONCE:
             try:
                 weights = await pins.get(start + len(sets))
@@ -129,15 +134,23 @@ class _Pins:
     async def get(self, number: int) -> WeightSet:
         """The set of a term, which is read from disk if needed. Raises WeightsNotFound or WeightStoreFull."""
         if number not in self._held:
-            names = self._principal, self._ids[number]
             try:
-                self._held[number] = self._store.acquire(*names) or await self._store.restore(*names)
+                await self._hold(number)
             except errors.WeightStoreFull:
                 # The sets of later terms can be read from disk again.
                 if not self.release(number + 1, None):
                     raise
-                self._held[number] = await self._store.restore(*names)
+                await self._hold(number)
         return self._held[number]
+
+    async def read_ahead(self, start: int, end: int) -> None:
+        """Reads the sets of these terms at the same time, as far as there is room. `get` raises the errors."""
+        wanted = [number for number in range(start, end) if number not in self._held]
+        await asyncio.gather(*map(self._hold, wanted), return_exceptions=True)
+
+    async def _hold(self, number: int) -> None:
+        names = self._principal, self._ids[number]
+        self._held[number] = self._store.acquire(*names) or await self._store.restore(*names)
 
     def release(self, start: int, end: int | None) -> bool:
         """Releases the sets of the terms from `start` to before `end`; None for all. Returns whether there were any."""

@@ -12,7 +12,7 @@ import pathlib
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from forwardpass import v1
 from forwardpass.wire import errors, fields, manifests, tensors
@@ -55,6 +55,9 @@ class WeightFiles:
     max_bytes: the limit for all tensors. The least recently used sets are deleted to stay below it.
     Each method raises OSError if the disk fails.
     """
+
+    # The threads of the event loop: a disk answers at once.
+    threads = None
 
     def __init__(self, folder: pathlib.Path, max_bytes: int) -> None:
         self._tensors = folder / "tensors"
@@ -129,6 +132,12 @@ class WeightFiles:
             with contextlib.suppress(OSError):
                 os.utime(path)
             return manifest
+
+    def tensors(
+        self, principal: str, weights_id: bytes, wanted: Iterable[TensorManifest]
+    ) -> Iterator[tuple[TensorManifest, Array]]:
+        """Tensors of a set with their elements: see `tensor`, which it calls for each."""
+        return ((tensor, self.tensor(tensor)) for tensor in wanted)
 
     def tensor(self, manifest: TensorManifest) -> Array:
         """The elements of a tensor, an array of shape `manifest.shape`.

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -20,12 +20,15 @@ from forwardpass.wire.specs import StructureSpec
 from forwardpass.wire.structures import Structure
 from forwardpass.wire.trees import TreeDef
 from forwardpass_server.weights import files as weight_files
-from forwardpass_server.weights.files import WeightFiles
+from forwardpass_server.weights.backing import Backing
 from forwardpass_server.weights.stacks import FittedWeights, Stacks
 from forwardpass_server.weights.stacks import Key as StackKey
+from forwardpass_server.weights.tier import WeightTier
 from forwardpass_server.weights.uploads import Uploads
 
 _LOGGER = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # A client that needs weights for longer renews its lease.
 _MAX_TTL_S = 30 * 24 * 3600
@@ -33,6 +36,9 @@ _MAX_LEASES = 1024
 
 # Announced in one turn of the event loop, before other calls get their turn.
 _TENSORS_AT_ONCE = 256
+
+# Smaller tensors are uploaded without looking whether the tier has them: that takes a request for each.
+_LOOKED_UP_BYTES = 2**16
 
 Key = tuple[str, bytes]
 """A principal, and a weights id or the digest of a tensor.
@@ -155,16 +161,17 @@ class Room:
 class WeightStore:
     """Sets of weights under a byte budget; the least recently used are evicted. For one event loop; not thread-safe.
 
-    files: the folder in which sets are stored too; None to keep them in memory only.
+    files: the folder or tier in which sets are kept too; None to keep them in memory only.
     """
 
     def __init__(
-        self, options: StoreOptions, device: Device, observer: StoreObserver, files: WeightFiles | None = None
+        self, options: StoreOptions, device: Device, observer: StoreObserver, files: Backing | None = None
     ) -> None:
         self._options = options
         self._device = device
         self._observer = observer
         self._files = files
+        self._tier = files if isinstance(files, WeightTier) else None
         self._sets: collections.OrderedDict[Key, WeightSet] = collections.OrderedDict()
         self._tensors: dict[bytes, _Tensor] = {}
         self._tensor_bytes = 0
@@ -216,8 +223,17 @@ class WeightStore:
 
     @property
     def has_files(self) -> bool:
-        """Whether sets are written to disk, so that an evicted set can be read again."""
+        """Whether sets are kept in a folder or tier, so that an evicted set can be read again."""
         return self._files is not None
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether sets are kept in a tier, so that other servers can use them."""
+        return self._tier is not None
+
+    def keys(self) -> Sequence[Key]:
+        """The sets on the device, each by its principal and its id."""
+        return list(self._sets)
 
     @property
     def tensor_count(self) -> int:
@@ -228,17 +244,18 @@ class WeightStore:
         """Announces a set. Returns the digest of each missing tensor and the number of its bytes received so far.
 
         If no tensor is missing, the set is published under `manifest.weights_id`.
-        Raises WeightStoreFull if the store has no room for the set.
+        Raises WeightStoreFull if the store has no room for the set, WeightStoreUnavailable if it cannot be kept in the
+        tier: its tensors stay on the device, and another put needs no upload.
         """
         key = principal, manifest.weights_id
         while True:
             await self._saved(principal, manifest.weights_id, *manifest.distinct)
-            if key in self._sets or (self._files is not None and self._files.has(*key)):
-                if key in self._sets:
-                    self._sets.move_to_end(key)
+            if await self._is_complete(key):
                 return []
             self._check_size(manifest.size_bytes, "manifest")
             missing, unfinished = await self._announce(principal, manifest)
+            if unfinished and await self._supply(principal, missing):
+                continue
             if unfinished:
                 return unfinished
             # Tensors may have been dropped, saved or published while this coroutine waited: check again.
@@ -283,18 +300,18 @@ class WeightStore:
         The tensors are hashed on a thread.
         tree: a pair, trainable and non_trainable. leaves: one placed tensor for each leaf of `tree`, in order. Nobody
         may change them afterwards. room: what `room` has kept free for this set; None to make room now.
-        Raises WeightStoreFull if the store has no room for the set.
+        Raises WeightStoreFull if the store has no room for the set, WeightStoreUnavailable if it cannot be kept in the
+        tier.
         """
         manifest = await self._describe(tree, leaves)
         placed = {tensor.digest: leaf for tensor, leaf in zip(manifest.tensors, leaves, strict=True)}
         await self._saved(principal, manifest.weights_id, *manifest.distinct)
+        key = principal, manifest.weights_id
+        if key in self._sets and await self._is_complete(key):
+            return manifest.weights_id
         # From here to the first await of `_save_and_publish` no other call can change the store.
         if room is not None:
             room.give_back()
-        key = principal, manifest.weights_id
-        if key in self._sets:
-            self._sets.move_to_end(key)
-            return manifest.weights_id
         self._check_size(manifest.size_bytes, "weights")
         self._reserve_for(principal, manifest)
         new = {digest: one for digest, one in manifest.distinct.items() if not self._holds(principal, digest)}
@@ -315,7 +332,7 @@ class WeightStore:
         placed: dict[bytes, Any],
         new: Mapping[bytes, TensorManifest],
     ) -> None:
-        """Publishes a complete set, after it is written to disk where the store has a folder.
+        """Publishes a complete set, after it is written to the folder or tier where the store has one.
 
         new: the tensors that the principal does not hold yet.
         """
@@ -324,18 +341,27 @@ class WeightStore:
             self._publish(key, manifest, placed)
             return
         saving = asyncio.ensure_future(self._save(principal, manifest, placed))
+        # This caller may be cancelled: without this line, a failure would be reported as never retrieved.
+        saving.add_done_callback(lambda task: task.cancelled() or task.exception())
         names = [key, *((principal, digest) for digest in new)]
         self._saving.update(dict.fromkeys(names, saving))
         try:
             # Reserves the room for this set while it is written.
             with self._uploads.reserved(principal, sum(tensor.size_bytes for tensor in new.values())):
                 await asyncio.shield(saving)
+        except errors.ForwardPassError:
+            # Not acknowledged, but the next put needs no upload.
+            self._publish_once(key, manifest, placed)
+            raise
         finally:
             for name in names:
                 del self._saving[name]
+        self._publish_once(key, manifest, placed)
+
+    def _publish_once(self, key: Key, manifest: WeightsManifest, placed: dict[bytes, Any]) -> None:
         # A call may have read the set from disk in the meantime.
         if key not in self._sets:
-            self._reserve_for(principal, manifest)
+            self._reserve_for(key[0], manifest)
             self._publish(key, manifest, placed)
 
     async def _announce(
@@ -364,6 +390,25 @@ class WeightStore:
             unfinished += self._uploads.announce(principal, manifest.weights_id, absent)
             missing.update((tensor.digest, tensor) for tensor in absent)
         return missing, unfinished
+
+    async def _supply(self, principal: str, missing: Mapping[bytes, TensorManifest]) -> bool:
+        """Takes tensors from the tier instead of from the client, if this principal has put them with another set.
+
+        Returns whether there were any.
+        """
+        wanted = [
+            tensor
+            for tensor in missing.values()
+            if tensor.size_bytes >= _LOOKED_UP_BYTES and self._uploads.is_waiting(principal, tensor.digest)
+        ]
+        if self._tier is None or not wanted:
+            return False
+        size_bytes = sum(tensor.size_bytes for tensor in wanted)
+        self._reserve(principal, size_bytes)
+        with self._uploads.reserved(principal, size_bytes):
+            found = await self._run(self._tier.known, principal, wanted)
+            placed = await asyncio.to_thread(lambda: {name: self._device.place(one) for name, one in found.items()})
+        return sum(self._uploads.supply(principal, digest, tensor) for digest, tensor in placed.items()) > 0
 
     def _holds(self, principal: str, digest: bytes) -> bool:
         """Whether the store holds a tensor that this principal has uploaded."""
@@ -411,11 +456,14 @@ class WeightStore:
         self._let_go((principal, weights_id), weights)
 
     async def restore(self, principal: str, weights_id: bytes) -> WeightSet:
-        """Reads a set from disk if needed and pins it until `release`. Raises WeightsNotFound or WeightStoreFull."""
+        """Reads a set from the folder or tier if needed and pins it until `release`.
+
+        Raises WeightsNotFound, WeightStoreFull or WeightStoreUnavailable.
+        """
         key = principal, weights_id
         self._observer.weights_missed()
         manifests.check_digest(weights_id, "weights_id")
-        if self._files is not None and self._files.has(*key):
+        if self._files is not None and (self._tier is not None or self._files.has(*key)):
             await self._read(key)
         weights = self._sets.get(key)
         if weights is None:
@@ -449,13 +497,46 @@ class WeightStore:
             weights.leased_until = max(weights.leases.values())
 
     async def delete(self, principal: str, weights_id: bytes) -> None:
-        """Deletes a set from memory and disk. Running calls that use it continue."""
+        """Deletes a set from memory and from the folder or tier. Running calls that use it continue.
+
+        Raises WeightStoreUnavailable; other servers may then still have the set.
+        """
         key = principal, weights_id
         await self._saved(principal, weights_id)
         if key in self._sets:
             self._drop(key)
         if self._files is not None:
-            await asyncio.to_thread(self._files.delete, principal, weights_id)
+            await self._run(self._files.delete, principal, weights_id)
+
+    async def check_kept(self, key: Key) -> None:
+        """Drops a set from the device if the tier does not have it: another server has deleted it.
+
+        Raises WeightStoreUnavailable.
+        """
+        assert self._files is not None
+        # Not one that is being written.
+        if key in self._saving or await self._run(self._files.has, *key):
+            return
+        if key in self._sets and key not in self._saving:
+            self._drop(key)
+
+    async def _run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """Runs a method of the folder or tier on its threads."""
+        assert self._files is not None
+        return await asyncio.get_running_loop().run_in_executor(self._files.threads, work, *arguments)
+
+    async def _is_complete(self, key: Key) -> bool:
+        """Whether a set needs no upload and no write. Marks it as used now."""
+        if self._files is None:
+            is_complete = key in self._sets
+        elif self._tier is not None:
+            # Although the device may hold it: other servers must be able to read it.
+            is_complete = await self._run(self._files.has, *key)
+        else:
+            is_complete = key in self._sets or self._files.has(*key)
+        if is_complete and key in self._sets:
+            self._sets.move_to_end(key)
+        return is_complete
 
     def evict_first(self, principal: str, weights_id: bytes) -> None:
         """Marks a set as the least recently used one, until it is used again."""
@@ -604,24 +685,31 @@ class WeightStore:
         reading = self._restoring.get(key)
         if reading is None:
             reading = self._restoring[key] = asyncio.ensure_future(self._read_once(key))
-            reading.add_done_callback(lambda _: self._restoring.pop(key))
+            reading.add_done_callback(lambda task: self._restored(key, task))
         await asyncio.shield(reading)
+
+    def _restored(self, key: Key, task: asyncio.Future[None]) -> None:
+        del self._restoring[key]
+        # Every caller may have been cancelled: this prevents the warning that the exception was never retrieved.
+        if not task.cancelled():
+            task.exception()
 
     async def _read_once(self, key: Key) -> None:
         assert self._files is not None
         try:
-            manifest = await asyncio.to_thread(self._files.manifest, *key)
+            manifest = await self._run(self._files.manifest, *key)
             # Tensors that other principals hold are read too: skipping them would make the call faster and so reveal
             # that somebody else holds them.
             wanted = [tensor for digest, tensor in manifest.distinct.items() if not self._holds(key[0], digest)]
             self._reserve(key[0], sum(tensor.size_bytes for tensor in wanted))
             with self._uploads.reserved(key[0], sum(tensor.size_bytes for tensor in wanted)):
-                placed = await asyncio.to_thread(self._place_from_disk, wanted)
+                placed = await self._run(self._place_from_disk, key, wanted)
+        except FileNotFoundError:
+            # No failure: the set was evicted from disk in the meantime, or the tier never had it.
+            return
         except (OSError, errors.InvalidRequest) as error:
             _LOGGER.error("weights %s cannot be read from disk: %s", key[1].hex(), error)
-            # FileNotFoundError is no failure: the set was evicted from disk in the meantime.
-            if not isinstance(error, FileNotFoundError):
-                self._observer.weights_disk_failed("read", weight_files.reason(error))
+            self._observer.weights_disk_failed("read", weight_files.reason(error))
             return
         if any(digest not in self._tensors and digest not in placed for digest in manifest.distinct):
             # A set that shared tensors with this one was evicted in the meantime.
@@ -629,15 +717,15 @@ class WeightStore:
         elif key not in self._sets:
             self._publish(key, manifest, placed)
 
-    def _place_from_disk(self, wanted: Iterable[TensorManifest]) -> dict[bytes, Any]:
+    def _place_from_disk(self, key: Key, wanted: Sequence[TensorManifest]) -> dict[bytes, Any]:
         assert self._files is not None
-        return {tensor.digest: self._device.place(self._files.tensor(tensor)) for tensor in wanted}
+        return {tensor.digest: self._device.place(array) for tensor, array in self._files.tensors(*key, wanted)}
 
     async def _save(self, principal: str, manifest: WeightsManifest, placed: dict[bytes, Any]) -> None:
         assert self._files is not None
         arrays = ((tensor, self._device.fetch(placed[digest])) for digest, tensor in manifest.distinct.items())
         try:
-            await asyncio.to_thread(self._files.save, principal, manifest, arrays)
+            await self._run(self._files.save, principal, manifest, arrays)
         except OSError as error:
             # The set is served from memory until it is evicted or the process ends.
             self._observer.weights_disk_failed("write", weight_files.reason(error))

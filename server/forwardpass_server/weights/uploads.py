@@ -185,6 +185,26 @@ class Uploads:
     def _decode_and_place(self, upload: _Upload) -> Any:
         return self._place(upload.manifest.decode(upload.buffer, f"tensor {upload.manifest.digest.hex()}"))
 
+    def is_waiting(self, principal: str, digest: bytes) -> bool:
+        """Whether a tensor is announced, and no data of it has arrived."""
+        upload = self._uploads.get((principal, digest))
+        return upload is not None and upload.buffer is None and not upload.is_finished
+
+    def supply(self, principal: str, digest: bytes, placed: Any) -> bool:
+        """Completes an announced tensor that was read from elsewhere, unless its data has begun to arrive.
+
+        placed: the verified tensor, as `place` returned it. Returns whether it is used.
+        """
+        if not self.is_waiting(principal, digest):
+            return False
+        upload = self._uploads[principal, digest]
+        self._reserve(principal, upload.manifest.size_bytes)
+        self._count(principal, upload.manifest.size_bytes)
+        upload.placed = placed
+        upload.is_finished = True
+        upload.group.touched = time.monotonic()
+        return True
+
     def is_finished(self, principal: str, digest: bytes) -> bool:
         """Whether a tensor is complete and verified."""
         upload = self._uploads.get((principal, digest))

@@ -29,7 +29,7 @@ warnings.simplefilter("ignore")
 import keras, numpy as np, tensorflow as tf
 from tensorflow.python.eager import context
 from tensorflow.python.eager.polymorphic_function import atomic_function
-from tensorflow.python.framework import convert_to_constants
+from tensorflow.python.framework import convert_to_constants, function_def_to_graph
 from forwardpass.wire.functions import Function
 from forwardpass_server.calls.model import ModelSource
 from forwardpass_server.errors import UnsupportedLibrary
@@ -75,6 +75,10 @@ def break_inliner():
 
 def break_inlining():
     convert_to_constants._run_inline_graph_optimization = lambda concrete, *_, **__: concrete.graph.as_graph_def()
+
+
+def break_function_bodies():
+    del function_def_to_graph.function_def_to_graph_def
 
 
 def break_calls():
@@ -194,6 +198,9 @@ SERVED = {
     ],
     ("kernel_cache", True, False): [
         "TensorFlow {tensorflow}: the private Context.clear_kernel_cache failed (AttributeError: "
+    ],
+    ("function_bodies", True, False): [
+        "TensorFlow {tensorflow}: the private function_def_to_graph_def failed (AttributeError: "
     ],
 }
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.calls.batching import Batcher
 from forwardpass_server.calls.scheduling import CallTimes, Estimates, Scheduler
-from forwardpass_server.models import row_rules
+from forwardpass_server.models import row_analysis
 from support.predictors import Predictor
 from support.random_graphs import RandomGraph
 
@@ -159,5 +159,5 @@ def test_many_random_graphs_are_accepted_and_many_are_refused(outcomes):
 
 def test_the_random_graphs_use_most_rules(outcomes):
     reached = {operation for outcome in outcomes for operation in outcome.graph.operations}
-    missing = set(row_rules.RULES) - reached
-    assert len(missing) <= len(row_rules.RULES) * 0.25, sorted(missing)
+    missing = set(row_analysis.RULES) - reached
+    assert len(missing) <= len(row_analysis.RULES) * 0.25, sorted(missing)
