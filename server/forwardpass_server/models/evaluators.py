@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,13 +17,21 @@ from forwardpass.wire.description import ModelSpec
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.functions import SAMPLE_WEIGHT, Function
 from forwardpass.wire.specs import TensorSpec
-from forwardpass_server.calls.model import Leaf
-from forwardpass_server.models import execution, placement, probing, tf_specs
+from forwardpass_server.calls.model import CannotVectorize, Leaf
+from forwardpass_server.models import execution, placement, probing, tf_specs, weight_stacks
 from forwardpass_server.models.examples import Examples
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.runtime_functions import RuntimeFunction
+from forwardpass_server.models.weight_stacks import GraphSource, Probed, vectorized
 
 _LOGGER = logging.getLogger(__name__)
+
+# Of one model: see `weight_stacks`.
+_MAX_STACKED = 16
+
+# The sets and rows of the probe of stacks. Kernels choose their order of summation by these sizes.
+_STACKED_SETS = (2, 9)
+_STACKED_ROWS = (3, 33)
 
 # Batches in the larger graph. With MLP 784-128-10 and batch 32, a batch takes 85 us in two calls, 53 us in one call,
 # and 39 us in a call of eight batches (measured). Four keep a call below the 300 us that may run on the event loop.
@@ -56,7 +65,9 @@ class GraphEvaluator:
         on_trace: Callable[[], None],
     ) -> None:
         graph = _Graph(spec, functions, weighted)
-        self._one = graph.compiled(1, device, on_trace)
+        one = graph.concrete(1, on_trace)
+        self._one = execution.caller(RuntimeFunction(one), one, device)
+        self.one = one
         self._several = graph.compiled(_BATCHES, device, on_trace) if joined else None
         self._joined = _BATCHES if joined else 1
 
@@ -84,6 +95,152 @@ class GraphEvaluator:
     def arrays(self, state: Sequence[Leaf]) -> list[Array]:
         """See `calls.model.Evaluator.arrays`."""
         return [leaf if isinstance(leaf, np.ndarray) else placement.array_of(leaf) for leaf in state]
+
+
+class GraphStackedEvaluator:
+    """Steps of several sets of weights at once: see `calls.model.StackedEvaluator`.
+
+    concrete: as `weight_stacks.vectorized` makes it of the graph for one batch. differing: the leaves of the weights
+    that it takes stacked.
+    """
+
+    def __init__(self, concrete: Any, differing: Sequence[bool], device: str) -> None:
+        self.difference = 0.0
+        self._differing = tuple(differing)
+        self._device = device
+        self._call = execution.caller(RuntimeFunction(concrete), concrete, device)
+
+    def stack(self, sets: Sequence[Sequence[Leaf]]) -> Sequence[Leaf]:
+        """See `calls.model.StackedEvaluator.stack`."""
+        return weight_stacks.stack(sets, self._differing, self._device)
+
+    def join(self, states: Sequence[Sequence[Leaf]]) -> Sequence[Leaf]:
+        """See `calls.model.StackedEvaluator.join`."""
+        return [np.stack([placement.array_of(leaf) for leaf in leaves]) for leaves in zip(*states, strict=True)]
+
+    def step(
+        self, weights: Sequence[Leaf], states: Sequence[Leaf], batches: Sequence[Sequence[Leaf]]
+    ) -> Sequence[Leaf]:
+        """See `calls.model.StackedEvaluator.step`."""
+        try:
+            for batch in batches:
+                states = self._call([*weights, *states, *batch])
+        except execution.CAUSED_BY_ARGUMENTS as error:
+            raise execution.explained(error) from None
+        return states
+
+    def split(self, states: Sequence[Leaf]) -> list[list[Array]]:
+        """See `calls.model.StackedEvaluator.split`."""
+        arrays = [placement.array_of(leaf) for leaf in states]
+        # np.asarray: an element of an array with one dimension is a number.
+        return [[np.asarray(array[index]) for array in arrays] for index in range(len(arrays[0]))]
+
+
+class Evaluators:
+    """The evaluators of one model. Any number of threads may use them.
+
+    single: for batches without (False) and with (True) sample weights. probed: what those of stacks are compared with.
+    reason: why there are none of stacks; "" if they may be made.
+    """
+
+    def __init__(self, single: Mapping[bool, GraphEvaluator], probed: Probed, reason: str = "") -> None:
+        self._single = single
+        self._probed = probed
+        self._reason = reason
+        self._lock = threading.Lock()
+        self._stacked: dict[tuple[bool, ...], GraphStackedEvaluator | CannotVectorize] = {}
+        self._sources: dict[bool, GraphSource | CannotVectorize] = {}
+        for weighted, evaluator in single.items() if not reason else ():
+            try:
+                self._sources[weighted] = GraphSource.of(evaluator.one)
+            except CannotVectorize as error:
+                self._sources[weighted] = error
+        for evaluator in single.values():
+            # The graph has cycles of references; the call needs the function in TensorFlow's runtime only.
+            evaluator.one = None
+
+    def get(self, weighted: bool) -> GraphEvaluator | None:
+        """See `calls.model.LoadedModel.evaluator`."""
+        return self._single.get(weighted)
+
+    def of_stacks(self, weighted: bool, differing: Sequence[bool]) -> GraphStackedEvaluator:
+        """See `calls.model.LoadedModel.evaluator_of_stacks`."""
+        key = (weighted, *differing)
+        with self._lock:
+            found = self._stacked.get(key)
+            if found is None:
+                if len(self._stacked) >= _MAX_STACKED:
+                    raise CannotVectorize(f"{_MAX_STACKED} other combinations of leaves differ already")
+                try:
+                    found = self._made(weighted, tuple(differing))
+                except CannotVectorize as error:
+                    found = error
+                self._stacked[key] = found
+        if isinstance(found, CannotVectorize):
+            raise found
+        return found
+
+    def _made(self, weighted: bool, differing: tuple[bool, ...]) -> GraphStackedEvaluator:
+        probed, source = self._probed, self._sources.get(weighted)
+        if source is None or not any(differing):
+            raise CannotVectorize(self._reason or "there is nothing to stack")
+        if isinstance(source, CannotVectorize):
+            raise source
+        state = probed.execution.run(Function.INITIALIZE_METRICS_STATE, False, [])
+        others = len(source.specs) - len(differing) - len(state)
+        concrete = vectorized(source, [*differing, *[True] * len(state), *[False] * others])
+        batches = [self._batch(weighted, rows) for rows in (*_STACKED_ROWS, 1)]
+        if probed.trial is not None:
+            weights = [
+                ((2, *weight.shape) if differs else weight.shape, weight.dtype.name)
+                for weight, differs in zip(probed.weights, differing, strict=True)
+            ]
+            states = [np.stack([leaf] * 2) for leaf in state]
+            if reason := probed.trial.reason_against(concrete, weights, [[*states, *batch] for batch in batches]):
+                raise CannotVectorize(reason)
+        evaluator = GraphStackedEvaluator(concrete, differing, probed.device)
+        evaluator.difference = self._difference(evaluator, weighted, differing, state, batches)
+        return evaluator
+
+    def _batch(self, weighted: bool, rows: int) -> list[Array]:
+        found, rng = self._probed.found, np.random.default_rng(rows)
+        shape = dataclasses.replace(found.shape, rows=rows)
+        predicted = [(rows, *sizes[1:]) for sizes in found.predicted]
+        batch = [*found.x(rng, shape), *found.y(rng, shape, predicted)]
+        if weighted:
+            batch += [probing.random(leaf, rows, rng, rng.random) for leaf in found.spec.sample_weight.leaves]
+        return batch
+
+    def _difference(
+        self,
+        stacked: GraphStackedEvaluator,
+        weighted: bool,
+        differing: Sequence[bool],
+        state: Sequence[Array],
+        batches: Sequence[Sequence[Array]],
+    ) -> float:
+        """The largest difference from single steps. Raises CannotVectorize where it exceeds rounding."""
+        probed, single, largest = self._probed, self._single[weighted], 0.0
+        rng, is_probed = np.random.default_rng(0), False
+        for count in _STACKED_SETS:
+            sets = [weight_stacks.varied(probed.weights, differing, rng) for _ in range(count)]
+            for batch in batches:
+                try:
+                    expected = [single.arrays(single.step(weights, state, [batch] * 2)) for weights in sets]
+                except errors.ForwardPassError:
+                    # The model refuses random inputs of this size.
+                    continue
+                try:
+                    states = stacked.step(stacked.stack(sets), stacked.join([state] * count), [batch] * 2)
+                except errors.ForwardPassError as error:
+                    raise CannotVectorize(f"it refuses a batch that the model accepts: {error}") from None
+                for found, wanted in zip(stacked.split(states), expected, strict=True):
+                    for one, other, leaf in zip(found, wanted, probed.found.spec.metrics_state.leaves, strict=True):
+                        largest = max(largest, weight_stacks.relative(one, other, leaf))
+                is_probed = True
+        if not is_probed:
+            raise CannotVectorize("the model refused the inputs of the probe")
+        return largest
 
 
 class _Graph:

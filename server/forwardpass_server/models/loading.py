@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import tensorflow as tf
@@ -19,6 +19,7 @@ from forwardpass_server.calls.model import (
     CannotVectorize,
     Evaluator,
     ModelSource,
+    StackedEvaluator,
     StackedPredictions,
     Trainer,
     TrainingOptions,
@@ -46,7 +47,7 @@ from forwardpass_server.models import (
     warming,
 )
 from forwardpass_server.models import device as devices
-from forwardpass_server.models.evaluators import GraphEvaluator
+from forwardpass_server.models.evaluators import Evaluators
 from forwardpass_server.models.examples import Examples
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
@@ -77,7 +78,7 @@ class TensorFlowModel:
     execution: Execution
     trainers: Trainers
     stacks: WeightStacks
-    evaluators: Mapping[bool, GraphEvaluator]
+    evaluators: Evaluators
 
     def has_loops(self, function: Function, training: bool) -> bool:
         """See `calls.model.LoadedModel.has_loops`."""
@@ -108,6 +109,11 @@ class TensorFlowModel:
     def evaluator(self, weighted: bool) -> Evaluator | None:
         """See `calls.model.LoadedModel.evaluator`."""
         return self.evaluators.get(weighted)
+
+    @garbage.young_only()
+    def evaluator_of_stacks(self, weighted: bool, differing: Sequence[bool]) -> StackedEvaluator:
+        """See `calls.model.LoadedModel.evaluator_of_stacks`."""
+        return self.evaluators.of_stacks(weighted, differing)
 
 
 class TensorFlowLoader:
@@ -195,11 +201,13 @@ class TensorFlowLoader:
         trainable = TrainableModel.of(traced, execution, self.device)
         trainers = Trainers(trainable, found, weights, self._probes, self._on_trace)
         prepared = _prepared(trainers, config, bool(traced.updates), source)
-        evaluating = _judged(
+        single = _judged(
             lambda: evaluators.prepared(traced.spec, execution, self.device, found, weights, self._on_trace),
             lambda error: {},
         )
-        stacks = self._stacks(config, traced, Probed(execution, found, weights, self._trial, self.device))
+        probed = Probed(execution, found, weights, self._trial, self.device)
+        stacks = self._stacks(config, traced, probed)
+        without_stacks = "" if self._batching and config.vectorize is not False else "the operator forbids it"
         warnings = _warnings(model, execution, found, weights)
         for warning in warnings:
             _LOGGER.warning("model %s: %s", source, warning)
@@ -217,7 +225,9 @@ class TensorFlowLoader:
         )
         # Fails here if a client could not decode it.
         description.decode(description.encode(described))
-        return TensorFlowModel(described, traced.initial_weights, execution, trainers, stacks, evaluating)
+        return TensorFlowModel(
+            described, traced.initial_weights, execution, trainers, stacks, Evaluators(single, probed, without_stacks)
+        )
 
     def _stacks(self, config: ModelConfig, traced: TracedModel, probed: Probed) -> WeightStacks:
         if not self._batching or config.vectorize is False:
