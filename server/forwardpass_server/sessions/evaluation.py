@@ -39,6 +39,9 @@ from forwardpass_server.weights.stacks import FittedWeights
 from forwardpass_server.weights.stacks import Key as StackKey
 from forwardpass_server.weights.store import WeightSet, WeightStore
 
+# Short computations run on the event loop, one for each target: after so many, other tasks of the loop get a turn.
+_TARGETS_PER_TURN = 8
+
 # A stack that the store does not keep takes memory beside its budget: at most this fraction of it.
 _STACK_SHARE = 8
 
@@ -182,6 +185,17 @@ class _Target:
             self._alone_to = taken[-1].sequence
             return 1, await self._run_alone(batches[0])
 
+    async def run_all(self, batches: Sequence[Batch]) -> Update:
+        """Runs all these batches, of which all or none have sample weights. Returns the update that counts them.
+
+        Raises what the first of them raises that fails, or another error where there are several.
+        """
+        plan = self._steps.plan(self.session.servable, SAMPLE_WEIGHT in batches[0].parts)
+        if len(batches) > 1 and plan is not None:
+            return await self._run_together(plan, batches)
+        _, update = await self.run(batches)
+        return update
+
     async def _run_together(self, plan: StepPlan, batches: Sequence[Batch]) -> Update:
         leaves, before = await checked(plan, batches), self.state(plan)
         return self.counted(plan, batches, leaves, before, await self._step(plan, batches, leaves, before))
@@ -296,8 +310,8 @@ class _Group:
         """As many as it could have taken the last time."""
         return self._joins
 
-    async def run(self, batches: Sequence[Batch]) -> tuple[int, list[list[Update]]]:
-        """Runs the first batches. Returns how many, and for each target the updates that count them."""
+    async def run(self, batches: Sequence[Batch]) -> tuple[int, list[Update]]:
+        """Runs the first batches. Returns how many, and for each target the update that counts them."""
         weighted = SAMPLE_WEIGHT in batches[0].parts
         plan = self._steps.plan(self._servable, weighted)
         self._joins = 1
@@ -354,7 +368,7 @@ class _Group:
         choice: Choice,
         sets: Sequence[FittedWeights],
         batches: Sequence[Batch],
-    ) -> list[list[Update]]:
+    ) -> list[Update]:
         leaves = await checked(plan, batches)
         befores = [target.state(plan) for target in self._targets]
         if self._states is not None and all(map(operator.is_, self._states[0], befores)):
@@ -376,32 +390,26 @@ class _Group:
         choice.add(seconds / len(batches), stacked=True)
         self._states = afters, joined
         return [
-            [target.counted(plan, batches, leaves, before, after)]
+            target.counted(plan, batches, leaves, before, after)
             for target, before, after in zip(self._targets, befores, afters, strict=True)
         ]
 
-    async def _by_itself(self, batches: Sequence[Batch]) -> list[list[Update]]:
-        return await asyncio.gather(*(_all_of(target, batches) for target in self._targets))
+    async def _by_itself(self, batches: Sequence[Batch]) -> list[Update]:
+        """Runs each target by itself. Raises what the first one raises that fails."""
+        counted: list[Update] = []
+        for start in range(0, len(self._targets), _TARGETS_PER_TURN):
+            targets = self._targets[start : start + _TARGETS_PER_TURN]
+            # Waits for all: a target must not run two groups of batches at once.
+            found = await asyncio.gather(*(target.run_all(batches) for target in targets), return_exceptions=True)
+            for one in found:
+                if isinstance(one, BaseException):
+                    raise one
+                counted.append(one)
+        return counted
 
-    def commit(self, result: list[list[Update]]) -> asyncio.Future[Any]:
+    def commit(self, result: list[Update]) -> asyncio.Future[Any]:
         """Submits the updates of all targets. The future fails where one of them cannot be stored."""
-        return asyncio.gather(
-            *(
-                target.commit(update)
-                for target, updates in zip(self._targets, result, strict=True)
-                for update in updates
-            )
-        )
-
-
-async def _all_of(target: _Target, batches: Sequence[Batch]) -> list[Update]:
-    """The updates that count these batches for one target."""
-    updates, done = [], 0
-    while done < len(batches):
-        count, update = await target.run(batches[done:])
-        updates.append(update)
-        done += count
-    return updates
+        return asyncio.gather(*(target.commit(update) for target, update in zip(self._targets, result, strict=True)))
 
 
 async def checked(plan: StepPlan, batches: Sequence[Batch]) -> list[list[Leaf]]:
