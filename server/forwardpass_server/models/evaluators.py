@@ -22,6 +22,7 @@ from forwardpass_server.models import execution, placement, probing, tf_specs, w
 from forwardpass_server.models.examples import Examples
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.runtime_functions import RuntimeFunction
+from forwardpass_server.models.tracing import Key
 from forwardpass_server.models.weight_stacks import GraphSource, Probed, vectorized
 
 _LOGGER = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ _PROBED_ROWS = (None, 33)
 class GraphEvaluator:
     """Steps of one model, for inference: see `calls.model.Evaluator`.
 
+    functions: the concrete functions of the model. one: the concrete function for one batch, until `Evaluators` has it.
     weighted: whether batches have sample weights. joined: whether there is a graph for several batches too.
     on_trace: called once for each graph that Python builds.
     """
@@ -57,7 +59,7 @@ class GraphEvaluator:
     def __init__(
         self,
         spec: ModelSpec,
-        functions: Execution,
+        functions: Mapping[Key, Any],
         device: str,
         *,
         weighted: bool,
@@ -68,7 +70,10 @@ class GraphEvaluator:
         one = graph.concrete(1, on_trace)
         self._one = execution.caller(RuntimeFunction(one), one, device)
         self.one = one
-        self._several = graph.compiled(_BATCHES, device, on_trace) if joined else None
+        self._several = None
+        if joined:
+            several = graph.concrete(_BATCHES, on_trace)
+            self._several = execution.caller(RuntimeFunction(several), several, device)
         self._joined = _BATCHES if joined else 1
 
     @property
@@ -246,24 +251,17 @@ class Evaluators:
 class _Graph:
     """Builds the graphs of an evaluator."""
 
-    def __init__(self, spec: ModelSpec, functions: Execution, weighted: bool) -> None:
+    def __init__(self, spec: ModelSpec, functions: Mapping[Key, Any], weighted: bool) -> None:
         update = Function.UPDATE_METRICS_STATE
         self._update_function = update.with_sample_weight if weighted else update
         self._spec = spec
         self._weighted = weighted
-        self._forward_pass = functions.functions[Function.FORWARD_PASS, False]
-        self._update = functions.functions[self._update_function, False]
+        self._forward_pass = functions[Function.FORWARD_PASS, False]
+        self._update = functions[self._update_function, False]
         self._batch = [*spec.x.leaves, *spec.y.leaves, *(spec.sample_weight.leaves if weighted else ())]
 
-    def compiled(
-        self, batches: int, device: str, on_trace: Callable[[], None]
-    ) -> Callable[[Sequence[Leaf]], list[Any]]:
-        """What calls the graph that takes weights, state and so many batches, and returns the state."""
-        concrete = self.concrete(batches, on_trace)
-        return execution.caller(RuntimeFunction(concrete), concrete, device)
-
     def concrete(self, batches: int, on_trace: Callable[[], None]) -> Any:
-        """The concrete function of that graph."""
+        """The concrete function that takes weights, state and so many batches, and returns the state."""
         spec = self._spec
         num_weights, num_state = len(spec.weights.leaves), len(spec.metrics_state.leaves)
 
@@ -284,12 +282,12 @@ class _Graph:
         """The state after one batch."""
         spec, num_x, num_y = self._spec, len(self._spec.x.leaves), len(self._spec.y.leaves)
         x, y, sample_weight = batch[:num_x], batch[num_x : num_x + num_y], batch[num_x + num_y :]
-        results = [_checked(leaf) for leaf in self._forward_pass.in_graph([*weights, *x, *y])]
+        results = [_checked(leaf) for leaf in self._forward_pass(*weights, *x, *y)]
         parts = {"state": state, "labels": y, SAMPLE_WEIGHT: sample_weight}
         for place, part in spec.results[Function.FORWARD_PASS].items():
             parts[place], results = results[: len(part.leaves)], results[len(part.leaves) :]
         arguments = [leaf for place in spec.arguments[self._update_function] for leaf in parts[place]]
-        return [_checked(leaf) for leaf in self._update.in_graph(arguments)]
+        return [_checked(leaf) for leaf in self._update(*arguments)]
 
 
 def _unnamed(leaf: TensorSpec) -> tf.TensorSpec:
@@ -304,7 +302,8 @@ def _checked(result: tf.Tensor) -> tf.Tensor:
 
 def prepared(
     spec: ModelSpec,
-    functions: Execution,
+    functions: Mapping[Key, Any],
+    run: Execution,
     device: str,
     found: Examples,
     weights: Sequence[Array],
@@ -312,6 +311,7 @@ def prepared(
 ) -> Mapping[bool, GraphEvaluator]:
     """The evaluators of a model: for batches without (False) and with (True) sample weights.
 
+    functions: the concrete functions of the model. run: runs them.
     found, weights: examples with which the evaluators are compared with the functions themselves. An evaluator is left
     out where its results have other bits, and where the functions are too slow to gain anything.
     Raises whatever the model's own code raises.
@@ -325,7 +325,7 @@ def prepared(
         function = update.with_sample_weight if weighted else update
         if function in unavailable or Function.INITIALIZE_METRICS_STATE in unavailable:
             continue
-        separate = _Separate(spec, functions, function)
+        separate = _Separate(spec, run, function)
         probes = _probes(spec, separate, found, weights, weighted)
         if not probes:
             _LOGGER.info("no evaluator%s: the model refuses the example batches", " with sample weights" * weighted)

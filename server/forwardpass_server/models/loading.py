@@ -202,7 +202,9 @@ class TensorFlowLoader:
         trainers = Trainers(trainable, found, weights, self._probes, self._on_trace)
         prepared = _prepared(trainers, config, bool(traced.updates), source)
         single = _judged(
-            lambda: evaluators.prepared(traced.spec, execution, self.device, found, weights, self._on_trace),
+            lambda: evaluators.prepared(
+                traced.spec, traced.functions, execution, self.device, found, weights, self._on_trace
+            ),
             lambda error: {},
         )
         probed = Probed(execution, found, weights, self._trial, self.device)

@@ -354,12 +354,20 @@ class _Group:
         if not any(differing):
             return None
         evaluator = self._steps.stacked(self._servable, plan, differing)
-        if evaluator is None or (evaluator.difference and not self._allow_rounding):
+        if evaluator is None or not (self._allow_rounding or self._is_exact(evaluator)):
             return None
         copied_bytes = _copied_bytes(known, differing)
         if copied_bytes > self._store.budget_bytes // _STACK_SHARE:
             return None
         return evaluator, plan.choice(differing, len(known), size_bytes)
+
+    def _is_exact(self, evaluator: StackedEvaluator) -> bool:
+        """Whether the bits are those of single calls.
+
+        A metric may hide differences of the predictions: an accuracy changes only where two of them are nearly equal.
+        """
+        vectorization = self._servable.model.description.vectorization
+        return not (evaluator.difference or vectorization.largest_difference or vectorization.unavailable_reason)
 
     async def _stacked(
         self,
