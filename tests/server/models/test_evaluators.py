@@ -1,4 +1,4 @@
-"""Evaluators: several batches, or several sets of weights, in one graph call, with the bits of the model's functions."""
+"""Evaluators: several batches, or sets of weights, in one graph call, with the bits of the functions."""
 
 from __future__ import annotations
 
