@@ -42,6 +42,9 @@ from forwardpass_server.weights.store import WeightSet, WeightStore
 # Short computations run on the event loop, one for each target: after so many, other tasks of the loop get a turn.
 _TARGETS_PER_TURN = 8
 
+# An update takes some microseconds to make.
+_UPDATES_PER_TURN = 64
+
 # A stack that the store does not keep takes memory beside its budget: at most this fraction of it.
 _STACK_SHARE = 8
 
@@ -295,6 +298,9 @@ class _Group:
         # The last batch of those that failed together: each of them is run by itself.
         self._alone_to = 0
         self._joins = 1
+        # One computation for all sets has failed, and the targets run by themselves from then on.
+        self._has_failed = False
+        self._differing: tuple[StackKey, tuple[bool, ...]] | None = None
         self._weights: tuple[StackKey, Sequence[Leaf]] | None = None
         # The states that a stack was made of, or that it was split into, and the stack.
         self._states: tuple[Sequence[State], Sequence[Leaf]] | None = None
@@ -338,7 +344,9 @@ class _Group:
             # Whatever it was, the batch that caused it fails again by itself, with its own error.
             for target in self._targets:
                 target.forget()
-            if len(taken) == 1 and not (choice is not None and choice.is_stacked):
+            if choice is not None and choice.is_stacked:
+                self._has_failed = True
+            elif len(taken) == 1:
                 raise
             self._alone_to = taken[-1].sequence
             return 1, await self._by_itself(batches[:1])
@@ -350,8 +358,11 @@ class _Group:
         known = [one for one in sets if one is not None]
         if len(known) < len(sets):
             return None
-        differing = tuple(len(set(map(id, leaves))) > 1 for leaves in zip(*known, strict=True))
-        if not any(differing):
+        key = tuple([one.number for one in known])
+        if self._differing is None or self._differing[0] != key:
+            self._differing = key, tuple(len(set(map(id, leaves))) > 1 for leaves in zip(*known, strict=True))
+        differing = self._differing[1]
+        if self._has_failed or not any(differing):
             return None
         evaluator = self._steps.stacked(self._servable, plan, differing)
         if evaluator is None or not (self._allow_rounding or self._is_exact(evaluator)):
@@ -388,8 +399,8 @@ class _Group:
             stack = self._store.stack_of(key)
             if stack is None:
                 stack = await asyncio.to_thread(evaluator.stack, sets)
-                differing = [len(set(map(id, leaves))) > 1 for leaves in zip(*sets, strict=True)]
-                self._store.keep_stack(key, stack, _copied_bytes(sets, differing))
+                assert self._differing is not None
+                self._store.keep_stack(key, stack, _copied_bytes(sets, self._differing[1]))
             self._weights = key, stack
         size_bytes = sum(batch.size_bytes for batch in batches)
         joined, afters, seconds = await self._steps.run_stacked(
@@ -397,10 +408,12 @@ class _Group:
         )
         choice.add(seconds / len(batches), stacked=True)
         self._states = afters, joined
-        return [
-            target.counted(plan, batches, leaves, before, after)
-            for target, before, after in zip(self._targets, befores, afters, strict=True)
-        ]
+        counted = []
+        for target, before, after in zip(self._targets, befores, afters, strict=True):
+            counted.append(target.counted(plan, batches, leaves, before, after))
+            if not len(counted) % _UPDATES_PER_TURN:
+                await asyncio.sleep(0)
+        return counted
 
     async def _by_itself(self, batches: Sequence[Batch]) -> list[Update]:
         """Runs each target by itself. Raises what the first one raises that fails."""
