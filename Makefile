@@ -44,8 +44,8 @@ docs/metrics.md: $(STAMP) $(wildcard server/forwardpass_server/telemetry/*.py)  
 
 requirements: $(STAMP)  ## Pin the packages of the image by version and hash: the newest that pyproject.toml allows.
 	$(COMPILE) deploy/image/build.in --output-file deploy/image/build.txt
-	$(COMPILE) pyproject.toml --extra server --extra redis --extra s3 --extra gcs --extra tracing --output-file deploy/image/server.txt
-	$(COMPILE) pyproject.toml --extra gpu --extra redis --extra s3 --extra gcs --extra tracing --output-file deploy/image/gpu.txt
+	$(COMPILE) pyproject.toml --extra server --extra fast --extra redis --extra s3 --extra gcs --extra tracing --output-file deploy/image/server.txt
+	$(COMPILE) pyproject.toml --extra gpu --extra fast --extra redis --extra s3 --extra gcs --extra tracing --output-file deploy/image/gpu.txt
 
 benchmark: $(STAMP)  ## Measure floors, other servers and ours. The second part installs the other servers.
 	$(VENV)/bin/python benchmarks/run.py

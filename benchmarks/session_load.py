@@ -1,7 +1,8 @@
 """One measurement of metric sessions: callers that call one server as fast as it answers. Prints JSON.
 
 Kinds: a forward pass, and one in a session; an update of a metrics state by value, and of a session; batches evaluated
-over one stream, by one caller; and the same in a local loop, by the shortest way. Each caller has its own session.
+over one stream, by one caller, under one and under 64 sets of weights; and the same in a local loop, by the shortest
+way. Each caller has its own session.
 """
 
 from __future__ import annotations
@@ -78,6 +79,32 @@ def evaluated(address: str, name: str, seconds: float) -> float:
             return session.updates * len(batch[0]) / (time.perf_counter() - started)
 
 
+SETS = 64
+
+
+def evaluated_many(address: str, name: str, seconds: float) -> float:
+    """Examples per second of an evaluation of 64 sets of weights; an example counts once for each set."""
+    batch = workloads.batch(name), workloads.labels(name)
+    with forwardpass_client.connect(address) as client:
+        model = client.model(workloads.WORKLOADS[name].model)
+        trainable, others = workloads.weights(model.name)
+        sets = [tuple(leaf + leaf.dtype.type(index / 1000) for leaf in trainable) for index in range(SETS)]
+        handles = [model.put_weights((one, others)) for one in sets]
+        # Long enough for the measurements by which the server chooses its way.
+        list(model.evaluate_many(handles, until(1.0, batch), exact=False))
+        counted = 0
+
+        def batches() -> Iterator[Any]:
+            nonlocal counted
+            for one in until(seconds, batch):
+                counted += SETS * len(one[0])
+                yield one
+
+        started = time.perf_counter()
+        list(model.evaluate_many(handles, batches(), exact=False))
+        return counted / (time.perf_counter() - started)
+
+
 def looped(name: str, seconds: float) -> float:
     """Examples per second of a loop over the model in this process."""
     import models
@@ -100,9 +127,12 @@ def looped(name: str, seconds: float) -> float:
 
 
 def main() -> None:
-    options = timing.arguments(__doc__, (*CALLS, "evaluate", "local"))
+    options = timing.arguments(__doc__, (*CALLS, "evaluate", "evaluate-many", "local"))
     if options.kind == "local":
         print(json.dumps({"examples_per_s": looped(options.workload, options.seconds)}))
+        return
+    if options.kind == "evaluate-many":
+        print(json.dumps({"examples_per_s": evaluated_many(options.address, options.workload, options.seconds)}))
         return
     if options.kind == "evaluate":
         print(json.dumps({"examples_per_s": evaluated(options.address, options.workload, options.seconds)}))

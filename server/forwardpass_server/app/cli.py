@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import pathlib
@@ -25,7 +24,7 @@ from forwardpass_server.errors import (
     UnsupportedLibrary,
 )
 from forwardpass_server.models.trial_process import TrialProcess
-from forwardpass_server.process import control_groups, import_path, onednn, quiet
+from forwardpass_server.process import control_groups, event_loops, import_path, onednn, quiet
 from forwardpass_server.storage import urls
 from forwardpass_server.weights import sweep as weight_sweep
 
@@ -58,6 +57,7 @@ def serve(**given: Any) -> None:
         _configure_logging(settings.log_level, settings.log_format)
         _check_temporary_folder()
         _LOGGER.info(onednn.decide(settings.onednn))
+        _LOGGER.info(event_loops.describe())
         trial_process = None
         if settings.trial:
             # Started first: it imports TensorFlow at the same time as this process.
@@ -68,7 +68,7 @@ def serve(**given: Any) -> None:
             from forwardpass_server.app import serve as app_serve
         import_path.append_working_directory()
 
-        asyncio.run(_run(app_serve.serve(settings, _announce, trial_process)))
+        event_loops.run(_run(app_serve.serve(settings, _announce, trial_process)))
     except (SettingsError, DeviceNotFound, ModelLoadError, SessionStoreError, UnsupportedLibrary, OSError) as error:
         raise click.ClickException(str(error)) from None
 

@@ -61,6 +61,15 @@ class LoadedModel(Protocol):
         Raises OptimizerNotSupported, and FunctionNotAvailable for a model without gradients.
         """
 
+    def evaluator(self, weighted: bool) -> Evaluator | None:
+        """The evaluator for inference; None if the model has none. weighted: whether batches have sample weights."""
+
+    def evaluator_of_stacks(self, weighted: bool, differing: Sequence[bool]) -> StackedEvaluator:
+        """Prepares the evaluator for several sets of weights at once. differing: see `stack`.
+
+        Takes from tenths of a second to seconds, the first time. For a thread of its own. Raises CannotVectorize.
+        """
+
 
 class CannotVectorize(Exception):
     """A function cannot be computed for several sets of weights at once. The message is the reason."""
@@ -168,6 +177,54 @@ class Trainer(Protocol):
 
     def totals(self, state: Sequence[Leaf]) -> Totals:
         """The sums of a state. Waits for a GPU."""
+
+
+class Evaluator(Protocol):
+    """Steps of an evaluation of one model. Any number of threads may use it at once.
+
+    A step gives the bits that forward_pass, and then update_metrics_state with its results, give. It has no results
+    for batches without rows, whose shapes `LoadedModel.run` corrects.
+    """
+
+    @property
+    def joined(self) -> int:
+        """How many batches one call of TensorFlow takes; 1 where several would not be faster."""
+
+    def step(self, weights: Sequence[Leaf], state: Sequence[Leaf], batches: Sequence[Sequence[Leaf]]) -> Sequence[Leaf]:
+        """The metrics state after these batches, as tensors on the device. Does not wait for a GPU.
+
+        weights: the leaves of the model's weights. state: those of the metrics state, arrays or tensors.
+        batches: for each the leaves of x, y, and of the sample weights where it has some. Each has rows.
+        Raises what `LoadedModel.run` raises, where any of the batches fails.
+        """
+
+    def arrays(self, state: Sequence[Leaf]) -> list[Array]:
+        """A metrics state as read-only arrays. Waits for a GPU."""
+
+
+class StackedEvaluator(Protocol):
+    """Steps of evaluations of K sets of weights on the same batches. Any number of threads may use it at once.
+
+    A set is the flat list of the placed leaves of a model's weights. A stack of states has a first dimension of K.
+    """
+
+    @property
+    def difference(self) -> float:
+        """The largest difference from `Evaluator` that was found, relative to the largest number; 0 for equal bits."""
+
+    def stack(self, sets: Sequence[Sequence[Leaf]]) -> Sequence[Leaf]:
+        """The weights of several sets, for `step`. Copies the leaves that differ. Raises OutOfMemory."""
+
+    def join(self, states: Sequence[Sequence[Leaf]]) -> Sequence[Leaf]:
+        """The stack of the metrics states of K sets, which have equal shapes. Raises OutOfMemory."""
+
+    def step(
+        self, weights: Sequence[Leaf], states: Sequence[Leaf], batches: Sequence[Sequence[Leaf]]
+    ) -> Sequence[Leaf]:
+        """The stack of states after these batches: see `Evaluator.step`. weights: of `stack`. states: of `join`."""
+
+    def split(self, states: Sequence[Leaf]) -> list[list[Array]]:
+        """For each set its state as read-only arrays. Waits for a GPU."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

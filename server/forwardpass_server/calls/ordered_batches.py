@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import collections
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from forwardpass.wire import errors
 from forwardpass.wire.structures import Structure
@@ -24,6 +25,10 @@ _MAX_BYTES = 64 * 2**20
 # so that a client that shows its progress does not wait.
 _BATCHES_PER_COMMIT = 8
 _COMMIT_DELAY_S = 0.02
+
+# A batch waits for others that are on their way, until none has come for so many turns of the event loop. A turn takes
+# some microseconds, and gRPC delivers a message in two or three.
+_QUIET_TURNS = 12
 
 ResultT = TypeVar("ResultT")
 
@@ -51,14 +56,21 @@ class Lane(Protocol[ResultT]):
     def position(self) -> int:
         """The number of the last batch that was committed by an earlier stream; 0 for none."""
 
-    async def run(self, batch: Batch) -> ResultT:
-        """Runs a batch. Called for one batch after the other. What it raises ends the stream at this batch."""
+    @property
+    def joins(self) -> int:
+        """How many batches `run` would take, so that it is worth a wait of microseconds for them; 1 for no wait."""
+
+    async def run(self, batches: Sequence[Batch]) -> tuple[int, ResultT]:
+        """Runs the first of these batches, or several from the first on. Returns how many, and their result.
+
+        Called for one batch after the other. What it raises ends the stream at the first of these batches.
+        """
 
     def commit(self, result: ResultT) -> asyncio.Future[None]:
-        """Starts to commit the result of a batch, after those before it.
+        """Starts to commit what `run` returned, after what it returned before.
 
-        Called for several batches in one turn of the event loop, so that one write can commit them all.
-        The future fails where the batch cannot be committed, which ends the stream at this batch.
+        Called for several results in one turn of the event loop, so that one write can commit them all.
+        The future fails where the result cannot be committed, which ends the stream at the first of its batches.
         """
 
 
@@ -68,7 +80,43 @@ class _Progress(Generic[ResultT]):
     def __init__(self, lane: Lane[ResultT]) -> None:
         self.lane = lane
         self.committed = lane.position
-        self.batches: asyncio.Queue[Batch] = asyncio.Queue()
+        self._waiting: collections.deque[Batch] = collections.deque()
+        self._has_batch = asyncio.Event()
+
+    def put(self, batch: Batch) -> None:
+        """Adds the next batch."""
+        self._waiting.append(batch)
+        self._has_batch.set()
+
+    def done(self, count: int) -> None:
+        """Removes the first batches."""
+        for _ in range(count):
+            self._waiting.popleft()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no batch waits."""
+        return not self._waiting
+
+    async def next(self) -> list[Batch]:
+        """The batches that wait; waits for one, and a little for as many as the lane would take."""
+        while not self._waiting:
+            self._has_batch.clear()
+            await self._has_batch.wait()
+        quiet, known = 0, len(self._waiting)
+        while known < self.lane.joins and quiet < _QUIET_TURNS:
+            await asyncio.sleep(0)
+            quiet = quiet + 1 if len(self._waiting) == known else 0
+            known = len(self._waiting)
+        return list(itertools.islice(self._waiting, _BATCHES_PER_COMMIT))
+
+
+class _Finished(NamedTuple, Generic[ResultT]):
+    """Batches that were run together, from the number `first` to `last`, and what `Lane.run` returned for them."""
+
+    first: int
+    last: int
+    result: ResultT
 
 
 class OrderedBatches(Generic[ResultT]):
@@ -86,8 +134,8 @@ class OrderedBatches(Generic[ResultT]):
         self._is_complete = False
         # The first batch that failed, and its error: no batch after it is run.
         self._failed: tuple[int, Exception] | None = None
-        # Batches that some lane has not committed yet. Closing the stack ends their admission.
-        self._in_progress: dict[int, tuple[Batch, contextlib.ExitStack]] = {}
+        # Batches that some lane has not committed yet. Each is admitted as a call.
+        self._in_progress: dict[int, Batch] = {}
         self._in_progress_bytes = 0
         self._changed = asyncio.Event()
         self._workers = [asyncio.ensure_future(self._work(lane)) for lane in self._lanes]
@@ -117,16 +165,20 @@ class OrderedBatches(Generic[ResultT]):
             return
         try:
             # Admit it first: its message takes memory while it waits for its turn.
-            with await self._admitted(size_bytes) as admitted:
+            await self._admit(size_bytes)
+            try:
                 await self._until(lambda: self._has_room(size_bytes))
                 batch = Batch(sequence, update_id, await read(), size_bytes)
-                self._in_progress[sequence] = batch, admitted.pop_all()
-                self._in_progress_bytes += size_bytes
+            except BaseException:
+                self._admission.leave(self._principal, size_bytes)
+                raise
         except errors.ForwardPassError as error:
             self._fail(sequence, _of_batch(error, sequence))
             return
+        self._in_progress[sequence] = batch
+        self._in_progress_bytes += size_bytes
         for lane in self._lanes:
-            lane.batches.put_nowait(batch)
+            lane.put(batch)
 
     def _has_room(self, size_bytes: int) -> bool:
         return (
@@ -135,20 +187,19 @@ class OrderedBatches(Generic[ResultT]):
             or (len(self._in_progress) < _MAX_BATCHES and self._in_progress_bytes + size_bytes <= _MAX_BYTES)
         )
 
-    async def _admitted(self, size_bytes: int) -> contextlib.ExitStack:
+    async def _admit(self, size_bytes: int) -> None:
         """Admits a batch as one of the server's calls. Waits for room; meanwhile the stream is not read.
 
         Raises ServerOverloaded where too many requests wait already.
         """
-        stack = contextlib.ExitStack()
         while True:
             try:
-                stack.enter_context(self._admission.admitted(self._principal, size_bytes))
+                self._admission.enter(self._principal, size_bytes)
             except errors.ServerOverloaded as error:
                 with self._admission.waiting(self._principal, size_bytes, error):
                     await asyncio.sleep(error.retry_after_s)
             else:
-                return stack
+                return
 
     @property
     def is_complete(self) -> bool:
@@ -190,47 +241,53 @@ class OrderedBatches(Generic[ResultT]):
 
     async def _work(self, progress: _Progress[ResultT]) -> None:
         """Runs the batches of one lane, and commits several at a time."""
-        finished: list[tuple[int, ResultT]] = []
-        commit_at_s = 0.0
+        finished: list[_Finished[ResultT]] = []
+        commit_at_s, first, last = 0.0, 0, 0
         try:
             while True:
-                if progress.batches.empty() or len(finished) >= _BATCHES_PER_COMMIT or time.monotonic() >= commit_at_s:
+                count = last + 1 - finished[0].first if finished else 0
+                if progress.is_idle or count >= _BATCHES_PER_COMMIT or time.monotonic() >= commit_at_s:
                     self._commit(progress, finished)
-                batch = await progress.batches.get()
-                if batch.sequence <= progress.committed:
+                batches = await progress.next()
+                first = batches[0].sequence
+                if first <= progress.committed:
                     # An earlier stream committed it in this lane, and broke before another lane had committed it.
+                    progress.done(1)
                     continue
-                if self._failed is not None and batch.sequence >= self._failed[0]:
-                    return
+                if self._failed is not None:
+                    batches = [batch for batch in batches if batch.sequence < self._failed[0]]
+                    if not batches:
+                        return
                 if not finished:
                     commit_at_s = time.monotonic() + _COMMIT_DELAY_S
-                finished.append((batch.sequence, await progress.lane.run(batch)))
+                count, result = await progress.lane.run(batches)
+                progress.done(count)
+                last = first + count - 1
+                finished.append(_Finished(first, last, result))
         except Exception as error:
-            self._fail(batch.sequence, _of_batch(error, batch.sequence))
+            self._fail(first, _of_batch(error, first))
         finally:
             # Also after the stream broke: these batches need not be run again.
             self._commit(progress, finished)
 
-    def _commit(self, progress: _Progress[ResultT], finished: list[tuple[int, ResultT]]) -> None:
-        for sequence, result in finished:
-            committed = progress.lane.commit(result)
-            committed.add_done_callback(functools.partial(self._committed, progress, sequence))
+    def _commit(self, progress: _Progress[ResultT], finished: list[_Finished[ResultT]]) -> None:
+        for one in finished:
+            committed = progress.lane.commit(one.result)
+            committed.add_done_callback(functools.partial(self._committed, progress, one.first, one.last))
         finished.clear()
 
-    def _committed(self, progress: _Progress[ResultT], sequence: int, future: asyncio.Future[None]) -> None:
-        """The commit of a batch in one lane has ended, or failed."""
+    def _committed(self, progress: _Progress[ResultT], first: int, last: int, future: asyncio.Future[None]) -> None:
+        """The commit of batches in one lane has ended, or failed."""
         if future.cancelled():
             return
         error = future.exception()
         if isinstance(error, Exception):
-            self._fail(sequence, _of_batch(error, sequence))
+            self._fail(first, _of_batch(error, first))
             return
-        progress.committed = sequence
+        progress.committed = last
         self.position = min(lane.committed for lane in self._lanes)
         for done in [one for one in self._in_progress if one <= self.position]:
-            batch, admitted = self._in_progress.pop(done)
-            self._in_progress_bytes -= batch.size_bytes
-            admitted.close()
+            self._leave(self._in_progress.pop(done))
         self._changed.set()
 
     def _fail(self, sequence: int, error: Exception) -> None:
@@ -243,10 +300,13 @@ class OrderedBatches(Generic[ResultT]):
         for worker in self._workers:
             worker.cancel()
         await asyncio.gather(*self._workers, return_exceptions=True)
-        for _, admitted in self._in_progress.values():
-            admitted.close()
+        for batch in self._in_progress.values():
+            self._leave(batch)
         self._in_progress.clear()
-        self._in_progress_bytes = 0
+
+    def _leave(self, batch: Batch) -> None:
+        self._admission.leave(self._principal, batch.size_bytes)
+        self._in_progress_bytes -= batch.size_bytes
 
 
 def _of_batch(error: Exception, sequence: int) -> Exception:

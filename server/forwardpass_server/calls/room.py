@@ -8,6 +8,7 @@ from forwardpass_server.calls.admission import Admission
 from forwardpass_server.calls.arrivals import Arrivals
 from forwardpass_server.calls.batching import Batcher, BatchObserver
 from forwardpass_server.calls.capacity import Capacity
+from forwardpass_server.calls.evaluation_steps import EvaluationSteps
 from forwardpass_server.calls.execution import CallObserver, Executor
 from forwardpass_server.calls.scheduling import Scheduler
 from forwardpass_server.weights.store import WeightStore
@@ -29,6 +30,7 @@ class CallsRoom:
     arrivals: Arrivals
     scheduler: Scheduler
     executor: Executor
+    evaluation_steps: EvaluationSteps
 
 
 def build(
@@ -46,4 +48,5 @@ def build(
         arrivals=arrivals,
         scheduler=scheduler,
         executor=Executor(weights, scheduler, batcher, call_observer, capacity.admission),
+        evaluation_steps=EvaluationSteps(scheduler, call_observer),
     )

@@ -16,7 +16,8 @@ ResultT = TypeVar("ResultT")
 
 # Run inline below 300 us: a thread hand-over costs 60 to 100 us, and threads compete for Python's lock. So a short
 # computation ends sooner inline, and delays other calls no longer than the hand-over would.
-_INLINE_S = 300e-6
+INLINE_S = 300e-6
+"""The longest computation that may run on the event loop."""
 
 # An estimate falls to the fastest run seen, and rises by at most 5 % with each slower run. So one run that something
 # else delayed changes little, and a computation that has become slow moves to a thread within some tens of runs.
@@ -25,7 +26,7 @@ _RISE = 1.05
 # The cost of a computation may depend on its values too. A computation that has blocked the event loop for more than
 # 3 ms runs on threads for 100 times as long, so that it blocks the loop for at most 1 % of the time. Below 30 ms only
 # the process's own processor time counts: preemption and CPU quotas delay a thread just as much.
-_STALL_S = 10 * _INLINE_S
+_STALL_S = 10 * INLINE_S
 _LONG_STALL_S = 10 * _STALL_S
 _STALL_FACTOR = 100
 
@@ -44,7 +45,7 @@ class Estimates:
     def is_short(self, bucket: int) -> bool:
         """Whether the computation may run inline."""
         return (
-            self._seconds.get(bucket, _INLINE_S) < _INLINE_S
+            self._seconds.get(bucket, INLINE_S) < INLINE_S
             and not self._has_loops
             and (not self._inline_from or self._inline_from.get(bucket, 0) < time.monotonic())
         )

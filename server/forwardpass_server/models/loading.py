@@ -15,10 +15,19 @@ from forwardpass.wire import description
 from forwardpass.wire.description import ModelDescription, ModelIdentity, Vectorization
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.functions import Function
-from forwardpass_server.calls.model import CannotVectorize, ModelSource, StackedPredictions, Trainer, TrainingOptions
+from forwardpass_server.calls.model import (
+    CannotVectorize,
+    Evaluator,
+    ModelSource,
+    StackedEvaluator,
+    StackedPredictions,
+    Trainer,
+    TrainingOptions,
+)
 from forwardpass_server.errors import ModelLoadError
 from forwardpass_server.models import (
     custom_objects,
+    evaluators,
     example_file,
     examples,
     failures,
@@ -38,6 +47,7 @@ from forwardpass_server.models import (
     warming,
 )
 from forwardpass_server.models import device as devices
+from forwardpass_server.models.evaluators import Evaluators
 from forwardpass_server.models.examples import Examples
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.functional import FunctionalModel
@@ -68,6 +78,7 @@ class TensorFlowModel:
     execution: Execution
     trainers: Trainers
     stacks: WeightStacks
+    evaluators: Evaluators
 
     def has_loops(self, function: Function, training: bool) -> bool:
         """See `calls.model.LoadedModel.has_loops`."""
@@ -94,6 +105,15 @@ class TensorFlowModel:
     def prepare_trainer(self, options: TrainingOptions) -> Trainer:
         """See `calls.model.LoadedModel.prepare_trainer`."""
         return self.trainers.prepare(options)
+
+    def evaluator(self, weighted: bool) -> Evaluator | None:
+        """See `calls.model.LoadedModel.evaluator`."""
+        return self.evaluators.get(weighted)
+
+    @garbage.young_only()
+    def evaluator_of_stacks(self, weighted: bool, differing: Sequence[bool]) -> StackedEvaluator:
+        """See `calls.model.LoadedModel.evaluator_of_stacks`."""
+        return self.evaluators.of_stacks(weighted, differing)
 
 
 class TensorFlowLoader:
@@ -181,7 +201,15 @@ class TensorFlowLoader:
         trainable = TrainableModel.of(traced, execution, self.device)
         trainers = Trainers(trainable, found, weights, self._probes, self._on_trace)
         prepared = _prepared(trainers, config, bool(traced.updates), source)
-        stacks = self._stacks(config, traced, Probed(execution, found, weights, self._trial, self.device))
+        single = _judged(
+            lambda: evaluators.prepared(
+                traced.spec, traced.functions, execution, self.device, found, weights, self._on_trace
+            ),
+            lambda error: {},
+        )
+        probed = Probed(execution, found, weights, self._trial, self.device)
+        stacks = self._stacks(config, traced, probed)
+        without_stacks = "" if self._batching and config.vectorize is not False else "the operator forbids it"
         warnings = _warnings(model, execution, found, weights)
         for warning in warnings:
             _LOGGER.warning("model %s: %s", source, warning)
@@ -199,7 +227,9 @@ class TensorFlowLoader:
         )
         # Fails here if a client could not decode it.
         description.decode(description.encode(described))
-        return TensorFlowModel(described, traced.initial_weights, execution, trainers, stacks)
+        return TensorFlowModel(
+            described, traced.initial_weights, execution, trainers, stacks, Evaluators(single, probed, without_stacks)
+        )
 
     def _stacks(self, config: ModelConfig, traced: TracedModel, probed: Probed) -> WeightStacks:
         if not self._batching or config.vectorize is False:

@@ -101,6 +101,19 @@ def _with_sets(spec: tf.TensorSpec) -> tf.TensorSpec:
     return tf.TensorSpec(tf.TensorShape([None]).concatenate(spec.shape), spec.dtype)
 
 
+def stack(sets: Sequence[Sequence[Leaf]], differing: Sequence[bool], device: str) -> list[Leaf]:
+    """The leaves of several sets: those that differ in one tensor, and those of the first set. Raises OutOfMemory."""
+    first = sets[0]
+    try:
+        with tf.device(device):
+            return [
+                tf.raw_ops.Pack(values=[leaves[index] for leaves in sets], axis=0) if differs else first[index]
+                for index, differs in enumerate(differing)
+            ]
+    except tf.errors.ResourceExhaustedError:
+        raise errors.OutOfMemory() from None
+
+
 class Stacked:
     """One variant of predict_on_batch: see `calls.model.StackedPredictions`."""
 
@@ -112,15 +125,7 @@ class Stacked:
 
     def stack(self, sets: Sequence[Sequence[Leaf]]) -> Sequence[Leaf]:
         """See `calls.model.StackedPredictions.stack`."""
-        first = sets[0]
-        try:
-            with tf.device(self._device):
-                return [
-                    tf.raw_ops.Pack(values=[leaves[index] for leaves in sets], axis=0) if differs else first[index]
-                    for index, differs in enumerate(self._differing)
-                ]
-        except tf.errors.ResourceExhaustedError:
-            raise errors.OutOfMemory() from None
+        return stack(sets, self._differing, self._device)
 
     def run(self, weights: Sequence[Leaf], x: Sequence[Array]) -> list[Array]:
         """See `calls.model.StackedPredictions.run`."""
@@ -225,7 +230,7 @@ def _difference(probed: Probed, variant: Stacked, differing: Sequence[bool]) -> 
         sets = min(count, _MAX_PROBED_BYTES // max(set_bytes, 1))
         if sets < 2:
             raise CannotVectorize(f"a set of weights has {set_bytes} bytes in the leaves that differ")
-        several = [_varied(probed.weights, differing, rng) for _ in range(sets)]
+        several = [varied(probed.weights, differing, rng) for _ in range(sets)]
         shape = dataclasses.replace(probed.found.shape, rows=rows)
         batches = [probed.found.x(rng, shape) for _ in several]
         try:
@@ -242,14 +247,14 @@ def _difference(probed: Probed, variant: Stacked, differing: Sequence[bool]) -> 
             raise CannotVectorize(f"it refuses what single calls accept: {error}") from None
         for index, leaf in enumerate(leaves):
             expected = np.stack([results[index] for results in single])
-            largest = max(largest, _relative(stacked[index], expected, leaf))
+            largest = max(largest, relative(stacked[index], expected, leaf))
         is_probed = True
     if not is_probed:
         raise CannotVectorize("the model refused the inputs of the probe")
     return largest
 
 
-def _varied(weights: Sequence[Array], differing: Sequence[bool], rng: np.random.Generator) -> list[Array]:
+def varied(weights: Sequence[Array], differing: Sequence[bool], rng: np.random.Generator) -> list[Array]:
     """Another set of weights. Adds positive numbers only: the variance of a batch normalisation must stay positive."""
     return [
         np.asarray(weight + (rng.random(weight.shape, np.float32) / 8).astype(weight.dtype))
@@ -259,7 +264,7 @@ def _varied(weights: Sequence[Array], differing: Sequence[bool], rng: np.random.
     ]
 
 
-def _relative(found: Array, expected: Array, spec: TensorSpec) -> float:
+def relative(found: Array, expected: Array, spec: TensorSpec) -> float:
     """The difference of two arrays relative to the largest number. Raises CannotVectorize where it exceeds rounding."""
     if found.shape == expected.shape and np.array_equal(found, expected, equal_nan=expected.dtype.kind in "fc"):
         return 0.0

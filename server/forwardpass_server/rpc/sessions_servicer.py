@@ -113,7 +113,9 @@ class SessionsServicer:
         # One too many is refused as well as a million.
         targets = [(target.session_id, target.weights_id) for target in start.targets[: MAX_TARGETS + 1]]
         principal = principals.current()
-        async with self._evaluations.begin(principal, start.writer_id, start.training, targets) as evaluation:
+        async with self._evaluations.begin(
+            principal, start.writer_id, start.training, targets, start.allow_rounding
+        ) as evaluation:
             inbox = AdmittedInbox(self._max_message_bytes, self._admission, principal)
             stream = EvaluationStream(evaluation, self._codec, inbox, self._drain)
             async for response in stream.run(requests):

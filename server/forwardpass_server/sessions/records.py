@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from forwardpass import v1
 from forwardpass.wire import errors, messages
@@ -95,11 +95,24 @@ class Record:
             )
         return UpdateStatus.NEW
 
-    def after(self, update: UpdateIdentity, state: Structure, outcome: bytes) -> Record:
-        """The record after one more update. outcome: is kept if it is short."""
+    def applied(self, updates: Sequence[UpdateIdentity]) -> int:
+        """How many of these consecutive updates of one writer, from the first on, were applied.
+
+        Raises SequenceMismatch where the others do not follow, and SessionLimitExceeded for one writer too many.
+        """
+        last = self.sequence(updates[0].writer_id) - updates[0].sequence
+        if 0 <= last < len(updates):
+            self.status_of(updates[last])
+            return last + 1
+        self.status_of(updates[0])
+        return 0
+
+    def after(self, updates: Sequence[UpdateIdentity], state: Structure, outcome: bytes) -> Record:
+        """The record after these updates, which follow. outcome: of the last one; is kept if it is short."""
         kept = outcome if len(outcome) <= _MAX_OUTCOME_BYTES else b""
-        writers = {**self.writers, update.writer_id: Writer(update.sequence, update.update_id, kept)}
-        return Record(self.identity, state, self.updates + 1, writers)
+        last = updates[-1]
+        writers = {**self.writers, last.writer_id: Writer(last.sequence, last.update_id, kept)}
+        return Record(self.identity, state, self.updates + len(updates), writers)
 
 
 def encode(record: Record) -> bytes:

@@ -58,5 +58,5 @@ def build(
         models=models,
         cache=cache,
         sessions=sessions,
-        evaluations=Evaluations(sessions, weights, calls.executor, calls.admission),
+        evaluations=Evaluations(sessions, weights, calls.executor, calls.evaluation_steps, calls.admission),
     )

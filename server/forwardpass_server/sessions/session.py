@@ -57,14 +57,15 @@ class SessionStorage:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Update:
-    """One update of a session.
+    """One update of a session, or several consecutive ones of one writer, which are applied together.
 
-    apply: computes the state after the update from the state before it.
-    outcome: encoded results, which are stored with the update; b"" for none.
+    apply: computes the state after the updates. It takes the state before, and how many of the first updates that state
+    has counted already; fewer than all.
+    outcome: encoded results, which are stored with the last update; b"" for none.
     """
 
-    identity: UpdateIdentity
-    apply: Callable[[Servable, Structure], Awaitable[Structure]]
+    identities: Sequence[UpdateIdentity]
+    apply: Callable[[Servable, Structure, int], Awaitable[Structure]]
     outcome: bytes = b""
 
 
@@ -165,8 +166,13 @@ class Session:
             self._is_in_doubt = True
             answers = [error] * len(waiting)
         else:
-            applied, duplicates = answers.count(UpdateStatus.NEW), answers.count(UpdateStatus.DUPLICATE)
-            self._storage.observer.session_updates(applied, duplicates)
+            duplicates = [answer for answer in answers if not isinstance(answer, Exception)]
+            in_all = sum(
+                len(update.identities)
+                for (update, _), answer in zip(waiting, answers, strict=True)
+                if not isinstance(answer, Exception)
+            )
+            self._storage.observer.session_updates(in_all - sum(duplicates), sum(duplicates))
         for (_, future), answer in zip(waiting, answers, strict=True):
             if future.done():
                 continue
@@ -175,10 +181,10 @@ class Session:
             else:
                 future.set_result(None)
 
-    async def _apply(self, updates: Sequence[Update]) -> list[UpdateStatus | Exception]:
+    async def _apply(self, updates: Sequence[Update]) -> list[int | Exception]:
         """Applies updates and stores the result in one commit.
 
-        Returns for each update its status, or the error that concerns this update only.
+        Returns for each how many of its updates were applied earlier, or the error that concerns it only.
         """
         is_current = not self._store.is_shared
         if self._is_in_doubt:
@@ -186,18 +192,18 @@ class Session:
             is_current = True
         for _ in range(_MAX_ATTEMPTS):
             record = self._record
-            answers: list[UpdateStatus | Exception] = []
+            answers: list[int | Exception] = []
             for update in updates:
                 try:
-                    status = record.status_of(update.identity)
-                    if status is UpdateStatus.NEW:
-                        state = await update.apply(self.servable, record.state)
+                    applied = record.applied(update.identities)
+                    if applied < len(update.identities):
+                        state = await update.apply(self.servable, record.state, applied)
                         self._storage.check_state_size(state)
-                        record = record.after(update.identity, state, update.outcome)
-                    answers.append(status)
+                        record = record.after(update.identities[applied:], state, update.outcome)
+                    answers.append(applied)
                 except Exception as error:
                     answers.append(error)
-            if not is_current and any(answer is not UpdateStatus.NEW for answer in answers):
+            if not is_current and any(answers):
                 # The cached record may be older than one that another server has stored: decide again with that one.
                 await self._reload()
                 is_current = True

@@ -27,11 +27,11 @@ def counting(
     if SAMPLE_WEIGHT in parts:
         function = function.with_sample_weight
 
-    async def count(servable: Servable, state: Structure) -> Structure:
+    async def count(servable: Servable, state: Structure, applied: int) -> Structure:
         invocation = Invocation(function, {**parts, "state": state}, size_bytes)
         return (await executor.run(servable, invocation))["state"]
 
-    return Update(identity, count, outcome)
+    return Update((identity,), count, outcome)
 
 
 def update_parts(batch: Mapping[str, Structure], results: Mapping[str, Structure]) -> dict[str, Structure]:
@@ -53,7 +53,7 @@ def adding(session: Session, identity: UpdateIdentity, state: Structure) -> Upda
         raise errors.FunctionNotAvailable(f"merging metrics states is not available: {reason}")
     added = conform.check(state, session.servable.spec.metrics_state, "state")
 
-    async def add(servable: Servable, state: Structure) -> Structure:
+    async def add(servable: Servable, state: Structure, applied: int) -> Structure:
         for path, one, other in zip(state.tree.paths("state"), state.leaves, added, strict=True):
             if one.shape != other.shape:
                 # numpy would broadcast one of them.
@@ -62,4 +62,4 @@ def adding(session: Session, identity: UpdateIdentity, state: Structure) -> Upda
         leaves = [np.asarray(one + other) for one, other in zip(state.leaves, added, strict=True)]
         return Structure(servable.spec.metrics_state.tree, leaves)
 
-    return Update(identity, add)
+    return Update((identity,), add)

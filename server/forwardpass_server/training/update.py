@@ -110,11 +110,20 @@ class Update:
         """The number of the last batch that was trained on."""
         return self._position
 
-    async def run(self, batch: Batch) -> None:
-        """Trains on a batch, and publishes a checkpoint where one is due.
+    @property
+    def joins(self) -> int:
+        """See `calls.ordered_batches.Lane.joins`."""
+        return 1
+
+    async def run(self, batches: Sequence[Batch]) -> tuple[int, None]:
+        """Trains on the first batch, and publishes a checkpoint where one is due.
 
         Raises StructureMismatch, DTypeMismatch, ShapeMismatch, ModelRefusedInput, OutOfMemory, WeightStoreFull.
         """
+        await self._train(batches[0])
+        return 1, None
+
+    async def _train(self, batch: Batch) -> None:
         job, arrived = self._job, time.perf_counter()
         if "sample_weight" in batch.parts and not job.plan.function.takes_sample_weight:
             raise errors.StructureMismatch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -34,7 +35,10 @@ class Descent:
         self.began = collections.defaultdict(asyncio.Event)
         self._waiting: list[tuple[tuple[int, float], asyncio.Future[None]]] = []
 
-    async def run(self, batch: Batch) -> tuple[int, float]:
+    joins = 1
+
+    async def run(self, batches: Sequence[Batch]) -> tuple[int, tuple[int, float]]:
+        batch = batches[0]
         assert batch.sequence == (self.ran[-1] if self.ran else self.position) + 1
         self.began[batch.sequence].set()
         await asyncio.sleep(self._delays.get(batch.sequence, 0))
@@ -42,7 +46,7 @@ class Descent:
             raise errors.ModelRefusedInput("not this one")
         self.ran.append(batch.sequence)
         self.weights = 2 * self.weights + float(batch.parts["gradient"].leaves[0])
-        return batch.sequence, self.weights
+        return 1, (batch.sequence, self.weights)
 
     def commit(self, result: tuple[int, float]) -> asyncio.Future[None]:
         loop = asyncio.get_running_loop()

@@ -11,8 +11,9 @@ import pytest
 
 from forwardpass.wire import errors, manifests, tensors
 from forwardpass.wire.structures import Structure
+from forwardpass_server.calls.evaluation_steps import EvaluationSteps
 from forwardpass_server.calls.ordered_batches import Reader
-from support.metric_sessions import OTHER, SESSION, Rig, Writer, batch, counted, given, run
+from support.metric_sessions import OTHER, SESSION, Rig, Writer, batch, counted, given, registry_of, run
 
 WRITER = b"e" * 16
 
@@ -301,3 +302,96 @@ def test_an_evaluation_with_invalid_targets_is_refused():
                 pass
 
     run(scenario, names=("counting", "remembering"))
+
+
+class Runs:
+    """Takes note of how many batches each computation of an evaluation had."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.single: list[int] = []
+        self.stacked: list[int] = []
+        run, run_stacked = EvaluationSteps.run, EvaluationSteps.run_stacked
+
+        async def noting(steps, plan, weights, state, batches, size_bytes):
+            self.single.append(len(batches))
+            return await run(steps, plan, weights, state, batches, size_bytes)
+
+        async def noting_stacked(steps, plan, evaluator, weights, states, batches, size_bytes, estimates):
+            self.stacked.append(len(batches))
+            return await run_stacked(steps, plan, evaluator, weights, states, batches, size_bytes, estimates)
+
+        monkeypatch.setattr(EvaluationSteps, "run", noting)
+        monkeypatch.setattr(EvaluationSteps, "run_stacked", noting_stacked)
+
+
+def test_waiting_batches_of_different_sizes_run_together_and_count_as_one_by_one(monkeypatch):
+    runs = Runs(monkeypatch)
+
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            for number in range(1, 61):
+                await found.add(*numbered(number, examples=1 + number % 5))
+            found.complete()
+            assert (await finish(found))[-1] == 60
+        assert (await rig.result(SESSION))["labels"] == sum(number * (1 + number % 5) for number in range(1, 61))
+        assert (await rig.sessions.get("", SESSION)).record.updates == 60
+
+    run(scenario)
+    assert sum(runs.single) == 60
+    assert max(runs.single) > 1
+
+
+def test_batches_without_rows_count():
+    async def scenario(rig):
+        async with evaluation(rig) as found:
+            for number in range(1, 13):
+                await found.add(*numbered(number, examples=0 if number % 4 == 0 else 3))
+            found.complete()
+            await finish(found)
+        assert await counts_of(rig) == (12, 3 * (78 - 24))
+
+    run(scenario)
+
+
+def test_several_sets_run_together_and_count_what_each_counts_by_itself(monkeypatch):
+    ids = [bytes([index]) * 16 for index in range(5)]
+    model = registry_of("counting").get("counting", 1).model
+    assert model.description.vectorization.largest_difference == 0
+    assert not model.description.vectorization.unavailable_reason
+    model.evaluator_of_stacks(False, [True])
+    runs = Runs(monkeypatch)
+
+    async def scenario(rig):
+        for start in (0, 40):
+            async with evaluation(rig, *ids) as found:
+                for number in range(start + 1, start + 41):
+                    await found.add(*numbered(number))
+                    if number > start + 2:
+                        await found.advance(number - 2)
+                found.complete()
+                await finish(found)
+        for session_id in ids:
+            assert await counts_of(rig, session_id) == (80, 3 * 40 * 81)
+
+    run(scenario)
+    assert runs.stacked
+
+
+def test_another_update_of_one_session_does_not_disturb_sets_that_run_together():
+    registry_of("counting").get("counting", 1).model.evaluator_of_stacks(False, [True])
+
+    async def scenario(rig):
+        async with evaluation(rig, SESSION, OTHER) as found:
+            writer = Writer()
+
+            async def update() -> None:
+                for _ in range(20):
+                    await rig.sessions.update("", writer.identity(), given(counted(1)), 100)
+
+            await asyncio.gather(add_all(found, 30), update())
+            found.complete()
+            await finish(found)
+        assert await counts_of(rig) == (50, 3 * 465 + 60)
+        assert await counts_of(rig, OTHER) == (30, 3 * 465)
+
+    run(scenario)

@@ -27,12 +27,12 @@ def identity(sequence: int, name: bytes = b"u", writer: bytes = WRITER) -> Updat
 def after(*sequences: int, outcome: bytes = b"") -> Record:
     record = RECORD
     for sequence in sequences:
-        record = record.after(identity(sequence), STATE, outcome)
+        record = record.after([identity(sequence)], STATE, outcome)
     return record
 
 
 def test_a_record_is_decoded_unchanged():
-    record = after(1, 2, outcome=b"outcome").after(identity(1, writer=b"o" * 16), STATE, b"")
+    record = after(1, 2, outcome=b"outcome").after([identity(1, writer=b"o" * 16)], STATE, b"")
     found = session_records.decode(session_records.encode(record))
     assert (found.identity, found.updates, found.writers) == (record.identity, 3, record.writers)
     assert found.state.tree == STATE.tree
@@ -98,3 +98,25 @@ def test_an_invalid_identity_is_refused(changes, message):
     fields = {"session_id": SESSION, "writer_id": WRITER, "sequence": 1, "update_id": b"u" * 16, **changes}
     with pytest.raises(errors.InvalidRequest, match=message):
         UpdateIdentity.of(v1.UpdateIdentity(**fields))
+
+
+def test_of_several_updates_those_after_the_last_applied_one_are_new():
+    several = [identity(2), identity(3), identity(4)]
+    assert after(1).applied(several) == 0
+    assert after(1, 2).applied(several) == 1
+    assert after(1, 2, 3, 4).applied(several) == 3
+    record = after(1, 2).after(several[1:], STATE, b"")
+    assert (record.updates, record.sequence(WRITER)) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    "record, expected",
+    [
+        (after(), "update.sequence: expected 1, got 2"),
+        (after(1, 2, 3, 4, 5), "update.sequence: expected 6, got 2"),
+        (after(1).after([identity(2, b"other")], STATE, b""), "update.update_id"),
+    ],
+)
+def test_several_updates_that_do_not_follow_are_refused(record, expected):
+    with pytest.raises(errors.SequenceMismatch, match=expected):
+        record.applied([identity(2), identity(3), identity(4)])

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from forwardpass_server.sessions.store import SessionKey, SessionLimits, SessionObserver, StoredSession
 from forwardpass_server.sessions.stores.lifetimes import Lifetimes
-from forwardpass_server.sessions.stores.sqlite_file import SqliteFile
+from forwardpass_server.sessions.stores.sqlite_file import Replacement, SqliteFile
 from forwardpass_server.sessions.stores.sqlite_writer import SqliteWriter
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class SqliteSessionStore:
             self._lifetimes.open(key, model)
         for key, is_expired in self._file.ended_sessions():
             self._lifetimes.end(key, is_expired=is_expired)
-        self._writer = SqliteWriter(self._file.connection)
+        self._writer = SqliteWriter(self._file)
 
     @property
     def problem(self) -> str:
@@ -83,7 +83,7 @@ class SqliteSessionStore:
             if is_replaced:
                 self._observer.session_commit(time.perf_counter() - started)
 
-        return await self._writer.submit(lambda: self._file.replace(key, version, record), done)
+        return await self._writer.replace(Replacement(key, version, record), done)
 
     def touch(self, key: SessionKey) -> None:
         self._expire()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import pathlib
 import sqlite3
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from forwardpass_server.errors import SessionStoreError
 from forwardpass_server.sessions.store import SessionKey, SessionLimits, StoredSession
@@ -46,6 +47,26 @@ _MIGRATION = f"""
 """
 
 
+# UPDATE FROM is as old as SQLite 3.33. A statement may have 32,766 values, of which each record takes three.
+_MAX_REPLACED = 1000 if sqlite3.sqlite_version_info >= (3, 33) else 1
+
+
+class Replacement(NamedTuple):
+    """A record that replaces the one with this version."""
+
+    key: SessionKey
+    version: int
+    record: bytes
+
+
+class _Row(NamedTuple):
+    """A row of the table of sessions. size_bytes: of its record."""
+
+    rowid: int
+    version: int
+    size_bytes: int
+
+
 class SqliteFile:
     """A file of sessions, locked against other processes.
 
@@ -56,6 +77,8 @@ class SqliteFile:
 
     def __init__(self, path: pathlib.Path, limits: SessionLimits) -> None:
         self._limits = limits
+        # What was written last, of open sessions that were updated. No other process changes the file.
+        self._rows: dict[SessionKey, _Row] = {}
         with _refusing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             # Readable by the owner only: a state may reveal data. SQLite gives its other files the same mode.
@@ -132,6 +155,32 @@ class SqliteFile:
             raise refusals.not_found(key)
         return StoredSession(*found)
 
+    def replace_all(self, replacements: Sequence[Replacement]) -> bool:
+        """Replaces records in one statement, which is a transaction by itself. Returns False where it cannot.
+
+        It can where the rows of different sessions are known, have these versions, and keep their length. A commit of
+        the updates of running sessions is such a case. Each statement less saves a hand-over of Python's lock.
+        """
+        if len(replacements) > _MAX_REPLACED:
+            return False
+        rows = [self._rows.get(one.key) for one in replacements]
+        values: list[Any] = []
+        for one, row in zip(replacements, rows, strict=True):
+            if row is None or (row.version, row.size_bytes) != (one.version, len(one.record)):
+                return False
+            values += [row.rowid, one.version + 1, one.record]
+        if len({one.key for one in replacements}) < len(replacements):
+            return False
+        self.connection.execute(_replacing(len(replacements)), values)
+        for one, row in zip(replacements, rows, strict=True):
+            assert row is not None
+            self._rows[one.key] = row._replace(version=one.version + 1)
+        return True
+
+    def forget_rows(self) -> None:
+        """Call it after a transaction was reverted: what is known of the rows may be wrong."""
+        self._rows.clear()
+
     def replace(self, key: SessionKey, version: int, record: bytes) -> bool:
         """Replaces the record if it has this version: whether it had. See SessionStore.replace.
 
@@ -153,6 +202,7 @@ class SqliteFile:
         )
         if more_bytes:
             self._account(key.principal, 0, more_bytes)
+        self._rows[key] = _Row(row, version + 1, len(record))
         return True
 
     def end(self, key: SessionKey, *, is_expired: bool) -> bool:
@@ -161,6 +211,7 @@ class SqliteFile:
         if found is None:
             return False
         row, size_bytes = found
+        self._rows.pop(key, None)
         self.connection.execute("DELETE FROM sessions WHERE rowid = ?", (row,))
         self.connection.execute("INSERT INTO ended VALUES (?, ?, ?)", (*key, is_expired))
         self._account(key.principal, -1, -size_bytes)
@@ -194,6 +245,19 @@ class SqliteFile:
             (principal, sessions, size_bytes),
         )
         self.connection.execute("DELETE FROM usage WHERE principal = ? AND sessions = 0", (principal,))
+
+
+@functools.lru_cache(maxsize=128)
+def _replacing(count: int) -> str:
+    """The statement that replaces so many records. Its values are (rowid, version, record) for each."""
+    if count == 1:
+        # The order of the values is that of the other statements.
+        return "UPDATE sessions SET version = ?2, record = ?3 WHERE rowid = ?1"
+    values = ", ".join(["(?, ?, ?)"] * count)
+    return (
+        f"WITH given (row, version, record) AS (VALUES {values}) UPDATE sessions"
+        " SET version = given.version, record = given.record FROM given WHERE sessions.rowid = given.row"
+    )
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from forwardpass.wire import errors
+from forwardpass_server.sessions.stores.sqlite_file import Replacement, SqliteFile
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -25,6 +26,7 @@ class _Job(NamedTuple, Generic[T]):
     work: Callable[[], T]
     done: Callable[[T], None] | None
     future: asyncio.Future[T]
+    replacement: Replacement | None
 
 
 class _Outcome(NamedTuple):
@@ -33,24 +35,35 @@ class _Outcome(NamedTuple):
 
 
 class SqliteWriter:
-    """Owns a connection in autocommit mode (`isolation_level=None`). Used on one event loop.
+    """Owns a file, whose connection is in autocommit mode (`isolation_level=None`). Used on one event loop.
 
     `problem`: why the database failed, as a sentence; "" after the next successful write. May be read on any thread.
     """
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
-        self._connection = connection
+    def __init__(self, file: SqliteFile) -> None:
+        self._file = file
+        self._connection = file.connection
         self._jobs: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
         self._is_closed = False
         self.problem = ""
         self._thread = threading.Thread(target=self._write, name="session-store", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[], T], done: Callable[[T], None] | None = None) -> asyncio.Future[T]:
+    def replace(self, replacement: Replacement, done: Callable[[bool], None]) -> asyncio.Future[bool]:
+        """Queues a `SqliteFile.replace`: see `submit`. Replacements that wait together take one statement."""
+        return self.submit(lambda: self._file.replace(*replacement), done, replacement)
+
+    def submit(
+        self,
+        work: Callable[[], T],
+        done: Callable[[T], None] | None = None,
+        replacement: Replacement | None = None,
+    ) -> asyncio.Future[T]:
         """Queues work. Cancelling the future does not stop the work.
 
         work: runs on the writer's thread within a transaction. If it raises a ForwardPassError, it must not have
         changed anything: the other work of the transaction is committed.
+        replacement: what work does, if it only replaces a record.
         done: is called on the event loop with the result of work after the commit, in the order of submission.
         The future fails with what work raises, and with SessionStoreUnavailable if the database fails.
         """
@@ -59,7 +72,7 @@ class SqliteWriter:
         future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         # Read the exception: asyncio would log it as unread if the caller has gone.
         future.add_done_callback(lambda over: over.cancelled() or over.exception())
-        self._jobs.put(_Job(work, done, future))
+        self._jobs.put(_Job(work, done, future, replacement))
         return future
 
     async def close(self) -> None:
@@ -94,6 +107,7 @@ class SqliteWriter:
         except Exception as error:
             with contextlib.suppress(sqlite3.Error):
                 self._connection.execute("ROLLBACK")
+            self._file.forget_rows()
             if len(jobs) > 1:
                 # Try each alone, so that only the impossible work fails, such as a record too large for the disk.
                 return [outcome for job in jobs for outcome in self._commit([job])]
@@ -110,6 +124,9 @@ class SqliteWriter:
         return outcomes
 
     def _transact(self, jobs: list[_Job[Any]]) -> list[_Outcome]:
+        replacements = [job.replacement for job in jobs if job.replacement is not None]
+        if len(replacements) == len(jobs) and self._file.replace_all(replacements):
+            return [_Outcome(True)] * len(jobs)
         outcomes = []
         self._connection.execute("BEGIN IMMEDIATE")
         for job in jobs:

@@ -23,6 +23,7 @@ from forwardpass.wire import errors
 from forwardpass_server.errors import SessionStoreError
 from forwardpass_server.sessions.store import StoredSession
 from forwardpass_server.sessions.stores.sqlite import SqliteSessionStore
+from forwardpass_server.sessions.stores.sqlite_file import Replacement, SqliteFile
 from support import filesystems, session_writer
 from support.session_stores import LIMITS, Counts, SqliteKit, error_of, how, key
 
@@ -340,3 +341,48 @@ def test_sessions_expire_after_a_full_disk_has_space_again(disk):
             assert await how(store.load(key(1))) is errors.SessionExpired
 
     asyncio.run(run())
+
+
+def test_records_of_one_length_that_wait_together_are_replaced_in_one_statement(file_kit):
+    keys = [key(index) for index in range(1, 6)]
+    statements: list[str] = []
+
+    async def run():
+        async with file_kit.open() as store:
+            store._file.connection.set_trace_callback(statements.append)
+            for one in keys:
+                await store.create(one, b"0" * 8)
+                assert await store.replace(one, 1, b"1" * 8)
+            statements.clear()
+            # The first one is written at once, and the others wait for it.
+            replacing = [asyncio.ensure_future(store.replace(one, 2, b"2" * 8)) for one in keys]
+            assert await asyncio.gather(*replacing) == [True] * 5
+            assert statements
+            assert all(statement.startswith(("UPDATE", "WITH given")) for statement in statements)
+            assert not await store.replace(keys[0], 2, b"9" * 8)
+            assert await store.replace(keys[0], 3, b"longer than before")
+        async with file_kit.open() as store:
+            assert await store.load(keys[0]) == StoredSession(4, b"longer than before")
+            for one in keys[1:]:
+                assert await store.load(one) == StoredSession(3, b"2" * 8)
+
+    asyncio.run(run())
+
+
+def test_several_records_are_replaced_only_if_all_have_the_versions_that_are_expected(tmp_path):
+    file = SqliteFile(tmp_path / "sessions.db", LIMITS)
+    with contextlib.closing(file.connection):
+        for number in (1, 2):
+            file.create(key(number), b"0" * 8, "")
+        new = [Replacement(key(number), 1, b"1" * 8) for number in (1, 2)]
+        # Rows that were only created are not known yet.
+        assert not file.replace_all(new)
+        assert all(file.replace(*one) for one in new)
+        newer = [Replacement(key(number), 2, b"%d" % number * 8) for number in (1, 2)]
+        assert not file.replace_all([newer[0], new[1]])
+        assert not file.replace_all([newer[0], newer[0]])
+        assert not file.replace_all([newer[0], Replacement(key(2), 2, b"longer than before")])
+        assert file.replace_all(newer)
+        file.forget_rows()
+        assert not file.replace_all([Replacement(key(1), 3, b"3" * 8)])
+        assert [file.load(key(number)) for number in (1, 2)] == [StoredSession(3, b"1" * 8), StoredSession(3, b"2" * 8)]
