@@ -67,6 +67,7 @@ class GraphEvaluator:
         on_trace: Callable[[], None],
     ) -> None:
         graph = _Graph(spec, functions, weighted)
+        self._num_state = len(spec.metrics_state.leaves)
         one = graph.concrete(1, on_trace)
         self._one = execution.caller(RuntimeFunction(one), one, device)
         self.one = one
@@ -88,10 +89,10 @@ class GraphEvaluator:
             while position < len(batches):
                 if self._several is not None and len(batches) - position >= _BATCHES:
                     joined = [leaf for batch in batches[position : position + _BATCHES] for leaf in batch]
-                    state = self._several([*weights, *state, *joined])
+                    state = self._several([*weights, *state, *joined])[: self._num_state]
                     position += _BATCHES
                 else:
-                    state = self._one([*weights, *state, *batches[position]])
+                    state = self._one([*weights, *state, *batches[position]])[: self._num_state]
                     position += 1
         except execution.CAUSED_BY_ARGUMENTS as error:
             raise execution.explained(error) from None
@@ -129,7 +130,7 @@ class GraphStackedEvaluator:
         """See `calls.model.StackedEvaluator.step`."""
         try:
             for batch in batches:
-                states = self._call([*weights, *states, *batch])
+                states = self._call([*weights, *states, *batch])[: len(states)]
         except execution.CAUSED_BY_ARGUMENTS as error:
             raise execution.explained(error) from None
         return states
@@ -261,7 +262,10 @@ class _Graph:
         self._batch = [*spec.x.leaves, *spec.y.leaves, *(spec.sample_weight.leaves if weighted else ())]
 
     def concrete(self, batches: int, on_trace: Callable[[], None]) -> Any:
-        """The concrete function that takes weights, state and so many batches, and returns the state."""
+        """The concrete function that takes weights, state and so many batches.
+
+        It returns the state, and then the results and states on the way.
+        """
         spec = self._spec
         num_weights, num_state = len(spec.weights.leaves), len(spec.metrics_state.leaves)
 
@@ -271,23 +275,30 @@ class _Graph:
             weights, rest = list(leaves[:num_weights]), leaves[num_weights:]
             state, rest = list(rest[:num_state]), rest[num_state:]
             size = len(self._batch)
+            # TensorFlow leaves out what no result needs, and with it the errors of a batch. So all that the functions
+            # return is a result, although only the last state is used.
+            others: list[tf.Tensor] = []
             for start in range(0, batches * size, size):
-                state = self._next(weights, state, list(rest[start : start + size]))
-            return [tf.identity(leaf) for leaf in state]
+                others += state if start else []
+                state, results = self._next(weights, state, list(rest[start : start + size]))
+                others += results
+            return [tf.identity(leaf) for leaf in (*state, *others)]
 
         arguments = [*spec.weights.leaves, *spec.metrics_state.leaves, *self._batch * batches]
         return traced.get_concrete_function(*map(_unnamed, arguments))
 
-    def _next(self, weights: list[tf.Tensor], state: list[tf.Tensor], batch: list[tf.Tensor]) -> list[tf.Tensor]:
-        """The state after one batch."""
+    def _next(
+        self, weights: list[tf.Tensor], state: list[tf.Tensor], batch: list[tf.Tensor]
+    ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+        """The state after one batch, and the results of the forward pass."""
         spec, num_x, num_y = self._spec, len(self._spec.x.leaves), len(self._spec.y.leaves)
         x, y, sample_weight = batch[:num_x], batch[num_x : num_x + num_y], batch[num_x + num_y :]
-        results = [_checked(leaf) for leaf in self._forward_pass(*weights, *x, *y)]
+        results = whole = [_checked(leaf) for leaf in self._forward_pass(*weights, *x, *y)]
         parts = {"state": state, "labels": y, SAMPLE_WEIGHT: sample_weight}
         for place, part in spec.results[Function.FORWARD_PASS].items():
             parts[place], results = results[: len(part.leaves)], results[len(part.leaves) :]
         arguments = [leaf for place in spec.arguments[self._update_function] for leaf in parts[place]]
-        return [_checked(leaf) for leaf in self._update(*arguments)]
+        return [_checked(leaf) for leaf in self._update(*arguments)], whole
 
 
 def _unnamed(leaf: TensorSpec) -> tf.TensorSpec:

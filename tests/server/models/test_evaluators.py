@@ -72,6 +72,18 @@ def test_a_batch_that_the_model_refuses_fails_the_step():
         evaluator.step(model.initial_weights, initial(model), [*batches[:3], [batches[3][0], -batches[3][1]]])
 
 
+def test_a_batch_that_only_the_forward_pass_refuses_fails_the_step_too():
+    # The metrics of `counting` do not read the predictions.
+    model, batches = loaded("counting"), batches_of("counting", False)
+    evaluator = model.evaluator(False)
+    assert evaluator is not None
+    for position in range(6):
+        order = batches[:6]
+        order[position] = [np.full(3, 77, np.int32), np.ones(3, np.int64)]
+        with pytest.raises(errors.ModelRefusedInput):
+            evaluator.step(model.initial_weights, initial(model), order)
+
+
 @pytest.mark.parametrize("name", ["rowwise", "words", "plain_sum"])
 def test_a_model_without_metrics_or_with_a_state_that_depends_on_rows_has_no_evaluator(name):
     assert loaded(name).evaluator(False) is None
