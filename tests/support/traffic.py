@@ -18,7 +18,7 @@ from forwardpass_server.access.tokens import Role
 from forwardpass_server.catalog import version_policy
 from support import zoo
 from support.certificates import Signer
-from support.servers import ServerProcess
+from support.servers import ServerProcess, wait_until
 
 ARGUMENTS = (
     *("--factory", "counting=support.zoo:counting", "--factory", "wide=support.zoo:wide_1m"),
@@ -47,6 +47,7 @@ def send(server: ServerProcess) -> None:
         client.models()
         _call_by_value(client)
         _call_with_weights(client)
+        _call_with_many_weights(client, server)
         _count_in_sessions(client)
         _train(client)
         _fail(client)
@@ -76,6 +77,21 @@ def _call_with_weights(client: forwardpass_client.Client) -> None:
         for _ in pool.map(lambda _: model.predict_on_batch(handles[2], x, training=False), range(64)):
             pass
     assert len(list(model.predict_many(handles[2], [x] * 32, training=False))) == 32
+
+
+def _call_with_many_weights(client: forwardpass_client.Client, server: ServerProcess) -> None:
+    """Calls with different weights until some have run as one computation."""
+    model = client.model("counting")
+    x, _ = zoo.counting_batch(1)
+    handles = [model.put_weights(((np.arange(10, dtype=np.float32) + number,), ())) for number in range(8)]
+    stacked = "forwardpass_stacked_sets_count"
+    before = server.metrics()[stacked]
+
+    def have_run() -> bool:
+        assert len(list(model.predict_each(((handle, x) for handle in handles), training=False))) == 8
+        return server.metrics()[stacked] > before
+
+    wait_until(have_run)
 
 
 def _count_in_sessions(client: forwardpass_client.Client) -> None:
