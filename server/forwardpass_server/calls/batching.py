@@ -320,7 +320,7 @@ class Batcher:
         self._observe(jobs)
         assert queue.vectorizer is not None
         if together.is_trial:
-            await self._try(queue, jobs, together)
+            await self._run_and_try(queue.vectorizer, queue, jobs, together)
             return
         began = time.perf_counter()
         try:
@@ -335,23 +335,40 @@ class Batcher:
         for job, own in zip(jobs, results, strict=True):
             _complete(job, own)
 
-    async def _try(self, queue: _Queue, jobs: Sequence[_Job], together: Together) -> None:
-        """Runs jobs one by one, and then as one computation, whose results are compared and not used."""
-        assert queue.vectorizer is not None
+    async def _run_and_try(
+        self, vectorizer: Vectorizer, queue: _Queue, jobs: Sequence[_Job], together: Together
+    ) -> None:
+        """Runs jobs one by one, and completes their calls. Then runs them as one computation, which is not used."""
         began = time.perf_counter()
         expected = await asyncio.gather(*(self._run_job(queue, job) for job in jobs))
         one_by_one_s = time.perf_counter() - began
         known = [results for results in expected if results is not None]
         if len(known) < len(jobs):
+            vectorizer.failed(together)
             return
+        # A task of its own: the next calls with these weights do not wait for it.
+        task = asyncio.ensure_future(self._try(vectorizer, jobs, together, known, one_by_one_s))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _try(
+        self,
+        vectorizer: Vectorizer,
+        jobs: Sequence[_Job],
+        together: Together,
+        expected: Sequence[list[Array]],
+        one_by_one_s: float,
+    ) -> None:
+        """Runs jobs as one computation, and compares its results and its time. Raises nothing."""
         began = time.perf_counter()
         try:
             found = await self._compute(jobs, together, [])
         except Exception:
             _LOGGER.info("a computation for several sets of weights failed", exc_info=True)
+            vectorizer.failed(together)
             return
         seconds = time.perf_counter() - began
-        queue.vectorizer.tried(together, one_by_one_s, seconds, are_equal(found, known))
+        vectorizer.tried(together, one_by_one_s, seconds, are_equal(found, expected))
 
     async def _compute(self, jobs: Sequence[_Job], together: Together, times: Sequence[CallTimes]) -> list[list[Array]]:
         """The results of each job, of one computation for all."""

@@ -10,6 +10,7 @@ import asyncio
 import collections
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from forwardpass.wire.dtypes import Array
+from forwardpass.wire.functions import Function
 from forwardpass_server.calls.model import CannotVectorize, LoadedModel, StackedPredictions
 from forwardpass_server.calls.scheduling import Estimates
 from forwardpass_server.process import background
@@ -29,10 +31,13 @@ _LOGGER = logging.getLogger(__name__)
 _WORTH = 0.85
 
 # Trials of one kind of group before the first decision; one less where one computation is clearly slower. The first one
-# makes the kernels. Later ones take at most 1 % of the time.
+# makes the kernels. Later ones take at most 1 % of the time, and all trials of a model together at most 5 %.
 _TRIALS = 3
 _CLEARLY = 1.5
 _TRIAL_SHARE = 100
+_TRIALS_SHARE = 20
+_LONGEST_TRIAL_S = 60.0
+_RETRY_S = 0.1
 
 # As the estimates of `scheduling`: a time falls to the fastest run, and rises by at most so much with each slower one.
 _RISE = 1.05
@@ -54,7 +59,7 @@ class _Times:
     one_by_one: of computations one by one. stacked: of one computation for all. copying: of making the stack for it.
     """
 
-    estimates: Estimates = dataclasses.field(default_factory=Estimates)
+    estimates: Estimates
     one_by_one: float | None = None
     stacked: float | None = None
     copying: float | None = None
@@ -112,7 +117,8 @@ class _Variant:
     def __init__(self, differing: tuple[bool, ...]) -> None:
         self.differing = differing
         self.function: StackedPredictions | None = None
-        self.times: dict[tuple[int, tuple[tuple[int, ...], ...]], _Times] = {}
+        # By the number of sets and the size of each input, both in powers of two.
+        self.times: dict[tuple[int, int], _Times] = {}
         # A trial found other bits than the probe of the load.
         self.is_inexact = False
 
@@ -133,6 +139,8 @@ class Vectorizer:
         self._can = not vectorization.unavailable_reason
         self._allows_rounding = vectorization.allows_rounding
         self._is_exact = self._can and not vectorization.largest_difference
+        self._has_loops = model.has_loops(Function.PREDICT_ON_BATCH, False)
+        self._next_trial_s = 0.0
         self._variants: dict[tuple[bool, ...], _Variant] = {}
         self._differing: collections.OrderedDict[tuple[int, ...], tuple[bool, ...]] = collections.OrderedDict()
         self._seen: collections.OrderedDict[tuple[int, ...], None] = collections.OrderedDict()
@@ -163,9 +171,10 @@ class Vectorizer:
         allow_rounding = allow_rounding or self._allows_rounding
         if function is None or (not allow_rounding and (function.difference or variant.is_inexact)):
             return None
-        if len(variant.times) > _MAX_KNOWN:
-            variant.times.clear()
-        times = variant.times.setdefault((len(sets).bit_length(), shapes), _Times())
+        kind = len(sets).bit_length(), sum(map(math.prod, shapes)).bit_length()
+        times = variant.times.get(kind)
+        if times is None:
+            times = variant.times[kind] = _Times(Estimates(self._has_loops))
         copied_bytes = variant.copied_bytes(sets)
         if copied_bytes > self._weights.budget_bytes // _STACK_SHARE:
             return None
@@ -180,7 +189,9 @@ class Vectorizer:
         with_copy = leaves is None and not is_kept
         if times.is_worth(with_copy):
             return Together(function, sets, leaves, False, times, variant)
-        if time.monotonic() >= times.next_trial_s:
+        if time.monotonic() >= max(times.next_trial_s, self._next_trial_s):
+            # No other one begins before this one has ended.
+            self._next_trial_s = time.monotonic() + _LONGEST_TRIAL_S
             return Together(function, sets, leaves, True, times, variant)
         return None
 
@@ -192,12 +203,17 @@ class Vectorizer:
             self._keep(together)
         together.times.add("stacked", (seconds - together.copied_s) / count)
 
+    def failed(self, together: Together) -> None:
+        """A trial has ended without a result."""
+        together.times.next_trial_s = self._next_trial_s = time.monotonic() + _RETRY_S
+
     def tried(self, together: Together, one_by_one_s: float, seconds: float, is_equal: bool) -> None:
         """A trial has ended. one_by_one_s: the time of the computations one by one. is_equal: with equal bits."""
         times = together.times
         times.add("one_by_one", one_by_one_s / len(together.sets))
         self.ran(together, seconds)
         times.trials += 1
+        self._next_trial_s = time.monotonic() + _TRIALS_SHARE * seconds
         if times.trials >= _TRIALS - times.is_clearly_slower:
             times.next_trial_s = time.monotonic() + _TRIAL_SHARE * seconds
         if not is_equal and not together.function.difference and not together.variant.is_inexact:
