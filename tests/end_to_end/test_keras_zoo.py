@@ -42,6 +42,8 @@ def _write(folder: pathlib.Path, name: str) -> None:
     config = {
         "input_spec": dict(zip("xy", map(_json_spec, entry.input_spec), strict=True)),
         "sample_weight_spec": _json_spec(entry.sample_weight_spec),
+        # No test of this module trains, and a load prepares several optimizers by default.
+        "optimizers": [],
     }
     (version / "forwardpass.json").write_text(json.dumps(config))
     if not entry.has_tables:
@@ -57,6 +59,7 @@ def _write(folder: pathlib.Path, name: str) -> None:
             sample_weight_spec=entry.sample_weight_spec,
         )
         save_functional_model(functional, folder / name / str(EXPORT))
+        (folder / name / str(EXPORT) / "forwardpass.json").write_text('{"optimizers": []}')
 
 
 class Pair(NamedTuple):

@@ -30,7 +30,7 @@ from forwardpass_server.models.trial import Trial
 _MAX_VARIANTS = 16
 
 # The sets and rows of the probe. Kernels choose their order of summation by these sizes.
-_PROBED = ((2, 1), (5, 3), (64, 1), (8, 33))
+_PROBED = ((2, 1), (5, 3), (16, 1), (3, 33))
 _MAX_PROBED_BYTES = 64 * 2**20
 
 
