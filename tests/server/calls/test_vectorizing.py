@@ -121,7 +121,7 @@ def test_one_computation_is_tried_and_then_used_where_it_is_faster():
         together = await prepared(vectorizer, sets)
         assert together.is_trial
         assert adding.prepared == [(False, True)]
-        after_trials(vectorizer, together, one_by_one_s=1.0, seconds=0.001)
+        after_trials(vectorizer, together, one_by_one_s=0.002, seconds=0.0002)
         chosen = vectorizer.choose(sets, SHAPES, False)
         assert not chosen.is_trial
         # Another number of sets, or another size, is another kind of group. Trials take at most 5 % of the time.
