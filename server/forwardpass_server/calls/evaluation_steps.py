@@ -15,7 +15,7 @@ from forwardpass.wire.structures import Structure
 from forwardpass_server.calls.execution import CallObserver
 from forwardpass_server.calls.model import CannotVectorize, Evaluator, Leaf, StackedEvaluator
 from forwardpass_server.calls.plans import Plan, Servable
-from forwardpass_server.calls.scheduling import INLINE_S, CallTimes, Estimates, Scheduler
+from forwardpass_server.calls.scheduling import INLINE_S, CallTimes, Estimates, Scheduler, smoothed
 from forwardpass_server.process import background
 
 _LOGGER = logging.getLogger(__name__)
@@ -26,9 +26,6 @@ MAX_BATCHES = 8
 # On a thread, a hand-over of 60 to 100 us is 2 % of this, and other computations do not wait longer for the thread.
 MAX_THREAD_S = 5e-3
 """The longest computation of several batches on a thread."""
-
-# As for `scheduling.Estimates`: the fastest run counts, and a slower one raises the estimate a little.
-_RISE = 1.05
 
 # One computation for all sets of weights takes the place of several where it needs at most this share of their time. It
 # is tried three times first: the first computation makes the kernels.
@@ -74,9 +71,9 @@ class Choice:
         """Adds a measured time."""
         if stacked:
             self.trials += 1
-            self.stacked = seconds if self.stacked is None else min(seconds, self.stacked * _RISE)
+            self.stacked = smoothed(self.stacked, seconds)
         else:
-            self.by_itself = seconds if self.by_itself is None else min(seconds, self.by_itself * _RISE)
+            self.by_itself = smoothed(self.by_itself, seconds)
 
 
 class StepPlan:
@@ -134,8 +131,8 @@ class StepPlan:
 
     def add(self, size_bytes: int, batches: int, seconds: float) -> None:
         """Adds a measured computation. size_bytes: of all its messages together."""
-        bucket, each = (size_bytes // batches).bit_length(), seconds / batches
-        self._seconds[bucket] = min(each, self._seconds.get(bucket, each) * _RISE)
+        bucket = (size_bytes // batches).bit_length()
+        self._seconds[bucket] = smoothed(self._seconds.get(bucket), seconds / batches)
 
 
 class EvaluationSteps:

@@ -31,6 +31,11 @@ _LONG_STALL_S = 10 * _STALL_S
 _STALL_FACTOR = 100
 
 
+def smoothed(known: float | None, seconds: float) -> float:
+    """An estimate after one more run. known: the estimate so far; None for none."""
+    return seconds if known is None else min(seconds, known * _RISE)
+
+
 class Estimates:
     """Estimates the time of one computation, by the size of its input in powers of two (the bucket).
 
@@ -55,7 +60,7 @@ class Estimates:
 
         worked_s: the processor time that the process used meanwhile. inline: whether it ran on the event loop.
         """
-        self._seconds[bucket] = min(seconds, self._seconds.get(bucket, seconds) * _RISE)
+        self._seconds[bucket] = smoothed(self._seconds.get(bucket), seconds)
         if inline and (seconds > _LONG_STALL_S or min(seconds, worked_s) > _STALL_S):
             self._inline_from[bucket] = time.monotonic() + _STALL_FACTOR * seconds
 

@@ -20,7 +20,7 @@ import numpy as np
 from forwardpass.wire.dtypes import Array
 from forwardpass.wire.functions import Function
 from forwardpass_server.calls.model import CannotVectorize, LoadedModel, StackedPredictions
-from forwardpass_server.calls.scheduling import Estimates
+from forwardpass_server.calls.scheduling import Estimates, smoothed
 from forwardpass_server.process import background
 from forwardpass_server.weights.stacks import FittedWeights
 from forwardpass_server.weights.store import WeightStore
@@ -38,9 +38,6 @@ _TRIAL_SHARE = 100
 _TRIALS_SHARE = 20
 _LONGEST_TRIAL_S = 60.0
 _RETRY_S = 0.1
-
-# As the estimates of `scheduling`: a time falls to the fastest run, and rises by at most so much with each slower one.
-_RISE = 1.05
 
 # Combinations of sets of which the shared leaves are known, and those that were seen once.
 _MAX_KNOWN = 1024
@@ -65,11 +62,6 @@ class _Times:
     copying: float | None = None
     trials: int = 0
     next_trial_s: float = 0.0
-
-    def add(self, name: str, seconds: float) -> None:
-        """Adds a measured time."""
-        known = getattr(self, name)
-        setattr(self, name, seconds if known is None else min(seconds, known * _RISE))
 
     @property
     def is_clearly_slower(self) -> bool:
@@ -200,11 +192,11 @@ class Vectorizer:
 
     def ran(self, together: Together, seconds: float) -> None:
         """One computation has taken the place of several. seconds: with making the stack, if that was not kept."""
-        count = len(together.sets)
+        count, times = len(together.sets), together.times
         if together.copied_s:
-            together.times.add("copying", together.copied_s / count)
+            times.copying = smoothed(times.copying, together.copied_s / count)
             self._keep(together)
-        together.times.add("stacked", (seconds - together.copied_s) / count)
+        times.stacked = smoothed(times.stacked, (seconds - together.copied_s) / count)
 
     def failed(self, together: Together) -> None:
         """A trial has ended without a result."""
@@ -213,7 +205,7 @@ class Vectorizer:
     def tried(self, together: Together, one_by_one_s: float, seconds: float, is_equal: bool) -> None:
         """A trial has ended. one_by_one_s: the time of the computations one by one. is_equal: with equal bits."""
         times = together.times
-        times.add("one_by_one", one_by_one_s / len(together.sets))
+        times.one_by_one = smoothed(times.one_by_one, one_by_one_s / len(together.sets))
         self.ran(together, seconds)
         times.trials += 1
         now, both_s = time.monotonic(), one_by_one_s + seconds
