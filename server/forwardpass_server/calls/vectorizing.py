@@ -22,6 +22,7 @@ from forwardpass.wire.functions import Function
 from forwardpass_server.calls.model import CannotVectorize, LoadedModel, StackedPredictions
 from forwardpass_server.calls.scheduling import Estimates, smoothed
 from forwardpass_server.process import background
+from forwardpass_server.weights import stacks
 from forwardpass_server.weights.stacks import FittedWeights
 from forwardpass_server.weights.store import WeightStore
 
@@ -41,9 +42,6 @@ _RETRY_S = 0.1
 
 # Combinations of sets of which the shared leaves are known, and those that were seen once.
 _MAX_KNOWN = 1024
-
-# A stack that is not kept takes memory beside the budget while it is in use: at most this fraction of the budget.
-_STACK_SHARE = 8
 
 MAX_SETS = 256
 """The most sets of one computation."""
@@ -118,8 +116,7 @@ class _Variant:
     def copied_bytes(self, sets: Sequence[FittedWeights]) -> int:
         """The size of the leaves that a stack of these sets copies."""
         if self._set_bytes is None:
-            leaves = zip(sets[0], self.differing, strict=True)
-            self._set_bytes = sum(_size_bytes(leaf) for leaf, differs in leaves if differs)
+            self._set_bytes = stacks.copied_bytes(sets[:1], self.differing)
         return self._set_bytes * len(sets)
 
 
@@ -153,7 +150,7 @@ class Vectorizer:
         """
         if any(0 in shape for shape in shapes):
             return None
-        order = tuple([weights.number for weights in sets])
+        order = stacks.key_of(sets)
         differing = self._known_differing(order, sets)
         if not any(differing):
             return None
@@ -170,7 +167,7 @@ class Vectorizer:
         if times is None:
             times = variant.times[kind] = _Times(Estimates(self._has_loops))
         copied_bytes = variant.copied_bytes(sets)
-        if copied_bytes > self._weights.budget_bytes // _STACK_SHARE:
+        if not self._weights.may_stack(copied_bytes):
             return None
         leaves = self._weights.stack_of(order)
         is_repeated = order in self._seen
@@ -179,8 +176,7 @@ class Vectorizer:
             if len(self._seen) > _MAX_KNOWN:
                 self._seen.popitem(last=False)
         # A stack that is kept serves the next group of the same sets too: its cost counts only for new sets.
-        is_kept = is_repeated and self._weights.used_bytes + copied_bytes <= self._weights.budget_bytes
-        with_copy = leaves is None and not is_kept
+        with_copy = leaves is None and not (is_repeated and self._weights.would_keep_stack(copied_bytes))
         # Also while one computation is used: its time is measured under the load of the callers, and so is the other.
         if time.monotonic() >= max(times.next_trial_s, self._next_trial_s):
             # No other one begins before this one has ended.
@@ -221,17 +217,16 @@ class Vectorizer:
             )
 
     def _known_differing(self, order: tuple[int, ...], sets: Sequence[FittedWeights]) -> tuple[bool, ...]:
-        """For each leaf whether it differs between the sets. The store holds equal tensors once, as one object."""
+        """See `stacks.differing`."""
         known = self._differing.get(order)
         if known is None:
-            known = tuple([len(set(map(id, leaves))) > 1 for leaves in zip(*sets, strict=True)])
-            self._differing[order] = known
+            known = self._differing[order] = stacks.differing(sets)
             if len(self._differing) > _MAX_KNOWN:
                 self._differing.popitem(last=False)
         return known
 
     def _keep(self, together: Together) -> None:
-        order = tuple([weights.number for weights in together.sets])
+        order = stacks.key_of(together.sets)
         if together.leaves is not None and order in self._seen:
             self._weights.keep_stack(order, together.leaves, together.variant.copied_bytes(together.sets))
 
@@ -260,8 +255,3 @@ def are_equal(one: Sequence[Sequence[Array]], other: Sequence[Sequence[Array]]) 
         for several, others in zip(one, other, strict=True)
         for first, second in zip(several, others, strict=True)
     )
-
-
-def _size_bytes(leaf: Any) -> int:
-    """The size of a placed tensor or an array."""
-    return int(leaf.nbytes) if hasattr(leaf, "nbytes") else int(np.prod(leaf.shape)) * int(leaf.dtype.size)

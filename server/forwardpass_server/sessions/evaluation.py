@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import math
 import operator
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -35,6 +34,7 @@ from forwardpass_server.sessions import updates
 from forwardpass_server.sessions.records import UpdateIdentity
 from forwardpass_server.sessions.service import Sessions
 from forwardpass_server.sessions.session import Session, Update
+from forwardpass_server.weights import stacks
 from forwardpass_server.weights.stacks import FittedWeights
 from forwardpass_server.weights.stacks import Key as StackKey
 from forwardpass_server.weights.store import WeightSet, WeightStore
@@ -44,9 +44,6 @@ _TARGETS_PER_TURN = 8
 
 # An update takes some microseconds to make.
 _UPDATES_PER_TURN = 64
-
-# A stack that the store does not keep takes memory beside its budget: at most this fraction of it.
-_STACK_SHARE = 8
 
 MAX_TARGETS = 1024
 """The limit of one evaluation. Each target takes a task, and weights that stay on the device."""
@@ -358,17 +355,14 @@ class _Group:
         known = [one for one in sets if one is not None]
         if len(known) < len(sets):
             return None
-        key = tuple([one.number for one in known])
+        key = stacks.key_of(known)
         if self._differing is None or self._differing[0] != key:
-            self._differing = key, tuple(len(set(map(id, leaves))) > 1 for leaves in zip(*known, strict=True))
+            self._differing = key, stacks.differing(known)
         differing = self._differing[1]
-        if self._has_failed or not any(differing):
+        if self._has_failed or not any(differing) or not self._store.may_stack(stacks.copied_bytes(known, differing)):
             return None
         evaluator = self._steps.stacked(self._servable, plan, differing)
         if evaluator is None or not (self._allow_rounding or self._is_exact(evaluator)):
-            return None
-        copied_bytes = _copied_bytes(known, differing)
-        if copied_bytes > self._store.budget_bytes // _STACK_SHARE:
             return None
         return evaluator, plan.choice(differing, len(known), size_bytes)
 
@@ -394,13 +388,13 @@ class _Group:
             states = self._states[1]
         else:
             states = evaluator.join([before.leaves for before in befores])
-        key = tuple([one.number for one in sets])
+        key = stacks.key_of(sets)
         if self._weights is None or self._weights[0] != key:
             stack = self._store.stack_of(key)
             if stack is None:
                 stack = await asyncio.to_thread(evaluator.stack, sets)
                 assert self._differing is not None
-                self._store.keep_stack(key, stack, _copied_bytes(sets, self._differing[1]))
+                self._store.keep_stack(key, stack, stacks.copied_bytes(sets, self._differing[1]))
             self._weights = key, stack
         size_bytes = sum(batch.size_bytes for batch in batches)
         joined, afters, seconds = await self._steps.run_stacked(
@@ -444,9 +438,3 @@ async def checked(plan: StepPlan, batches: Sequence[Batch]) -> list[list[Leaf]]:
 def _count(each_s: float | None) -> int:
     """How many batches a group takes at once, each of which takes so long."""
     return 1 if not each_s else max(1, min(MAX_BATCHES, int(MAX_THREAD_S / each_s)))
-
-
-def _copied_bytes(sets: Sequence[FittedWeights], differing: Sequence[bool]) -> int:
-    """The size of the leaves that a stack of these sets copies."""
-    sizes = [int(math.prod(leaf.shape)) * int(leaf.dtype.size) for leaf in sets[0]]
-    return len(sets) * sum(size for size, differs in zip(sizes, differing, strict=True) if differs)

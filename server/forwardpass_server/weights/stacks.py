@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -24,6 +25,26 @@ class FittedWeights(list[Any]):
 
 Key = tuple[int, ...]
 """The numbers of the sets in a stack, in its order."""
+
+
+def key_of(sets: Sequence[FittedWeights]) -> Key:
+    """The key of a stack of these sets."""
+    return tuple([weights.number for weights in sets])
+
+
+def differing(sets: Sequence[FittedWeights]) -> tuple[bool, ...]:
+    """For each leaf whether it differs between the sets. The store holds equal tensors once, as one object."""
+    return tuple([len(set(map(id, leaves))) > 1 for leaves in zip(*sets, strict=True)])
+
+
+def copied_bytes(sets: Sequence[FittedWeights], differs: Sequence[bool]) -> int:
+    """The size of the leaves that a stack of these sets copies. differs: of `differing`."""
+    return len(sets) * sum(_size_bytes(leaf) for leaf, one in zip(sets[0], differs, strict=True) if one)
+
+
+def _size_bytes(leaf: Any) -> int:
+    """The size of a placed tensor, or of an array."""
+    return int(leaf.nbytes) if hasattr(leaf, "nbytes") else math.prod(leaf.shape) * int(leaf.dtype.size)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

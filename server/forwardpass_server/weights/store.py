@@ -40,6 +40,9 @@ _TENSORS_AT_ONCE = 256
 # Smaller tensors are uploaded without looking whether the tier has them: that takes a request for each.
 _LOOKED_UP_BYTES = 2**16
 
+# A stack that is not kept is at most this fraction of the budget.
+_STACK_SHARE = 8
+
 Key = tuple[str, bytes]
 """A principal, and a weights id or the digest of a tensor.
 
@@ -195,10 +198,13 @@ class WeightStore:
         """The size of all tensors and unfinished uploads, without stacks."""
         return self._tensor_bytes + self._uploads.size_bytes
 
-    @property
-    def budget_bytes(self) -> int:
-        """The limit of all tensors, unfinished uploads and stacks."""
-        return self._options.budget_bytes
+    def may_stack(self, size_bytes: int) -> bool:
+        """Whether a stack may copy so many bytes. It takes memory beside the budget while it is in use."""
+        return size_bytes <= self._options.budget_bytes // _STACK_SHARE
+
+    def would_keep_stack(self, size_bytes: int) -> bool:
+        """Whether there is room beside the sets for a stack that copies so many bytes."""
+        return self.used_bytes + size_bytes <= self._options.budget_bytes
 
     @property
     def stacks_bytes(self) -> int:
