@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,12 +22,9 @@ from forwardpass_server.models.examples import Examples
 from forwardpass_server.models.execution import Execution
 from forwardpass_server.models.runtime_functions import RuntimeFunction
 from forwardpass_server.models.tracing import Key
-from forwardpass_server.models.weight_stacks import GraphSource, Probed, vectorized
+from forwardpass_server.models.weight_stacks import GraphSource, Probed, Variants, vectorized
 
 _LOGGER = logging.getLogger(__name__)
-
-# Of one model: see `weight_stacks`.
-_MAX_STACKED = 16
 
 # The sets and rows of the probe of stacks. Kernels choose their order of summation by these sizes.
 _STACKED_SETS = (2, 9)
@@ -153,14 +149,15 @@ class Evaluators:
         self._single = single
         self._probed = probed
         self._reason = reason
-        self._lock = threading.Lock()
-        self._stacked: dict[tuple[bool, ...], GraphStackedEvaluator | CannotVectorize] = {}
-        self._sources: dict[bool, GraphSource | CannotVectorize] = {}
+        # By whether batches have sample weights, and then the leaves that differ.
+        self._stacked = Variants(lambda key: self._made(key[0], key[1:]))
+        # Or why there is none.
+        self._sources: dict[bool, GraphSource | str] = {}
         for weighted, evaluator in single.items() if not reason else ():
             try:
                 self._sources[weighted] = GraphSource.of(evaluator.one)
             except CannotVectorize as error:
-                self._sources[weighted] = error
+                self._sources[weighted] = str(error)
         for evaluator in single.values():
             # The graph has cycles of references; the call needs the function in TensorFlow's runtime only.
             evaluator.one = None
@@ -171,39 +168,20 @@ class Evaluators:
 
     def of_stacks(self, weighted: bool, differing: Sequence[bool]) -> GraphStackedEvaluator:
         """See `calls.model.LoadedModel.evaluator_of_stacks`."""
-        key = (weighted, *differing)
-        with self._lock:
-            found = self._stacked.get(key)
-            if found is None:
-                if len(self._stacked) >= _MAX_STACKED:
-                    raise CannotVectorize(f"{_MAX_STACKED} other combinations of leaves differ already")
-                try:
-                    found = self._made(weighted, tuple(differing))
-                except CannotVectorize as error:
-                    found = error
-                self._stacked[key] = found
-        if isinstance(found, CannotVectorize):
-            raise found
-        return found
+        return self._stacked.get((weighted, *differing))
 
     def _made(self, weighted: bool, differing: tuple[bool, ...]) -> GraphStackedEvaluator:
         probed, source = self._probed, self._sources.get(weighted)
         if source is None or not any(differing):
             raise CannotVectorize(self._reason or "there is nothing to stack")
-        if isinstance(source, CannotVectorize):
-            raise source
+        if isinstance(source, str):
+            raise CannotVectorize(source)
         state = probed.execution.run(Function.INITIALIZE_METRICS_STATE, False, [])
         others = len(source.specs) - len(differing) - len(state)
         concrete = vectorized(source, [*differing, *[True] * len(state), *[False] * others])
         batches = [self._batch(weighted, rows) for rows in (*_STACKED_ROWS, 1)]
-        if probed.trial is not None:
-            weights = [
-                ((2, *weight.shape) if differs else weight.shape, weight.dtype.name)
-                for weight, differs in zip(probed.weights, differing, strict=True)
-            ]
-            states = [np.stack([leaf] * 2) for leaf in state]
-            if reason := probed.trial.reason_against(concrete, weights, [[*states, *batch] for batch in batches]):
-                raise CannotVectorize(reason)
+        states = [np.stack([leaf] * weight_stacks.CHILD_SETS) for leaf in state]
+        weight_stacks.check_in_child(probed, concrete, differing, [[*states, *batch] for batch in batches])
         evaluator = GraphStackedEvaluator(concrete, differing, probed.device)
         evaluator.difference = self._difference(evaluator, weighted, differing, state, batches)
         return evaluator
@@ -228,7 +206,8 @@ class Evaluators:
         """The largest difference from single steps. Raises CannotVectorize where it exceeds rounding."""
         probed, single, largest = self._probed, self._single[weighted], 0.0
         rng, is_probed = np.random.default_rng(0), False
-        for count in _STACKED_SETS:
+        for most in _STACKED_SETS:
+            count = weight_stacks.probed_sets(probed, differing, most)
             sets = [weight_stacks.varied(probed.weights, differing, rng) for _ in range(count)]
             for batch in batches:
                 try:
@@ -293,12 +272,24 @@ class _Graph:
         """The state after one batch, and the results of the forward pass."""
         spec, num_x, num_y = self._spec, len(self._spec.x.leaves), len(self._spec.y.leaves)
         x, y, sample_weight = batch[:num_x], batch[num_x : num_x + num_y], batch[num_x + num_y :]
-        results = whole = [_checked(leaf) for leaf in self._forward_pass(*weights, *x, *y)]
-        parts = {"state": state, "labels": y, SAMPLE_WEIGHT: sample_weight}
-        for place, part in spec.results[Function.FORWARD_PASS].items():
-            parts[place], results = results[: len(part.leaves)], results[len(part.leaves) :]
-        arguments = [leaf for place in spec.arguments[self._update_function] for leaf in parts[place]]
-        return [_checked(leaf) for leaf in self._update(*arguments)], whole
+        results = [_checked(leaf) for leaf in self._forward_pass(*weights, *x, *y)]
+        arguments = _update_arguments(spec, self._update_function, state, y, sample_weight, results)
+        return [_checked(leaf) for leaf in self._update(*arguments)], results
+
+
+def _update_arguments(
+    spec: ModelSpec,
+    function: Function,
+    state: Sequence[Any],
+    labels: Sequence[Any],
+    sample_weight: Sequence[Any],
+    results: Sequence[Any],
+) -> list[Any]:
+    """The leaves of an update's arguments. results: the leaves of what the forward pass returns."""
+    parts = {"state": state, "labels": labels, SAMPLE_WEIGHT: sample_weight}
+    for place, part in spec.results[Function.FORWARD_PASS].items():
+        parts[place], results = results[: len(part.leaves)], results[len(part.leaves) :]
+    return [leaf for place in spec.arguments[function] for leaf in parts[place]]
 
 
 def _unnamed(leaf: TensorSpec) -> tf.TensorSpec:
@@ -355,7 +346,7 @@ def prepared(
 
 
 class _Separate:
-    """The present way: one call of the forward pass, and one of the update."""
+    """One call of the forward pass, and one of the update."""
 
     def __init__(self, spec: ModelSpec, functions: Execution, function: Function) -> None:
         self._spec = spec
@@ -367,10 +358,7 @@ class _Separate:
         spec, num_x, num_y = self._spec, len(self._spec.x.leaves), len(self._spec.y.leaves)
         inputs, labels = batch[: num_x + num_y], batch[num_x : num_x + num_y]
         results = self._functions.run(Function.FORWARD_PASS, False, [*weights, *inputs])
-        parts = {"state": state, "labels": labels, SAMPLE_WEIGHT: batch[num_x + num_y :]}
-        for place, part in spec.results[Function.FORWARD_PASS].items():
-            parts[place], results = results[: len(part.leaves)], results[len(part.leaves) :]
-        arguments = [leaf for place in spec.arguments[self._function] for leaf in parts[place]]
+        arguments = _update_arguments(spec, self._function, state, labels, batch[num_x + num_y :], results)
         return self._functions.run(self._function, False, arguments)
 
     def initial(self) -> list[Array]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import tensorflow as tf
@@ -32,6 +32,11 @@ _MAX_VARIANTS = 16
 # The sets and rows of the probe. Kernels choose their order of summation by these sizes.
 _PROBED = ((2, 1), (5, 3), (16, 1), (3, 33))
 _MAX_PROBED_BYTES = 64 * 2**20
+
+CHILD_SETS = 2
+"""The sets of a call in the child process."""
+
+VariantT = TypeVar("VariantT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +154,38 @@ class Probed:
     device: str
 
 
+class Variants(Generic[VariantT]):
+    """The variants of one function, each made at its first use. Thread-safe.
+
+    make: makes the variant of a key. Raises CannotVectorize.
+    """
+
+    def __init__(self, make: Callable[[tuple[bool, ...]], VariantT]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        # The variants, or why there is none. Not the exception itself: it would keep what its frames hold.
+        self._made: dict[tuple[bool, ...], VariantT | str] = {}
+
+    def get(self, key: Sequence[bool]) -> VariantT:
+        """The variant of a key. Raises CannotVectorize, for each call of a key that has none."""
+        key = tuple(key)
+        with self._lock:
+            found = self._made.get(key)
+            if found is None:
+                if len(self._made) >= _MAX_VARIANTS:
+                    raise CannotVectorize(f"{_MAX_VARIANTS} other combinations of leaves differ already")
+                try:
+                    found = self._make(key)
+                except CannotVectorize as error:
+                    found = str(error)
+                self._made[key] = found
+        if isinstance(found, str):
+            raise CannotVectorize(found)
+        return found
+
+
 class WeightStacks:
-    """The variants of one model's predict_on_batch, each made at its first use. Thread-safe.
+    """The variants of one model's predict_on_batch. Thread-safe.
 
     A variant is tried in the child process, and compared with single calls, before it is used.
     """
@@ -160,26 +195,11 @@ class WeightStacks:
         self._source = source
         self._probed = probed
         self._reason = reason
-        self._lock = threading.Lock()
-        # The variants, or why there is none. Not the exception itself: it would keep what its frames hold.
-        self._variants: dict[tuple[bool, ...], Stacked | str] = {}
+        self._variants = Variants(self._made)
 
     def get(self, differing: Sequence[bool]) -> Stacked:
         """See `calls.model.LoadedModel.stack`."""
-        key = tuple(differing)
-        with self._lock:
-            found = self._variants.get(key)
-            if found is None:
-                if len(self._variants) >= _MAX_VARIANTS:
-                    raise CannotVectorize(f"{_MAX_VARIANTS} other combinations of leaves differ already")
-                try:
-                    found = self._made(key)
-                except CannotVectorize as error:
-                    found = str(error)
-                self._variants[key] = found
-        if isinstance(found, str):
-            raise CannotVectorize(found)
-        return found
+        return self._variants.get(differing)
 
     def judged(self, *, allows_rounding: bool) -> Vectorization:
         """What a description says of sets that differ in all leaves. Makes that variant."""
@@ -196,41 +216,49 @@ class WeightStacks:
             raise CannotVectorize("the model has no weights")
         probed = self._probed
         concrete = vectorized(self._source, [*differing, *[True] * len(probed.found.spec.x.leaves)])
-        _check_in_child(probed, concrete, differing)
+        shapes = [dataclasses.replace(probed.found.shape, rows=rows) for rows in (probed.found.shape.rows, 1, 0)]
+        batches = [probed.found.x(None, shape) for shape in shapes]
+        check_in_child(
+            probed, concrete, differing, [[np.stack([leaf] * CHILD_SETS) for leaf in batch] for batch in batches]
+        )
         variant = Stacked(concrete, differing, probed.device)
         variant.difference = _difference(probed, variant, differing)
         return variant
 
 
-def _check_in_child(probed: Probed, concrete: Any, differing: Sequence[bool]) -> None:
-    """Runs a variant in the child process. Raises CannotVectorize where it ends the process."""
+def check_in_child(
+    probed: Probed, concrete: Any, differing: Sequence[bool], batches: Sequence[Sequence[Array]]
+) -> None:
+    """Runs a variant in the child process. Raises CannotVectorize where it ends the process.
+
+    batches: what follows the weights of CHILD_SETS sets in each call.
+    """
     if probed.trial is None:
         return
-    sets = 2
     weights = [
-        ((sets, *weight.shape) if differs else weight.shape, weight.dtype.name)
+        ((CHILD_SETS, *weight.shape) if differs else weight.shape, weight.dtype.name)
         for weight, differs in zip(probed.weights, differing, strict=True)
-    ]
-    shape = probed.found.shape
-    batches = [
-        [np.stack([leaf] * sets) for leaf in probed.found.x(None, dataclasses.replace(shape, rows=rows))]
-        for rows in (shape.rows, 1, 0)
     ]
     if reason := probed.trial.reason_against(concrete, weights, batches):
         raise CannotVectorize(reason)
+
+
+def probed_sets(probed: Probed, differing: Sequence[bool], count: int) -> int:
+    """How many sets a probe may make, at most `count`. Raises CannotVectorize where two take too much memory."""
+    set_bytes = sum(weight.nbytes for weight, differs in zip(probed.weights, differing, strict=True) if differs)
+    sets = min(count, _MAX_PROBED_BYTES // max(set_bytes, 1))
+    if sets < 2:
+        raise CannotVectorize(f"a set of weights has {set_bytes} bytes in the leaves that differ")
+    return sets
 
 
 def _difference(probed: Probed, variant: Stacked, differing: Sequence[bool]) -> float:
     """The largest difference of a variant from single calls. Raises CannotVectorize where it exceeds rounding."""
     spec, rng = probed.found.spec, np.random.default_rng(0)
     leaves = [*spec.predictions.leaves, *spec.prediction_mask.leaves]
-    set_bytes = sum(weight.nbytes for weight, differs in zip(probed.weights, differing, strict=True) if differs)
     largest, is_probed = 0.0, False
     for count, rows in _PROBED:
-        sets = min(count, _MAX_PROBED_BYTES // max(set_bytes, 1))
-        if sets < 2:
-            raise CannotVectorize(f"a set of weights has {set_bytes} bytes in the leaves that differ")
-        several = [varied(probed.weights, differing, rng) for _ in range(sets)]
+        several = [varied(probed.weights, differing, rng) for _ in range(probed_sets(probed, differing, count))]
         shape = dataclasses.replace(probed.found.shape, rows=rows)
         batches = [probed.found.x(rng, shape) for _ in several]
         try:
