@@ -76,7 +76,8 @@ def read(path: pathlib.Path) -> ModelConfig:
         if not isinstance(content.get(switch, True), bool):
             raise ModelLoadError(f"{FILE_NAME}: {switch}: expected true or false, got {content[switch]!r}")
     vectorize = content.get("vectorize")
-    if vectorize not in (None, False, EXACT, ROUNDING):
+    # Not only by equality: 0 equals False.
+    if not (vectorize is None or vectorize is False or vectorize in (EXACT, ROUNDING)):
         raise ModelLoadError(f'{FILE_NAME}: vectorize: expected "exact", "rounding" or false, got {vectorize!r}')
     example_input = content.get("example_input")
     if example_input is not None and (not isinstance(example_input, str) or "/" in example_input):

@@ -119,6 +119,10 @@ X = {"dtype": "float32", "shape": [None]}
         ({"input_spec": {"x": [{"a": {**X, "shape": [-1]}}], "y": X}}, r"input_spec\.x\[0\]\.a\.shape: .*got \[-1\]"),
         ({"input_spec": {"x": {**X, "shape": 3}, "y": X}}, r"input_spec\.x\.shape: .*got 3"),
         ({"input_spec": {"x": {**X, "shape": [True]}, "y": X}}, r"input_spec\.x\.shape: .*got \[True\]"),
+        ({"vectorize": True}, r'vectorize: expected "exact", "rounding" or false, got True'),
+        ({"vectorize": 0}, r'vectorize: expected "exact", "rounding" or false, got 0'),
+        ({"vectorize": "always"}, r'vectorize: expected "exact", "rounding" or false, got \'always\''),
+        ({"vectorize": ["exact"]}, r"vectorize: expected .*got \['exact'\]"),
     ],
 )
 def test_an_invalid_configuration_is_refused_with_its_place(content, message):
