@@ -62,6 +62,7 @@ def prometheus(tmp_path_factory):
             wait_until(lambda: len(found.query("up == 1")) == 3)
             written = 'forwardpass_weights_tier_seconds_count{operation="write"}'
             pipelined = 'forwardpass_pipeline_calls_total{code="OK",method="PredictOnBatch"}'
+            failed = 'forwardpass_pipeline_calls_total{code!="OK"}'
             # A series that is seen for the first time has not grown.
             for seed in range(2):
                 client.model("wide_4k").put_weights(zoo.wide_weights(4096, seed))
@@ -69,6 +70,8 @@ def prometheus(tmp_path_factory):
                 traffic.send(server)
                 calls = server.metrics()[pipelined]
                 wait_until(lambda calls=calls: found.query(f"{pipelined} == {calls}") != [])
+                # The last call of `send`: a rate needs two samples of it.
+                wait_until(lambda: found.query(failed) != [])
             yield found
 
 

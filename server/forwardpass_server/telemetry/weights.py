@@ -20,6 +20,10 @@ class WeightMetrics:
         )
         self._budget = families.gauge("forwardpass_weights_budget_bytes", "Limit of these bytes (--weights-mib).")
         self._sets = families.gauge("forwardpass_weights_sets", "Sets of weights on the device.")
+        self._stacks_bytes = families.gauge(
+            "forwardpass_weights_stacks_bytes",
+            "Bytes of copies of weights that serve several sets at once, in the room that the weights leave.",
+        )
         self._tensors = families.gauge("forwardpass_weights_tensors", "Different tensors of these sets.")
         lookups = families.counter(
             "forwardpass_weights_lookups_total",
@@ -89,13 +93,19 @@ class WeightMetrics:
         self._disk_failures.labels(operation, reason).inc()
 
     def store(
-        self, used_bytes: Callable[[], int], budget_bytes: int, sets: Callable[[], int], tensors: Callable[[], int]
+        self,
+        used_bytes: Callable[[], int],
+        budget_bytes: int,
+        sets: Callable[[], int],
+        tensors: Callable[[], int],
+        stacks_bytes: Callable[[], int],
     ) -> None:
         """Reports the size of the weight store."""
         self._bytes.set_function(used_bytes)
         self._budget.set(budget_bytes)
         self._sets.set_function(sets)
         self._tensors.set_function(tensors)
+        self._stacks_bytes.set_function(stacks_bytes)
 
     def files(self, used_bytes: Callable[[], int], budget_bytes: int, sets: Callable[[], int]) -> None:
         """Reports the size of the folder of weights."""

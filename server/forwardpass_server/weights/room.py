@@ -26,11 +26,12 @@ class WeightsObserver(StoreObserver, TierObserver, Protocol):
         budget_bytes: int,
         set_count: Callable[[], int],
         tensor_count: Callable[[], int],
+        stacks_bytes: Callable[[], int],
     ) -> None:
         """Shows the weights on the device. The functions give the current values, on any thread.
 
         used_bytes: of tensors and unfinished uploads.
-        tensor_count: a tensor that several sets share counts once.
+        tensor_count: a tensor that several sets share counts once. stacks_bytes: of stacks of sets.
         """
 
     def files(self, size_bytes: Callable[[], int], max_bytes: int, set_count: Callable[[], int]) -> None:
@@ -68,7 +69,11 @@ def build(options: WeightsOptions, device: Device, observer: WeightsObserver) ->
         store = WeightStore(options.store, device, observer, files)
         room = WeightsRoom(store=store)
     observer.store(
-        lambda: store.used_bytes, options.store.budget_bytes, lambda: store.set_count, lambda: store.tensor_count
+        lambda: store.used_bytes,
+        options.store.budget_bytes,
+        lambda: store.set_count,
+        lambda: store.tensor_count,
+        lambda: store.stacks_bytes,
     )
     return room
 
