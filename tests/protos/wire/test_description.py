@@ -11,7 +11,14 @@ import pytest
 
 from forwardpass import v1
 from forwardpass.wire import description, dtypes, errors, specs
-from forwardpass.wire.description import BatchOutput, Function, ModelDescription, ModelIdentity, ModelSpec
+from forwardpass.wire.description import (
+    BatchOutput,
+    Function,
+    ModelDescription,
+    ModelIdentity,
+    ModelSpec,
+    Vectorization,
+)
 from forwardpass.wire.specs import StructureSpec, TensorSpec
 
 FLOAT = dtypes.BY_NAME["float32"]
@@ -40,6 +47,27 @@ def model_spec(**changes) -> ModelSpec:
 def test_a_description_is_decoded_unchanged():
     whole = ModelDescription(ModelIdentity("m", 3, b"\x01" * 32), "keras", model_spec())
     assert description.decode(v1.ModelDescription.FromString(description.encode(whole).SerializeToString())) == whole
+
+
+@pytest.mark.parametrize(
+    "vectorization, shown",
+    [
+        (Vectorization("Conv2D"), "no: Conv2D"),
+        (Vectorization("", 0.0), "yes, with equal bits"),
+        (Vectorization("", 5e-7), "only for calls that allow differences up to 5.0e-07 of the largest number"),
+        (Vectorization("", 5e-7, True), "yes, with differences up to 5.0e-07 of the largest number"),
+    ],
+)
+def test_vectorization_is_described(vectorization, shown):
+    whole = ModelDescription(ModelIdentity("m", 1, b""), "f", model_spec(), vectorization=vectorization)
+    assert description.decode(description.encode(whole)).vectorization == vectorization
+    assert ("vectorization over weights", shown) in description.facts(whole)
+
+
+def test_a_server_that_cannot_vectorize_does_not_describe_it():
+    message = description.encode(ModelDescription(ModelIdentity("m", 1, b""), "f", model_spec()))
+    message.ClearField("vectorization")
+    assert description.decode(message).vectorization.unavailable_reason
 
 
 def test_every_dtype_can_stand_in_a_spec():
