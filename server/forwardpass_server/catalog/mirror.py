@@ -163,7 +163,7 @@ class RepositoryMirror:
         try:
             return version_policy.parse(text).served(versions)
         except ModelLoadError:
-            # Whoever reads the copy reports it, and leaves the former policy in place.
+            # The reader of the copy reports it and keeps the former policy.
             return {version for model, version in self._copied if model == name}.intersection(versions)
 
     def _copy(self, version: Version, objects: Objects, state: ObjectState) -> None:

@@ -280,7 +280,10 @@ class _Graph:
 
 
 def _check_effects(operation: Any) -> None:
-    """Refuses what is not the same in each run, and would be shared by all callers of a batch; also dead code."""
+    """Refuses an operation with an effect or a state: all callers of a batch would share it.
+
+    It is refused even where no prediction uses it.
+    """
     if operation.type in (*CALLING, *_READING):
         return
     reason = "has an effect or a state" if operation.op_def.is_stateful else ""

@@ -16,8 +16,8 @@ _LARGEST = 2**31 - 1
 class Size:
     """A whole number: `factor` times the product of the symbols.
 
-    symbols: sorted names. A symbol is a number that nobody knows before the graph runs. Apart from the number of rows,
-    it is the same for all batches whose arrays have the same shapes behind the first dimension.
+    symbols: sorted names. A symbol stands for a number that is known only when the graph runs. Apart from the number of
+    rows, it is the same for all batches whose arrays have the same shapes behind the first dimension.
     """
 
     factor: int

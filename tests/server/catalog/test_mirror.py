@@ -206,7 +206,7 @@ def test_a_policy_that_cannot_be_read_changes_nothing(store, mirror):
     store.write(f"digits/{version_policy.FILE}", b"{")
     mirror.refresh()
     assert list(copied(mirror)) == ["digits/1"]
-    # Whoever reads the policies reports it.
+    # The reader of the policies reports it.
     assert (mirror.folder / "digits" / version_policy.FILE).read_bytes() == b"{"
     store.remove(f"digits/{version_policy.FILE}")
     mirror.refresh()

@@ -89,7 +89,7 @@ def test_nothing_unfinished_is_left_by_writes(place):
 
 
 def test_files_of_a_folder_have_the_rights_of_the_umask(tmp_path):
-    """Servers that share a volume, and whoever uploads models, may be different users."""
+    """Servers that share a volume can run as different users, and so can the program that uploads models."""
     store = FolderObjects(tmp_path, is_written=True)
     store.open()
     before = os.umask(0o022)
