@@ -150,7 +150,7 @@ class Evaluators:
         self._probed = probed
         self._reason = reason
         # By whether batches have sample weights, and then the leaves that differ.
-        self._stacked = Variants(lambda key: self._made(key[0], key[1:]))
+        self._stacked: Variants[GraphStackedEvaluator] = Variants()
         # Or why there is none.
         self._sources: dict[bool, GraphSource | str] = {}
         for weighted, evaluator in single.items() if not reason else ():
@@ -168,7 +168,7 @@ class Evaluators:
 
     def of_stacks(self, weighted: bool, differing: Sequence[bool]) -> GraphStackedEvaluator:
         """See `calls.model.LoadedModel.evaluator_of_stacks`."""
-        return self._stacked.get((weighted, *differing))
+        return self._stacked.get((weighted, *differing), lambda: self._made(weighted, tuple(differing)))
 
     def _made(self, weighted: bool, differing: tuple[bool, ...]) -> GraphStackedEvaluator:
         probed, source = self._probed, self._sources.get(weighted)

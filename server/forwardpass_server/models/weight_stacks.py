@@ -155,27 +155,25 @@ class Probed:
 
 
 class Variants(Generic[VariantT]):
-    """The variants of one function, each made at its first use. Thread-safe.
+    """The variants of one function, each made at its first use. Thread-safe."""
 
-    make: makes the variant of a key. Raises CannotVectorize.
-    """
-
-    def __init__(self, make: Callable[[tuple[bool, ...]], VariantT]) -> None:
-        self._make = make
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         # The variants, or why there is none. Not the exception itself: it would keep what its frames hold.
         self._made: dict[tuple[bool, ...], VariantT | str] = {}
 
-    def get(self, key: Sequence[bool]) -> VariantT:
-        """The variant of a key. Raises CannotVectorize, for each call of a key that has none."""
-        key = tuple(key)
+    def get(self, key: tuple[bool, ...], make: Callable[[], VariantT]) -> VariantT:
+        """The variant of a key. make: makes it, or raises CannotVectorize, which each later call of the key raises too.
+
+        It is not kept: a method of the owner would be a cycle of references, and keep an unloaded model in memory.
+        """
         with self._lock:
             found = self._made.get(key)
             if found is None:
                 if len(self._made) >= _MAX_VARIANTS:
                     raise CannotVectorize(f"{_MAX_VARIANTS} other combinations of leaves differ already")
                 try:
-                    found = self._make(key)
+                    found = make()
                 except CannotVectorize as error:
                     found = str(error)
                 self._made[key] = found
@@ -195,11 +193,12 @@ class WeightStacks:
         self._source = source
         self._probed = probed
         self._reason = reason
-        self._variants = Variants(self._made)
+        self._variants: Variants[Stacked] = Variants()
 
     def get(self, differing: Sequence[bool]) -> Stacked:
         """See `calls.model.LoadedModel.stack`."""
-        return self._variants.get(differing)
+        key = tuple(differing)
+        return self._variants.get(key, lambda: self._variant(key))
 
     def judged(self, *, allows_rounding: bool) -> Vectorization:
         """What a description says of sets that differ in all leaves. Makes that variant."""
@@ -209,7 +208,7 @@ class WeightStacks:
             return Vectorization(str(error))
         return Vectorization("", variant.difference, allows_rounding)
 
-    def _made(self, differing: tuple[bool, ...]) -> Stacked:
+    def _variant(self, differing: tuple[bool, ...]) -> Stacked:
         if self._source is None:
             raise CannotVectorize(self._reason)
         if not any(differing):
